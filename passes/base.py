@@ -1,0 +1,89 @@
+"""What a pass is: one rewrite of an FX graph that counts what it did and says why it declined the rest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from passes.graph import module_path
+
+__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline"]
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A place that a pass looked at and left as it was.
+
+    Attributes:
+        pass_name: class name of the pass.
+        reason: what was found there, as a sentence for the user.
+        module: path of the module that the place belongs to.
+        nodes: names of the FX nodes concerned.
+    """
+
+    pass_name: str
+    reason: str
+    module: str
+    nodes: tuple[str, ...]
+
+
+@dataclass
+class PassLog:
+    """What the passes of a pipeline did: rewrites by pass, and declines in the order they were met."""
+
+    fired: Counter[str] = field(default_factory=Counter)
+    declined: list[Decline] = field(default_factory=list)
+
+
+class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes.infra is not annotated
+    """One rewrite. A subclass implements `rewrite` and calls `fire` once for each place it changed.
+
+    A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = PassLog()
+
+    @abstractmethod
+    def rewrite(self, gm: GraphModule) -> None:
+        """Change `gm.graph` in place; the base class removes what became dead, lints and recompiles."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        before = self.log.fired[self.name]
+        self.rewrite(graph_module)
+        modified = self.log.fired[self.name] > before
+        if modified:
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def fire(self, count: int = 1) -> None:
+        self.log.fired[self.name] += count
+
+    def decline(self, reason: str, *nodes: Node) -> None:
+        """Record that `nodes` (the first one names the module) stay as they are, and why."""
+        self.log.declined.append(Decline(self.name, reason, module_path(nodes[0]), tuple(n.name for n in nodes)))
+
+
+def run_pipeline(pipeline: Iterable[Callable[[], Pass]], gm: GraphModule, log: PassLog | None = None) -> PassLog:
+    """Run the passes that `pipeline` makes (classes, or partials of those that take arguments) on `gm`, in place.
+
+    Returns what they did, added to `log` if one is given.
+    """
+    log = log if log is not None else PassLog()
+    for make in pipeline:
+        instance = make()
+        instance.log = log
+        instance(gm)
+    return log

@@ -1,0 +1,1 @@
+"""Stage 5: constant parts of the graph become constants."""

@@ -1,0 +1,1 @@
+"""Stage 4: Q/DQ and the operators around them become one node."""

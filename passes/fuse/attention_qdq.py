@@ -1,0 +1,102 @@
+"""Attention with Q/DQ on q, k and v becomes one node whose probabilities are quantized too."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.formats import get_format
+from passes.graph import Emitter, add_constant, argument, aten, calls, dtype, is_call, module_path, val
+from passes.ir import ATTENTION, DEQUANTIZE
+from passes.place.attention_scale import attention_scale
+from passes.quantize.sites import SDPA
+
+
+class FuseAttentionQdq(Pass):
+    """Quantize the probabilities of an attention whose q, k and v are quantized.
+
+    Before:
+        y = sdpa(dq(q), dq(k), dq(v), mask, is_causal=c, scale=1.0)
+    After:
+        y = qcompile.attention(dq(q), dq(k), dq(v), additive_mask, 1/448, is_causal=c)
+
+    Requires: `PlaceAttentionScale` ran; masks are normalized.
+    Ensures: the probabilities are quantized per tensor at 1 / format.max; a boolean mask becomes an additive one, made
+        once for all attentions that share it.
+    Declines when: one of q, k and v is not quantized, formats differ, the softmax quantizer is off, or scale is not 1.
+    Why: TensorRT fuses no FP8 attention without Q/DQ on the softmax output. Probabilities are at most 1, so the scale
+        needs no calibration.
+    """
+
+    def __init__(self, softmax: Container[Node] | None = None) -> None:
+        """`softmax` holds the attentions whose softmax quantizer is on; None stands for all of them."""
+        super().__init__()
+        self.softmax = softmax
+
+    def rewrite(self, gm: GraphModule) -> None:
+        masks: dict[tuple[Node, torch.dtype], Node] = {}
+        for node in calls(gm.graph, SDPA):
+            formats = [_format(operand) for operand in node.args[:3]]
+            if not any(formats):
+                continue
+            reason = self._reason(node, formats)
+            if reason:
+                self.decline(reason, node)
+                continue
+            self._rewrite(gm, node, str(formats[0]), masks)
+            self.fire()
+
+    def _reason(self, node: Node, formats: list[str | None]) -> str | None:
+        """Why `node` cannot be rewritten, or None."""
+        missing = [name for name, fmt in zip("qkv", formats, strict=True) if fmt is None]
+        if missing:
+            return f"{' and '.join(missing)} of this attention is not quantized"
+        if len(set(formats)) > 1:
+            return f"q, k and v are quantized to different formats: {', '.join(map(str, formats))}"
+        if self.softmax is not None and node not in self.softmax:
+            return "the softmax quantizer is off, so no attention kernel with quantized inputs applies"
+        if attention_scale(node) != 1.0:
+            return "the attention scale is not applied to q before its quantizer"
+        return None
+
+    def _rewrite(self, gm: GraphModule, node: Node, fmt: str, masks: dict[tuple[Node, torch.dtype], Node]) -> None:
+        query, key, value = node.args[:3]
+        assert isinstance(query, Node)
+        emit = Emitter(node)
+        mask = argument(node, "attn_mask")
+        if mask is not None:
+            mask = _additive(mask, dtype(query), masks, emit)
+        prefix = f"{module_path(node)}." if module_path(node) else ""
+        scale = add_constant(gm, f"{prefix}softmax_scale", torch.tensor(1.0 / get_format(fmt).max), node)
+        causal = bool(argument(node, "is_causal"))
+        fused = emit(ATTENTION, query, key, value, mask, scale, is_causal=causal, format=fmt)
+        node.replace_all_uses_with(fused)
+        gm.graph.erase_node(node)  # dead code elimination keeps it: SDPA could draw dropout
+
+
+def _format(operand: object) -> str | None:
+    """Name of the format that an operand was dequantized from, or None for a float operand."""
+    if not is_call(operand, DEQUANTIZE):
+        return None
+    assert isinstance(operand, Node)
+    return str(operand.kwargs["format"])
+
+
+def _additive(mask: Node, to: torch.dtype, made: dict[tuple[Node, torch.dtype], Node], emit: Emitter) -> Node:
+    """`mask` as something to add to the scores: a boolean one becomes 0 where True and very negative elsewhere.
+
+    Half the lowest finite number stays finite when a score is added to it, so a row that is masked as a whole gives
+    the average of the values and not NaN.
+    """
+    if val(mask).dtype != torch.bool:
+        return mask
+    key = (mask, to)
+    if key not in made:
+        first = Emitter(mask.next, like=emit.like)
+        zero = first(aten.full.default, [], 0.0, dtype=to)
+        lowest = first(aten.full.default, [], torch.finfo(to).min / 2, dtype=to)
+        made[key] = first(aten.where.self, mask, zero, lowest)
+    return made[key]

@@ -1,0 +1,104 @@
+"""Quantized attention as matrix products and a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.graph import Emitter, aten, calls, dtype, is_call, shape
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+
+
+class DecomposeAttention(Pass):
+    """Spell out an attention whose probabilities are quantized.
+
+    Before:
+        y = qcompile.attention(dq(q(x)), dq(q(k)), v, mask, s)
+    After:
+        kt = dequantize(quantize(transpose(k, -1, -2)))
+        p = softmax(add(matmul(dq(q(x)), kt), mask))
+        y = matmul(dequantize(quantize(p, s), s), v)
+
+    Requires: `FuseAttentionQdq` made the node, so the attention scale is in front of the query's quantizer.
+    Ensures: the same codes; the transpose of K comes before its Q, grouped keys and values are repeated before theirs;
+        a causal mask is added as 0 and a large negative number.
+    Declines when: `unless` holds, without a note: the back end has an operator for it.
+    Why: TensorRT fuses this into one FP8 kernel that writes FP8 for the output projection, one kernel less than with
+        its own quantized-attention operator; and every runtime can run it.
+    """
+
+    def __init__(self, unless: Callable[[Node], bool] = lambda node: False) -> None:
+        super().__init__()
+        self.unless = unless
+
+    def rewrite(self, gm: GraphModule) -> None:
+        causal: dict[tuple[object, ...], Node] = {}
+        for node in calls(gm.graph, ATTENTION):
+            if not self.unless(node):
+                self._rewrite(node, causal)
+                self.fire()
+
+    def _rewrite(self, node: Node, causal: dict[tuple[object, ...], Node]) -> None:
+        query, key, value, mask, scale = node.args
+        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        emit = Emitter(node)
+        scores = emit(aten.matmul.default, query, _before_qdq(key, shape(query)[1], transpose=True))
+        if node.kwargs["is_causal"]:
+            scores = emit(aten.add.Tensor, scores, _causal_mask(query, key, causal, emit))
+        if mask is not None:
+            scores = emit(aten.add.Tensor, scores, mask)
+        probabilities = emit(aten.softmax.int, scores, -1)
+        fmt = node.kwargs["format"]
+        codes = emit(QUANTIZE, probabilities, scale, format=fmt)
+        quantized = emit(DEQUANTIZE, codes, scale, format=fmt, dtype=dtype(query))
+        out = emit(aten.matmul.default, quantized, _before_qdq(value, shape(query)[1], transpose=False))
+        node.replace_all_uses_with(out)
+
+
+def is_causal_without_mask(node: Node) -> bool:
+    """Whether TensorRT's own operator takes it: it knows the causal mask and reads grouped heads without a copy."""
+    return bool(node.kwargs["is_causal"]) and node.args[3] is None
+
+
+def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:
+    """Q/DQ of the tensor behind `operand` with its heads repeated to `heads` and, for K, its last axes swapped."""
+    if not is_call(operand, DEQUANTIZE) or not is_call(operand.args[0], QUANTIZE):
+        raise AssertionError("FuseAttentionQdq made this operand a dequantize of a quantize")
+    codes = operand.args[0]
+    assert isinstance(codes, Node)
+    emit = Emitter(codes)
+    source = codes.args[0]
+    assert isinstance(source, Node)
+    if shape(source)[1] == heads and not transpose:
+        return operand
+    if shape(source)[1] != heads:
+        source = _repeat_heads(source, heads, emit)
+    if transpose:
+        source = emit(aten.transpose.int, source, -1, -2)
+    new_codes = emit(QUANTIZE, source, codes.args[1], **codes.kwargs)
+    return emit(DEQUANTIZE, new_codes, codes.args[1], **operand.kwargs)
+
+
+def _repeat_heads(kv: Node, heads: int, emit: Emitter) -> Node:
+    """[B,Hkv,S,D] -> [B,heads,S,D], as unsqueeze, expand and reshape."""
+    batch, kv_heads, length, width = emit.sizes(kv)
+    groups = heads // shape(kv)[1]
+    expanded = emit(aten.expand.default, emit(aten.unsqueeze.default, kv, 2), [batch, kv_heads, groups, length, width])
+    return emit(aten.reshape.default, expanded, [batch, heads, length, width])
+
+
+def _causal_mask(query: Node, key: Node, made: dict[tuple[object, ...], Node], emit: Emitter) -> Node:
+    """[Sq,Sk] of 0 on and below the diagonal and a large negative number above, made once for each size."""
+    to, rows, columns = dtype(query), shape(query)[2], shape(key)[2]
+    if (to, rows, columns) not in made:
+        lengths = emit(aten.sym_size.int, query, 2), emit(aten.sym_size.int, key, 2)
+        q_len, k_len = (s if isinstance(s, int) else n for s, n in zip((rows, columns), lengths, strict=True))
+        i = emit(aten.unsqueeze.default, emit(aten.arange.default, q_len), 1)
+        j = emit(aten.unsqueeze.default, emit(aten.arange.default, k_len), 0)
+        zero = emit(aten.full.default, [], 0.0, dtype=to)
+        lowest = emit(aten.full.default, [], torch.finfo(to).min / 2, dtype=to)
+        made[to, rows, columns] = emit(aten.where.self, emit(aten.le.Tensor, j, i), zero, lowest)
+    return made[to, rows, columns]

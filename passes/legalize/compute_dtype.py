@@ -1,0 +1,114 @@
+"""A graph captured in one floating-point type computes in another."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from passes.base import Pass
+from passes.graph import Emitter, aten, fake_mode, is_call, is_constant_expression, val
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.quantize.sites import SDPA
+
+
+# Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
+_SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, ATTENTION: 4}
+
+
+class ConvertComputeDtype(Pass):
+    """Compute in half precision what the model computes on its data; keep positions and masks as they are.
+
+    Before (float32):
+        angle = mul(_to_copy(arange(s), float32), inv_freq)     # from sizes and buffers only
+        y = mul(linear(x, w), cos(angle))                       # from an input and a parameter
+    After (float16):
+        angle = mul(_to_copy(arange(s), float32), inv_freq)
+        y = mul(linear(_to_copy(x), _to_copy(w)), _to_copy(cos(angle)))
+
+    Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; the source dtype is the model's.
+    Ensures: inputs and outputs of the program keep their dtype. A float value that depends on no floating-point input
+        and no parameter stays as it was up to where it meets one. A weight that is quantized stays in the source
+        dtype, so its codes come from the original numbers. Casts of constants are left to `FoldConstants`.
+    Declines when: never.
+    Why: half precision holds integers up to 2048 only, so a position counted in it is wrong; and a Cast between Q/DQ
+        and the GEMM would be one more thing for a back end to look through.
+    """
+
+    def __init__(self, source: torch.dtype, target: torch.dtype) -> None:
+        super().__init__()
+        self.source, self.target = source, target
+        self.converted: set[Node] = set()
+
+    def rewrite(self, gm: GraphModule) -> None:
+        self.converted.clear()
+        data = self._model_data(gm)
+        casts: dict[Node, Node] = {}
+        for node in list(gm.graph.nodes):
+            if node.op == "output":
+                self._restore_outputs(node)
+            elif node.op == "call_function" and node in data:
+                self._convert(node, casts)
+
+    def _model_data(self, gm: GraphModule) -> set[Node]:
+        """Calls whose value depends on a floating-point input or on a parameter."""
+        parameters = dict(gm.named_parameters())
+        data: set[Node] = set()
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                seed = self._is_source(node)
+            elif node.op == "get_attr":
+                seed = str(node.target) in parameters
+            else:
+                seed = not _only_sizes(node) and any(operand in data for operand in node.all_input_nodes)
+            if seed:
+                data.add(node)
+        return data
+
+    def _is_source(self, node: Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and value.dtype == self.source
+
+    def _convert(self, node: Node, casts: dict[Node, Node]) -> None:
+        if is_constant_expression(node) or (is_call(node, QUANTIZE) and is_constant_expression(node.args[0])):
+            return
+        scale = node.args[_SCALE[node.target]] if node.target in _SCALE else None
+        for operand in node.all_input_nodes:
+            if self._is_source(operand) and operand is not scale:
+                node.replace_input_with(operand, self._cast(operand, node, casts))
+                self.fire()
+        replace = lambda a: self.target if a is self.source else a  # noqa: E731
+        node.args, node.kwargs = pytree.tree_map(replace, (node.args, node.kwargs))
+        fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (node.args, node.kwargs))
+        assert callable(node.target)
+        with fake_mode(node.graph):
+            value = node.target(*fake_args, **fake_kwargs)
+        if self._is_source(node) and value.dtype == self.target:
+            self.converted.add(node)
+        node.meta["val"] = value
+
+    def _cast(self, operand: Node, user: Node, casts: dict[Node, Node]) -> Node:
+        """`operand` in the target dtype, made once, right behind it."""
+        if operand not in casts:
+            after = operand.next
+            while operand.op == "placeholder" and after.op == "placeholder":
+                after = after.next
+            emit = Emitter(after, like=operand if operand.op == "call_function" else user)
+            value = operand
+            if is_call(user, SDPA, aten.add.Tensor) and operand.op == "call_function":
+                # an additive mask made for float32 would become -inf, and a fully masked row NaN
+                limits = torch.finfo(self.target)
+                value = emit(aten.clamp.default, operand, limits.min, limits.max)
+            casts[operand] = emit(aten._to_copy.default, value, dtype=self.target)
+        return casts[operand]
+
+    def _restore_outputs(self, output: Node) -> None:
+        emit = Emitter(output)
+        for result in output.all_input_nodes:
+            if result in self.converted:
+                output.replace_input_with(result, emit(aten._to_copy.default, result, dtype=self.source))
+
+
+def _only_sizes(node: Node) -> bool:
+    """Whether `node` makes no tensor: a size that is read off model data is not data."""
+    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))

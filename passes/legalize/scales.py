@@ -1,0 +1,57 @@
+"""Scales take the dtype of what they scale."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from passes.base import Pass
+from passes.errors import PassError
+from passes.graph import add_constant, calls, constant, delete_constant
+from passes.ir import ATTENTION, DEQUANTIZE
+
+
+class RoundScales(Pass):
+    """Round every constant scale to the dtype that its dequantize computes in.
+
+    Before (float16 graph):
+        q = quantize(x, s_float32); y = dequantize(q, s_float32, dtype=float16)
+    After:
+        q = quantize(x, s_float16); y = dequantize(q, s_float16, dtype=float16)
+
+    Requires: `ConvertComputeDtype` ran, if it will.
+    Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype.
+    Declines when: never; raises `PassError` naming the scale that the dtype cannot hold.
+    Why: ONNX below opset 23 and ONNX Runtime want x and scale of one type. It comes before `FoldWeights`, so that codes
+        are made with the scale that multiplies them.
+    """
+
+    def rewrite(self, gm: GraphModule) -> None:
+        targets: dict[str, torch.dtype] = {}
+        for node in calls(gm.graph, DEQUANTIZE, ATTENTION):
+            index, to = (4, node.meta["val"].dtype) if node.target is ATTENTION else (1, node.kwargs["dtype"])
+            scale = constant(gm, node.args[index])
+            if scale is not None and scale.dtype not in (to, torch.float8_e4m3fn):
+                targets[str(node.args[index].target)] = to  # type: ignore[union-attr]
+        for name, to in targets.items():
+            self._round(gm, name, to)
+            self.fire()
+
+    def _round(self, gm: GraphModule, name: str, to: torch.dtype) -> None:
+        nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
+        scale = constant(gm, nodes[0])
+        assert scale is not None
+        rounded = scale.to(to)
+        if not bool(torch.isfinite(rounded).all() and (rounded > 0).all()):
+            worst = float(scale.min() if not bool((rounded > 0).all()) else scale.max())
+            raise PassError(
+                f"{name} is {worst:.3g}, which {to} cannot hold; compute in bfloat16 or float32, or leave this"
+                " tensor unquantized in the recipe"
+            )
+        delete_constant(gm, name)
+        new = add_constant(gm, name, rounded, nodes[0])
+        for node in nodes:
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+
+

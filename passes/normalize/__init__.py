@@ -1,0 +1,1 @@
+"""Stage 1: one form for each thing that models write in many ways."""

@@ -1,0 +1,85 @@
+"""A convolution that cuts an image into patches becomes a matrix product."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.graph import Emitter, argument, aten, calls, is_call, is_constant_expression, only_user, shape
+
+
+class PatchEmbeddingToLinear(Pass):
+    """Rewrite a convolution whose windows do not overlap as reshape, transpose and `aten.linear`.
+
+    Before:
+        y = conv2d(x, w[N,C,p,q], bias, stride=(p, q))                    # [B,N,H/p,W/q]
+        z = transpose(view(y, [B,N,L]), 1, 2)                             # as vision transformers go on
+    After:
+        patches = view(permute(view(x, [B,C,H/p,p,W/q,q]), [0,2,4,1,3,5]), [B,L,C*p*q])
+        z = linear(patches, view(w, [N,C*p*q]), bias)                     # [B,L,N]
+        y = view(transpose(z, 1, 2), [B,N,H/p,W/q])                       # for other users only
+
+    Requires: weights as `get_attr`.
+    Ensures: the same sums of products, in another order.
+    Declines when: the image is not a whole number of patches, or its height or width is dynamic.
+    Why: TensorRT runs a convolution of three channels in half precision and this form as an FP8 GEMM (the shape of the
+        patch embedding makes it the first of a ViT's 49).
+    """
+
+    def rewrite(self, gm: GraphModule) -> None:
+        for node in calls(gm.graph, aten.conv2d.default):
+            x, weight = argument(node, "input"), argument(node, "weight")
+            if not is_constant_expression(weight) or not _is_patchwise(node, weight):
+                continue
+            height, width = shape(x)[-2:]
+            kernel = shape(weight)[-2:]
+            if not (isinstance(height, int) and isinstance(width, int)):
+                self.decline("the image's height or width is dynamic, so the patches cannot be counted", node)
+            elif height % kernel[0] or width % kernel[1]:
+                self.decline(f"an image of {height}x{width} is not a whole number of {kernel[0]}x{kernel[1]} patches", node)
+            else:
+                self._rewrite(node, x, weight)
+                self.fire()
+
+    def _rewrite(self, node: Node, x: Node, weight: Node) -> None:
+        emit = Emitter(node)
+        batch, channels = emit.sizes(x)[:2]
+        features, _, p, q = shape(weight)
+        rows, columns = shape(x)[-2] // p, shape(x)[-1] // q
+        split = emit(aten.reshape.default, x, [batch, channels, rows, p, columns, q])
+        ordered = emit(aten.permute.default, split, [0, 2, 4, 1, 3, 5])
+        patches = emit(aten.reshape.default, ordered, [batch, rows * columns, shape(weight)[1:].numel()])
+        matrix = emit(aten.reshape.default, weight, [features, shape(weight)[1:].numel()])
+        tokens = emit(aten.linear.default, patches, matrix, argument(node, "bias"))
+        for flat in list(node.users):
+            transpose = only_user(flat)
+            if _flattens(flat, node) and transpose is not None and _swaps_last_two(transpose):
+                transpose.replace_all_uses_with(tokens)
+                transpose.graph.erase_node(transpose)
+                flat.graph.erase_node(flat)
+        if node.users:
+            image = emit(aten.transpose.int, tokens, 1, 2)
+            node.replace_all_uses_with(emit(aten.reshape.default, image, [batch, features, rows, columns]))
+
+
+def _is_patchwise(node: Node, weight: Node) -> bool:
+    """Whether the windows of the convolution lie side by side."""
+    kernel = list(shape(weight)[-2:])
+    return (
+        list(argument(node, "stride")) == kernel
+        and not any(argument(node, "padding"))
+        and all(d == 1 for d in argument(node, "dilation"))
+        and argument(node, "groups") == 1
+        and len(shape(argument(node, "input"))) == 4
+    )
+
+
+def _flattens(flat: Node, image: Node) -> bool:
+    """Whether `flat` is `image` with height and width joined: [B,N,H,W] -> [B,N,H*W]."""
+    return is_call(flat, aten.reshape.default) and len(shape(flat)) == 3 and shape(flat)[1] == shape(image)[1]
+
+
+def _swaps_last_two(node: Node) -> bool:
+    if is_call(node, aten.permute.default):
+        return list(node.args[1]) == [0, 2, 1]  # type: ignore[call-overload, arg-type]
+    return is_call(node, aten.transpose.int) and {a % 3 for a in node.args[1:]} == {1, 2}  # type: ignore[operator]

@@ -1,0 +1,82 @@
+"""The pipelines: each reads from top to bottom, and there is no other order.
+
+    capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
+            -> tensorrt_pipeline | portable_pipeline -> lowering
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+
+import torch
+from torch.fx import Node
+
+from passes.base import Pass
+from passes.fold.constants import FoldConstants
+from passes.fold.weights import FoldWeights
+from passes.fuse.attention_qdq import FuseAttentionQdq
+from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.per_token import PerTokenToStatic
+from passes.legalize.scales import RoundScales
+from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.normalize.attention import NormalizeAttention
+from passes.normalize.gqa import UnexpandGroupedQuery
+from passes.normalize.linear import NormalizeLinear
+from passes.normalize.mask import NormalizeAttentionMask
+from passes.normalize.noops import RemoveNoOps
+from passes.normalize.patch_embedding import PatchEmbeddingToLinear
+from passes.normalize.rms_norm import NormalizeRmsNorm
+from passes.normalize.views import ViewsToReshape
+from passes.place.attention_scale import PlaceAttentionScale
+from passes.place.merge_linears import MergeParallelLinears
+from passes.quantize.insert import InsertQdq, Quantizer
+from passes.quantize.sites import Site
+
+Pipeline = tuple[Callable[[], Pass], ...]
+
+NORMALIZE: Pipeline = (
+    ViewsToReshape,
+    RemoveNoOps,
+    NormalizeLinear,
+    PatchEmbeddingToLinear,
+    NormalizeRmsNorm,
+    NormalizeAttention,
+    NormalizeAttentionMask,
+    UnexpandGroupedQuery,
+)
+"""What models write in many ways gets one form."""
+
+
+def quantize_pipeline(
+    quantizers: Mapping[Site, Quantizer], softmax: Collection[Node], source: torch.dtype, target: torch.dtype
+) -> Pipeline:
+    """Q/DQ at `quantizers`, attention fused where `softmax` says so, computing in `target`, weights as codes."""
+    return (
+        partial(InsertQdq, quantizers),
+        PlaceAttentionScale,
+        partial(FuseAttentionQdq, softmax),
+        *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
+        RoundScales,
+        FoldWeights,
+        FoldConstants,
+    )
+
+
+TENSORRT: Pipeline = (
+    MergeParallelLinears,
+    PerTokenToStatic,
+    partial(DecomposeAttention, unless=is_causal_without_mask),
+    StoreWeightsTransposed,
+    FoldConstants,
+)
+"""The forms that TensorRT fuses into the fewest kernels."""
+
+PORTABLE: Pipeline = (
+    PerTokenToStatic,
+    DecomposeAttention,
+    StoreWeightsTransposed,
+    FoldConstants,
+)
+"""Standard operators only, in the shape of the model."""

@@ -1,0 +1,1 @@
+"""Stage 3: Q/DQ and the operators around them are moved to where back ends fuse them."""

@@ -1,0 +1,132 @@
+"""ExportedProgram <-> the GraphModule that passes work on.
+
+An ExportedProgram lifts weights to graph inputs and describes them in a signature beside the graph. Passes want them in
+place: `unlift` makes every parameter, buffer and constant a `get_attr` node of one self-contained GraphModule, and
+`lift` turns what a pipeline left of it back into an ExportedProgram of the same interface.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputSpec,
+    SymBoolArgument,
+    SymFloatArgument,
+    SymIntArgument,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+
+from passes.graph import constant
+
+_CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
+
+
+def unlift(program: ExportedProgram) -> GraphModule:
+    """A GraphModule with the graph of `program`, its tensors shared, weights as `get_attr` and flat user inputs.
+
+    `program` keeps its own graph: editing the result does not change it.
+    """
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    tensors: dict[str, Any] = {}
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    for node in program.graph.nodes:
+        spec = specs.get(node.name) if node.op == "placeholder" else None
+        if spec is not None and spec.kind in _CONSTANT_KINDS:
+            assert spec.target is not None
+            store = program.state_dict if spec.target in program.state_dict else program.constants
+            tensors[spec.target] = store[spec.target]
+            copied[node] = graph.get_attr(spec.target)
+            copied[node].meta = copy.copy(node.meta)
+            continue
+        if node.op == "get_attr":  # a sub-graph of a control-flow operator
+            tensors[str(node.target)] = getattr(program.graph_module, str(node.target))
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return GraphModule(tensors, graph)
+
+
+def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
+    """`gm` as an ExportedProgram with the inputs, outputs, constraints and call specification of `program`.
+
+    A tensor that `program` does not know becomes a persistent buffer, so that it is saved with it.
+    """
+    known = {spec.target: spec for spec in program.graph_signature.input_specs if spec.kind in _CONSTANT_KINDS}
+    uses: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and constant(gm, node) is not None:
+            uses.setdefault(str(node.target), []).append(node)
+
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    specs: list[InputSpec] = []
+    state: dict[str, Any] = {}
+    constants: dict[str, Any] = {k: v for k, v in program.constants.items() if not isinstance(v, torch.Tensor)}
+    for kind in _CONSTANT_KINDS:
+        for target, nodes in uses.items():
+            spec = known.get(target)
+            if (spec.kind if spec else InputKind.BUFFER) is not kind:
+                continue
+            placeholder = graph.placeholder(_PREFIX[kind] + target.replace(".", "_"))
+            placeholder.meta = {"val": nodes[0].meta["val"]}
+            copied.update(dict.fromkeys(nodes, placeholder))
+            persistent = (spec.persistent if spec else True) if kind is InputKind.BUFFER else None
+            specs.append(InputSpec(kind, TensorArgument(placeholder.name), target, persistent))
+            saved = kind is InputKind.PARAMETER or persistent
+            (state if saved else constants)[target] = constant(gm, nodes[0])
+    for node in gm.graph.nodes:
+        if node not in copied:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    specs += [_renamed(s, copied, gm) for s in program.graph_signature.input_specs if s.kind not in _CONSTANT_KINDS]
+    root = GraphModule(_submodules(gm), graph)
+    return ExportedProgram(
+        root=root,
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, _output_specs(program, graph)),
+        state_dict=state,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=constants,
+        verifiers=[program.verifier],
+    )
+
+
+def _submodules(gm: GraphModule) -> dict[str, Any]:
+    """The sub-graphs of control-flow operators, which stay attributes."""
+    return {
+        str(node.target): getattr(gm, str(node.target))
+        for node in gm.graph.nodes
+        if node.op == "get_attr" and constant(gm, node) is None
+    }
+
+
+def _renamed(spec: InputSpec, copied: dict[Node, Node], gm: GraphModule) -> InputSpec:
+    """`spec` of a user input under the name that its placeholder got in the new graph."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.name == spec.arg.name:
+            return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=copied[node].name))
+    return spec
+
+
+def _output_specs(program: ExportedProgram, graph: Graph) -> list[OutputSpec]:
+    """The output specifications of `program` for the nodes that `graph` returns now."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    named = (TensorArgument, SymIntArgument, SymFloatArgument, SymBoolArgument)
+    specs = []
+    for spec, value in zip(program.graph_signature.output_specs, output.args[0], strict=True):
+        arg = spec.arg
+        if isinstance(value, Node) and isinstance(arg, named) and not isinstance(arg, ConstantArgument):
+            arg = dataclasses.replace(arg, name=value.name)
+        specs.append(dataclasses.replace(spec, arg=arg))
+    return specs

@@ -1,0 +1,92 @@
+"""Quantize/dequantize pairs where a recipe wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.formats import Format
+from passes.graph import Emitter, add_constant, dtype, is_call
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.quantize.sites import Site
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What to do at a site: a format, and the scale (None where it is measured at run time)."""
+
+    format: Format
+    scale: torch.Tensor | None
+
+
+class InsertQdq(Pass):
+    """Put quantize/dequantize on the operands that were chosen.
+
+    Before:
+        y = linear(x, w)
+    After:
+        y = linear(dequantize(quantize(x, sx), sx), dequantize(quantize(w, sw), sw))
+
+    Requires: the sites of `find_sites` on this graph. A `softmax` site is left to `FuseAttentionQdq`.
+    Ensures: consumers of one tensor that agree on format and scale shape share one pair; an edge that was not chosen
+        keeps the float values, bit for bit.
+    Declines when: the operand is quantized in that format already, by an output quantizer before it.
+    Why: a pair on the edge, not on the producer, is what lets a residual stay exact.
+    """
+
+    def __init__(self, quantizers: Mapping[Site, Quantizer]) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+
+    def rewrite(self, gm: GraphModule) -> None:
+        pairs: dict[tuple[Node, str, tuple[int, ...] | None], Node] = {}
+        outputs_first = sorted(self.quantizers.items(), key=lambda item: item[0].operand != "output")
+        for site, quantizer in outputs_first:
+            if site.operand == "softmax":
+                continue
+            source = site.tensor
+            if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:
+                self.decline("this tensor is quantized already, by the output quantizer before it", source)
+                continue
+            key = (source, quantizer.format.name, None if quantizer.scale is None else tuple(quantizer.scale.shape))
+            if key not in pairs:
+                pairs[key] = self._insert(gm, site, source, quantizer)
+                self.fire()
+            if site.operand == "output":
+                source.replace_all_uses_with(pairs[key], delete_user_cb=lambda user: not _is_quantize(user))
+            else:
+                site.consumer.replace_input_with(source, pairs[key])
+
+    def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
+        anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else _after(source)
+        emit = Emitter(anchor, like=site.consumer)
+        name, result = quantizer.format.name, dtype(source)
+        if quantizer.scale is None:
+            dynamic = emit(DYNAMIC_QUANTIZE, source, None, format=name)
+            codes, scale = emit.getitem(dynamic, 0), emit.getitem(dynamic, 1)
+        else:
+            prefix = f"{site.module}." if site.module else ""
+            scale = add_constant(gm, f"{prefix}{site.operand}_scale", quantizer.scale, anchor)
+            codes = dynamic = emit(QUANTIZE, source, scale, format=name)
+        pair = emit(DEQUANTIZE, codes, scale, format=name, dtype=result)
+        for node in (dynamic, pair):
+            node.meta["custom"] = {**node.meta.get("custom", {}), "quantizer": site.name}
+        return pair
+
+
+def _is_quantize(node: Node) -> bool:
+    return is_call(node, QUANTIZE, DYNAMIC_QUANTIZE)
+
+
+def _after(node: Node) -> Node:
+    """The first place behind `node` where a call can stand: behind all placeholders if it is one."""
+    following = node.next
+    while node.op == "placeholder" and following.op == "placeholder":
+        following = following.next
+    return following
+
+

@@ -1,0 +1,88 @@
+"""Where quantizers can sit: every operand of a linear layer, an attention and a norm that a recipe can name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from passes.graph import aten, calls, is_call, is_constant_expression, module_class, module_path, root_constants
+from passes.ir import DEQUANTIZE
+
+SDPA = aten.scaled_dot_product_attention.default
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+# Operand -> (suffix of the quantizer's name, index of the operand among the arguments of the consumer).
+_OPERANDS = {
+    "input": ("input_quantizer", 0),
+    "weight": ("weight_quantizer", 1),
+    "output": ("output_quantizer", None),
+    "q": ("q_bmm_quantizer", 0),
+    "k": ("k_bmm_quantizer", 1),
+    "v": ("v_bmm_quantizer", 2),
+    "softmax": ("softmax_bmm_quantizer", None),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer that a recipe can switch on.
+
+    Attributes:
+        module: path of the module that owns it.
+        operand: `input`, `weight` or `output` of a linear layer or norm; `q`, `k`, `v` or `softmax` of an attention.
+        module_class: qualified class name of that module.
+        consumer: the call whose operand (or result) is quantized.
+    """
+
+    module: str
+    operand: str
+    module_class: str | None
+    consumer: Node
+
+    @property
+    def name(self) -> str:
+        """The quantizer's full name, which the globs of a recipe match."""
+        return f"{self.module}.{self.suffix}" if self.module else self.suffix
+
+    @property
+    def suffix(self) -> str:
+        return _OPERANDS[self.operand][0]
+
+    @property
+    def tensor(self) -> Node:
+        """The node whose values the quantizer sees."""
+        index = _OPERANDS[self.operand][1]
+        if index is None:
+            return self.consumer
+        operand = self.consumer.args[index]
+        assert isinstance(operand, Node)
+        return operand
+
+
+def find_sites(gm: GraphModule) -> list[Site]:
+    """Every place of a normalized graph that could be quantized, in the order of the graph."""
+    sites = []
+    for node in calls(gm.graph, aten.linear.default, SDPA, *NORMS):
+        owner = module_class(node)
+        if node.target is SDPA:
+            sites += [Site(module_path(node), operand, owner, node) for operand in ("q", "k", "v", "softmax")]
+        elif node.target in NORMS:
+            sites.append(Site(module_path(node), "output", owner, node))
+        elif is_constant_expression(node.args[1]):
+            name = linear_name(node)
+            sites += [Site(name, operand, owner, node) for operand in ("input", "weight", "output")]
+    return sites
+
+
+def linear_name(node: Node) -> str:
+    """Path of a linear layer: its weight's name without `.weight`, which also names `F.linear` calls apart."""
+    weight = node.args[1].args[0] if is_call(node.args[1], DEQUANTIZE) else node.args[1]  # type: ignore[union-attr]
+    assert isinstance(weight, Node)
+    if not is_constant_expression(weight):
+        return module_path(node)
+    roots = root_constants(weight)
+    name = str(roots[0].target)
+    if len(roots) != 1 or not name.endswith("weight"):
+        return module_path(node)
+    return name.removesuffix("weight").rstrip("._")
