@@ -1,0 +1,50 @@
+"""The exceptions a user can meet, one tree under `QCompileError`."""
+
+from __future__ import annotations
+
+from passes.errors import PassError, QCompileError
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "EngineError",
+    "ExpectationError",
+    "ExportError",
+    "PassError",
+    "QCompileError",
+    "RecipeError",
+    "SourceError",
+    "VerificationError",
+]
+
+
+class SourceError(QCompileError):
+    """A model source (directory, `.pt2` file, factory) could not be read."""
+
+
+class CaptureError(QCompileError):
+    """`torch.export` could not capture the model."""
+
+
+class RecipeError(QCompileError):
+    """A recipe is not valid, or asks for what this version cannot do."""
+
+
+class CalibrationError(QCompileError):
+    """Calibration data is missing, or a tensor has no usable range."""
+
+
+class ExportError(QCompileError):
+    """A program could not be lowered to ONNX."""
+
+
+class VerificationError(QCompileError):
+    """An exported file failed a check; the file was not put in place."""
+
+
+class EngineError(QCompileError):
+    """The TensorRT builder refused the file or the request."""
+
+
+class ExpectationError(QCompileError):
+    """What was built falls short of what the caller said to expect."""

@@ -1,0 +1,271 @@
+"""Rule resolution against a naive oracle; notices; what a kind of quantizer cannot be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompile.errors import RecipeError
+from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
+from qcompile.recipe.globs import KINDS, glob_matches, possible_kinds
+
+Data = dict[str, Any]
+W, X, Q = "a.b.weight_quantizer", "a.b.input_quantizer", "a.q_bmm_quantizer"
+
+
+def recipe(*rules: Data) -> Recipe:
+    return load_recipe({"metadata": {"name": "mine", "description": "a test"}, "rules": list(rules)})
+
+
+def names(*texts: str, module_class: str | None = None) -> list[QuantizerName]:
+    return [QuantizerName(text, module_class) for text in texts]
+
+
+def oracle_glob(name: str, pattern: str) -> bool:
+    """`*` and `?` only, one character at a time; a leading `*.` may also be nothing."""
+
+    def match(text: str, glob: str) -> bool:
+        if not glob:
+            return not text
+        if glob[0] == "*":
+            return any(match(text[i:], glob[1:]) for i in range(len(text) + 1))
+        return bool(text) and glob[0] in (text[0], "?") and match(text[1:], glob[1:])
+
+    return match(name, pattern) or match("." + name, pattern if pattern.startswith("*.") else "\0")
+
+
+paths = st.lists(st.sampled_from(["a", "b", "head", "fc1"]), max_size=3).map(".".join)
+quantizers = st.builds(lambda path, kind: f"{path}.{kind}" if path else kind, paths, st.sampled_from(KINDS))
+globs = st.one_of(
+    st.sampled_from(["*", "*.weight_quantizer", "a.*", "*.head.*", "*_quantizer"]),  # often hit the same quantizer
+    quantizers,
+    st.lists(
+        st.sampled_from(["*", "*.", ".", "?", "a", "head", "_quantizer", "weight", "b"]), min_size=1, max_size=5
+    ).map("".join),
+)
+actions: st.SearchStrategy[Data] = st.sampled_from([{"format": "fp8"}, {"format": "int8"}, {"enable": False}])
+classes = st.sampled_from([None, "torch.nn.Linear", "my.Head", "Embedding"])
+class_globs = st.sampled_from([None, None, None, None, None, "*", "Linear", "torch.nn.*", "*e*d*"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(globs, class_globs, actions | st.just({"enable": True})), min_size=2, max_size=6),
+    st.lists(st.tuples(quantizers, classes), min_size=1, max_size=6, unique_by=lambda pair: pair[0]),
+)
+def test_the_last_matching_rule_wins(
+    rules: list[tuple[str, str | None, Data]], model: list[tuple[str, str | None]]
+) -> None:
+    everything: list[tuple[str, str | None, Data]] = [("*", None, {"format": "fp8"}), *rules]
+    data = [{"quantizer": glob, "module_class": cls, **action} for glob, cls, action in everything]
+    result = resolve(recipe(*data), [QuantizerName(*pair) for pair in model])
+
+    expected: dict[str, str] = {}
+    off: dict[str, int] = {}
+    for name, cls in model:
+        form, on = None, False
+        for index, (glob, cls_glob, action) in enumerate(everything):
+            ends = [] if cls is None else [cls, cls.split(".")[-1]]
+            if not oracle_glob(name, glob) or not (cls_glob is None or any(oracle_glob(e, cls_glob) for e in ends)):
+                continue
+            form = action.get("format", form)
+            on = action.get("enable", True)
+            off[name] = index
+        if on and form:
+            expected[name] = form
+    assert {name: config.format for name, config in result.configs.items()} == expected
+    disabled = [name for name, _ in model if name not in expected]
+    assert {name: rule.where.file for name, rule in result.disabled.items()} == {
+        name: f"rules[{off[name]}]" for name in disabled
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(globs, actions), min_size=1, max_size=5),
+    st.lists(quantizers, max_size=5, unique=True),
+)
+def test_a_rule_has_a_notice_exactly_if_it_decides_nothing(rules: list[tuple[str, Data]], model: list[str]) -> None:
+    """Without `enable: true`: a rule has a notice if and only if no quantizer names it as the one that decided."""
+    data = [{"quantizer": glob, **action} for glob, action in rules]
+    result = resolve(recipe(*data), names(*model))
+    noticed = {notice.file for notice in result.notices}
+    deciding = {config.source for config in result.configs.values()}
+    deciding |= {str(rule.where) for rule in result.disabled.values()}
+    assert noticed == {f"rules[{i}]" for i in range(len(rules))} - deciding
+    for notice in result.notices:
+        glob = rules[int(notice.file[6:-1])][0]
+        assert (notice.kind == "matches_nothing") == (not any(oracle_glob(name, glob) for name in model))
+
+
+@given(globs, quantizers)
+def test_globs_and_the_kinds_they_can_reach(glob: str, name: str) -> None:
+    assert glob_matches(name, glob) == oracle_glob(name, glob)
+    if oracle_glob(name, glob) and "?" not in glob:
+        assert name.rpartition(".")[2] in possible_kinds(glob)
+
+
+@pytest.mark.parametrize(
+    ("glob", "kinds"),
+    [
+        ("*", KINDS),
+        ("*.mlp.*", KINDS),
+        ("*.weight_quantizer", ("weight_quantizer",)),
+        ("weight_quantizer", ("weight_quantizer",)),
+        ("*weight_quantizer", ("weight_quantizer",)),
+        ("*[qk]_bmm_quantizer", ("q_bmm_quantizer", "k_bmm_quantizer")),
+        ("*.[qk]_bmm_quantizer", ("q_bmm_quantizer", "k_bmm_quantizer")),
+        ("*_bmm_quantizer", KINDS[3:]),
+        ("a.fc1.input_quantizer", ("input_quantizer",)),
+        ("*.lm_head", ()),
+        ("*.weight_quantiser", ()),
+    ],
+)
+def test_kinds_that_a_glob_can_reach(glob: str, kinds: tuple[str, ...]) -> None:
+    reached = possible_kinds(glob)
+    assert set(kinds) <= set(reached)
+    if glob != "*[qk]_bmm_quantizer":  # without the dot, `*` may end inside "softmax"
+        assert set(reached) == set(kinds)
+
+
+def test_a_leading_star_dot_also_matches_at_the_start() -> None:
+    rules = recipe({"quantizer": "*.head.*", "format": "fp8"})
+    model = names(
+        *(f"{path}.weight_quantizer" for path in ("head", "model.head", "multihead", "model.multihead.x", "heads"))
+    )
+    assert list(resolve(rules, model).configs) == ["head.weight_quantizer", "model.head.weight_quantizer"]
+
+
+def test_case_matters() -> None:
+    assert not resolve(recipe({"quantizer": "*Head*", "format": "fp8"}), names("head.weight_quantizer")).configs
+
+
+def test_a_module_class_matches_by_qualified_or_last_name() -> None:
+    for glob, hit in [("Linear", True), ("torch.nn.modules.*", True), ("*Router", False), ("linear", False)]:
+        rules = recipe({"quantizer": "*", "module_class": glob, "format": "fp8"})
+        assert bool(resolve(rules, names(W, module_class="torch.nn.modules.linear.Linear")).configs) is hit
+        assert not resolve(rules, names(W)).configs  # an unknown class matches no rule that asks for one
+
+
+def test_every_field_of_a_rule_reaches_the_config() -> None:
+    rules = recipe(
+        {"quantizer": W, "format": "fp8", "granularity": "per_block", "block_shape": [128, 64]},
+        {"quantizer": X, "format": "int8", "granularity": "per_token", "dynamic": True, "rotate": False},
+        {"quantizer": Q, "format": "fp8"},
+    )
+    assert resolve(rules, names(W, X, Q)).configs == {
+        W: QuantizerConfig("fp8", "per_block", (128, 64)),
+        X: QuantizerConfig("int8", "per_token", dynamic=True),
+        Q: QuantizerConfig("fp8"),
+    }
+
+
+def test_block_formats_bring_their_own_layout() -> None:
+    for form, block in [("nvfp4", (1, 16)), ("mxfp8", (1, 32))]:
+        configs = resolve(recipe({"quantizer": "*", "format": form, "rotate": True}), names(W, X)).configs
+        assert configs[W] == QuantizerConfig(form, "per_block", block, dynamic=False, rotate=True)
+        assert configs[X] == QuantizerConfig(form, "per_block", block, dynamic=True, rotate=True)
+
+
+def test_enable_brings_back_the_earlier_format() -> None:
+    rules = recipe(
+        {"quantizer": "*", "format": "fp8"},
+        {"quantizer": "a.*", "enable": False},
+        {"quantizer": W, "enable": True},
+    )
+    result = resolve(rules, names(W, X))
+    assert result.configs == {W: QuantizerConfig("fp8")}
+    assert result.configs[W].source == "rules[0], switched on at rules[2]"
+    assert result.disabled == {X: rules.rules[1]}
+    assert result.notices == []
+
+
+def test_enable_without_any_format_is_an_error() -> None:
+    rules = recipe({"quantizer": X, "format": "fp8"}, {"quantizer": "*.[wq]*_quantizer", "enable": True})
+    with pytest.raises(RecipeError, match=r"^rules\[1\]: `enable: true` on .* matches a.b.weight_quantizer and 1 more"):
+        resolve(rules, names(W, X, Q))
+
+
+def test_a_format_after_a_switch_is_on_again() -> None:
+    rules = recipe(
+        {"quantizer": "*", "format": "fp8"},
+        {"quantizer": "*", "enable": False},
+        {"quantizer": W, "format": "int8"},
+    )
+    result = resolve(rules, names(W, X))
+    assert result.configs == {W: QuantizerConfig("int8")}
+    assert list(result.disabled) == [X]
+    assert [notice.file for notice in result.notices] == ["rules[0]"]
+
+
+def test_quantizers_that_no_rule_names_are_in_neither_table() -> None:
+    result = resolve(recipe({"quantizer": X, "format": "fp8"}), names(W, X))
+    assert (list(result.configs), result.disabled) == ([X], {})
+
+
+def test_notices_name_file_line_and_winner(tmp_path: Any) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "metadata: {name: n, description: d}\n"
+        "rules:\n"
+        '- {quantizer: "*.weight_quantizer", format: fp8}\n'
+        '- {quantizer: "*lm_head*", enable: false}\n'
+        '- {quantizer: "*.lm_head", enable: false}\n'
+        '- {quantizer: "*", module_class: Router, enable: false}\n'
+        '- {quantizer: "*.input_quantiser", enable: false}\n'
+        '- {quantizer: "a.*", format: int8}\n'
+    )
+    assert [str(notice) for notice in resolve(load_recipe(path), names(W)).notices] == [
+        f"{path}:3: the rule for '*.weight_quantizer' is wholly overridden by 'a.*' ({path}:8)",
+        f"{path}:4: the glob '*lm_head*' matches nothing in this model",
+        f"{path}:5: the glob '*.lm_head' can match no quantizer of any model; a name ends in a quantizer, "
+        "so add `.*` to name a module",
+        f"{path}:6: the glob '*' with module_class 'Router' matches nothing in this model",
+        f"{path}:7: the glob '*.input_quantiser' can match no quantizer of any model; did you mean 'input_quantizer'?",
+    ]
+
+
+def test_a_model_that_needs_what_its_kind_cannot_do() -> None:
+    rules = recipe({"quantizer": "a.*", "format": "nvfp4"})
+    message = "rules[0]: attention operands have one scale per tensor, so q_bmm_quantizer cannot be nvfp4 in blocks"
+    with pytest.raises(RecipeError, match=re.escape(f"{message}; the glob 'a.*' matches {Q}")):
+        resolve(rules, names(W, Q))
+    later = {"quantizer": "*_bmm_quantizer", "format": "fp8"}
+    assert resolve(recipe({"quantizer": "a.*", "format": "nvfp4"}, later), names(W, Q)).configs[Q].format == "fp8"
+
+
+def test_rotating_one_side_is_an_error() -> None:
+    rules: list[Data] = [{"quantizer": W, "format": "nvfp4", "rotate": True}, {"quantizer": X, "format": "nvfp4"}]
+    with pytest.raises(RecipeError, match=r"^a\.b: `rotate` must be the same .*weight: rules\[0\]; input: rules\[1\]"):
+        resolve(recipe(*rules), names(W, X))
+    assert resolve(recipe(rules[0]), names(W, X)).configs[W].rotate  # weight-only: the input has no quantizer
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (QuantizerConfig("fp8"), None),
+        (QuantizerConfig("int8", "per_channel"), None),
+        (QuantizerConfig("fp8", "per_token", dynamic=True), None),
+        (
+            QuantizerConfig("nvfp4", "per_block", (1, 16), source="r.yaml:3"),
+            "r.yaml:3: not supported yet: format nvfp4",
+        ),
+        (QuantizerConfig("mxfp8", "per_block", (1, 32)), "recipe: not supported yet: format mxfp8"),
+        (QuantizerConfig("fp8", "per_block", (128, 128)), "per_block fp8 with block_shape [128, 128]"),
+        (QuantizerConfig("fp8", rotate=True), "`rotate: true`"),
+        (QuantizerConfig("fp8", dynamic=True), "dynamic per_tensor scales"),
+    ],
+)
+def test_what_this_version_cannot_run(config: QuantizerConfig, reason: str | None) -> None:
+    found = unsupported(config)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_name_that_is_no_quantizer() -> None:
+    with pytest.raises(ValueError, match=r"'a\.b\.weight' does not end in a quantizer's name"):
+        QuantizerName("a.b.weight")
