@@ -1,0 +1,139 @@
+"""Builds a TensorRT engine from an ONNX file and reports what it does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from qcompile.engine.backend import Backend, find_backend
+from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.judge import MIN_KEYS, Judgement, judge
+from qcompile.engine.listeners import Step
+from qcompile.engine.precheck import precheck
+from qcompile.engine.profiles import Profile
+from qcompile.engine.report import EngineReport, check_keys
+from qcompile.engine.shapes import static_shapes
+from qcompile.engine.trt_build import Built, build
+from qcompile.errors import EngineError
+
+
+def build_engine(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    target: str | None = None,
+    profiles: Profile | Sequence[Profile] | None = None,
+    expect: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> EngineReport:
+    """Build a TensorRT engine from an ONNX file and say which kernels it runs.
+
+    `tensorrt` is used when it is installed and the target is the GPU of this machine; otherwise `tensorrt_rtx`
+    compiles ahead of time, without a GPU. Types are those in the file (strongly typed).
+
+    Args:
+        model: path of an ONNX file; external data is found beside it.
+        output: where to write the engine; None builds and judges only. It replaces an existing file when complete.
+        target: compute capability, such as "sm89", "sm120" or "8.9". None: the GPU of this machine.
+        profiles: for files with dynamic shapes, {input name: (min, opt, max)} with shapes in elements, or several.
+        expect: see `EngineReport.check`; a shortfall is an error, and nothing is written.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        EngineError: the file, the target, a profile or the combination cannot be built.
+        ExpectationError: the engine falls short of `expect`.
+    """
+    check_keys(expect or {})
+    destination = None if output is None else _destination(output)
+    graph = OnnxGraph.load(model)
+    backend = find_backend(target)
+    precheck(graph, backend.target)
+    started = time.perf_counter()
+    with _progress(f"sm{backend.target}", progress) as step:
+        built = build(model, graph, backend, profiles, step)
+    report = _report(built, graph, backend, time.perf_counter() - started)
+    report.check(expect or {})
+    if destination is not None:
+        _write(destination, built.plan)
+    return report
+
+
+def _report(built: Built, graph: OnnxGraph, backend: Backend, seconds: float) -> EngineReport:
+    judged = []
+    for index in range(max(1, len(built.profiles))):
+        minima = {name: shapes[0] for name, shapes in built.profiles[index].items()} if built.profiles else {}
+        mine = [layer for layer in built.layers if layer.profile == index]
+        judged.append(judge(mine, graph, static_shapes(graph.model, minima)))
+    worst = max(range(len(judged)), key=lambda index: judged[index].badness)
+    result = judged[worst]
+    return EngineReport(
+        target=f"sm{backend.target}",
+        builder=backend.version,
+        kernels=result.kernels,
+        attention=result.attention,
+        gemms=result.gemms,
+        convolutions=result.convolutions,
+        not_low_precision=result.not_low_precision,
+        notices=_notices(result, worst, built.profiles),
+        bytes=built.plan.nbytes,
+        seconds=seconds,
+        layers=built.layers,
+    )
+
+
+def _notices(result: Judgement, index: int, profiles: list[Profile]) -> list[str]:
+    notices = []
+    if len(profiles) > 1:
+        notices.append(f"{len(profiles)} profiles: the counts are those of profile {index}, the worst of them")
+    if result.short_keys:
+        modules = ", ".join(module for module, _ in result.short_keys)
+        fewest = min(keys for _, keys in result.short_keys)
+        advice = f"raise the profile's minimum to {MIN_KEYS}" if profiles else f"export with at least {MIN_KEYS} tokens"
+        notices.append(
+            f"{len(result.short_keys)} quantized attentions are not fused in FP8, because their key sequence can be as "
+            f"short as {fewest}: TensorRT fuses from {MIN_KEYS} on; {advice} ({modules})"
+        )
+    return notices
+
+
+def _destination(output: str | os.PathLike[str]) -> Path:
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise EngineError(f"cannot write {path}: the directory {path.parent} does not exist")
+    if path.is_dir():
+        raise EngineError(f"cannot write {path}: it is a directory")
+    return path
+
+
+def _write(path: Path, plan: Any) -> None:
+    """Write beside the final name and move into place, so that a crash or a full disk leaves the old file whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(memoryview(plan))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise EngineError(f"cannot write the engine to {path}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(target: str, show: bool) -> Iterator[Step]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(f"engine for {target}", total=None)
+
+        def step(phase: str, done: int, total: int) -> None:
+            bar.update(task, description=f"engine for {target}: {phase}", completed=done, total=total)
+
+        yield step

@@ -1,0 +1,100 @@
+"""An index over an ONNX file: who makes and reads a tensor, what is constant, what is quantized, module paths."""
+
+from __future__ import annotations
+
+import ast
+import os
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from qcompile.errors import EngineError
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+# Operators that move or retype a tensor without changing what it holds.
+MOVES = frozenset(
+    {
+        *("Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity"),
+        *("Slice", "Split", "Gather", "Concat", "Dropout"),
+    }
+)
+# A search over the graph gives up after so many nodes in a row.
+REACH = 16
+# No constant that a shape depends on is larger; the values of larger ones are weights, which nothing here looks at.
+_KEEP_BYTES = 4096
+
+
+def node_name(node: onnx.NodeProto) -> str:
+    """The name that the builder uses for a node: its own, or one made from its first output."""
+    return str(node.name) or f"node_of_{node.output[0] if node.output else ''}"
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """The module path in the node's metadata (second last of the exporter's name scopes), else the node's name."""
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            try:
+                scopes = ast.literal_eval(entry.value)
+            except (ValueError, SyntaxError):
+                break
+            if isinstance(scopes, list) and len(scopes) >= 2 and scopes[-2]:
+                return str(scopes[-2])
+    return node_name(node)
+
+
+class OnnxGraph:
+    """The main graph of an ONNX model, indexed. Bodies of If, Loop and functions are not looked into."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self._producer = {out: node for node in self.nodes for out in node.output if out}
+        self._modules = {node_name(node): module_path(node) for node in self.nodes}
+        self._constants = {init.name for init in model.graph.initializer}
+        self._consumers: dict[str, list[onnx.NodeProto]] = {}
+        folded = MOVES | {"Constant", "ConstantOfShape", "DequantizeLinear", "Mul"}
+        for node in self.nodes:
+            for tensor in node.input:
+                self._consumers.setdefault(tensor, []).append(node)
+            if node.op_type in folded and all(tensor in self._constants for tensor in node.input if tensor):
+                self._constants.update(node.output)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OnnxGraph:
+        """Read a file without its weights. Raises EngineError when it is missing or no ONNX file."""
+        try:
+            model = onnx.load(os.fspath(path), load_external_data=False)
+        except (OSError, DecodeError) as error:
+            raise EngineError(f"cannot read {os.fspath(path)} as an ONNX file: {error}") from error
+        if not model.graph.output:
+            raise EngineError(f"{os.fspath(path)} is not an ONNX file, or its graph has no output")
+        for init in model.graph.initializer:
+            if len(init.raw_data) > _KEEP_BYTES:
+                init.ClearField("raw_data")
+        return cls(model)
+
+    def module(self, name: str) -> str:
+        """Module path of the node of that name; the name itself when the file does not have it."""
+        return self._modules.get(name, name)
+
+    def producer(self, tensor: str) -> onnx.NodeProto | None:
+        return self._producer.get(tensor)
+
+    def consumers(self, tensor: str) -> list[onnx.NodeProto]:
+        return self._consumers.get(tensor, [])
+
+    def is_constant(self, tensor: str) -> bool:
+        return tensor in self._constants
+
+    def is_quantized(self, tensor: str) -> bool:
+        """Whether a tensor is a dequantized one, perhaps moved, retyped or multiplied by a constant since."""
+        node = self.producer(tensor)
+        for _ in range(REACH):
+            if node is None or node.op_type == "DequantizeLinear":
+                return node is not None
+            if node.op_type not in MOVES and node.op_type not in ("Mul", "Div"):
+                return False
+            tensors = [t for t in node.input if t and t not in self._constants] or list(node.input[:1])
+            node = self.producer(tensors[0]) if tensors else None
+        return False

@@ -1,0 +1,139 @@
+"""Judges a layer list against the file that it was built from: what fused, what ran in low precision, what did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.layers import LOW_PRECISION, Layer
+from qcompile.engine.patterns import Attention, Gemm, find_attentions, find_gemms
+from qcompile.engine.report import AttentionCount, NotLowPrecision
+from qcompile.engine.shapes import head_dim, key_length
+
+# Observed with TensorRT-RTX 1.7.1: with fewer keys than this, or larger heads, there is no fused FP8 kernel.
+MIN_KEYS = 32
+MAX_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The counts for one profile; `short_keys` are attentions (module, keys) that too few keys kept from fusing."""
+
+    kernels: int
+    attention: AttentionCount
+    gemms: dict[str, int]
+    convolutions: dict[str, int]
+    not_low_precision: list[NotLowPrecision]
+    short_keys: list[tuple[str, int]]
+
+    @property
+    def badness(self) -> tuple[int, int, int]:
+        """Orders profiles: fewer FP8 attentions, then more left in high precision, then more kernels."""
+        return -self.attention.fp8, len(self.not_low_precision), self.kernels
+
+
+def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Judgement:
+    """Count the kernels of one profile and explain what is not in low precision.
+
+    Args:
+        layers: one profile's part of the layer list.
+        graph: the file.
+        shapes: its static shapes at the smallest shapes of the profile.
+    """
+    kernels = [layer for layer in layers if layer.is_kernel]
+    attentions = find_attentions(graph)
+    products = find_gemms(graph, attentions)
+    count, gaps, short = _attentions(kernels, attentions, graph, shapes)
+    for product in products:
+        gaps.extend(_gemm_gap(product, kernels))
+    of_attention = frozenset[str]().union(*(a.nodes for a in attentions))
+    own = {product.name for product in products}
+    gemms = [k for k in kernels if k.is_gemm and (own & set(k.onnx_nodes) or not of_attention & set(k.onnx_nodes))]
+    convolutions = [k for k in kernels if k.is_convolution]
+    return Judgement(len(kernels), count, _by_precision(gemms), _by_precision(convolutions), gaps, short)
+
+
+def _by_precision(kernels: list[Layer]) -> dict[str, int]:
+    return {p: sum(k.precision == p for k in kernels) for p in ("fp8", "fp4", "int8", "half", "float")}
+
+
+def _attentions(
+    kernels: list[Layer], attentions: list[Attention], graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[AttentionCount, list[NotLowPrecision], list[tuple[str, int]]]:
+    gaps: list[NotLowPrecision] = []
+    short: list[tuple[str, int]] = []
+    precisions: list[str] = []
+    present = {name for k in kernels for name in k.onnx_nodes}
+    fused = [k for k in kernels if k.is_attention]
+    unmatched = list(fused)
+    for attention in attentions:
+        if not attention.nodes & present:
+            continue  # folded into a constant, or its result is not used
+        mine = [k for k in fused if attention.nodes.intersection(k.onnx_nodes)]
+        unmatched = [k for k in unmatched if k not in mine]
+        precision = mine[0].precision if mine else "unfused"
+        precisions.append(precision)
+        if precision not in LOW_PRECISION:
+            parts = [k for k in kernels if attention.nodes.intersection(k.onnx_nodes)]
+            why = _why_attention(attention, precision, parts, shapes)
+            gaps.append(NotLowPrecision("attention", attention.module, why))
+            keys = key_length(attention, shapes)
+            if not attention.unquantized and keys is not None and keys < MIN_KEYS:
+                short.append((attention.module, keys))
+    for kernel in unmatched:  # an attention that was written in a way that the file's index does not know
+        precisions.append(kernel.precision)
+        if kernel.precision not in LOW_PRECISION:
+            name = graph.module(kernel.onnx_nodes[0]) if kernel.onnx_nodes else kernel.name
+            gaps.append(NotLowPrecision("attention", name, f"one fused kernel, in {kernel.precision}"))
+    count = AttentionCount(
+        total=len(precisions), fused=len(precisions) - precisions.count("unfused"), fp8=precisions.count("fp8")
+    )
+    return count, gaps, short
+
+
+def unsupported_shape(attention: Attention, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a quantized attention of these shapes has no fused FP8 kernel; None when its shapes are no obstacle."""
+    keys, head = key_length(attention, shapes), head_dim(attention, shapes)
+    if keys is not None and keys < MIN_KEYS:
+        return f"its key sequence can be as short as {keys}, and fused FP8 attention needs at least {MIN_KEYS}"
+    if head is not None and head > MAX_HEAD:
+        return f"head dimension {head}, and fused FP8 attention takes at most {MAX_HEAD}"
+    return None
+
+
+def _why_attention(
+    attention: Attention, precision: str, parts: list[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    state = "not fused" if precision == "unfused" else f"fused in {precision}"
+    if len(attention.unquantized) == 4:
+        return f"{state}: not quantized in the file"
+    if attention.unquantized:
+        return f"{state}: {', '.join(attention.unquantized)} not quantized in the file"
+    if obstacle := unsupported_shape(attention, shapes):
+        return f"{state}: {obstacle}"
+    if any(k.is_gemm and k.outputs and k.outputs[0].datatype == "Float" for k in parts):
+        return f"{state}: its products are float32; DequantizeLinear has to give float16 or bfloat16"
+    if precision != "unfused":
+        return f"{state}: quantized in the file, but the builder has no FP8 kernel for this shape (one query?)"
+    return f"{state}: quantized in the file, but the builder has no FP8 kernel for this form"
+
+
+def _gemm_gap(gemm: Gemm, kernels: list[Layer]) -> list[NotLowPrecision]:
+    """The entry for a GEMM that ran in high precision; none when it ran low, or was folded into a constant."""
+    mine = [k for k in kernels if gemm.name in k.onnx_nodes]
+    main = [k for k in mine if k.is_gemm or k.is_convolution] or mine
+    if not main:
+        return []
+    precision = main[0].precision
+    is_product = main[0].is_gemm or main[0].is_convolution
+    if is_product and precision in LOW_PRECISION:
+        return []
+    ran = f"ran in {precision}" if is_product else f"computed by the pointwise kernel {main[0].name}"
+    if len(gemm.unquantized) == 2:
+        why = "not quantized in the file"
+    elif gemm.unquantized:
+        why = f"{gemm.unquantized[0]} not quantized in the file"
+    else:
+        why = "quantized in the file, but the builder does not multiply this form in low precision"
+    return [NotLowPrecision(gemm.kind, gemm.module, f"{ran}: {why}")]

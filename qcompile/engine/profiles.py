@@ -1,0 +1,74 @@
+"""Checks optimization profiles against a network's inputs, so that a mistake is named before the build starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qcompile.errors import EngineError
+
+Shape = Sequence[int]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+# input name -> its dimensions: a size, or the name of a dynamic one
+Inputs = Mapping[str, Sequence[int | str]]
+
+
+def checked_profiles(profiles: Profile | Sequence[Profile] | None, inputs: Inputs) -> list[Profile]:
+    """The profiles as a list, each complete and consistent.
+
+    Args:
+        profiles: {input: (min, opt, max)}, or a list of those.
+        inputs: the network's inputs.
+
+    Raises:
+        EngineError: names the input, what is wrong with its shapes, and for a missing one gives an example.
+    """
+    found = [] if profiles is None else [profiles] if isinstance(profiles, Mapping) else list(profiles)
+    dynamic = {name: dims for name, dims in inputs.items() if any(isinstance(d, str) for d in dims)}
+    if dynamic and not found:
+        raise EngineError(_missing(dynamic, dynamic))
+    for profile in found:
+        if unknown := [name for name in profile if name not in inputs]:
+            raise EngineError(f"the profile names {unknown[0]!r}, but the file's inputs are {', '.join(inputs)}")
+        if missing := {name: dims for name, dims in dynamic.items() if name not in profile}:
+            raise EngineError(_missing(missing, dynamic))
+        for name, shapes in profile.items():
+            _check_shapes(name, shapes, inputs[name])
+    return found
+
+
+def _check_shapes(name: str, shapes: tuple[Shape, Shape, Shape], dims: Sequence[int | str]) -> None:
+    declared = "(" + ", ".join(map(str, dims)) + ")"
+    if len(shapes) != 3 or any(isinstance(s, int) or len(s) != len(dims) for s in shapes):
+        raise EngineError(
+            f"profile of input {name!r}: three shapes (min, opt, max) of {len(dims)} sizes each are needed for "
+            f"{declared}, not {shapes}"
+        )
+    for axis, (dim, low, best, high) in enumerate(zip(dims, *shapes, strict=True)):
+        if isinstance(dim, int) and not low == best == high == dim:
+            raise EngineError(f"profile of input {name!r}: axis {axis} is {dim} in the file, not {low}, {best}, {high}")
+        if not 0 <= low <= best <= high:
+            raise EngineError(
+                f"profile of input {name!r}: axis {axis} needs min <= opt <= max, not {low}, {best}, {high}"
+            )
+
+
+def _missing(missing: Inputs, dynamic: Inputs) -> str:
+    """What is missing, with an example that has a likely size for every dynamic dimension."""
+    lines = [
+        f"  {name}: ({', '.join(map(str, dims))}); dynamic: {', '.join(d for d in dims if isinstance(d, str))}"
+        for name, dims in missing.items()
+    ]
+    sizes: dict[str, tuple[int, int, int]] = {}
+    for dims in dynamic.values():
+        for axis, dim in enumerate(dims):
+            if isinstance(dim, str):
+                sizes.setdefault(dim, (1, 8, 32) if axis == 0 else (32, 128, 512))
+    example = {
+        name: tuple(tuple(d if isinstance(d, int) else sizes[d][k] for d in dims) for k in range(3))
+        for name, dims in dynamic.items()
+    }
+    return (
+        "these inputs have dynamic dimensions and need an optimization profile:\n"
+        + "\n".join(lines)
+        + f"\npass (min, opt, max) for each, for example profiles={example}"
+    )

@@ -1,0 +1,115 @@
+"""What an engine does: kernels, fused attentions, GEMMs by type, and what did not run in low precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qcompile.engine.layers import Layer
+from qcompile.errors import EngineError, ExpectationError
+
+
+class AttentionCount(BaseModel):
+    """Attentions of the file: `total`; `fused` into one kernel in any type; `fp8`: fused, with FP8 q, k and v."""
+
+    model_config = ConfigDict(frozen=True)
+
+    total: int = 0
+    fused: int = 0
+    fp8: int = 0
+
+
+class NotLowPrecision(NamedTuple):
+    """An attention, GEMM or convolution that did not run in FP8, FP4 or INT8, by module path, and why."""
+
+    kind: str
+    module: str
+    reason: str
+
+
+class EngineReport(BaseModel):
+    """The result of `build_engine`.
+
+    Attributes:
+        target: what it was built for, such as "sm89".
+        builder: package and version that built it.
+        kernels: kernels of one run: layers other than signals, waits and shape calls.
+        attention: attentions of the file, and how many were fused.
+        gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float). Parallel GEMMs that the
+            builder merged are one; the two GEMMs of an attention that was not fused belong to it and are not counted.
+        convolutions: convolution kernels, by the same types.
+        not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
+        notices: what a reader should know, such as a profile that rules out fused FP8 attention.
+        bytes: size of the engine. seconds: wall-clock time of parsing and building.
+        layers: the builder's list, all profiles. With several profiles the counts are those of the worst one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    target: str
+    builder: str
+    kernels: int
+    attention: AttentionCount
+    gemms: dict[str, int]
+    convolutions: dict[str, int]
+    not_low_precision: list[NotLowPrecision]
+    notices: list[str]
+    bytes: int
+    seconds: float
+    layers: list[Layer]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineReport:
+        """Read what `to_json` wrote. Raises EngineError when the text is something else."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise EngineError(f"this is not an engine report: {error}") from error
+
+    def check(self, expect: Mapping[str, int]) -> None:
+        """Compare with what was expected.
+
+        Args:
+            expect: `attention_fp8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`, `gemm_int8`: at least
+                so many; `kernels`: at most so many.
+
+        Raises:
+            EngineError: an unknown key, or a value that is no count.
+            ExpectationError: names every shortfall and the module paths behind it.
+        """
+        check_keys(expect)
+        shortfalls = [line for key, wanted in expect.items() for line in self._shortfall(key, wanted)]
+        if shortfalls:
+            raise ExpectationError(
+                f"the engine for {self.target} falls short of what was expected:\n" + "\n".join(shortfalls)
+            )
+
+    def _shortfall(self, key: str, wanted: int) -> list[str]:
+        if key == "kernels":
+            met, bound, found, kind = self.kernels <= wanted, "at most", self.kernels, ""
+        else:
+            kind, _, precision = key.partition("_")
+            if kind == "gemm":
+                found = self.gemms[precision]
+            else:
+                found = self.attention.fp8 if precision else self.attention.fused
+            met, bound = found >= wanted, "at least"
+        behind = [f"    {n.kind} {n.module}: {n.reason}" for n in self.not_low_precision if n.kind == kind]
+        return [] if met else [f"  {key}: {bound} {wanted} wanted, {found} found", *behind]
+
+
+EXPECTATIONS = ("attention_fp8", "attention", "gemm_fp8", "gemm_fp4", "gemm_int8", "kernels")
+
+
+def check_keys(expect: Mapping[str, int]) -> None:
+    """Refuse an expectation that cannot be checked. Raises EngineError."""
+    for key, value in expect.items():
+        if key not in EXPECTATIONS:
+            raise EngineError(f"expect: unknown key {key!r}; known are {', '.join(EXPECTATIONS)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise EngineError(f"expect: {key} must be a count, not {value!r}")

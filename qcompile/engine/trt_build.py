@@ -1,0 +1,97 @@
+"""Drives the TensorRT builder: parse, configure, build, and turn what it says into one error or a layer list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.engine.backend import Backend
+from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.layers import Layer, parse_layers
+from qcompile.engine.listeners import Step, logger, monitor
+from qcompile.engine.messages import first, suspects, with_hint
+from qcompile.engine.profiles import Profile, checked_profiles
+from qcompile.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialized engine (a buffer owned by TensorRT), its layer list, and the profiles it was built for."""
+
+    plan: Any
+    layers: list[Layer]
+    profiles: list[Profile]
+
+
+def build(
+    path: str | os.PathLike[str],
+    graph: OnnxGraph,
+    backend: Backend,
+    profiles: Profile | Sequence[Profile] | None,
+    step: Step,
+) -> Built:
+    """Build one ONNX file. Raises EngineError with the node, its module path, the builder's reason and a hint."""
+    trt = backend.trt
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, log)
+    step("Parsing", 0, 1)
+    if not parser.parse_from_file(os.fspath(path)):
+        raise _parse_error(parser, graph)
+    found = checked_profiles(profiles, _inputs(network, graph))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = monitor(trt, step)
+    if backend.capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(backend.capability, 0)
+    for shapes in found:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in shapes.items():
+            profile.set_shape(name, tuple(low), tuple(best), tuple(high))
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = first(log.errors)
+        concerned = suspects(graph, found) if "dedicated kernel" in reason else []
+        raise EngineError(
+            "\n  ".join([with_hint(f"the builder refused the file for sm{backend.target}: {reason}"), *concerned])
+        )
+    return Built(plan, parse_layers(log.layers or _inspect(trt, log, plan), max(1, len(found))), found)
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The types in the file are the types that run; newer builders know nothing else and have no flag for it."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _inputs(network: Any, graph: OnnxGraph) -> dict[str, list[int | str]]:
+    """The network's inputs; a dynamic dimension is given the name that the file has for it."""
+    names = {
+        value.name: [d.dim_param or "?" for d in value.type.tensor_type.shape.dim] for value in graph.model.graph.input
+    }
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    return {
+        t.name: [d if d >= 0 else names.get(t.name, ["?"] * len(t.shape))[axis] for axis, d in enumerate(t.shape)]
+        for t in inputs
+    }
+
+
+def _parse_error(parser: Any, graph: OnnxGraph) -> EngineError:
+    error = parser.get_error(0)
+    node = error.node_name()
+    reason = first(error.desc().removeprefix(f"Invalid Node - {node}\n").splitlines())
+    where = f"{error.node_operator()} {node!r} in module {graph.module(node)!r}: " if node else ""
+    return EngineError(with_hint(f"TensorRT cannot read the file: {where}{reason}"))
+
+
+def _inspect(trt: Any, log: Any, plan: Any) -> str:
+    """The layer list of a builder that does not log it: load the engine (this needs a GPU) and ask."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(f"the engine was built, but cannot be loaded to list its layers: {first(log.errors)}")
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
