@@ -1,0 +1,30 @@
+"""qcompile: quantized PyTorch programs for TensorRT and ONNX Runtime, with proof of what fused.
+
+>>> program = qcompile.quantize(model, args, recipe="fp8", calibration=batches)
+>>> report = qcompile.export_onnx(program, "model.onnx", target="tensorrt")
+>>> engine = qcompile.build_engine("model.onnx", "model.engine", target="sm89")
+"""
+
+from __future__ import annotations
+
+from qcompile.api import build_engine
+from qcompile.engine import EngineReport
+from qcompile.errors import QCompileError
+from qcompile.onnx.export import export_onnx
+from qcompile.onnx.session import onnx_session
+from qcompile.quantize import quantize
+from qcompile.recipe import Recipe, list_recipes, load_recipe
+from qcompile.report import Report
+
+__all__ = [
+    "EngineReport",
+    "QCompileError",
+    "Recipe",
+    "Report",
+    "build_engine",
+    "export_onnx",
+    "list_recipes",
+    "load_recipe",
+    "onnx_session",
+    "quantize",
+]

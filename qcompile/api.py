@@ -1,0 +1,54 @@
+"""Public functions that join back ends, which do not import each other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch.export import ExportedProgram
+
+from qcompile.engine import EngineReport
+from qcompile.engine import build_engine as build_engine_from_file
+from qcompile.engine.profiles import Profile
+from qcompile.errors import EngineError
+from qcompile.onnx.export import export_onnx
+
+
+def build_engine(
+    model: str | os.PathLike[str] | ExportedProgram,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    target: str | None = None,
+    profiles: Profile | Sequence[Profile] | None = None,
+    route: Literal["onnx"] = "onnx",
+    expect: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> EngineReport:
+    """Build a TensorRT engine from an ONNX file or a program, and say which kernels it runs.
+
+    Args:
+        model: path of an ONNX file, or a program, which is exported to a temporary one first.
+        output: where to write the engine; None builds and reports only.
+        target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
+        profiles: for dynamic shapes, {input name: (min, opt, max)} with whole shapes, or several of those.
+        route: "onnx".
+        expect: what the engine must reach, such as {"attention_fp8": 12, "gemm_fp8": 49, "kernels": 149}: counts of
+            attentions and GEMMs are least counts, `kernels` is a largest one.
+        progress: show a bar on stderr.
+
+    Raises:
+        EngineError: the file, target or profile cannot be built. ExpectationError: the engine falls short.
+    """
+    if route != "onnx":
+        raise EngineError(f"route {route!r} is not supported by this version; use route='onnx'")
+    if not isinstance(model, ExportedProgram):
+        return build_engine_from_file(
+            model, output, target=target, profiles=profiles, expect=expect, progress=progress
+        )
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, target="tensorrt")
+        return build_engine_from_file(path, output, target=target, profiles=profiles, expect=expect, progress=progress)

@@ -1,0 +1,73 @@
+"""A PyTorch model as a normalized ATen graph, captured with torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompile.errors import CaptureError
+
+
+def capture(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> ExportedProgram:
+    """Capture `model` for inference as a functional ATen program with linear layers and attention kept whole.
+
+    Args:
+        model: a module, captured in eval mode and without a key/value cache, then left as it was; or a program that
+            `torch.export` made, with its own example inputs and dynamic shapes.
+        args, kwargs: example inputs.
+        dynamic_shapes: as in `torch.export.export`.
+
+    Raises:
+        CaptureError: no example inputs, or torch.export failed; the message carries its reason.
+    """
+    if isinstance(model, ExportedProgram):
+        if args or kwargs or dynamic_shapes is not None:
+            raise CaptureError("an ExportedProgram has its own inputs: give args, kwargs, dynamic_shapes with a module only")
+        program = model
+    else:
+        if not args and not kwargs:
+            raise CaptureError("a module is captured with example inputs: give args or kwargs")
+        with _for_inference(model), torch.no_grad():
+            program = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    # The empty table only makes the graph functional; the default one would split linear and attention.
+    return program.run_decompositions({})
+
+
+def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises whatever the model or a guard raises
+        raise CaptureError(f"torch.export could not capture {type(model).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if len(text) < 2000 else text[:2000] + " ..."
+
+
+@contextlib.contextmanager
+def _for_inference(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and, for Hugging Face models, no key/value cache; everything is put back on the way out."""
+    training = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    model.eval()
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,1 @@
+"""The ONNX back end: lowering, the verifier, execution and comparison."""

@@ -1,0 +1,130 @@
+"""Are the constants of every Q/DQ what TensorRT and ONNX Runtime both take: scales > 0, zero points 0 and typed?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from qcompile.onnx.checks.base import Findings
+from qcompile.onnx.inlining import function_key
+from qcompile.onnx.names import describe
+from qcompile.onnx.view import Array, ModelView, attribute
+
+FLOAT8 = {
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+}
+# E5M2 and the FNUZ variants: no TensorRT kernel reads them.
+UNSUPPORTED = FLOAT8 - {TensorProto.FLOAT8E4M3FN}
+
+
+def type_name(elem_type: int) -> str:
+    return str(TensorProto.DataType.Name(elem_type))
+
+
+def scales(view: ModelView) -> Findings:
+    """Every constant scale is > 0 and finite in its own dtype: 1e-8 is fine in fp32, and 0 in fp16.
+
+    Judged as stored and through the Casts above it. A scale that is computed from data cannot be judged here.
+    """
+    problems, verdicts = [], dict[str, str | None]()
+    nodes = view.of_type("QuantizeLinear", "DequantizeLinear")
+    for node in nodes:
+        name = node.input[1]
+        if name not in verdicts:
+            verdicts[name] = _scale_problem(view.value(name))
+        problem = verdicts[name] or _size_problem(view, node)
+        if problem:
+            problems.append(f"{describe(node)}: scale '{name}' {problem}")
+    for node, formal, value in _function_scales(view):
+        if problem := _scale_problem(value):
+            problems.append(f"{describe(node)}: {formal} {problem}")
+    dynamic = sum(name not in view.constants for name in verdicts)
+    return Findings(
+        problems, f"{len(verdicts) - dynamic} constant scales > 0 and finite, {dynamic} computed at run time"
+    )
+
+
+def _scale_problem(value: Array | None) -> str | None:
+    if value is None:
+        return None
+    numbers = value.astype(np.float32) if value.dtype != np.float64 else value
+    bad = ~((numbers > 0) & np.isfinite(numbers))
+    if not bad.any():
+        return None
+    first = float(numbers[bad][0]) if numbers.ndim else float(numbers)
+    return f"has {int(bad.sum())} of {bad.size} values not > 0 and finite in {value.dtype} (the first: {first})"
+
+
+def _size_problem(view: ModelView, node: onnx.NodeProto) -> str | None:
+    """A per-channel scale must have one value for each channel; ONNX inference does not look."""
+    scale, data = view.dims(node.input[1]), view.dims(node.input[0])
+    if scale is None or data is None or len(scale) != 1 or scale == [1] or attribute(node, "block_size"):
+        return None
+    axis = attribute(node, "axis")
+    axis = 1 if axis is None else axis
+    channels = data[axis] if -len(data) <= axis < len(data) else None
+    if isinstance(channels, int) and channels != scale[0]:
+        return f"has {scale[0]} values for the {channels} channels of axis {axis}"
+    return None
+
+
+def _function_scales(view: ModelView) -> Iterator[tuple[onnx.NodeProto, str, Array | None]]:
+    """Constant `*_scale` inputs and attributes of function calls: a builtin reads them, whatever the body does."""
+    functions = {function_key(function): function for function in view.model.functions}
+    for node in view.model.graph.node:
+        function = functions.get(function_key(node))
+        if function is None:
+            continue
+        for formal, actual in zip(function.input, node.input, strict=False):
+            if actual and formal.endswith("_scale"):
+                yield node, f"input '{formal}'", view.value(actual)
+        for entry in node.attribute:
+            if entry.name.endswith("_scale") and entry.type == onnx.AttributeProto.FLOAT:
+                yield node, f"attribute '{entry.name}'", np.array(entry.f, np.float32)
+
+
+def zero_points(view: ModelView) -> Findings:
+    """Zero points say the quantized type, and are 0.
+
+    Without one (or `output_dtype`) QuantizeLinear makes uint8: the host tools then run 8-bit integers and say nothing.
+    """
+    problems, nodes = [], view.of_type("QuantizeLinear", "DequantizeLinear")
+    for node in nodes:
+        name = node.input[2] if len(node.input) > 2 else ""
+        problem = _type_problem(view, node, name) or (_zero_problem(view, node, name) if name else None)
+        if problem:
+            problems.append(f"{describe(node)}: {problem}")
+    return Findings(problems, f"{len(nodes)} Q/DQ with zero points that are 0, or a type from data or output_dtype")
+
+
+def _type_problem(view: ModelView, node: onnx.NodeProto, name: str) -> str | None:
+    quantizes = node.op_type == "QuantizeLinear"
+    stated = view.elem_type(name) if name else None
+    carried = (attribute(node, "output_dtype") or None) if quantizes else view.elem_type(node.input[0])
+    if quantizes and not name and not carried:
+        return "neither a zero point nor output_dtype, so that it quantizes to uint8"
+    if stated and carried and stated != carried:
+        source = "output_dtype" if quantizes else "the data"
+        return f"zero point '{name}' is {type_name(stated)}, {source} {type_name(carried)}"
+    made = stated or carried
+    if made in UNSUPPORTED:
+        return f"{type_name(made)} has no TensorRT kernel; use {type_name(TensorProto.FLOAT8E4M3FN)}"
+    return None
+
+
+def _zero_problem(view: ModelView, node: onnx.NodeProto, name: str) -> str | None:
+    value = view.value(name)
+    if value is None:
+        return f"zero point '{name}' is not a constant"
+    if np.any(value.astype(np.float32) != 0):
+        return f"zero point '{name}' ({value.dtype}) is not 0"
+    scale_size = view.size(node.input[1])
+    if scale_size is not None and value.size != scale_size:
+        return f"zero point '{name}' has {value.size} values, its scale {scale_size}"
+    return None

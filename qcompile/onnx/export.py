@@ -1,0 +1,189 @@
+"""`qcompile.export_onnx`: a quantized program in, a verified ONNX file and a report out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from passes.base import PassLog, run_pipeline
+from passes.graph import input_dependence
+from passes.pipelines import PORTABLE, TENSORRT
+from passes.program import lift, unlift
+from qcompile.errors import ExportError
+from qcompile.onnx.functions import DOMAIN, NAME, quantized_attention_function
+from qcompile.onnx.numerics import compare_layers
+from qcompile.onnx.ops import translation_table
+from qcompile.onnx.tidy import tidy
+from qcompile.onnx.verify import require, verify_onnx
+from qcompile.quantize import record_of
+from qcompile.report import Report, quantized_modules
+
+Target = Literal["tensorrt", "portable"]
+OPSETS = range(19, 24)
+_DEFAULT_OPSET = 21
+_PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
+_EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
+
+
+def export_onnx(
+    program: ExportedProgram,
+    path: str | os.PathLike[str],
+    *,
+    target: Target = "tensorrt",
+    opset: int | None = None,
+    compare: Any = None,
+) -> Report:
+    """Lower `program` to an ONNX file, check it, and tell what is in it.
+
+    Args:
+        program: what `qcompile.quantize` returned (or a plain exported program); it is not changed.
+        path: where the file goes. It is written beside that name, checked, and moved in place, so an older file stays
+            whole if anything fails. Above 1.8 GB the weights go to `<path>.data`.
+        target: `tensorrt` for the forms that TensorRT fuses into the fewest kernels; `portable` for standard operators
+            only, in the shape of the model.
+        opset: 19 to 23; None is 21.
+        compare: a batch, as in calibration, on which every layer of the file is compared with the program.
+
+    Raises:
+        ExportError: an operator has no ONNX form, or the opset is out of range.
+        VerificationError: the file failed a check; it was not put in place.
+    """
+    opset = _check(target, opset)
+    destination = Path(path)
+    gm = unlift(program)
+    log = run_pipeline(_PIPELINES[target], gm)
+    lowered = lift(gm, program)
+    converted = _convert(lowered, opset)
+    tidy(converted.model)
+    if any(node.domain == DOMAIN and node.op_type == NAME for node in converted.model.graph):
+        function = quantized_attention_function(opset)
+        converted.model.functions[function.identifier()] = function
+        converted.model.opset_imports[DOMAIN] = 1
+
+    with _written_beside(converted.model, destination) as written:
+        checks = verify_onnx(written, _dependence(program, converted.model))
+        require(checks)
+        comparison = compare_layers(written, converted, program, compare) if compare is not None else None
+        size = sum(file.stat().st_size for file in written.parent.iterdir())
+    return _report(program, log, converted.model, target, opset, checks, comparison, size)
+
+
+def _check(target: str, opset: int | None) -> int:
+    if target not in _PIPELINES:
+        raise ExportError(f"unknown target {target!r}; known: {', '.join(_PIPELINES)}")
+    if opset is not None and opset not in OPSETS:
+        raise ExportError(
+            f"opset {opset} is not supported: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}"
+        )
+    return opset or _DEFAULT_OPSET
+
+
+def _convert(lowered: ExportedProgram, opset: int) -> Any:
+    """The lowered program as an ONNXProgram of torch.onnx."""
+    with _quiet():
+        try:
+            return torch.onnx.export(
+                lowered,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translation_table(opset),
+                output_names=output_names(lowered),
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"torch.onnx could not export the program: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No notes about packages that are not installed, and none about torch's own deprecations."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """Names of the outputs as the model returns them: keys of a dictionary or ModelOutput, else `output`, `output_1`."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    names: list[str] = []
+    for keys, _ in pytree.tree_flatten_with_path(leaves)[0]:
+        name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+        names.append(name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name))))
+    return names
+
+
+def _dependence(program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:
+    """ONNX output -> ONNX inputs whose values it has to depend on, read off the program that was lowered."""
+    by_program = input_dependence(unlift(program))
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"][-len(model.graph.inputs) or None :]
+    to_onnx = dict(zip(names, (str(value.name) for value in model.graph.inputs), strict=True))
+    outputs = (str(value.name) for value in model.graph.outputs)
+    return {name: {to_onnx[i] for i in inputs if i in to_onnx} for name, inputs in zip(outputs, by_program, strict=True)}
+
+
+@contextlib.contextmanager
+def _written_beside(model: onnx_ir.Model, destination: Path) -> Iterator[Path]:
+    """Write `model` into a directory beside `destination`; move it in place if the body succeeds, drop it if not."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        written = folder / destination.name
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+        external = f"{destination.name}.data" if size > _EXTERNAL_DATA_BYTES else None
+        onnx_ir.save(model, written, external_data=external)
+        yield written
+        for file in sorted(folder.iterdir(), key=lambda f: f == written):  # the weights first, the graph last
+            os.replace(file, destination.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _report(
+    program: ExportedProgram,
+    log: PassLog,
+    model: onnx_ir.Model,
+    target: str,
+    opset: int,
+    checks: list[Any],
+    comparison: Any,
+    size: int,
+) -> Report:
+    record = record_of(program)
+    quantized, unquantized = quantized_modules(unlift(program))
+    return Report(
+        target=target,
+        opset=opset,
+        recipe=record.recipe,
+        ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph).most_common()),
+        quantized=quantized,
+        unquantized=unquantized,
+        declined=[*record.declined, *log.declined],
+        fired={**record.fired, **log.fired},
+        notices=[str(notice) for notice in record.notices],
+        checks=checks,
+        comparison=comparison,
+        bytes=size,
+    )

@@ -1,0 +1,102 @@
+"""Layer by layer, the ONNX file against the FX program that it was lowered from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+
+from passes.graph import aten, is_call
+from passes.ir import ATTENTION, QUANTIZE
+from passes.program import unlift
+from passes.quantize.sites import NORMS, SDPA
+from qcompile.calibrate import flatten_batch
+from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
+from qcompile.onnx.view import Array
+
+# A layer ends at one of these: what lies between two of them is compared as a whole.
+_LAYER_ENDS = (QUANTIZE, ATTENTION, SDPA, aten.matmul.default, aten.linear.default, aten.embedding.default, *NORMS)
+_BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
+}
+
+
+def compare_layers(path: Path, converted: Any, program: ExportedProgram, batch: Any) -> Comparison:
+    """Run the program on `batch`, each layer of the file on the program's values, and compare what comes out.
+
+    Args:
+        path: the ONNX file.
+        converted: the ONNXProgram it was written from; its values carry the names of the FX nodes.
+        program: tells how `batch` (in any form that calibration takes) is flattened.
+
+    Every layer gets the inputs that the program computed, so one flipped code does not reach the layers behind it.
+    """
+    gm = unlift(converted.exported_program)
+    recorded = _record(gm, flatten_batch(batch, program))
+    segments = _segments(converted.model, recorded)
+    reference = {name: recorded[name] for segment in segments for name in segment.outputs}
+    return compare(reference, run_onnx_layers(path, segments).values)
+
+
+class _Recorder(Interpreter):
+    """Interprets a graph and keeps inputs and layer ends as numpy arrays, by node name."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.values: dict[str, Array] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and (n.op == "placeholder" or is_call(n, *_LAYER_ENDS)):
+            self.values[n.name] = _to_numpy(result)
+        return result
+
+
+def _record(gm: GraphModule, inputs: list[Any]) -> dict[str, Array]:
+    recorder = _Recorder(gm)
+    with torch.no_grad():
+        recorder.run(*inputs)
+    return recorder.values
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype not in _BITS:
+        return np.asarray(tensor.numpy())
+    carrier, dtype = _BITS[tensor.dtype]
+    return np.asarray(tensor.view(carrier).numpy().view(dtype))
+
+
+def _segments(model: onnx_ir.Model, recorded: dict[str, Array]) -> list[Segment]:
+    """One segment for each recorded value of the ONNX graph, from the recorded values before it."""
+    segments = []
+    for node in model.graph:
+        for output in node.outputs:
+            if output.name in recorded:
+                inputs = _known_above(output, recorded)
+                segments.append(Segment(str(output.name), {n: recorded[n] for n in sorted(inputs)}, [str(output.name)]))
+    return segments
+
+
+def _known_above(value: onnx_ir.Value, known: dict[str, Array]) -> set[str]:
+    """The nearest recorded values and graph inputs that `value` is computed from."""
+    found: set[str] = set()
+    pending, seen = [value], {value}
+    while pending:
+        producer = pending.pop().producer()
+        for operand in producer.inputs if producer is not None else ():
+            if operand is None or operand in seen:
+                continue
+            seen.add(operand)
+            if operand.name in known:
+                found.add(str(operand.name))
+            else:
+                pending.append(operand)
+    return found

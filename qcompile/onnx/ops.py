@@ -1,0 +1,99 @@
+"""How the IR operators are written in ONNX: translation functions for the `torch.onnx` exporter.
+
+Everything is a standard operator but `trt::TRT_QuantizedAttention`, which TensorRT has built in; it is declared here and
+defined by standard operators in `qcompile.onnx.functions`, so that any other tool can run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir
+import onnxscript
+import torch
+
+from passes.formats import get_format
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from qcompile.onnx.functions import QUANTIZED_ATTENTION
+
+_ZERO_POINT_DTYPES: Mapping[torch.dtype, Any] = {
+    torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+    torch.int8: np.int8,
+}
+FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT8E4M3FN)
+
+
+def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """FX operator -> function that writes it with the operators of `opset`, for `torch.onnx.export`."""
+    op = getattr(onnxscript, f"opset{opset}")
+
+    def quantize(x: Any, scale: Any, format: str) -> Any:
+        axis, flat = _granularity(op, scale)
+        return op.QuantizeLinear(x, flat, _zero_point(op, scale, format), axis=axis)
+
+    def dequantize(q: Any, scale: Any, format: str, dtype: int) -> Any:
+        axis, flat = _granularity(op, scale)
+        return op.DequantizeLinear(q, flat, _zero_point(op, scale, format), axis=axis)
+
+    def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        return _rms_norm(op, x, len(normalized_shape), weight, eps)
+
+    return {
+        QUANTIZE: quantize,
+        DEQUANTIZE: dequantize,
+        ATTENTION: attention,
+        torch.ops.aten.rms_norm.default: rms_norm,
+    }
+
+
+def _granularity(op: Any, scale: Any) -> tuple[int, Any]:
+    """(axis, scale as ONNX wants it): a scalar as it is, `[N, 1]` as `[N]` on axis 0, `[1, N]` as `[N]` on axis 1."""
+    shape = [int(size) for size in scale.shape]
+    if not shape:
+        return 1, scale
+    wide = [axis for axis, size in enumerate(shape) if size != 1]
+    if len(wide) > 1:
+        raise NotImplementedError(f"a scale of shape {shape} is per block, which this lowering does not write")
+    return wide[0] if wide else 0, op.Reshape(scale, op.Constant(value_ints=[-1]))
+
+
+def _zero_point(op: Any, scale: Any, format: str) -> Any:
+    """Zeros of the code's type, shaped as the scale: they tell QuantizeLinear its output type at any opset."""
+    dtype = _ZERO_POINT_DTYPES[get_format(format).storage]
+    count = int(np.prod([int(size) for size in scale.shape]))
+    return op.Constant(value=onnx_ir.tensor(np.zeros((count,) if scale.shape.rank() else (), dtype=dtype)))
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any, softmax_scale: Any, is_causal: bool, format: str) -> Any:
+    """A causal attention as TensorRT's own operator; the pipeline has decomposed every other one."""
+    heads, kv_heads = int(q.shape[1]), int(k.shape[1])
+    return QUANTIZED_ATTENTION(
+        q,
+        k,
+        v,
+        mask,
+        softmax_scale,
+        normalization_quantize_to_type=FLOAT8E4M3FN,
+        scale=1.0,
+        is_causal=int(is_causal),
+        TRT_decomposable=1,
+        kv_repeats=[1, 1, heads // kv_heads, 1, 1],
+        kv_shape=[0, heads, -1, int(k.shape[3])],
+    )
+
+
+def _rms_norm(op: Any, x: Any, rank: int, weight: Any, eps: float | None) -> Any:
+    """RMSNormalization where the opset has it, else its definition, computed in float32."""
+    if eps is None:
+        eps = float(np.finfo(np.float32).eps)
+    if op.version >= 23 and weight is not None:
+        return op.RMSNormalization(x, weight, axis=-rank, epsilon=eps, stash_type=1)
+    wide = op.Cast(x, to=1)
+    mean = op.ReduceMean(op.Mul(wide, wide), op.Constant(value_ints=list(range(-rank, 0))), keepdims=1)
+    root = op.Sqrt(op.Add(mean, op.Constant(value=onnx_ir.tensor(np.float32(eps)))))
+    normal = op.CastLike(op.Div(wide, root), x)
+    return normal if weight is None else op.Mul(normal, weight)

@@ -1,0 +1,49 @@
+"""What is left to do on the ONNX model after torch.onnx wrote it."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+_KEPT_METADATA = "pkg.torch.onnx.name_scopes"
+
+
+def tidy(model: onnx_ir.Model) -> None:
+    """Store per-channel scales flat, and keep of the exporter's notes only the module path of each node.
+
+    The notes hold stack traces with paths of the machine that exported, and are larger than the graph.
+    """
+    for node in list(model.graph):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            _flatten_scale(model, node)
+        scopes = node.metadata_props.get(_KEPT_METADATA)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[_KEPT_METADATA] = scopes
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    _drop_unused_initializers(model)
+
+
+def _flatten_scale(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
+    """Replace `Reshape(initializer, [-1])` on the scale input by an initializer of that shape."""
+    scale = node.inputs[1]
+    reshape = scale.producer() if scale is not None else None
+    if scale is None or reshape is None or reshape.op_type != "Reshape":
+        return
+    source = reshape.inputs[0]
+    assert source is not None and source.const_value is not None and source.name is not None
+    name = f"{source.name}_flat"
+    if name not in model.graph.initializers:
+        flat = onnx_ir.tensor(source.const_value.numpy().reshape(-1), dtype=source.const_value.dtype, name=name)
+        model.graph.register_initializer(
+            onnx_ir.Value(name=name, shape=flat.shape, type=onnx_ir.TensorType(flat.dtype), const_value=flat)
+        )
+    node.replace_input_with(1, model.graph.initializers[name])
+    if not scale.uses():
+        model.graph.remove(reshape, safe=True)
+
+
+def _drop_unused_initializers(model: onnx_ir.Model) -> None:
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
