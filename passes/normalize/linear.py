@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, is_call, is_constant_expression, only_user, shape
+from passes.graph import Emitter, aten, calls, dtype, is_call, is_constant_expression, only_user, shape
 
 
 class NormalizeLinear(Pass):
@@ -59,8 +59,10 @@ def _transpose(emit: Emitter, weight: Node) -> Node:
     """`weight` transposed; undoes the transpose that it came through, if any."""
     if is_call(weight, aten.t.default):
         return weight.args[0]  # type: ignore[return-value]
-    if is_call(weight, aten.transpose.int, aten.permute.default):
-        return weight.args[0]  # type: ignore[return-value]  # of a matrix there is one transpose only
+    if is_call(weight, aten.transpose.int) and weight.args[1] != weight.args[2]:
+        return weight.args[0]  # type: ignore[return-value]
+    if is_call(weight, aten.permute.default) and weight.args[1] in ([1, 0], [-1, 0], [1, -2], [-1, -2]):
+        return weight.args[0]  # type: ignore[return-value]
     return emit(aten.transpose.int, weight, 0, 1)
 
 
@@ -70,4 +72,5 @@ def _is_bias(bias: object, weight: Node) -> bool:
         and is_constant_expression(bias)
         and len(shape(bias)) == 1
         and shape(bias)[0] == shape(weight)[-1]
+        and dtype(bias) == dtype(weight)
     )

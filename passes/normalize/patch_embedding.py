@@ -27,7 +27,7 @@ class PatchEmbeddingToLinear(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        for node in calls(gm.graph, aten.conv2d.default):
+        for node in calls(gm.graph, aten.conv2d.default, aten.conv2d.padding):
             x, weight = argument(node, "input"), argument(node, "weight")
             if not is_constant_expression(weight) or not _is_patchwise(node, weight):
                 continue
@@ -67,7 +67,7 @@ def _is_patchwise(node: Node, weight: Node) -> bool:
     kernel = list(shape(weight)[-2:])
     return (
         list(argument(node, "stride")) == kernel
-        and not any(argument(node, "padding"))
+        and (argument(node, "padding") == "valid" or not any(argument(node, "padding")))
         and all(d == 1 for d in argument(node, "dilation"))
         and argument(node, "groups") == 1
         and len(shape(argument(node, "input"))) == 4
@@ -76,7 +76,7 @@ def _is_patchwise(node: Node, weight: Node) -> bool:
 
 def _flattens(flat: Node, image: Node) -> bool:
     """Whether `flat` is `image` with height and width joined: [B,N,H,W] -> [B,N,H*W]."""
-    return is_call(flat, aten.reshape.default) and len(shape(flat)) == 3 and shape(flat)[1] == shape(image)[1]
+    return is_call(flat, aten.reshape.default) and len(shape(flat)) == 3 and shape(flat)[:2] == shape(image)[:2]
 
 
 def _swaps_last_two(node: Node) -> bool:

@@ -1,0 +1,162 @@
+"""Attention written out as matmul, softmax, matmul becomes one node."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
+from passes.normalize.attention_frame import Frame
+from passes.normalize.attention_scores import (
+    COPIES,
+    MATMULS,
+    RESHAPES,
+    Mask,
+    NotUnderstood,
+    Scores,
+    leads_to_product,
+    read_scores,
+    same,
+    unscaled,
+)
+from passes.normalize.sdpa import Attention
+
+__all__ = ["NormalizeAttention"]
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+
+
+class NormalizeAttention(Pass):
+    """Rewrite eager attention as `scaled_dot_product_attention`.
+
+    Before:
+        scores = matmul(q * a, transpose(k, -1, -2)) * b + mask      # or where, masked_fill, baddbmm, several masks
+        p = to(softmax(to(scores, fp32), -1), fp16)                  # the casts if the model has them
+        y = matmul(p, v)                                             # or bmm, on [B*H, S, D]
+    After:
+        y = sdpa(q, k, v, mask, 0.0, False, scale=a * b)             # on [B, H, S, D]
+
+    Requires: `ViewsToReshape` and `RemoveNoOps` ran.
+    Ensures: the same values up to rounding (scores are scaled and rounded elsewhere). Masks are boolean (true: visible)
+        if the model replaces scores and are in the dtype of q if it adds to them; several are combined.
+    Declines when: scores or probabilities have another user (a model that returns attentions), or something happens
+        to scores that attention has no argument for.
+    Why: attention has one form for all later passes, whatever order a model scales, masks and casts in.
+    """
+
+    def rewrite(self, gm: GraphModule) -> None:
+        for softmax in calls(gm.graph, *_SOFTMAX):
+            scores = softmax.args[0]
+            if not isinstance(scores, Node) or softmax.args[1] not in (-1, len(shape(softmax)) - 1):
+                continue
+            product = _product_with_value(softmax)
+            if product is None:
+                if leads_to_product(scores) and _reaches_product(softmax):
+                    self.decline("the attention probabilities have another user", softmax)
+                continue
+            try:
+                new = _attention(gm, read_scores(gm, scores), product, softmax)
+            except NotUnderstood as reason:
+                self.decline(str(reason), softmax)
+                continue
+            product.replace_all_uses_with(new)
+            self.fire()
+
+
+def _product_with_value(softmax: Node) -> Node | None:
+    """The matrix product of the probabilities and the value, if that is all they are used for."""
+    node = softmax
+    while (user := only_user(node)) is not None:
+        if is_call(user, *MATMULS) and user.args[0] is node:
+            return user if user.args[1] is not node else None
+        if not _hands_on(user):
+            return None
+        node = user
+    return None
+
+
+def _reaches_product(node: Node) -> bool:
+    """Whether some user of the probabilities `node`, or of copies of them, is a matrix product."""
+    return any(is_call(u, *MATMULS) or (_hands_on(u) and _reaches_product(u)) for u in node.users)
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether `node` makes the same probabilities in another dtype, memory layout or leading shape."""
+    if is_call(node, *RESHAPES):
+        return same(shape(node)[-2:], shape(node.args[0])[-2:])  # type: ignore[arg-type]  # a reshape's input is a node
+    return is_call(node, *COPIES) or (is_call(node, aten._to_copy.default) and dtype(node).is_floating_point)
+
+
+def _attention(gm: GraphModule, scores: Scores, product: Node, softmax: Node) -> Node:
+    """Write the attention whose scores are `scores` and whose last product is `product`; its result, shaped as that.
+
+    Raises:
+        NotUnderstood: the operands' dtypes or shapes are not those of an attention. Nothing has been written then.
+    """
+    left, right = scores.product.args[-2:]
+    value = product.args[1]
+    assert isinstance(left, Node) and isinstance(right, Node) and isinstance(value, Node)
+    query, query_scale = _operand(gm, left, dtype(value))
+    transposed, key_scale = _operand(gm, right, dtype(value))
+    key, axes = _untransposed(transposed)
+    key, more_scale = _operand(gm, key, dtype(value))
+    if not dtype(query) == dtype(key) == dtype(value):
+        raise NotUnderstood(f"query, key and value are {dtype(query)}, {dtype(key)} and {dtype(value)}")
+    frame = Frame(scores, query, right, value)
+    emit = Emitter(before=product, like=softmax)
+    if axes is not None:
+        key = emit(aten.permute.default, key, axes)
+    mask = _combined(frame, scores.masks, dtype(query), emit)
+    scale = scores.scale * query_scale * key_scale * more_scale
+    q, k, v = (frame.place(operand, emit) for operand in (query, key, value))
+    attention = Attention(q, k, v, mask, scale=scale, enable_gqa=frame.one_head)
+    return frame.restore(attention.emit(emit), emit)
+
+
+def _operand(gm: GraphModule, node: Node, wanted: torch.dtype) -> tuple[Node, float]:
+    """`node` before it was scaled, and before it was cast from `wanted` to a wider type; with the scale."""
+    scale = 1.0
+    while True:
+        source, number = unscaled(gm, node)
+        scale *= number
+        if is_call(source, aten._to_copy.default) and dtype(source) is not wanted:
+            before = source.args[0]
+            if isinstance(before, Node) and dtype(before) is wanted:
+                source = before
+        if source is node:
+            return node, scale
+        node = source
+
+
+def _untransposed(node: Node) -> tuple[Node, list[int] | None]:
+    """A node and a permutation of it (None: itself) that is `node` `[..., D, S]` with its last two axes swapped."""
+    rank = len(shape(node))
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    source = node.args[0]
+    if is_call(node, aten.transpose.int) and {axis % rank for axis in node.args[1:]} == {rank - 1, rank - 2}:  # type: ignore[operator]
+        return source, None  # type: ignore[return-value]
+    if is_call(node, aten.permute.default):
+        axes = [axis % rank for axis in node.args[1]]  # type: ignore[union-attr, operator]
+        axes = [axes[axis] for axis in swapped]
+        return source, None if axes == sorted(axes) else axes  # type: ignore[return-value]
+    return node, swapped
+
+
+def _combined(frame: Frame, masks: list[Mask], wanted: torch.dtype, emit: Emitter) -> Node | None:
+    """One mask that does what `masks` do: boolean if all only hide, else of dtype `wanted` and added."""
+    added: Node | None = None
+    visible: Node | None = None
+    for mask, node in zip(masks, frame.masks(masks, emit), strict=True):
+        if dtype(node) is torch.bool:
+            node = emit(aten.logical_not.default, node) if mask.negated else node
+            visible = node if visible is None else emit(aten.__and__.Tensor, visible, node)
+            continue
+        if mask.factor != 1:
+            node = emit(aten.mul.Tensor, node, mask.factor)
+        if dtype(node) is not wanted:
+            node = emit(aten._to_copy.default, node, dtype=wanted)
+        added = node if added is None else emit(aten.add.Tensor, added, node)
+    if added is None or visible is None:
+        return visible if added is None else added
+    return emit(aten.where.ScalarOther, visible, added, torch.finfo(wanted).min)

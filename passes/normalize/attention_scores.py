@@ -1,0 +1,189 @@
+"""Read what an eager attention adds to, multiplies with and hides from `q k^T` before its softmax.
+
+Used by `NormalizeAttention`: `read_scores` walks up from the softmax's input to the matrix product and collects what it
+passes, so that the order in which a model scales, masks and casts does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from passes.graph import argument, aten, dtype, is_call, only_user, scalar, shape
+from passes.normalize.sdpa import HIDDEN
+
+__all__ = [
+    "COPIES",
+    "MATMULS",
+    "RESHAPES",
+    "Mask",
+    "NotUnderstood",
+    "Scores",
+    "leads_to_product",
+    "read_scores",
+    "same",
+    "unscaled",
+]
+
+MATMULS = (aten.matmul.default, aten.bmm.default)
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.dropout.default)
+_MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVIDE = (aten.div.Tensor, aten.div.Scalar)
+_WHERE = (aten.where.self, aten.where.ScalarOther)
+_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+
+
+class NotUnderstood(Exception):
+    """The graph between a matrix product and a softmax is not an attention's; the message says what was met."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Something that changes scores of shape `frame`: added after multiplication with `factor`, or hiding keys.
+
+    `node` is added if it is of floating point; else it says which keys a query sees, or, `negated`, which it does not.
+    """
+
+    node: Node
+    frame: torch.Size
+    factor: float = 1.0
+    negated: bool = False
+
+
+@dataclass
+class Scores:
+    """`scale * product + masks`, where `product` is the matrix product `q k^T`, reshaped by `reshapes` on the way."""
+
+    product: Node
+    scale: float = 1.0
+    masks: list[Mask] = field(default_factory=list)
+    reshapes: list[Node] = field(default_factory=list)
+
+
+def read_scores(gm: GraphModule, scores: Node) -> Scores:
+    """What the softmax input `scores` is made of.
+
+    Raises:
+        NotUnderstood: an operator is none that attention uses, or somebody else reads a value on the way.
+    """
+    factor = 1.0
+    masks: list[Mask] = []
+    reshapes: list[Node] = []
+    node = scores
+    while not is_call(node, *MATMULS):
+        if only_user(node) is None:
+            raise NotUnderstood(f"the attention scores {node.name} have another user")
+        if is_call(node, *COPIES) or _is_cast(node):
+            node = _input(node, 0)
+        elif is_call(node, *RESHAPES) and same(shape(node)[-2:], shape(_input(node, 0))[-2:]):
+            reshapes.append(node)
+            node = _input(node, 0)
+        elif is_call(node, *_MULTIPLY, *_DIVIDE):
+            node, number = _scaled(gm, node)
+            factor *= number
+        elif is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
+            scored, mask = _split_sum(node)
+            masks.append(Mask(mask, shape(node), factor))
+            node = scored
+        elif is_call(node, *_WHERE):
+            _check_hides(gm, node.args[2], factor)
+            masks.append(Mask(_input(node, 0), shape(node)))
+            node = _input(node, 1)
+        elif is_call(node, *_FILL):
+            _check_hides(gm, node.args[2], factor)
+            masks.append(Mask(_input(node, 1), shape(node), negated=True))
+            node = _input(node, 0)
+        elif is_call(node, aten.baddbmm.default):
+            masks.append(Mask(_input(node, 0), shape(node), factor * argument(node, "beta")))
+            return Scores(node, factor * argument(node, "alpha"), masks, reshapes)
+        else:
+            raise NotUnderstood(f"{node.target} between the product of query and key and the softmax")
+        if masks and not same(masks[-1].frame[-2:], shape(node)[-2:]):
+            raise NotUnderstood(f"{masks[-1].node.name} broadcasts the scores to another shape")
+    if only_user(node) is None:
+        raise NotUnderstood(f"the attention scores {node.name} have another user")
+    return Scores(node, factor, masks, reshapes)
+
+
+def unscaled(gm: GraphModule, node: Node) -> tuple[Node, float]:
+    """`node` before it was multiplied with a number, and that number."""
+    factor = 1.0
+    while is_call(node, *_MULTIPLY, *_DIVIDE, *COPIES):
+        if is_call(node, *COPIES):
+            node = _input(node, 0)
+            continue
+        try:
+            source, number = _scaled(gm, node)
+        except NotUnderstood:  # multiplied with a tensor: part of what the query is
+            break
+        if dtype(source) is not dtype(node):
+            break
+        node, factor = source, factor * number
+    return node, factor
+
+
+def _scaled(gm: GraphModule, node: Node) -> tuple[Node, float]:
+    """The tensor that `node` multiplies with a number or divides by one, and the factor."""
+    left, right = node.args[:2]
+    number = scalar(gm, right)
+    if number is None and is_call(node, *_MULTIPLY):
+        left, number = right, scalar(gm, left)
+    if number is None or not isinstance(left, Node) or not same(shape(left), shape(node)):
+        raise NotUnderstood(f"{node.name} scales by something that is not a constant number")
+    if number == 0:
+        raise NotUnderstood(f"{node.name} scales by zero")
+    return left, number if is_call(node, *_MULTIPLY) else 1 / number
+
+
+def _split_sum(node: Node) -> tuple[Node, Node]:
+    """The summand of `node` that is the scores, and the one that is a mask."""
+    summands = node.args[:2]
+    for scores, mask in (summands, summands[::-1]):
+        if isinstance(scores, Node) and isinstance(mask, Node) and leads_to_product(scores):
+            if not same(shape(scores), shape(node)):
+                raise NotUnderstood(f"{mask.name} broadcasts the scores to another shape")
+            if not dtype(mask).is_floating_point:
+                raise NotUnderstood(f"{mask.name} is added to the scores and is not of floating point")
+            return scores, mask
+    raise NotUnderstood(f"neither summand of {node.name} is a product of query and key")
+
+
+def leads_to_product(node: Node) -> bool:
+    """Whether a walk up from `node`, through what changes scores, ends at a matrix product."""
+    while not is_call(node, *MATMULS, aten.baddbmm.default):
+        if is_call(node, aten.add.Tensor):
+            return any(isinstance(side, Node) and leads_to_product(side) for side in node.args[:2])
+        if not is_call(node, *COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
+            return False
+        source = node.args[1] if is_call(node, *_WHERE) else node.args[0]
+        if not isinstance(source, Node):
+            return False
+        node = source
+    return True
+
+
+def _check_hides(gm: GraphModule, value: object, factor: float) -> None:
+    number = scalar(gm, value)
+    if number is None or number * factor > HIDDEN:
+        raise NotUnderstood("scores are replaced by something that is not a very negative number")
+
+
+def _is_cast(node: Node) -> bool:
+    return is_call(node, aten._to_copy.default) and dtype(node).is_floating_point
+
+
+def _input(node: Node, index: int) -> Node:
+    source = node.args[index]
+    if not isinstance(source, Node):
+        raise NotUnderstood(f"{node.name} has a number for an input")
+    return source
+
+
+def same(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are provably the same."""
+    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))

@@ -1,0 +1,160 @@
+"""Compute tensors that depend on sizes only, at concrete sizes.
+
+A causal mask comes as twenty operators on aranges. What they compute depends on no input's values, so it can simply be
+computed: at the one size of a static program, and at sizes chosen to tell the possible results apart in a dynamic one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from passes.graph import aten, constant, fake_mode, val
+from passes.normalize.size_choice import Sizes, choose_sizes
+
+__all__ = ["NotEvaluable", "SizeFunctions"]
+
+MAX_BYTES = 128 << 20  # of one tensor of an evaluation
+# Operators that take the shape, dtype or device of their first argument and ignore its values.
+_READS_METADATA = (
+    aten.sym_size.int,
+    aten.sym_numel.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+)
+
+
+class NotEvaluable(Exception):
+    """A value cannot be computed at the sizes it would have to be; the message says why."""
+
+
+class TooLarge(NotEvaluable):
+    """A value would take more memory than an evaluation may."""
+
+
+class SizeFunctions:
+    """The nodes of a graph whose values are functions of sizes, and those values.
+
+    Results are remembered by node: make a new instance after the graph's inputs change.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.env = fake_mode(gm.graph).shape_env
+        self._known: dict[Node, bool] = {}
+        for node in gm.graph.nodes:  # in order, so that no recursion is as deep as the graph
+            self.is_size_function(node)
+
+    def is_size_function(self, node: Node) -> bool:
+        """Whether no value of a user input or a parameter, and nothing random or mutable, reaches `node`.
+
+        A parameter has the value it has by training; what a program is should not depend on it.
+        """
+        if node not in self._known:
+            self._known[node] = self._is_size_function(node)
+        return self._known[node]
+
+    def _is_size_function(self, node: Node) -> bool:
+        if isinstance(node.meta.get("val"), int | torch.SymInt):
+            return True  # computed from the expression in its meta
+        if node.op == "get_attr":
+            value = constant(self.gm, node)
+            return value is not None and not isinstance(value, torch.nn.Parameter) and not node.meta.get("mutable")
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+            return False
+        inputs = node.all_input_nodes
+        if node.target in _READS_METADATA:
+            inputs = [n for n in inputs if n is not node.args[0]]
+        return all(self.is_size_function(n) for n in inputs)
+
+    def samples(self, node: Node) -> Iterator[tuple[Sizes, torch.Tensor]]:
+        """The value of `node` at its static size, or at sizes that together tell what function of the sizes it is.
+
+        What a mask makes of sizes changes only where a size passes a number that the mask is computed with (a window,
+        the length of a buffer), so each symbol takes values around each of those, besides some of every kind.
+
+        Raises:
+            NotEvaluable: a number that the mask depends on is out of reach, or an operator fails.
+        """
+        for sizes, optional in choose_sizes(self.gm, self._program(node), self.env):
+            try:
+                yield sizes, self._evaluate(node, sizes, {})
+            except TooLarge:
+                if not optional:
+                    raise
+
+    def _program(self, node: Node) -> list[Node]:
+        """`node` and all it is computed from."""
+        seen: dict[Node, None] = {}
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current in seen:
+                continue
+            seen[current] = None
+            if current.op == "call_function" and not isinstance(current.meta.get("val"), int | torch.SymInt):
+                metadata = current.args[0] if current.target in _READS_METADATA else None
+                if isinstance(metadata, Node):
+                    seen[metadata] = None
+                pending += [n for n in current.all_input_nodes if n is not metadata]
+        return list(seen)
+
+    def _evaluate(self, node: Node, sizes: Sizes, memo: dict[Node, Any]) -> Any:
+        """The value of `node` on the CPU with the symbols of its shape replaced by numbers."""
+        if node in memo:
+            return memo[node]
+        value = node.meta.get("val")
+        if isinstance(value, int | torch.SymInt):
+            return _number(value, sizes)
+        stored = constant(self.gm, node)
+        if stored is not None:
+            return stored.detach().cpu()
+        expected = tuple(_number(size, sizes) for size in val(node).shape)
+        if _bytes(node, expected) > MAX_BYTES:
+            raise TooLarge(f"{node.name} has shape {expected} at sizes {_text(sizes)}, too large to compute")
+        skip = node.args[0] if node.target in _READS_METADATA else None
+
+        def argument(arg: Node) -> Any:
+            if arg is not skip:
+                return self._evaluate(arg, sizes, memo)
+            like = val(arg)
+            return torch.empty((), dtype=like.dtype).expand([_number(size, sizes) for size in like.shape])
+
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), argument)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        try:
+            with torch.no_grad():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload
+        except (RuntimeError, IndexError) as error:
+            raise NotEvaluable(f"{node.name} fails at sizes {_text(sizes)}: {error}") from error
+        if tuple(result.shape) != expected:
+            raise NotEvaluable(f"{node.name} has shape {tuple(result.shape)} at sizes {_text(sizes)}, not {expected}")
+        memo[node] = result
+        return result
+
+
+def _number(value: int | torch.SymInt, sizes: Sizes) -> int:
+    return int(value.node.expr.xreplace(sizes)) if isinstance(value, torch.SymInt) else int(value)
+
+
+def _bytes(node: Node, size: tuple[int, ...]) -> int:
+    """Bytes that computing `node` at shape `size` allocates; a view allocates none."""
+    if node.target in (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor):
+        return 0
+    itemsize: int = val(node).dtype.itemsize
+    return itemsize * int(torch.Size(size).numel())
+
+
+def _text(sizes: Sizes) -> str:
+    return ", ".join(f"{symbol}={value}" for symbol, value in sizes.items()) or "given"
