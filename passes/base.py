@@ -40,7 +40,7 @@ class PassLog:
     declined: list[Decline] = field(default_factory=list)
 
 
-class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes.infra is not annotated
+class Pass(PassBase):
     """One rewrite. A subclass implements `rewrite` and calls `fire` once for each place it changed.
 
     A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared.
@@ -49,6 +49,7 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes.infra is not anno
     def __init__(self) -> None:
         super().__init__()
         self.log = PassLog()
+        self.recompiles = True
 
     @abstractmethod
     def rewrite(self, gm: GraphModule) -> None:
@@ -61,7 +62,8 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes.infra is not anno
         if modified:
             graph_module.graph.eliminate_dead_code()
             graph_module.graph.lint()
-            graph_module.recompile()
+            if self.recompiles:
+                graph_module.recompile()
         return PassResult(graph_module, modified)
 
     @property
@@ -82,8 +84,11 @@ def run_pipeline(pipeline: Iterable[Callable[[], Pass]], gm: GraphModule, log: P
     Returns what they did, added to `log` if one is given.
     """
     log = log if log is not None else PassLog()
+    before = log.fired.total()
     for make in pipeline:
         instance = make()
-        instance.log = log
+        instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
         instance(gm)
+    if log.fired.total() > before:
+        gm.recompile()
     return log

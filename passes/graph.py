@@ -91,8 +91,9 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     for path, module_class in node.meta.get("nn_module_stack", {}).values():
         clean = re.sub(r"^L\['self'\]\.?", "", path)
         clean = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", clean).removeprefix(".")
-        name = module_class if isinstance(module_class, str) else f"{module_class.__module__}.{module_class.__qualname__}"
-        stack.append((clean, name))
+        if not isinstance(module_class, str):
+            module_class = f"{module_class.__module__}.{module_class.__qualname__}"
+        stack.append((clean, module_class))
     return stack
 
 
@@ -236,8 +237,8 @@ def input_dependence(gm: GraphModule) -> list[set[str]]:
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
     """The fake tensor mode that the graph's values live in; a new one for a graph without any."""
-    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
-    return detect_fake_mode(values[:1]) or FakeTensorMode()
+    values = (node.meta.get("val") for node in graph.nodes)  # up to the first: each node that is added asks for it
+    return detect_fake_mode(next((v for v in values if isinstance(v, FakeTensor)), None)) or FakeTensorMode()
 
 
 def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node) -> Node:
@@ -305,6 +306,5 @@ class Emitter:
 
     def sizes(self, node: Node) -> list[int | Node]:
         """The shape of `node` as arguments: numbers where static, `sym_size` nodes where dynamic."""
-        return [
-            size if isinstance(size, int) else self(aten.sym_size.int, node, axis) for axis, size in enumerate(shape(node))
-        ]
+        sizes = enumerate(shape(node))
+        return [size if isinstance(size, int) else self(aten.sym_size.int, node, axis) for axis, size in sizes]

@@ -20,7 +20,7 @@ _LIBRARY.define(
     " -> Tensor"
 )
 
-_EPSILON = 1e-6  # amax of an all-zero block: any positive number gives zeros, and this one is normal in fp16
+_EPSILON = 1e-6  # amax of an all-zero block: any positive number gives zeros
 
 
 def expand_scale(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -51,7 +51,8 @@ def dynamic_quantize(
     if global_scale is not None or fmt.block not in ((), (None,)):
         raise NotImplementedError(f"dynamic_quantize to {format!r} with a global scale or blocks smaller than an axis")
     amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else x.abs().amax()
-    scale = (amax.float().clamp_min(_EPSILON) / fmt.max).to(x.dtype)
+    # float16 would round the scale of a token below 1e-5 to 0, and its codes would be NaN
+    scale = (amax.float().clamp_min(_EPSILON) / fmt.max).to(x.dtype).clamp_min(torch.finfo(x.dtype).smallest_normal)
     return quantize(x, scale, format=format), scale
 
 

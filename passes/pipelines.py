@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -29,8 +29,8 @@ from passes.normalize.noops import RemoveNoOps
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.views import ViewsToReshape
-from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.merge_linears import MergeParallelLinears
+from passes.place.packed_heads import SplitPackedHeads
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
 
@@ -50,12 +50,11 @@ NORMALIZE: Pipeline = (
 
 
 def quantize_pipeline(
-    quantizers: Mapping[Site, Quantizer], softmax: Collection[Node], source: torch.dtype, target: torch.dtype
+    quantizers: Mapping[Site, Quantizer], softmax: Mapping[Node, torch.Tensor], source: torch.dtype, target: torch.dtype
 ) -> Pipeline:
-    """Q/DQ at `quantizers`, attention fused where `softmax` says so, computing in `target`, weights as codes."""
+    """Q/DQ at `quantizers`, attention fused where `softmax` has a scale, computing in `target`, weights as codes."""
     return (
         partial(InsertQdq, quantizers),
-        PlaceAttentionScale,
         partial(FuseAttentionQdq, softmax),
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
         RoundScales,
@@ -65,6 +64,7 @@ def quantize_pipeline(
 
 
 TENSORRT: Pipeline = (
+    SplitPackedHeads,
     MergeParallelLinears,
     PerTokenToStatic,
     partial(DecomposeAttention, unless=is_causal_without_mask),

@@ -59,7 +59,7 @@ def unlift(program: ExportedProgram) -> GraphModule:
 def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     """`gm` as an ExportedProgram with the inputs, outputs, constraints and call specification of `program`.
 
-    A tensor that `program` does not know becomes a persistent buffer, so that it is saved with it.
+    A tensor that `program` does not know becomes a parameter or a persistent buffer, so that it is saved with it.
     """
     known = {spec.target: spec for spec in program.graph_signature.input_specs if spec.kind in _CONSTANT_KINDS}
     uses: dict[str, list[Node]] = {}
@@ -75,19 +75,29 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     for kind in _CONSTANT_KINDS:
         for target, nodes in uses.items():
             spec = known.get(target)
-            if (spec.kind if spec else InputKind.BUFFER) is not kind:
+            tensor = constant(gm, nodes[0])
+            if _kind(tensor, spec) is not kind:
                 continue
             placeholder = graph.placeholder(_PREFIX[kind] + target.replace(".", "_"))
             placeholder.meta = {"val": nodes[0].meta["val"]}
             copied.update(dict.fromkeys(nodes, placeholder))
-            persistent = (spec.persistent if spec else True) if kind is InputKind.BUFFER else None
+            was_buffer = spec is not None and spec.kind is InputKind.BUFFER
+            persistent = (spec.persistent if spec and was_buffer else True) if kind is InputKind.BUFFER else None
             specs.append(InputSpec(kind, TensorArgument(placeholder.name), target, persistent))
             saved = kind is InputKind.PARAMETER or persistent
-            (state if saved else constants)[target] = constant(gm, nodes[0])
+            (state if saved else constants)[target] = tensor
     for node in gm.graph.nodes:
         if node not in copied:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-    specs += [_renamed(s, copied, gm) for s in program.graph_signature.input_specs if s.kind not in _CONSTANT_KINDS]
+    for placeholder in graph.find_nodes(op="placeholder"):
+        placeholder.target = placeholder.name  # the name is unique; the target is not for a.b_c and a_b.c
+    inputs = [copied[node] for node in gm.graph.find_nodes(op="placeholder")]
+    kept = [spec for spec in program.graph_signature.input_specs if spec.kind not in _CONSTANT_KINDS]
+    taken = {node.name for node in graph.nodes}
+    for spec, node in zip(kept, inputs, strict=True):  # by position: a copied node may have got another name
+        if spec.arg.name not in taken:  # as torch.export does: FX itself makes `input_1` of `input`, Python's own name
+            node.name = node.target = spec.arg.name
+        specs.append(dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name)))
     root = GraphModule(_submodules(gm), graph)
     return ExportedProgram(
         root=root,
@@ -102,6 +112,13 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     )
 
 
+def _kind(tensor: torch.Tensor | None, spec: InputSpec | None) -> InputKind:
+    """What the signature calls `tensor`, which was `spec`: a pass can have put a Parameter in the place of a buffer."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return InputKind.PARAMETER
+    return InputKind.BUFFER if spec is None or spec.kind is InputKind.PARAMETER else spec.kind
+
+
 def _submodules(gm: GraphModule) -> dict[str, Any]:
     """The sub-graphs of control-flow operators, which stay attributes."""
     return {
@@ -109,14 +126,6 @@ def _submodules(gm: GraphModule) -> dict[str, Any]:
         for node in gm.graph.nodes
         if node.op == "get_attr" and constant(gm, node) is None
     }
-
-
-def _renamed(spec: InputSpec, copied: dict[Node, Node], gm: GraphModule) -> InputSpec:
-    """`spec` of a user input under the name that its placeholder got in the new graph."""
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.name == spec.arg.name:
-            return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=copied[node].name))
-    return spec
 
 
 def _output_specs(program: ExportedProgram, graph: Graph) -> list[OutputSpec]:

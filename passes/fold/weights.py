@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.formats import get_format
 from passes.graph import calls, constant, evaluate_constant, is_constant_expression, replace_with_constant
-from passes.ir import QUANTIZE, quantize
+from passes.ir import QUANTIZE, expand_scale, quantize
+
+_CHUNK = 1 << 18  # elements
 
 
 class FoldWeights(Pass):
@@ -31,7 +35,25 @@ class FoldWeights(Pass):
             scale = constant(gm, scale_node)
             if scale is None or not isinstance(weight, Node) or not is_constant_expression(weight):
                 continue
-            codes = quantize(evaluate_constant(gm, weight), scale, format=str(node.kwargs["format"]))
+            codes = _quantize_rows(evaluate_constant(gm, weight), scale, str(node.kwargs["format"]))
             node.update_arg(1, None)  # so that the weight alone names the codes
             replace_with_constant(gm, node, codes)
             self.fire()
+
+
+def _quantize_rows(weight: torch.Tensor, scale: torch.Tensor, format: str) -> torch.Tensor:
+    """`quantize`, some rows at a time.
+
+    The fp32 quotients of a whole weight are four times its codes, and among the codes that stay they leave holes that
+    the allocator does not give back: 180 MB for a ViT-base.
+    """
+    if weight.ndim < 2:
+        return quantize(weight, scale, format=format)
+    fmt = get_format(format)
+    codes = torch.empty(weight.shape, dtype=fmt.storage)
+    scales = expand_scale(scale.float(), weight.shape).expand(weight.shape)
+    step = max(1, _CHUNK // weight[0].numel()) if weight.numel() else 1
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        codes[rows] = fmt.encode(weight[rows].float() / scales[rows])
+    return codes

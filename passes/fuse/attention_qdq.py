@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.formats import get_format
-from passes.graph import Emitter, add_constant, argument, aten, calls, dtype, is_call, module_path, val
-from passes.ir import ATTENTION, DEQUANTIZE
+from passes.graph import (
+    Emitter,
+    add_constant,
+    argument,
+    aten,
+    calls,
+    dtype,
+    is_call,
+    is_constant_expression,
+    module_path,
+    shape,
+    val,
+)
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.place.attention_scale import attention_scale
 from passes.quantize.sites import SDPA
 
@@ -24,15 +36,16 @@ class FuseAttentionQdq(Pass):
         y = qcompile.attention(dq(q), dq(k), dq(v), additive_mask, 1/448, is_causal=c)
 
     Requires: `PlaceAttentionScale` ran; masks are normalized.
-    Ensures: the probabilities are quantized per tensor at 1 / format.max; a boolean mask becomes an additive one, made
-        once for all attentions that share it.
-    Declines when: one of q, k and v is not quantized, formats differ, the softmax quantizer is off, or scale is not 1.
+    Ensures: the probabilities are quantized per tensor, at 1 / format.max if not told otherwise; a boolean mask becomes
+        an additive one, made once for all attentions that share it.
+    Declines when: one of q, k and v is not quantized with a constant scale, is a constant, or has other axes than
+        [B,H,S,D]; formats differ; the softmax quantizer is off; scale is not 1; or there is dropout.
     Why: TensorRT fuses no FP8 attention without Q/DQ on the softmax output. Probabilities are at most 1, so the scale
         needs no calibration.
     """
 
-    def __init__(self, softmax: Container[Node] | None = None) -> None:
-        """`softmax` holds the attentions whose softmax quantizer is on; None stands for all of them."""
+    def __init__(self, softmax: Mapping[Node, torch.Tensor] | None = None) -> None:
+        """`softmax` has the scale of each attention whose softmax quantizer is on; None stands for all of them."""
         super().__init__()
         self.softmax = softmax
 
@@ -54,6 +67,11 @@ class FuseAttentionQdq(Pass):
         missing = [name for name, fmt in zip("qkv", formats, strict=True) if fmt is None]
         if missing:
             return f"{' and '.join(missing)} of this attention is not quantized"
+        if argument(node, "dropout_p"):
+            return "this attention draws dropout"
+        unfit = [reason for name, operand in zip("qkv", node.args, strict=False) if (reason := _unfit(name, operand))]
+        if unfit:
+            return unfit[0]
         if len(set(formats)) > 1:
             return f"q, k and v are quantized to different formats: {', '.join(map(str, formats))}"
         if self.softmax is not None and node not in self.softmax:
@@ -70,7 +88,8 @@ class FuseAttentionQdq(Pass):
         if mask is not None:
             mask = _additive(mask, dtype(query), masks, emit)
         prefix = f"{module_path(node)}." if module_path(node) else ""
-        scale = add_constant(gm, f"{prefix}softmax_scale", torch.tensor(1.0 / get_format(fmt).max), node)
+        softmax_scale = torch.tensor(1.0 / get_format(fmt).max) if self.softmax is None else self.softmax[node]
+        scale = add_constant(gm, f"{prefix}softmax_scale", softmax_scale, node)
         causal = bool(argument(node, "is_causal"))
         fused = emit(ATTENTION, query, key, value, mask, scale, is_causal=causal, format=fmt)
         node.replace_all_uses_with(fused)
@@ -83,6 +102,19 @@ def _format(operand: object) -> str | None:
         return None
     assert isinstance(operand, Node)
     return str(operand.kwargs["format"])
+
+
+def _unfit(name: str, operand: object) -> str | None:
+    """Why the dequantized `operand` cannot be an operand of the fused node, or None."""
+    assert isinstance(operand, Node)
+    codes = operand.args[0]
+    if len(shape(operand)) != 4:
+        return f"{name} has {len(shape(operand))} axes instead of batch, heads, length and width"
+    if not isinstance(codes, Node) or not is_call(codes, QUANTIZE):
+        return f"{name} is not quantized with a constant scale"
+    if is_constant_expression(codes.args[0]):
+        return f"{name} is a constant, which attention kernels do not take"
+    return None
 
 
 def _additive(mask: Node, to: torch.dtype, made: dict[tuple[Node, torch.dtype], Node], emit: Emitter) -> Node:

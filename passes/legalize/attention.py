@@ -65,10 +65,7 @@ def is_causal_without_mask(node: Node) -> bool:
 
 def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:
     """Q/DQ of the tensor behind `operand` with its heads repeated to `heads` and, for K, its last axes swapped."""
-    if not is_call(operand, DEQUANTIZE) or not is_call(operand.args[0], QUANTIZE):
-        raise AssertionError("FuseAttentionQdq made this operand a dequantize of a quantize")
-    codes = operand.args[0]
-    assert isinstance(codes, Node)
+    codes = _quantized(operand)
     emit = Emitter(codes)
     source = codes.args[0]
     assert isinstance(source, Node)
@@ -82,6 +79,15 @@ def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:
     return emit(DEQUANTIZE, new_codes, codes.args[1], **operand.kwargs)
 
 
+def _quantized(operand: Node) -> Node:
+    """The quantize that `operand` is the dequantize of."""
+    codes = operand.args[0]
+    assert is_call(operand, DEQUANTIZE) and isinstance(codes, Node) and is_call(codes, QUANTIZE), (
+        "FuseAttentionQdq takes operands that are a dequantize of a quantize"
+    )
+    return codes
+
+
 def _repeat_heads(kv: Node, heads: int, emit: Emitter) -> Node:
     """[B,Hkv,S,D] -> [B,heads,S,D], as unsqueeze, expand and reshape."""
     batch, kv_heads, length, width = emit.sizes(kv)
@@ -93,12 +99,14 @@ def _repeat_heads(kv: Node, heads: int, emit: Emitter) -> Node:
 def _causal_mask(query: Node, key: Node, made: dict[tuple[object, ...], Node], emit: Emitter) -> Node:
     """[Sq,Sk] of 0 on and below the diagonal and a large negative number above, made once for each size."""
     to, rows, columns = dtype(query), shape(query)[2], shape(key)[2]
-    if (to, rows, columns) not in made:
-        lengths = emit(aten.sym_size.int, query, 2), emit(aten.sym_size.int, key, 2)
+    size = to, str(rows), str(columns)  # a dynamic length has no hash, but its expression names it
+    if size not in made:
+        # read off what is quantized: a size of its dequantize would keep that, and K's is replaced
+        lengths = [emit(aten.sym_size.int, _quantized(operand).args[0], 2) for operand in (query, key)]
         q_len, k_len = (s if isinstance(s, int) else n for s, n in zip((rows, columns), lengths, strict=True))
         i = emit(aten.unsqueeze.default, emit(aten.arange.default, q_len), 1)
         j = emit(aten.unsqueeze.default, emit(aten.arange.default, k_len), 0)
         zero = emit(aten.full.default, [], 0.0, dtype=to)
         lowest = emit(aten.full.default, [], torch.finfo(to).min / 2, dtype=to)
-        made[to, rows, columns] = emit(aten.where.self, emit(aten.le.Tensor, j, i), zero, lowest)
-    return made[to, rows, columns]
+        made[size] = emit(aten.where.self, emit(aten.le.Tensor, j, i), zero, lowest)
+    return made[size]

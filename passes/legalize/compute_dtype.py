@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -10,7 +13,6 @@ from passes.base import Pass
 from passes.graph import Emitter, aten, fake_mode, is_call, is_constant_expression, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.quantize.sites import SDPA
-
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, ATTENTION: 4}
@@ -26,7 +28,8 @@ class ConvertComputeDtype(Pass):
         angle = mul(_to_copy(arange(s), float32), inv_freq)
         y = mul(linear(_to_copy(x), _to_copy(w)), _to_copy(cos(angle)))
 
-    Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; the source dtype is the model's.
+    Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; `RemoveNoOps` did, so that no
+        assertion of a dtype is left to fail; the source dtype is the model's.
     Ensures: inputs and outputs of the program keep their dtype. A float value that depends on no floating-point input
         and no parameter stays as it was up to where it meets one. A weight that is quantized stays in the source
         dtype, so its codes come from the original numbers. Casts of constants are left to `FoldConstants`.
@@ -72,20 +75,45 @@ class ConvertComputeDtype(Pass):
     def _convert(self, node: Node, casts: dict[Node, Node]) -> None:
         if is_constant_expression(node) or (is_call(node, QUANTIZE) and is_constant_expression(node.args[0])):
             return
+        if self._is_boundary(node):
+            return
         scale = node.args[_SCALE[node.target]] if node.target in _SCALE else None
         for operand in node.all_input_nodes:
             if self._is_source(operand) and operand is not scale:
                 node.replace_input_with(operand, self._cast(operand, node, casts))
                 self.fire()
-        replace = lambda a: self.target if a is self.source else a  # noqa: E731
-        node.args, node.kwargs = pytree.tree_map(replace, (node.args, node.kwargs))
+        node.args, node.kwargs = pytree.tree_map(self._argument, (node.args, node.kwargs))
         fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (node.args, node.kwargs))
         assert callable(node.target)
         with fake_mode(node.graph):
             value = node.target(*fake_args, **fake_kwargs)
         if self._is_source(node) and value.dtype == self.target:
             self.converted.add(node)
+            self.fire()
         node.meta["val"] = value
+
+    def _is_boundary(self, node: Node) -> bool:
+        """Whether `node` is a cast like those of this pass: into the target dtype, or out of it for an output."""
+        if is_call(node, aten.clamp.default):  # of a mask, before its cast
+            return all(is_call(u, aten._to_copy.default) and u.kwargs.get("dtype") is self.target for u in node.users)
+        if not is_call(node, aten._to_copy.default):
+            return False
+        if node.kwargs.get("dtype") is self.target:
+            return True
+        returned = all(user.op == "output" for user in node.users)
+        return returned and self._is_source(node) and val(node.all_input_nodes[0]).dtype is self.target
+
+    def _argument(self, value: Any) -> Any:
+        """`value` of a call in the target dtype: the source dtype is replaced, a number out of range saturates.
+
+        `masked_fill(scores, mask, -3.4e38)` would otherwise be an error in float16, and an infinity in ONNX.
+        """
+        if value is self.source:
+            return self.target
+        if isinstance(value, float) and math.isfinite(value):
+            limit = torch.finfo(self.target).max
+            return min(max(value, -limit), limit)
+        return value
 
     def _cast(self, operand: Node, user: Node, casts: dict[Node, Node]) -> Node:
         """`operand` in the target dtype, made once, right behind it."""
@@ -95,10 +123,11 @@ class ConvertComputeDtype(Pass):
                 after = after.next
             emit = Emitter(after, like=operand if operand.op == "call_function" else user)
             value = operand
-            if is_call(user, SDPA, aten.add.Tensor) and operand.op == "call_function":
-                # an additive mask made for float32 would become -inf, and a fully masked row NaN
+            if any(_may_mask(operand, other) for other in operand.users):
+                # an additive mask made for float32 would become -inf, and a fully masked row NaN; half of the lowest
+                # number is still finite with a score added to it
                 limits = torch.finfo(self.target)
-                value = emit(aten.clamp.default, operand, limits.min, limits.max)
+                value = emit(aten.clamp.default, operand, limits.min / 2, limits.max)
             casts[operand] = emit(aten._to_copy.default, value, dtype=self.target)
         return casts[operand]
 
@@ -107,6 +136,13 @@ class ConvertComputeDtype(Pass):
         for result in output.all_input_nodes:
             if result in self.converted:
                 output.replace_input_with(result, emit(aten._to_copy.default, result, dtype=self.source))
+
+
+def _may_mask(operand: Node, user: Node) -> bool:
+    """Whether `operand` could be the additive mask of an attention, fused or spelled out."""
+    if is_call(user, SDPA, ATTENTION):
+        return len(user.args) > 3 and user.args[3] is operand
+    return is_call(user, aten.add.Tensor) and operand.op == "call_function"
 
 
 def _only_sizes(node: Node) -> bool:

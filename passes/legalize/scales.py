@@ -31,11 +31,10 @@ class RoundScales(Pass):
         for node in calls(gm.graph, DEQUANTIZE, ATTENTION):
             index, to = (4, node.meta["val"].dtype) if node.target is ATTENTION else (1, node.kwargs["dtype"])
             scale = constant(gm, node.args[index])
-            if scale is not None and scale.dtype not in (to, torch.float8_e4m3fn):
+            if scale is not None and scale.dtype != torch.float8_e4m3fn:
                 targets[str(node.args[index].target)] = to  # type: ignore[union-attr]
         for name, to in targets.items():
             self._round(gm, name, to)
-            self.fire()
 
     def _round(self, gm: GraphModule, name: str, to: torch.dtype) -> None:
         nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
@@ -48,6 +47,9 @@ class RoundScales(Pass):
                 f"{name} is {worst:.3g}, which {to} cannot hold; compute in bfloat16 or float32, or leave this"
                 " tensor unquantized in the recipe"
             )
+        if scale.dtype == to:
+            return
+        self.fire()
         delete_constant(gm, name)
         new = add_constant(gm, name, rounded, nodes[0])
         for node in nodes:

@@ -25,23 +25,30 @@ class StoreWeightsTransposed(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
+        matrices: dict[Node, Node] = {}  # layers that share a weight (ALBERT) go on sharing it
         for node in calls(gm.graph, aten.linear.default):
             weight = node.args[1]
             if is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0]):  # type: ignore[union-attr]
                 assert isinstance(weight, Node)
-                self._rewrite(node, weight)
+                if weight not in matrices:
+                    matrices[weight] = _transposed(weight, node)
+                self._rewrite(node, matrices[weight])
                 self.fire()
 
-    def _rewrite(self, node: Node, weight: Node) -> None:
+    def _rewrite(self, node: Node, matrix: Node) -> None:
         emit = Emitter(node)
-        codes, scale = weight.args
-        assert isinstance(codes, Node) and isinstance(scale, Node)
-        codes = emit(aten.transpose.int, codes, 0, 1)
-        if val(scale).ndim == 2:
-            scale = emit(aten.transpose.int, scale, 0, 1)
-        emit_like_weight = Emitter(node, like=weight)
-        matrix = emit_like_weight(DEQUANTIZE, codes, scale, **weight.kwargs)
         result = emit(aten.matmul.default, node.args[0], matrix)
         if len(node.args) > 2 and node.args[2] is not None:
             result = emit(aten.add.Tensor, result, node.args[2])
         node.replace_all_uses_with(result)
+
+
+def _transposed(weight: Node, before: Node) -> Node:
+    """The dequantize `weight` of the transposed codes."""
+    emit = Emitter(before)
+    codes, scale = weight.args
+    assert isinstance(codes, Node) and isinstance(scale, Node)
+    codes = emit(aten.transpose.int, codes, 0, 1)
+    if val(scale).ndim == 2:
+        scale = emit(aten.transpose.int, scale, 0, 1)
+    return Emitter(before, like=weight)(DEQUANTIZE, codes, scale, **weight.kwargs)

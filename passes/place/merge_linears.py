@@ -25,7 +25,6 @@ from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
 
 
-
 class MergeParallelLinears(Pass):
     """Join quantized linear layers with one input: Q, K and V; gate and up.
 
@@ -51,7 +50,7 @@ class MergeParallelLinears(Pass):
             if not is_call(source, DEQUANTIZE):
                 continue
             linears = [linear for user in source.users if (linear := _Linear.read(user, source)) is not None]
-            linears.sort(key=lambda linear: linear.owner)  # stable: the order of the graph within one owner
+            linears.sort(key=lambda linear: (linear.owner, linear.node))  # nodes sort in the order of the graph
             for _, group in groupby(linears, key=lambda linear: linear.owner):
                 self._consider(gm, list(group))
 

@@ -44,13 +44,17 @@ class InsertQdq(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         pairs: dict[tuple[Node, str, tuple[int, ...] | None], Node] = {}
-        outputs_first = sorted(self.quantizers.items(), key=lambda item: item[0].operand != "output")
-        for site, quantizer in outputs_first:
+        # outputs first, then in the order of the graph, so that a shared pair stands before all its readers
+        ordered = sorted(self.quantizers.items(), key=lambda item: (item[0].operand != "output", item[0].consumer))
+        for site, quantizer in ordered:
             if site.operand == "softmax":
                 continue
             source = site.tensor
             if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:
                 self.decline("this tensor is quantized already, by the output quantizer before it", source)
+                continue
+            if site.operand == "output" and any(_is_quantize(user) for user in source.users):
+                self.decline("this output is quantized already", source)
                 continue
             key = (source, quantizer.format.name, None if quantizer.scale is None else tuple(quantizer.scale.shape))
             if key not in pairs:
@@ -59,7 +63,8 @@ class InsertQdq(Pass):
             if site.operand == "output":
                 source.replace_all_uses_with(pairs[key], delete_user_cb=lambda user: not _is_quantize(user))
             else:
-                site.consumer.replace_input_with(source, pairs[key])
+                assert site.index is not None
+                site.consumer.update_arg(site.index, pairs[key])  # not every argument that is the same tensor
 
     def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else _after(source)

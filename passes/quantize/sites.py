@@ -50,12 +50,16 @@ class Site:
         return _OPERANDS[self.operand][0]
 
     @property
+    def index(self) -> int | None:
+        """Which argument of the consumer the operand is; None for a result or something inside of it."""
+        return _OPERANDS[self.operand][1]
+
+    @property
     def tensor(self) -> Node:
         """The node whose values the quantizer sees."""
-        index = _OPERANDS[self.operand][1]
-        if index is None:
+        if self.index is None:
             return self.consumer
-        operand = self.consumer.args[index]
+        operand = self.consumer.args[self.index]
         assert isinstance(operand, Node)
         return operand
 

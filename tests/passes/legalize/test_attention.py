@@ -1,0 +1,81 @@
+"""Quantized attention as matrix products and a softmax, with the same codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import FileCheck
+
+from passes.fuse.attention_qdq import FuseAttentionQdq
+from passes.graph import aten
+from passes.ir import ATTENTION, QUANTIZE
+from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
+
+S = torch.tensor(0.02)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def fused(module: nn.Module, *inputs: Any, **options: Any) -> GraphModule:
+    gm = graph_of(module, *inputs, **options)
+    insert(gm, {"q": S, "k": S, "v": S})
+    assert FuseAttentionQdq()(gm).modified
+    return gm
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_the_values_are_the_same(causal: bool, kv_heads: int, dynamic: bool) -> None:
+    shapes = {"x": {0: DYNAMIC, 1: DYNAMIC}, "mask": None} if dynamic else None
+    module = Attention(4, 8, kv_heads, scale=1.0, is_causal=causal)
+    gm = fused(module, torch.randn(2, 5, 32), None, dynamic_shapes=shapes)
+    rewrites(DecomposeAttention, gm, torch.randn(3 if dynamic else 2, 7 if dynamic else 5, 32), None, **TOLERANCE)
+    assert (count(gm, ATTENTION), count(gm, aten.matmul.default), count(gm, aten.softmax.int)) == (0, 2, 1)
+    assert count(gm, QUANTIZE) == 4
+    assert count(gm, aten.where.self) == causal
+    # K is transposed, and grouped heads repeated, in front of the quantizer
+    FileCheck().check("quantize.default(transpose").check("aten.softmax").check("quantize.default(softmax").run(gm.code)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_are_added(kind: str) -> None:
+    x, keep = torch.randn(2, 5, 16), torch.rand(1, 1, 5, 5) < 0.5
+    keep[..., 0] = True
+    mask = keep if kind == "bool" else torch.randn(1, 1, 5, 5)
+    rewrites(DecomposeAttention, fused(Attention(scale=1.0), x, mask), x, mask, **TOLERANCE)
+
+
+class TwoAttentions(nn.Module):
+    """Two causal attentions share k, which is returned as well."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        y = scaled_dot_product_attention(q, k, k, scale=1.0, is_causal=True)
+        return scaled_dot_product_attention(y, k, k, scale=1.0, is_causal=True), k, k.sin()
+
+
+def test_one_causal_mask_for_a_size_and_other_users_keep_their_values() -> None:
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    gm = fused(TwoAttentions(), q, k)
+    before = run(gm, q, k)
+    rewrites(DecomposeAttention, gm, q, k, fired=2, **TOLERANCE)
+    assert count(gm, aten.where.self) == 1
+    after = run(gm, q, k)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[2], before[2])
+
+
+@pytest.mark.parametrize(("causal", "stays"), [(True, True), (False, False)])
+def test_what_the_back_end_has_an_operator_for_stays(causal: bool, stays: bool) -> None:
+    gm = fused(Attention(scale=1.0, is_causal=causal), torch.randn(1, 3, 16))
+    assert is_causal_without_mask(only_call(gm, ATTENTION)) is stays
+    make = lambda: DecomposeAttention(unless=is_causal_without_mask)  # noqa: E731
+    if stays:
+        assert declines(make, gm) == []
+    else:
+        rewrites(make, gm, torch.randn(1, 3, 16), **TOLERANCE)

@@ -1,0 +1,105 @@
+"""Per-token scales outside, a constant one inside."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.testing import FileCheck
+
+from passes.formats import FP8_PER_TOKEN
+from passes.graph import aten
+from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE
+from passes.legalize.per_token import PerTokenToStatic
+from passes.quantize.insert import InsertQdq, Quantizer
+from passes.quantize.sites import find_sites
+from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+
+
+class Readers(nn.Module):
+    """Two layers and sin read one tensor."""
+
+    def __init__(self, *, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4, bias=bias), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.a(x), self.b(x), x.sin()
+
+
+def per_token(module: nn.Module, *inputs: Tensor, operand: str = "input", **options: object) -> GraphModule:
+    gm = graph_of(module, *inputs, **options)
+    InsertQdq({s: Quantizer(FP8_PER_TOKEN, None) for s in find_sites(gm) if s.operand == operand})(gm)
+    return gm
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_linear_layers_share_the_division(bias: bool, half: bool) -> None:
+    dtype = torch.float16 if half else torch.float32
+    module = Readers(bias=bias).to(dtype)
+    gm = per_token(module, torch.randn(2, 8, dtype=dtype), dynamic_shapes=({0: DYNAMIC},))
+    # x / amax is rounded before it is quantized: codes at a tie move by one step of 1/16
+    rewrites(PerTokenToStatic, gm, torch.randn(5, 8, dtype=dtype), rtol=0.1, atol=0.1)
+    assert (count(gm, DYNAMIC_QUANTIZE), count(gm, QUANTIZE), count(gm, aten.div.Tensor)) == (0, 1, 1)
+    FileCheck().check("aten.amax").check("aten.clamp").check("aten.div").check("quantize").check("linear").check(
+        "mul"
+    ).run(gm.code)
+
+
+def test_a_layer_without_bias_that_the_float_user_does_not_see() -> None:
+    x = torch.randn(2, 8)
+    gm = per_token(Readers(), x)
+    PerTokenToStatic()(gm)
+    assert torch.equal(run(gm, x)[2], x.sin())
+
+
+def test_another_reader_is_declined() -> None:
+    """An output quantizer gives the quantized tensor to whoever reads it."""
+    gm = per_token(nn.Sequential(nn.LayerNorm(8), nn.ReLU()), torch.randn(2, 8), operand="output")
+    assert declines(PerTokenToStatic, gm) == [
+        "a per-token quantized tensor is read by something else than linear layers"
+    ]
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[GraphModule, GraphModule]:
+    def make() -> GraphModule:
+        torch.manual_seed(0)
+        return per_token(nn.Linear(8, 4), torch.randn(2, 8), dynamic_shapes=({0: DYNAMIC},))
+
+    static = make()
+    PerTokenToStatic()(static)
+    return make(), static
+
+
+tokens = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 4), st.just(8)), elements=st.floats(-(2.0**99), 2.0**99, width=32)
+)
+
+
+@given(x=tokens)
+def test_tokens_of_every_size(both: tuple[GraphModule, GraphModule], x: np.ndarray) -> None:
+    dynamic, static = both
+    (want,), (got,) = run(dynamic, torch.from_numpy(x)), run(static, torch.from_numpy(x))
+    assert got.isfinite().all()
+    amax = np.abs(x).max(axis=-1, keepdims=True)
+    # one step at the largest magnitude for each of eight products, and the floor under amax
+    assert bool(((got - want).abs() <= torch.from_numpy(amax * 0.4 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_zeros_tiny_and_large_tokens_in_half_precision(dtype: torch.dtype) -> None:
+    module = nn.Linear(4, 4).to(dtype)
+    x = torch.tensor([[0.0] * 4, [1e-7, 0, 0, 1e-6], [6e4, -6e4, 1, 0], [1, 2, 3, 4]]).to(dtype)
+    gm = per_token(module, x)
+    PerTokenToStatic()(gm)
+    (got,) = run(gm, x)
+    assert torch.equal(got[0], module.bias.detach())
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[[0, 1, 3]], module(x).detach()[[0, 1, 3]], rtol=0.1, atol=0.2)

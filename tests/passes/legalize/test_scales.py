@@ -1,0 +1,74 @@
+"""Scales in the dtype of what they scale, positive and finite there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from passes.errors import PassError
+from passes.fuse.attention_qdq import FuseAttentionQdq
+from passes.ir import DYNAMIC_QUANTIZE
+from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.scales import RoundScales
+from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, rewrites
+
+
+def half_graph(scale: torch.Tensor, target: torch.dtype = torch.float16, operand: str = "input") -> GraphModule:
+    gm = graph_of(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), dynamic_shapes=({0: DYNAMIC},))
+    insert(gm, {operand: scale})
+    if target != torch.float32:
+        ConvertComputeDtype(torch.float32, target)(gm)
+    return gm
+
+
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_scales_are_rounded_once_for_both_operators(target: torch.dtype, operand: str) -> None:
+    scale = torch.rand(4, 1) + 0.01 if operand == "weight" else torch.tensor(0.0317)
+    gm = half_graph(scale, target, operand)
+    # the scale moves by half a unit in the last place, and codes at a tie by one step
+    rewrites(RoundScales, gm, torch.randn(3, 4), rtol=0.1, atol=0.1)
+    name = f"0.{operand}_scale"
+    assert gm.get_buffer(name).dtype is target
+    assert torch.equal(gm.get_buffer(name), scale.to(target))
+    assert len(gm.graph.find_nodes(op="get_attr")) == len({n.target for n in gm.graph.find_nodes(op="get_attr")})
+
+
+@pytest.mark.parametrize("value", [1e-9, 1e6, float("nan"), float("inf"), 0.0, -0.5])
+def test_a_scale_that_the_dtype_cannot_hold_is_an_error_with_its_name(value: float) -> None:
+    with pytest.raises(PassError, match=r"0\.input_scale is .*torch\.float16.*bfloat16 or float32"):
+        RoundScales()(half_graph(torch.tensor(value)))
+
+
+@pytest.mark.parametrize("value", [1e-9, 1e6])
+def test_what_float16_cannot_hold_bfloat16_can(value: float) -> None:
+    assert RoundScales()(half_graph(torch.tensor(value), torch.bfloat16)).modified
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_needs_no_rounding_is_checked_too(value: float) -> None:
+    with pytest.raises(PassError, match=r"0\.input_scale"):
+        RoundScales()(half_graph(torch.tensor(value), torch.float32))
+
+
+def test_one_bad_channel_is_named_by_its_value() -> None:
+    with pytest.raises(PassError, match=r"0\.weight_scale is 1e-10"):
+        RoundScales()(half_graph(torch.tensor([[0.1], [1e-10], [0.2], [0.3]]), operand="weight"))
+
+
+def test_nothing_to_do_in_float32_and_for_measured_scales() -> None:
+    gm = half_graph(torch.tensor(0.1), torch.float32)
+    assert declines(RoundScales, gm) == []
+    assert count(gm, DYNAMIC_QUANTIZE) == 0
+
+
+def test_the_scale_of_a_softmax_is_rounded_with_the_others() -> None:
+    x = torch.randn(1, 3, 16)
+    gm = graph_of(Attention(scale=1.0), x)
+    insert(gm, {operand: torch.tensor(0.02) for operand in "qkv"})
+    FuseAttentionQdq()(gm)
+    ConvertComputeDtype(torch.float32, torch.float16)(gm)
+    rewrites(RoundScales, gm, x, fired=4, rtol=0.1, atol=0.1)
+    assert gm.get_buffer("softmax_scale").dtype is torch.float16
