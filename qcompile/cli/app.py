@@ -1,0 +1,105 @@
+"""The command line as a whole: its subcommands, and how an error becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.text import Text
+
+from qcompile.cli.build import build
+from qcompile.cli.console import err
+from qcompile.cli.demo import demo
+from qcompile.cli.export import export
+from qcompile.cli.inspect import inspect
+from qcompile.cli.recipes import recipes
+from qcompile.errors import ExpectationError, QCompileError, VerificationError
+
+GOOD, FALLS_SHORT, WRONG_USAGE, INTERNAL = 0, 1, 2, 3
+
+_HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine, and prove what fused.
+
+**From a model to an engine in one go**
+
+    qcompile export ./vit-base -o vit.onnx --recipe fp8 --calibration images.safetensors \\
+        --engine vit.engine --target sm89 --report vit.json
+    qcompile inspect vit.json
+
+**Without a model at hand**: `qcompile demo` trains a small one on real images and shows the whole route.
+
+Exit codes: 0 good; 1 a check or an expectation failed; 2 wrong usage, or something that this version cannot do;
+3 a bug in qcompile.
+"""
+
+app = App(
+    name="qcompile",
+    help=_HELP,
+    help_format="markdown",
+    version="",
+    version_flags=[],
+    result_action="return_value",
+)
+app.command(export)
+app.command(build)
+app.command(inspect)
+app.command(recipes)
+app.command(demo)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+) -> int:
+    """Run a subcommand.
+
+    Parameters
+    ----------
+    debug:
+        Show the traceback of an error (also: QCOMPILE_DEBUG=1).
+    """
+    command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    try:
+        result = command(*bound.args, **bound.kwargs)
+    except (QCompileError, OSError) as error:
+        if debug or os.environ.get("QCOMPILE_DEBUG"):
+            raise
+        _say(str(error))
+        return FALLS_SHORT if isinstance(error, VerificationError | ExpectationError) else WRONG_USAGE
+    return result if isinstance(result, int) else GOOD
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (None: the process's own arguments); returns the exit code."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only local files are read, and the hub's retries take minutes
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|onnx\w*|copyreg)\b.*")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "torchvision is not ..."
+    tokens = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in tokens or bool(os.environ.get("QCOMPILE_DEBUG"))
+    try:
+        result = app.meta(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _say(f"{error}\n'qcompile --help' and 'qcompile COMMAND --help' tell more")
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return GOOD
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"{type(error).__name__}: {error}\nThis is a bug in qcompile; --debug shows where it comes from")
+        return INTERNAL
+    return result if isinstance(result, int) else GOOD
+
+
+def _say(message: str) -> None:
+    err().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)

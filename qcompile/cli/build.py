@@ -1,0 +1,76 @@
+"""`qcompile build`: a TensorRT engine from an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from qcompile.cli.console import check_writable, interactive, out, write_json
+from qcompile.cli.options import Profile, parse_expect, parse_profiles, require_profile
+from qcompile.cli.tables import show_engine
+
+Several = Parameter(consume_multiple=True, negative="", show_default=False)
+
+
+def build(
+    model: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    target: str | None = None,
+    profile: Annotated[list[str], Several] = [],  # noqa: B006  # cyclopts shows the default, and nobody changes it
+    expect: Annotated[list[str], Several] = [],  # noqa: B006
+    report: Path | None = None,
+) -> int:
+    """Build a TensorRT engine from an ONNX file, and count its kernels.
+
+    No GPU is needed: tensorrt_rtx builds ahead of time for the target. The report tells which attentions and GEMMs run
+    in low precision and, for each one that does not, its module path and the reason.
+
+    ```
+    qcompile build vit.onnx -o vit.engine --target sm89 --expect attention_fp8=12 kernels=149
+    qcompile build bert.onnx --target sm120 --profile input_ids=1x32,8x128,32x512 attention_mask=1x32,8x128,32x512
+    ```
+
+    Parameters
+    ----------
+    model:
+        ONNX file; external data is found beside it.
+    output:
+        Where to write the engine. Without it the engine is built and judged, and not kept.
+    target:
+        GPU to build for: sm89 (Ada), sm120 (Blackwell RTX), ... Default: the GPU of this machine.
+    profile:
+        For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max. FP8 attention
+        needs a least sequence of 32 or more to be fused.
+    expect:
+        Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention, gemm_fp8, gemm_fp4 and
+        gemm_int8 are least counts, kernels is a largest one.
+    report:
+        Write the engine's report to this JSON file.
+    """
+    check_writable(output, report)
+    result = build_and_show(model, output, target, parse_profiles(profile), parse_expect(expect))
+    if report is not None:
+        write_json(report, result)
+    return 0
+
+
+def build_and_show(
+    model: Path, output: Path | None, target: str | None, profile: Profile | None, expect: dict[str, int] | None
+) -> dict[str, Any]:
+    """Build, print the report, and return it as plain data."""
+    from qcompile.engine import build_engine
+    from qcompile.engine.graph import OnnxGraph
+
+    inputs = OnnxGraph.load(model).model.graph.input
+    require_profile(
+        {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profile
+    )
+    built = build_engine(model, output, target=target, profiles=profile, expect=expect, progress=interactive())
+    data: dict[str, Any] = json.loads(built.to_json())
+    show_engine(out(), data)
+    return data

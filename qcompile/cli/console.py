@@ -1,0 +1,63 @@
+"""Where the command line writes: results to stdout, what goes on to stderr; plain and wide when not on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from qcompile.errors import QCompileError
+
+_PLAIN_WIDTH = 160
+
+
+def out() -> Console:
+    return _console(sys.stdout)
+
+
+def err() -> Console:
+    return _console(sys.stderr)
+
+
+def interactive() -> bool:
+    """Whether somebody watches: progress bars are for them alone."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
+def _console(stream: TextIO) -> Console:
+    # Read when asked for, as a caller may have redirected the stream; a file has no width of its own.
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
+    return Console(file=stream, width=wide, highlight=False)
+
+
+def step(message: str) -> None:
+    """Tell what is done next."""
+    err().print(message, style="dim", markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Tell what makes the result doubtful."""
+    err().print(f"WARNING: {message}", style="bold yellow", markup=False, soft_wrap=True)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse, before the work, a file that could not be written after it."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise QCompileError(f"cannot write {path}: it is a directory")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise QCompileError(f"cannot write {path}: there is no directory {path.absolute().parent}")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write beside the final name and move into place."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""`qcompile export`: from a model to a verified ONNX file and, on request, an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from qcompile.cli.build import Several, build_and_show
+from qcompile.cli.console import check_writable, out, step, write_json
+from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
+from qcompile.cli.tables import show_export
+
+_MODEL = Parameter(group=Group("Model", sort_key=2))
+_QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
+_ONNX = Parameter(group=Group("ONNX file", sort_key=4))
+_ENGINE = Parameter(group=Group("Engine", sort_key=5))
+_NO = Parameter(negative="", show_default=False)
+
+
+def export(
+    source: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"))],
+    report: Path | None = None,
+    random_weights: Annotated[int | None, _MODEL] = None,
+    batch: Annotated[int, _MODEL] = 1,
+    sequence: Annotated[int | None, _MODEL] = None,
+    submodule: Annotated[str | None, _MODEL] = None,
+    dynamic: Annotated[list[str], _MODEL, Several] = [],  # noqa: B006  # nobody changes it
+    dynamic_batch: Annotated[bool, _MODEL, _NO] = False,
+    recipe: Annotated[str | None, _QUANTIZATION] = None,
+    set_: Annotated[list[str], _QUANTIZATION, Several, Parameter(name="--set")] = [],  # noqa: B006
+    calibration: Annotated[str | None, _QUANTIZATION] = None,
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, _QUANTIZATION] = None,
+    save_program: Annotated[Path | None, _QUANTIZATION] = None,
+    onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
+    opset: Annotated[int | None, _ONNX] = None,
+    compare: Annotated[bool, _ONNX] = True,
+    engine: Annotated[Path | None, _ENGINE] = None,
+    target: Annotated[str | None, _ENGINE] = None,
+    profile: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
+    expect: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
+) -> int:
+    """Quantize a model and export it to an ONNX file, checked and compared; build an engine from it on request.
+
+    ```
+    qcompile export ./vit-base -o vit.onnx --calibration images.safetensors --engine vit.engine --target sm89
+    qcompile export ./vit-base -o vit.onnx --random-weights 0 --calibration random
+    qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
+    qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
+    ```
+
+    Nothing is written but the files that are named, and each only when it is complete and good.
+
+    Parameters
+    ----------
+    source:
+        A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
+        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]).
+    output:
+        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.data.
+    report:
+        Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
+    random_weights:
+        Make up the weights of a Hugging Face directory with this seed; they need not be there.
+    batch:
+        Batch size of a directory's example inputs, which is that of the file unless the batch is dynamic.
+    sequence:
+        Tokens in a directory's example inputs. Default: 128, or what the model takes if that is less.
+    submodule:
+        Take this part of a directory's model, such as model.encoder of Whisper.
+    dynamic:
+        Make an axis of an input dynamic, as input:axis=dimension[:least:largest]: input_ids:1=seq:1:512
+        attention_mask:1=seq. A model with a table of positions needs the range.
+    dynamic_batch:
+        Make axis 0 of every input dynamic.
+    recipe:
+        Name of a shipped recipe ("qcompile recipes list") or path of a YAML file. Default: fp8; none for a
+        program that is quantized already.
+    set_:
+        Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`.
+    calibration:
+        Data that fixes the ranges of activations: a .safetensors, .npz or .pt file with a tensor for each input, by
+        name, samples on the first axis; a .npy file for a model with one input; package.module:function, which returns
+        an iterable of batches; or "random", to try out without data (the file is then of no other use).
+    dtype:
+        What is not quantized is computed in this type. Default: the model's own if it is half precision, else float16.
+    save_program:
+        Also save the quantized program to this .pt2 file, which is a source in its turn.
+    onnx_target:
+        tensorrt: the forms that fuse best there; portable: standard operators only.
+    opset:
+        ONNX opset, 19 to 23. Default: 21.
+    compare:
+        Compare the file with the program, layer by layer, on one batch.
+    engine:
+        Also build a TensorRT engine, and write it here.
+    target:
+        GPU to build for, such as sm89 or sm120; without --engine the engine is judged and not kept. Default: the GPU of
+        this machine.
+    profile:
+        For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max:
+        input_ids=1x32,4x128,8x512.
+    expect:
+        What the engine must reach, as key=count: attention_fp8, attention, gemm_fp8, gemm_fp4 and gemm_int8 are least
+        counts, kernels is a largest one. A shortfall is exit code 1.
+    """
+    check_writable(output, report, engine, save_program)
+    profiles, expected = parse_profiles(profile), parse_expect(expect)
+    builds = engine is not None or target is not None or expected is not None
+    if profiles and not builds:
+        raise UsageError("--profile is for an engine: give --engine FILE, or --target to build one and not keep it")
+
+    import torch
+
+    import qcompile
+    from qcompile.cli.quantize import MADE_UP, quantized, save
+    from qcompile.source import load_source, with_dynamic_shapes
+
+    chosen = qcompile.load_recipe(recipe or "fp8", set_)
+    _check_before(opset, target if builds else None, expected)
+    step(f"loading {source}")
+    loaded = load_source(source, random_weights=random_weights, batch=batch, sequence=sequence, submodule=submodule)
+    loaded = with_dynamic_shapes(loaded, dynamic, batch=dynamic_batch)
+    if builds:
+        require_profile(loaded.dims, profiles)
+    if loaded.program is not None and loaded.is_quantized:
+        if recipe or set_ or calibration or dtype:
+            raise UsageError(f"{source} is quantized already: leave out --recipe, --set, --calibration and --dtype")
+        program, first = loaded.program, None
+    else:
+        program, first = quantized(loaded, chosen, calibration, getattr(torch, dtype) if dtype else None)
+    if save_program is not None:
+        save(program, save_program)
+    step(f"exporting to {output}")
+    batch_to_compare = (first if first is not None else loaded.example_batch) if compare else None
+    written = qcompile.export_onnx(program, output, target=onnx_target, opset=opset, compare=batch_to_compare)
+    data: dict[str, Any] = {"source": loaded.name, "export": json.loads(written.to_json()), "engine": None}
+    if calibration == "random":
+        data["export"]["notices"].insert(0, MADE_UP)
+    show_export(out(), data["export"])
+    if builds:
+        step("building the engine")
+        data["engine"] = build_and_show(output, engine, target, profiles, expected)
+    if report is not None:
+        write_json(report, data)
+    return 0
+
+
+def _check_before(opset: int | None, target: str | None, expected: dict[str, int] | None) -> None:
+    """What is cheap to know is said before a model is loaded."""
+    from qcompile.engine.backend import find_backend
+    from qcompile.engine.report import check_keys
+    from qcompile.onnx.export import OPSETS
+
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"--opset {opset}: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}")
+    check_keys(expected or {})
+    if target is not None:
+        find_backend(target)

@@ -1,0 +1,73 @@
+"""The middle of `qcompile export`: a source, a recipe and calibration data make a quantized program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+import qcompile
+from qcompile.cli.console import interactive, step, warn
+from qcompile.errors import CalibrationError, CaptureError
+from qcompile.source import Source, load_calibration
+
+MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"
+
+
+def quantized(
+    source: Source, recipe: qcompile.Recipe, calibration: str | None, dtype: torch.dtype | None
+) -> tuple[ExportedProgram, Any]:
+    """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
+    batches, first = None, None
+    if calibration is not None:
+        batches, first = _peek(load_calibration(calibration, source))
+        if calibration == "random":
+            warn(MADE_UP)
+    step(f"quantizing with the recipe {recipe.metadata.name}")
+    is_program = isinstance(source.model, ExportedProgram)  # which brings its inputs along
+    try:
+        program = qcompile.quantize(
+            source.model,
+            () if is_program else source.args,
+            None if is_program else source.kwargs,
+            recipe=recipe,
+            calibration=batches,
+            dynamic_shapes=source.dynamic_shapes,
+            dtype=dtype,
+            progress=interactive(),
+        )
+    except CaptureError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        hint = "On the command line a range is given like this: --dynamic input_ids:1=sequence:1:512"
+        raise CaptureError(f"{error}\n{hint}") from error
+    except CalibrationError as error:
+        if calibration is not None:
+            raise
+        hint = "On the command line: --calibration FILE, or --calibration random to try out without data"
+        raise CalibrationError(f"{error}\n{hint}") from error
+    return program, first
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    """Save a program beside `path` and move it in place."""
+    part = path.with_name(f".part-{path.name}")  # torch.export.save warns of a name that does not end in .pt2
+    try:
+        torch.export.save(program, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:
+    """The batches, and the first of them."""
+    if isinstance(batches, Sequence):
+        return batches, batches[0] if batches else None
+    iterator = iter(batches)
+    for first in iterator:
+        return chain([first], iterator), first
+    return [], None

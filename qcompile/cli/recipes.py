@@ -1,0 +1,110 @@
+"""`qcompile recipes`: list, show and check what says which parts of a model are quantized."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import yaml
+from cyclopts import App, Parameter
+from rich.syntax import Syntax
+from rich.text import Text
+
+from qcompile.cli.console import out
+from qcompile.cli.options import UsageError
+from qcompile.cli.tables import add, table
+
+_SET = Parameter(name="--set", consume_multiple=True, negative="", show_default=False)
+
+recipes = App(
+    name="recipes",
+    help="""List, show and check recipes.
+
+A recipe is YAML: rules, in order, that give quantizers a format or switch them off; the last rule that matches wins.
+Start your own from a shipped one:
+
+    qcompile recipes show fp8 > mine.yaml
+    qcompile recipes check mine.yaml
+    qcompile export ./model -o model.onnx --recipe mine.yaml --calibration data.safetensors
+""",
+)
+
+
+@recipes.command(name="list")
+def list_() -> int:
+    """List the shipped recipes."""
+    from qcompile.recipe import list_recipes, load_recipe
+
+    found = table("Recipes", "name", "what it does", "for")
+    for name in list_recipes():
+        metadata = load_recipe(name).metadata
+        add(found, name, metadata.description, ", ".join(metadata.targets))
+    out().print(found)
+    return 0
+
+
+@recipes.command
+def show(name: str, /, *, set_: Annotated[list[str], _SET] = []) -> int:  # noqa: B006
+    """Print a recipe as YAML.
+
+    ```
+    qcompile recipes show fp8
+    qcompile recipes show fp8 --set 'rules[+]={quantizer: "*.layers.0.*", enable: false}'
+    ```
+
+    Parameters
+    ----------
+    name:
+        Name of a shipped recipe, or path of a YAML file.
+    set_:
+        Show it with this change, as path=value.
+    """
+    from qcompile.recipe import list_recipes, load_recipe, recipe_path
+
+    recipe = load_recipe(name, set_)
+    if set_:
+        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=120)
+    else:
+        path = recipe_path(name) if name in list_recipes() else name
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    console = out()
+    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else Text(text), end="")
+    return 0
+
+
+@recipes.command
+def check(
+    file: str | None = None,
+    /,
+    *,
+    schema: Annotated[bool, Parameter(negative="")] = False,
+    set_: Annotated[list[str], _SET] = [],  # noqa: B006
+) -> int:
+    """Check a recipe without a model: its form, globs that can match nothing, rules that later ones override.
+
+    Exit code 1 if a rule has no effect on any model, 2 if the recipe is not valid.
+
+    Parameters
+    ----------
+    file:
+        YAML file, or name of a shipped recipe.
+    schema:
+        Print the JSON schema of recipes, for editors, instead.
+    set_:
+        Check it with this change, as path=value.
+    """
+    from qcompile.recipe import Recipe, check_recipe, load_recipe
+
+    if schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+        return 0
+    if file is None:
+        raise UsageError("name a recipe to check, or print the schema with --schema")
+    recipe = load_recipe(file, set_)
+    notices = check_recipe(recipe)
+    for notice in notices:
+        out().print(Text(str(notice)), soft_wrap=True)
+    if not notices:
+        out().print(Text(f"{recipe.metadata.name}: valid, {len(recipe.rules)} rules"))
+    return 1 if notices else 0

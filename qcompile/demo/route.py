@@ -1,0 +1,160 @@
+"""The demo's route: train, quantize, export, run, build, and say in one table how each form of the model did."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch.export import Dim
+
+import qcompile
+from qcompile.cli.console import check_writable, err, interactive, out, step
+from qcompile.demo.measure import Accuracy, accuracy, run_onnx
+from qcompile.demo.model import Digits, DigitViT, load_digits, train
+from qcompile.demo.table import results_table
+from qcompile.engine import EngineReport
+from qcompile.engine.backend import find_backend
+from qcompile.errors import EngineError, ExpectationError
+
+TARGETS = ("sm89", "sm120")
+_CALIBRATION_IMAGES = 128
+_TOP1_MARGIN = 0.01
+
+
+@dataclass
+class Row:
+    """One form of the model; `file` and `engines` (target -> report) where there are any."""
+
+    name: str
+    accuracy: Accuracy
+    file: Path | None = None
+    engines: dict[str, EngineReport] = field(default_factory=dict)
+
+
+def run_demo(*, epochs: int = 30, output: Path | None = None) -> int:
+    """Run the demo and print its table.
+
+    Args:
+        epochs: length of the training; 30 reach about 98 %.
+        output: existing directory to keep the ONNX files and engines in; None uses a temporary one.
+
+    Returns:
+        0, or 1 if the FP8 accuracy is more than a point below the model's or an attention is not fused in FP8.
+
+    Raises:
+        QCompileError: scikit-learn or ONNX Runtime is not installed; VerificationError: the file failed a check.
+    """
+    started = time.perf_counter()
+    with _folder(output) as folder:
+        digits = load_digits()
+        model = _trained(digits, epochs)
+        rows = _accuracies(model, digits, folder)
+        _build(rows, digits, folder)
+        out().print(results_table(rows, len(digits.test_images)))
+        shortfalls = _shortfalls(rows)
+        for shortfall in shortfalls:
+            err().print(f"falls short: {shortfall}", style="bold red", markup=False, soft_wrap=True)
+    if output is not None:
+        step(f"the files are in {output}")
+    step(f"done in {time.perf_counter() - started:.0f} s")
+    return 1 if shortfalls else 0
+
+
+@contextmanager
+def _folder(output: Path | None) -> Iterator[Path]:
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="qcompile-demo-") as folder:
+            yield Path(folder)
+    else:
+        check_writable(output / "vit-fp8.onnx")
+        yield output
+
+
+def _trained(digits: Digits, epochs: int) -> DigitViT:
+    step(f"training a vision transformer on {len(digits.images)} images of digits, {epochs} epochs")
+    started = time.perf_counter()
+    with Progress(console=err(), transient=True, disable=not interactive()) as bar:
+        task = bar.add_task("training", total=epochs)
+        model = train(digits, epochs, lambda: bar.advance(task))
+    step(f"trained in {time.perf_counter() - started:.0f} s")
+    return model
+
+
+def _accuracies(model: DigitViT, digits: Digits, folder: Path) -> list[Row]:
+    """Write both ONNX files and measure every form of the model on the held-out images."""
+    images, labels = digits.test_images, digits.test_labels
+    batch = {"images": {0: Dim("batch")}}
+    with torch.no_grad():
+        reference = model(images)
+    rows = [Row("model, float32", accuracy(reference, labels, reference))]
+
+    step("exporting the float16 model with torch.onnx.export, for comparison")
+    plain = folder / "vit-fp16.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        half = copy.deepcopy(model).half()
+        torch.onnx.export(
+            half, (images[:2].half(),), plain, dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
+        )
+    rows.append(Row("float16 ONNX", accuracy(run_onnx(plain, images), labels, reference), plain))
+
+    step(f"quantizing to FP8, calibrated with {_CALIBRATION_IMAGES} training images")
+    program = qcompile.quantize(
+        model,
+        (images[:2],),
+        recipe="fp8",
+        calibration=list(torch.split(digits.images[:_CALIBRATION_IMAGES], 32)),
+        dynamic_shapes=batch,
+        progress=interactive(),
+    )
+    with torch.no_grad():
+        logits = program.module()(images)
+    rows.append(Row("FP8 program", accuracy(logits, labels, reference)))
+
+    step("exporting and verifying the FP8 ONNX file, and running it in ONNX Runtime")
+    quantized = folder / "vit-fp8.onnx"
+    qcompile.export_onnx(program, quantized, target="tensorrt")
+    rows.append(Row("FP8 ONNX", accuracy(run_onnx(quantized, images), labels, reference), quantized))
+    return rows
+
+
+def _build(rows: list[Row], digits: Digits, folder: Path) -> None:
+    """Engines of every file for every target that a builder here can build for."""
+    shape = tuple(digits.images.shape[1:])
+    profile = {"images": ((1, *shape), (64, *shape), (len(digits.test_images), *shape))}
+    for target in TARGETS:
+        try:
+            find_backend(target)
+        except EngineError as error:
+            step(f"no engines for {target}: {error}")
+            continue
+        for row in rows:
+            if row.file is not None:
+                step(f"building {row.file.name} for {target}")
+                engine = row.file.with_suffix(f".{target}.engine")
+                row.engines[target] = qcompile.build_engine(
+                    row.file, engine, target=target, profiles=profile, progress=interactive()
+                )
+
+
+def _shortfalls(rows: list[Row]) -> list[str]:
+    """What the FP8 forms lack: accuracy against the model, fused attentions in their engines."""
+    model, file = rows[0], rows[-1]
+    found = []
+    for row in rows[2:]:
+        if row.accuracy.top1 < model.accuracy.top1 - _TOP1_MARGIN:
+            found.append(f"{row.name}: top-1 {row.accuracy.top1:.1%}, the model has {model.accuracy.top1:.1%}")
+    for engine in file.engines.values():
+        try:
+            engine.check({"attention_fp8": max(1, engine.attention.total)})
+        except ExpectationError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,10 @@
+"""Where a model and its data come from on the command line: directories, files and functions, named by a string."""
+
+from __future__ import annotations
+
+from qcompile.source.calibration import load_calibration
+from qcompile.source.inputs import with_dynamic_shapes
+from qcompile.source.load import load_source
+from qcompile.source.model import Source
+
+__all__ = ["Source", "load_calibration", "load_source", "with_dynamic_shapes"]

@@ -1,0 +1,168 @@
+"""`load_source`: from what the command line says (a directory, a file, a function) to a model with example inputs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+import passes.ir  # noqa: F401  # a saved program of ours holds these operators
+from qcompile.errors import SourceError
+from qcompile.source.huggingface import load_directory
+from qcompile.source.model import Source
+
+FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
+_FORMS = "a Hugging Face directory, a .pt2 file, or package.module:factory"
+
+
+def load_source(
+    text: str,
+    *,
+    random_weights: int | None = None,
+    batch: int = 1,
+    sequence: int | None = None,
+    submodule: str | None = None,
+) -> Source:
+    """Load the model that `text` names.
+
+    Args:
+        text: a directory with a Hugging Face config.json; a `.pt2` file that `torch.export.save` wrote; or
+            `package.module:factory`, a function that returns (model, example inputs[, dynamic_shapes]) with the inputs
+            as a tensor, a tuple or a keyword dict. The current directory is importable.
+        random_weights: seed, for a directory: make the weights up instead of reading them.
+        batch, sequence: size of a directory's example inputs; sequence is in tokens.
+        submodule: path of the part of a directory's model to take, such as `model.encoder`.
+
+    Raises:
+        SourceError: names what was looked for and what to do.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return load_directory(path, random_weights=random_weights, batch=batch, sequence=sequence, submodule=submodule)
+    if random_weights is not None or sequence is not None or submodule is not None or batch != 1:
+        raise SourceError(
+            "random weights, a submodule, and sizes of the example inputs are for Hugging Face directories;"
+            f" {text} is none, and brings its own"
+        )
+    if path.suffix == ".pt2":
+        return _load_program(path)
+    if FUNCTION.fullmatch(text) and not path.exists():
+        return _call_factory(text)
+    problem = "is neither of these" if path.exists() else "does not exist"
+    raise SourceError(f"{text!r} {problem}: a source is {_FORMS}")
+
+
+def import_function(text: str) -> Any:
+    """The object that `package.module:name` names. Raises SourceError when there is none, or its module fails."""
+    match = FUNCTION.fullmatch(text)
+    assert match is not None
+    if os.getcwd() not in sys.path and "" not in sys.path:  # a console script does not look there by itself
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(match["module"])
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{match['module']}.".startswith(f"{error.name}."):
+            raise SourceError(f"{text}: importing {match['module']} failed: {error}") from error
+        raise SourceError(f"{text}: there is no module {error.name!r}, here or installed") from error
+    except Exception as error:  # whatever the user's module raises
+        raise SourceError(f"{text}: importing {match['module']} failed: {type(error).__name__}: {error}") from error
+    for part in match["name"].split("."):
+        if not hasattr(found, part):
+            raise SourceError(f"{text}: {match['module']} has no {match['name']}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SourceError(f"{text}: it is a {type(found).__name__}, and a function is wanted")
+    return found
+
+
+def call_function(text: str) -> Any:
+    """What the function that `text` names returns. Raises SourceError with the reason when it fails."""
+    function = import_function(text)
+    try:
+        return function()
+    except Exception as error:  # whatever the user's function raises
+        raise SourceError(f"{text} failed: {type(error).__name__}: {error}") from error
+
+
+def _call_factory(text: str) -> Source:
+    result = call_function(text)
+    if not isinstance(result, tuple) or len(result) not in (2, 3) or not isinstance(result[0], torch.nn.Module):
+        raise SourceError(
+            f"{text} returned {_describe(result)}; it has to return (model, example inputs) or (model, example inputs,"
+            " dynamic_shapes), with an nn.Module and the inputs as a tensor, a tuple or a dict"
+        )
+    model, inputs = result[0], result[1]
+    dynamic = result[2] if len(result) == 3 else None
+    name = f"{text} ({type(model).__name__})"
+    if isinstance(inputs, Mapping):
+        return Source(model, (), dict(inputs), dynamic, name)
+    if isinstance(inputs, torch.Tensor):
+        return Source(model, (inputs,), {}, dynamic, name)
+    if isinstance(inputs, list | tuple) and inputs:
+        return Source(model, tuple(inputs), {}, dynamic, name)
+    raise SourceError(f"{text}: example inputs are a tensor, a tuple or a dict, not {_describe(inputs)}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(item).__name__ for item in value)})"
+    return type(value).__name__
+
+
+def _load_program(path: Path) -> Source:
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}")
+    program = _deserialize(path)
+    if program.example_inputs is None:
+        raise SourceError(f"{path}: the program was saved without example inputs; export and save it again")
+    args, kwargs = program.example_inputs
+    return Source(program, tuple(args), dict(kwargs), None, path.name)
+
+
+def _deserialize(path: Path) -> ExportedProgram:
+    """Load a program; a second time with transformers imported, whose output classes pytree has to know."""
+    try:
+        with _load_errors() as reasons:
+            return torch.export.load(path)
+    except Exception as error:  # zipfile, pickle, json and torch each have their own
+        if "transformers" in str([*reasons, error]) and "transformers" not in sys.modules and _import_transformers():
+            return _deserialize(path)
+        raise SourceError(f"{path} cannot be read as a torch.export program: {(reasons or [str(error)])[0]}") from error
+
+
+def _import_transformers() -> bool:
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    importlib.import_module("transformers.modeling_outputs")
+    return True
+
+
+@contextmanager
+def _load_errors() -> Iterator[list[str]]:
+    """Collect what torch.export.load logs: it raises only "check the warnings above"."""
+    reasons: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            while error is not None and error.__cause__ is not None:
+                error = error.__cause__
+            reasons.append(str(error or record.getMessage()).strip().splitlines()[0][:300])
+
+    logger, handler = logging.getLogger("torch.export"), Collect()
+    propagate = logger.propagate
+    others, logger.handlers, logger.propagate = logger.handlers, [handler], False
+    try:
+        yield reasons
+    finally:
+        logger.handlers, logger.propagate = others, propagate

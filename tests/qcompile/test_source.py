@@ -1,0 +1,370 @@
+"""Sources and calibration data: transformers, torch.export, safetensors and numpy write what is read here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import qcompile
+from qcompile.errors import CalibrationError, SourceError
+from qcompile.source import Source, load_calibration, load_source, with_dynamic_shapes
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.linear(x) + ids[:, None]
+
+
+FACTORIES = """
+import torch
+from torch import nn
+def pair(): return nn.Linear(4, 4), torch.ones(2, 4)
+def keywords(): return nn.Linear(4, 4), {"input": torch.ones(2, 4)}
+def dynamic(): return nn.Linear(4, 4), (torch.ones(2, 4),), {"input": {0: torch.export.Dim("rows")}}
+def wrong(): return nn.Linear(4, 4)
+def fails(): raise RuntimeError("out of coffee")
+def batches(): return ((torch.ones(2, 4),) for _ in range(3))
+def one_batch(): return torch.ones(2, 4)
+constant = 3
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module in the current directory, which is not on sys.path, as for a console script."""
+    name = f"factories_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    return name
+
+
+def two(batch: int = 2) -> Source:
+    return Source(Two().eval(), (torch.randn(batch, 8), torch.arange(batch)))
+
+
+# --- Hugging Face directories
+
+
+def test_directory_with_weights(tmp_path: Path) -> None:
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)).eval()
+    model.save_pretrained(tmp_path)
+    source = load_source(str(tmp_path))
+    assert type(source.model) is transformers.ViTModel
+    assert source.dims == {"pixel_values": [1, 3, 32, 32]}
+    assert isinstance(source.model, nn.Module) and not source.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(source.model.state_dict()[name], tensor)
+
+
+def test_directory_keeps_the_dtype_of_its_weights(tmp_path: Path) -> None:
+    transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)).bfloat16().save_pretrained(
+        tmp_path
+    )
+    source = load_source(str(tmp_path))
+    assert isinstance(source.model, nn.Module)
+    assert {p.dtype for p in source.model.parameters()} == {torch.bfloat16}
+    assert source.kwargs["pixel_values"].dtype == torch.bfloat16
+
+
+def config_only(path: Path, config: Any, architecture: str) -> str:
+    config.architectures = [architecture]
+    config.save_pretrained(path)
+    return str(path)
+
+
+BERT = {"vocab_size": 50, **SMALL}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "options", "dims"),
+    [
+        (
+            transformers.BertConfig(max_position_embeddings=40, **BERT),
+            "BertModel",
+            {"batch": 3},
+            {"input_ids": [3, 40], "attention_mask": [3, 40]},
+        ),
+        (transformers.LlamaConfig(**BERT), "LlamaForCausalLM", {"sequence": 48}, {"input_ids": [1, 48]}),
+        (
+            transformers.WhisperConfig(
+                d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, max_source_positions=40, num_mel_bins=16,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            ),
+            "WhisperForConditionalGeneration",
+            {"submodule": "model.encoder"},
+            {"input_features": [1, 16, 80]},
+        ),
+        (
+            transformers.CLIPVisionConfig(image_size=24, patch_size=8, **SMALL),
+            "CLIPVisionModel",
+            {},
+            {"pixel_values": [1, 3, 24, 24]},
+        ),
+    ],
+)  # fmt: skip
+def test_example_inputs_are_those_of_the_config_and_run(
+    tmp_path: Path, config: Any, architecture: str, options: dict[str, Any], dims: dict[str, list[int]]
+) -> None:
+    source = load_source(config_only(tmp_path, config, architecture), random_weights=0, **options)
+    assert source.dims == dims
+    assert isinstance(source.model, nn.Module)
+    with torch.no_grad():
+        source.model(*source.args, **source.kwargs)
+
+
+def test_the_seed_makes_the_weights_and_nothing_else_is_seeded(tmp_path: Path) -> None:
+    directory = config_only(tmp_path, transformers.BertConfig(**BERT), "BertModel")
+    before = torch.get_rng_state()
+    first, again, other = (load_source(directory, random_weights=seed).model.state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    name = "encoder.layer.0.intermediate.dense.weight"
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+def test_directory_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        load_source(str(tmp_path))
+    directory = config_only(tmp_path, transformers.BertConfig(**BERT), "BertModel")
+    with pytest.raises(SourceError, match=r"holds no weights.*--random-weights"):
+        load_source(directory)
+    with pytest.raises(SourceError, match="takes at most 512 tokens, not 513"):
+        load_source(directory, random_weights=0, sequence=513)
+    with pytest.raises(SourceError, match=r"no part 'decoder'; it has none"):
+        load_source(directory, random_weights=0, submodule="decoder")
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(SourceError, match="the weights cannot be loaded"):
+        load_source(directory)
+    config_only(tmp_path, transformers.BertConfig(**BERT), "NobodysModel")
+    with pytest.raises(SourceError, match="has no NobodysModel"):
+        load_source(directory, random_weights=0)
+    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+    with pytest.raises(SourceError, match="transformers cannot use it"):
+        load_source(directory)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SourceError, match=r"pip install 'qcompile\[transformers\]'"):
+        load_source(directory)
+
+
+def test_a_checkpoint_that_lacks_a_weight_or_is_quantized_is_refused(tmp_path: Path) -> None:
+    model = transformers.BertModel(transformers.BertConfig(**BERT))
+    model.save_pretrained(tmp_path)
+    state = {k: v.clone() for k, v in model.state_dict().items() if k != "pooler.dense.weight"}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"lacks pooler\.dense\.weight"):
+        load_source(str(tmp_path))
+    config = transformers.BertConfig(**BERT)
+    config.quantization_config = {"quant_method": "fp8"}
+    config_only(tmp_path, config, "BertModel")
+    with pytest.raises(SourceError, match=r"already quantized \(fp8\)"):
+        load_source(str(tmp_path))
+
+
+# --- programs
+
+
+def test_program_file(tmp_path: Path) -> None:
+    path = tmp_path / "two.pt2"
+    torch.export.save(torch.export.export(Two(), (torch.ones(2, 8),), {"ids": torch.ones(2)}), path)
+    source = load_source(str(path))
+    assert isinstance(source.model, ExportedProgram) and not source.is_quantized
+    assert source.dims == {"x": [2, 8], "ids": [2]}
+
+
+def test_quantized_program_of_a_transformers_model(tmp_path: Path) -> None:
+    """In a fresh process, which knows neither our operators nor transformers' output classes."""
+    import subprocess
+
+    path = tmp_path / "vit.pt2"
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL))
+    program = qcompile.quantize(model, (torch.randn(1, 3, 32, 32),), recipe="fp8_per_channel_per_token", progress=False)
+    torch.export.save(program, path)
+    code = f"from qcompile.source import load_source as l; s = l({str(path)!r}); print(s.is_quantized, s.dims)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split(maxsplit=1)[0] == "True" and "[1, 3, 32, 32]" in result.stdout
+
+
+def test_program_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no file"):
+        load_source(str(tmp_path / "none.pt2"))
+    (tmp_path / "bad.pt2").write_bytes(b"no archive")
+    with pytest.raises(SourceError, match=r"bad\.pt2 cannot be read"):
+        load_source(str(tmp_path / "bad.pt2"))
+    with pytest.raises(SourceError, match="are for Hugging Face directories"):
+        load_source(str(tmp_path / "bad.pt2"), random_weights=0)
+
+
+# --- factories
+
+
+def test_factories(factories: str) -> None:
+    assert load_source(f"{factories}:pair").dims == {"input": [2, 4]}
+    assert load_source(f"{factories}:keywords").kwargs.keys() == {"input"}
+    source = load_source(f"{factories}:dynamic")
+    assert source.dims == {"input": ["rows", 4]}
+    with pytest.raises(SourceError, match="dynamic_shapes already"):
+        with_dynamic_shapes(source, batch=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{}:wrong", "returned Linear; it has to return"),
+        ("{}:fails", "RuntimeError: out of coffee"),
+        ("{}:constant", "a function is wanted"),
+        ("{}:missing", "has no missing"),
+        ("nowhere_to_be_found:make", "no module 'nowhere_to_be_found'"),
+        ("neither", "does not exist: a source is"),
+    ],
+)
+def test_factory_errors(factories: str, name: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        load_source(name.format(factories))
+
+
+# --- dynamic shapes
+
+
+def test_dynamic_shapes_are_what_torch_export_takes() -> None:
+    source = with_dynamic_shapes(two(batch=1), batch=True)
+    assert source.dims == {"x": ["batch", 8], "ids": ["batch"]}
+    assert source.args[0].shape == (2, 8), "torch.export takes a size of 1 for a constant"
+    program = torch.export.export(source.model, source.args, dynamic_shapes=source.dynamic_shapes)  # type: ignore[arg-type]
+    assert program.module()(torch.ones(5, 8), torch.ones(5)).shape == (5, 8)
+
+
+def test_dynamic_shapes_of_nested_and_variable_inputs() -> None:
+    class Nested(nn.Module):
+        def forward(self, pair: dict[str, Tensor], *more: Tensor) -> Tensor:
+            return pair["a"] + pair["b"] + more[0]
+
+    ones = torch.ones(3, 4)
+    source = Source(Nested(), ({"a": ones, "b": ones}, ones))
+    assert list(source.inputs) == ["pair_a", "pair_b", "more_0"]
+    source = with_dynamic_shapes(source, ["pair_a:0=n", "pair_b:0=n", "more_0:-2=n"])
+    assert source.dims == {name: ["n", 4] for name in source.inputs}
+    program = torch.export.export(source.model, source.args, dynamic_shapes=source.dynamic_shapes)  # type: ignore[arg-type]
+    five = torch.ones(5, 4)
+    assert program.module()({"a": five, "b": five}, five).shape == (5, 4)
+
+
+def test_inputs_without_a_name_of_their_own_stay_static() -> None:
+    class Open(nn.Module):
+        def forward(self, x: Tensor, **named: Tensor) -> Tensor:
+            return x + named["z"]
+
+    source = Source(Open(), (torch.ones(3, 4),), {"z": torch.ones(3, 4)})
+    assert list(source.inputs) == ["x", "z"]
+    assert with_dynamic_shapes(source, ["x:1=n"]).dims["x"] == [3, "n"]
+    with pytest.raises(
+        SourceError, match=r"z: torch\.export has no dynamic shapes for what forward takes as \*\*named"
+    ):
+        with_dynamic_shapes(source, batch=True)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        (["x"], "write it as input:axis=dimension"),
+        (["y:0=n"], "no input 'y'; the inputs are x, ids"),
+        (["x:2=n"], r"x has 2 axes, \[2, 8\]"),
+        (["x:1=n", "ids:0=n"], "differ in size: x:1 is 8, ids:0 is 2"),
+    ],
+)
+def test_dynamic_errors(dynamic: list[str], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        with_dynamic_shapes(two(), dynamic)
+
+
+# --- calibration data
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "npz"])
+def test_named_tensors_are_cut_into_batches(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    data = {"ids": torch.arange(5), "x": torch.arange(40.0).reshape(5, 8)}
+    if suffix == "pt":
+        torch.save(data, path)
+    elif suffix == "safetensors":
+        save_file(data, path)
+    else:
+        np.savez(path, **{name: tensor.numpy() for name, tensor in data.items()})
+    batches = list(load_calibration(str(path), two()))
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert [batch[1].tolist() for batch in batches] == [[0, 1], [2, 3], [3, 4]], "no sample is dropped"
+    assert torch.equal(batches[2][0], data["x"][3:5])
+
+
+def test_one_tensor_for_a_model_with_one_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.ones((4, 4), np.float64))
+    source = Source(nn.Linear(4, 4), (torch.ones(2, 4),))
+    batches = list(load_calibration(str(tmp_path / "data.npy"), source))
+    assert len(batches) == 2 and batches[0][0].dtype == torch.float32
+    with pytest.raises(CalibrationError, match="one tensor, but the model has the inputs x, ids"):
+        load_calibration(str(tmp_path / "data.npy"), two())
+
+
+def test_calibration_from_a_function_or_a_list(factories: str, tmp_path: Path) -> None:
+    source = load_source(f"{factories}:pair")
+    assert len(list(load_calibration(f"{factories}:batches", source))) == 3
+    with pytest.raises(SourceError, match="has to return an iterable of batches"):
+        load_calibration(f"{factories}:one_batch", source)
+    torch.save([(torch.ones(2, 4),)], tmp_path / "list.pt")
+    assert len(list(load_calibration(str(tmp_path / "list.pt"), source))) == 1
+
+
+def test_random_data_stays_in_the_range_of_the_example() -> None:
+    source = Source(Two(), (torch.randn(64, 8) * 3 + 10, torch.randint(5, 9, (64,))))
+    batches = list(load_calibration("random", source))
+    again = list(load_calibration("random", source))
+    for (x, ids), (x2, ids2) in zip(batches, again, strict=True):
+        assert torch.equal(x, x2) and torch.equal(ids, ids2)
+        assert abs(float(x.mean()) - 10) < 1 and abs(float(x.std()) - 3) < 0.5
+        assert int(ids.min()) >= 5 and int(ids.max()) <= 8 and ids.dtype == torch.int64
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": torch.ones(4, 8)}, "lacks ids; the model's inputs are x, ids"),
+        ({"x": torch.ones(4, 8), "ids": torch.ones(4), "y": torch.ones(4)}, "holds y, which the model does not take"),
+        ({"x": torch.ones(4, 8), "ids": torch.ones(4)}, "ids is torch.float32, but the model takes torch.int64"),
+        ({"x": torch.ones(4), "ids": torch.arange(4)}, r"x is \[4\], but the model takes \[2, 8\]"),
+        ({"x": torch.ones(4, 8), "ids": torch.arange(6)}, "different numbers of samples: x has 4, ids has 6"),
+        ({"x": torch.ones(1, 8), "ids": torch.arange(1)}, "1 samples, fewer than one batch of 2"),
+        (3, "holds a int"),
+    ],
+)
+def test_calibration_errors(tmp_path: Path, data: Any, message: str) -> None:
+    torch.save(data, tmp_path / "data.pt")
+    with pytest.raises(CalibrationError, match=message):
+        load_calibration(str(tmp_path / "data.pt"), two())
+
+
+def test_calibration_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no calibration file"):
+        load_calibration(str(tmp_path / "none.npz"), two())
+    with pytest.raises(CalibrationError, match="is no file that can be read"):
+        load_calibration("images.zip", two())
+    for suffix in ("pt", "safetensors", "npz", "npy"):
+        (tmp_path / f"bad.{suffix}").write_bytes(b"nothing like it")
+        with pytest.raises(CalibrationError, match="cannot be read as tensors"):
+            load_calibration(str(tmp_path / f"bad.{suffix}"), two())
