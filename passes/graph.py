@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -244,10 +244,12 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node) -> Node:
     """Register `tensor` (a buffer unless it is a Parameter) and return a `get_attr` node for it placed before `before`.
 
-    `name` may be dotted, as a parameter's; a number is added when it is taken.
+    `name` may be dotted, as a parameter's; where it is taken, or lies below a tensor, it gets dots less or a number.
     """
+    if _lies_below_tensor(gm, name):
+        name = name.replace(".", "_")
     unique, count = name, 0
-    while _has_attribute(gm, unique):
+    while not _is_free(gm, unique):
         count += 1
         unique = f"{name}_{count}"
     *path, leaf = unique.split(".")
@@ -268,12 +270,22 @@ def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node)
     return node
 
 
-def _has_attribute(gm: GraphModule, name: str) -> bool:
-    try:
-        functools.reduce(getattr, name.split("."), gm)
-    except AttributeError:
-        return False
-    return True
+def _lookup(gm: GraphModule, path: Sequence[str]) -> object:
+    """What `gm` has under a dotted path; None if nothing."""
+    found: object = gm
+    for part in path:
+        found = getattr(found, part, None)
+    return found
+
+
+def _is_free(gm: GraphModule, name: str) -> bool:
+    return _lookup(gm, name.split(".")) is None
+
+
+def _lies_below_tensor(gm: GraphModule, name: str) -> bool:
+    """Whether a part of the path before the last dot is a tensor (a parameter `proj` beside `proj_weight`)."""
+    path = name.split(".")
+    return any(isinstance(_lookup(gm, path[:end]), torch.Tensor) for end in range(1, len(path)))
 
 
 class Emitter:

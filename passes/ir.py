@@ -1,7 +1,7 @@
 """The quantized IR: three operators that carry every format, and attention whose probabilities are quantized.
 
-Granularity is read off the scale's shape: a scalar is per tensor, `[N, 1]` per channel of a `[N, K]` weight,
-`[ceil(N / a), ceil(K / b)]` per block. Each operator has a fake and a reference in plain torch, so a program that holds
+Granularity is read off the scale's shape, which broadcasts: a scalar is per tensor, `[N, 1]` per channel of a `[N, K]`
+weight, `[..., 1]` per token. Each operator has a fake and a reference in plain torch, so a program that holds
 them captures, exports, saves and runs anywhere. Back ends lower them; nothing evaluates them early.
 """
 
@@ -23,24 +23,14 @@ _LIBRARY.define(
 _EPSILON = 1e-6  # amax of an all-zero block: any positive number gives zeros
 
 
-def expand_scale(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Repeat a per-block `scale` so that it broadcasts against `shape`; the last block of an axis may be short."""
-    if scale.ndim == 0:
-        return scale
-    for axis, (blocks, size) in enumerate(zip(scale.shape, shape, strict=True)):
-        if blocks not in (1, size):
-            scale = scale.repeat_interleave(-(-size // blocks), dim=axis).narrow(axis, 0, size)
-    return scale
-
-
 def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str) -> torch.Tensor:
     """`x / scale` in fp32, rounded to the codes of `format` with saturation."""
-    return get_format(format).encode(x.float() / expand_scale(scale.float(), x.shape))
+    return get_format(format).encode(x.float() / scale.float())
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, *, format: str, dtype: torch.dtype) -> torch.Tensor:
     """`q * scale` in fp32, rounded to `dtype`."""
-    return (q.float() * expand_scale(scale.float(), q.shape)).to(dtype)
+    return (q.float() * scale.float()).to(dtype)
 
 
 def dynamic_quantize(

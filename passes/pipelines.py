@@ -1,7 +1,7 @@
 """The pipelines: each reads from top to bottom, and there is no other order.
 
-    capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
-            -> tensorrt_pipeline | portable_pipeline -> lowering
+capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
+        -> tensorrt_pipeline | portable_pipeline -> lowering
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
     OutputSpec,
     SymBoolArgument,
     SymFloatArgument,
@@ -26,17 +27,29 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 
+from passes.errors import PassError
 from passes.graph import constant
 
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
+
+
+def written_tensors(program: ExportedProgram) -> list[str]:
+    """Names of the buffers, parameters and inputs that a functional program writes to when it runs."""
+    return [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind in _MUTATIONS]
 
 
 def unlift(program: ExportedProgram) -> GraphModule:
     """A GraphModule with the graph of `program`, its tensors shared, weights as `get_attr` and flat user inputs.
 
     `program` keeps its own graph: editing the result does not change it.
+
+    Raises:
+        PassError: the program writes to a buffer, parameter or input, which passes would take for constants.
     """
+    if written := written_tensors(program):
+        raise PassError(f"the program writes to {', '.join(written)} while it runs, and passes take it for a constant")
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors: dict[str, Any] = {}
     graph = Graph()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.errors import PassError
-from passes.graph import add_constant, calls, constant, delete_constant
+from passes.graph import add_constant, calls, constant, delete_constant, dtype
 from passes.ir import ATTENTION, DEQUANTIZE
 
 
@@ -29,10 +29,10 @@ class RoundScales(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         targets: dict[str, torch.dtype] = {}
         for node in calls(gm.graph, DEQUANTIZE, ATTENTION):
-            index, to = (4, node.meta["val"].dtype) if node.target is ATTENTION else (1, node.kwargs["dtype"])
-            scale = constant(gm, node.args[index])
-            if scale is not None and scale.dtype != torch.float8_e4m3fn:
-                targets[str(node.args[index].target)] = to  # type: ignore[union-attr]
+            scale_node = node.args[4] if node.target is ATTENTION else node.args[1]
+            scale = constant(gm, scale_node)
+            if isinstance(scale_node, Node) and scale is not None and scale.dtype != torch.float8_e4m3fn:
+                targets[str(scale_node.target)] = dtype(node)
         for name, to in targets.items():
             self._round(gm, name, to)
 
@@ -55,5 +55,3 @@ class RoundScales(Pass):
         for node in nodes:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
-
-

@@ -19,40 +19,40 @@ class NormalizeLinear(Pass):
 
     Requires: graph of `unlift`, with weights as `get_attr`.
     Ensures: the same product; the transpose is of a constant and is folded with it.
-    Declines when: never; a product of two activations is not a linear layer.
+    Declines when: the product is scaled (`alpha`, `beta`), or the weight has batches. A product of two activations is
+        not looked at.
     Why: quantizers, merging and lowering then know one form only.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.addmm.default, aten.mm.default, aten.matmul.default):
-            if node.target is aten.addmm.default:
-                if node.kwargs.get("alpha", 1) == 1 and node.kwargs.get("beta", 1) == 1:
-                    bias, x, weight = node.args
-                    self._replace(node, x, weight, bias if _is_bias(bias, weight) else None, add=bias)
+            *added, x, weight = node.args
+            if not isinstance(x, Node) or not isinstance(weight, Node) or not is_constant_expression(weight):
+                continue
+            if is_constant_expression(x):
+                continue
+            if len(shape(weight)) != 2:
+                self.decline("a product with a batch of constant matrices is not a linear layer", node)
+            elif node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+                self.decline("the product or the bias is multiplied by a number", node)
             else:
-                x, weight = node.args
-                self._replace_product(node, x, weight)
+                self._rewrite(node, x, weight, added[0] if added else None)
+                self.fire()
 
-    def _replace_product(self, node: Node, x: Node, weight: Node) -> None:
+    def _rewrite(self, node: Node, x: Node, weight: Node, added: object) -> None:
+        replaced, bias = node, added
         add = only_user(node)
-        if is_call(add, aten.add.Tensor) and add is not None and add.kwargs.get("alpha", 1) == 1:
-            bias = add.args[1] if add.args[0] is node else add.args[0]
-            if _is_bias(bias, weight):
-                self._replace(add, x, weight, bias)
-                return
-        self._replace(node, x, weight, None)
-
-    def _replace(self, node: Node, x: object, weight: object, bias: object, add: object = None) -> None:
-        if not (isinstance(x, Node) and isinstance(weight, Node) and is_constant_expression(weight)):
-            return
-        if is_constant_expression(x) or len(shape(weight)) != 2:
-            return
-        emit = Emitter(node)
-        result = emit(aten.linear.default, x, _transpose(emit, weight), *([bias] if bias is not None else []))
-        if add is not None and bias is None:
-            result = emit(aten.add.Tensor, result, add)
-        node.replace_all_uses_with(result)
-        self.fire()
+        if added is None and add is not None and is_call(add, aten.add.Tensor) and add.kwargs.get("alpha", 1) == 1:
+            other = add.args[1] if add.args[0] is node else add.args[0]
+            if _is_bias(other, weight):
+                replaced, bias = add, other
+        emit = Emitter(replaced, like=node)
+        operands = [x, _transpose(emit, weight)]
+        if bias is None or _is_bias(bias, weight):
+            result = emit(aten.linear.default, *operands, *([] if bias is None else [bias]))
+        else:  # addmm takes anything that broadcasts
+            result = emit(aten.add.Tensor, emit(aten.linear.default, *operands), bias)
+        replaced.replace_all_uses_with(result)
 
 
 def _transpose(emit: Emitter, weight: Node) -> Node:

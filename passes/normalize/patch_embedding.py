@@ -36,7 +36,9 @@ class PatchEmbeddingToLinear(Pass):
             if not (isinstance(height, int) and isinstance(width, int)):
                 self.decline("the image's height or width is dynamic, so the patches cannot be counted", node)
             elif height % kernel[0] or width % kernel[1]:
-                self.decline(f"an image of {height}x{width} is not a whole number of {kernel[0]}x{kernel[1]} patches", node)
+                self.decline(
+                    f"an image of {height}x{width} is not a whole number of {kernel[0]}x{kernel[1]} patches", node
+                )
             else:
                 self._rewrite(node, x, weight)
                 self.fire()
@@ -81,5 +83,5 @@ def _flattens(flat: Node, image: Node) -> bool:
 
 def _swaps_last_two(node: Node) -> bool:
     if is_call(node, aten.permute.default):
-        return list(node.args[1]) == [0, 2, 1]  # type: ignore[call-overload, arg-type]
+        return list(node.args[1]) == [0, 2, 1]  # type: ignore[arg-type]
     return is_call(node, aten.transpose.int) and {a % 3 for a in node.args[1:]} == {1, 2}  # type: ignore[operator]

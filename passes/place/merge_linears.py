@@ -86,13 +86,17 @@ class _Linear:
     @classmethod
     def read(cls, node: Node, source: Node) -> _Linear | None:
         """`node` as a quantized linear layer of `source` with constant codes, scale and bias; None if it is not."""
-        if not is_call(node, aten.linear.default) or node.args[0] is not source or not is_call(node.args[1], DEQUANTIZE):
+        if (
+            not is_call(node, aten.linear.default)
+            or node.args[0] is not source
+            or not is_call(node.args[1], DEQUANTIZE)
+        ):
             return None
         weight, bias = argument(node, "weight"), argument(node, "bias")
-        constants = [*weight.args, *([bias] if bias is not None else [])]
-        if any(constant.op != "get_attr" for constant in constants):
+        codes, scale = weight.args
+        if any(operand is not None and operand.op != "get_attr" for operand in (codes, scale, bias)):
             return None
-        return cls(node, weight, *weight.args, bias)
+        return cls(node, weight, codes, scale, bias)
 
     @property
     def name(self) -> str:
@@ -180,7 +184,12 @@ def _split(joined: Node, olds: list[Node], sizes: list[int], axis: int) -> None:
 
 def _splits_into_heads(view: Node | None, like: Node | None) -> bool:
     """Whether `view` splits the last axis of its input into heads of the same width as `like`: [B,S,H,D]."""
-    if view is None or like is None or not is_call(view, aten.reshape.default) or not is_call(like, aten.reshape.default):
+    if (
+        view is None
+        or like is None
+        or not is_call(view, aten.reshape.default)
+        or not is_call(like, aten.reshape.default)
+    ):
         return False
     before, after = shape(view.all_input_nodes[0]), shape(view)
     return len(before) == 3 and len(after) == 4 and after[:2] == before[:2] and after[3] == shape(like)[-1]

@@ -93,5 +93,3 @@ def _after(node: Node) -> Node:
     while node.op == "placeholder" and following.op == "placeholder":
         following = following.next
     return following
-
-
