@@ -45,9 +45,7 @@ def build_engine(
     if route != "onnx":
         raise EngineError(f"route {route!r} is not supported by this version; use route='onnx'")
     if not isinstance(model, ExportedProgram):
-        return build_engine_from_file(
-            model, output, target=target, profiles=profiles, expect=expect, progress=progress
-        )
+        return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, path, target="tensorrt")

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import shape
+from passes.graph import dtype, shape, val
 from qcompile.errors import CalibrationError
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class _Observer(Interpreter):
-    """Interprets a graph and records the running amax of some of its nodes."""
+    """Interprets a graph and records the running amax of some of its nodes.
+
+    On a CPU it computes a half-precision graph in float32: few kernels know half there, and a ViT takes ten times as
+    long in it. Ranges are then those without the rounding in between.
+    """
 
     def __init__(self, gm: GraphModule, observed: Iterable[Node]) -> None:
         super().__init__(gm)
         self.amax: dict[Node, torch.Tensor] = {node: torch.zeros(()) for node in observed}
+        self.on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.on_cpu:
+            args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
@@ -29,6 +42,13 @@ class _Observer(Interpreter):
             # torch.maximum carries a NaN on, so one bad value is found at the end
             self.amax[n] = torch.maximum(self.amax[n], torch.maximum(-low, high).float().cpu())
         return result
+
+
+def _widened(argument: Any) -> Any:
+    """A half-precision tensor, or the name of a half-precision dtype, as float32."""
+    if isinstance(argument, torch.Tensor) and argument.dtype in _HALF:
+        return argument.float()
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in _HALF else argument
 
 
 def observe_amax(
@@ -45,23 +65,27 @@ def observe_amax(
         gm: `unlift(program)`, or what normalization made of it.
         program: tells how inputs are flattened.
         observed: node -> name of the quantizer, for messages.
-        batches: argument tuples, keyword dicts or single tensors; a batch that is a multiple of the captured batch
-            size is run in pieces.
+        batches: argument tuples, keyword dicts or single tensors; a batch of another size than the captured one is run
+            in pieces of that size.
 
     Returns:
         node -> fp32 scalar.
 
     Raises:
-        CalibrationError: no batch, a batch that does not fit the captured shapes, or NaN or inf in an observed tensor.
+        CalibrationError: no batch, a batch that does not fit what was captured, or NaN or inf in an observed tensor.
     """
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"calibration is a list of batches, not a {_kind(batches)}; put one batch in a list")
     observer, count = _Observer(gm, observed), 0
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    total = len(batches) if isinstance(batches, Sequence) else None
-    with Progress(transient=True, disable=not progress) as bar, torch.no_grad():
+    total = len(batches) if isinstance(batches, Sized) else None
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not progress) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=total)
         for batch in batches:
-            for inputs in _pieces(flatten_batch(batch, program, count), placeholders, count):
-                observer.run(*inputs)
+            name = f"calibration batch {count}"
+            for inputs in _pieces(flatten_batch(batch, program, name), placeholders, name):
+                _run(observer, inputs, name)
             count += 1
             bar.advance(task)
     if not count:
@@ -72,49 +96,91 @@ def observe_amax(
     return observer.amax
 
 
-def flatten_batch(batch: Any, program: ExportedProgram, index: int = 0) -> list[Any]:
-    """The flat user inputs of `program` for one batch in any of the accepted forms."""
+def _run(observer: _Observer, inputs: list[Any], name: str) -> None:
+    try:
+        observer.run(*inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # what operators say of values they cannot take
+        reason = str(error).partition("\n")[0]  # the rest tells where in the graph
+        raise CalibrationError(f"{name} does not run through the captured graph: {reason}") from error
+
+
+def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:
+    """The flat user inputs of `program` for one batch in any of the accepted forms; `name` is for messages."""
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
     if isinstance(args, torch.Tensor):
         args = (args,)
+    if not isinstance(args, (tuple, list)):
+        raise CalibrationError(
+            f"{name} is a {_kind(batch)}; a batch is a tuple of arguments, a dict of keyword arguments, or one tensor"
+        )
     example = program.example_inputs
     if example is not None and kwargs:
         kwargs = {name: kwargs[name] for name in example[1] if name in kwargs} | dict(kwargs)
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if spec != program.call_spec.in_spec:
         raise CalibrationError(
-            f"calibration batch {index} is called as {_describe(args, kwargs)}, but the model was captured as"
+            f"{name} is called as {_describe(args, kwargs)}, but the model was captured as"
             f" {_describe(*example) if example else program.call_spec.in_spec}"
         )
     return flat
 
 
-def _describe(args: Any, kwargs: Mapping[str, Any]) -> str:
+def _describe(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
     words = [type(a).__name__ for a in args] + [f"{name}={type(a).__name__}" for name, a in kwargs.items()]
     return f"model({', '.join(words)})"
 
 
-def _pieces(inputs: list[Any], placeholders: list[Node], index: int) -> Iterator[list[Any]]:
-    """`inputs` as they are, or cut along the batch axis if they hold several batches of the captured size."""
-    tensors = [(i, t, shape(p)) for i, (t, p) in enumerate(zip(inputs, placeholders, strict=True)) if _is_tensor(t)]
-    for _, tensor, captured in tensors:
-        same_rank = tensor.ndim == len(captured)
-        if not same_rank or any(isinstance(c, int) and c != s for c, s in list(zip(captured, tensor.shape))[1:]):
-            raise CalibrationError(
-                f"calibration batch {index} holds a tensor of shape {list(tensor.shape)} where the model was captured"
-                f" with {[str(c) for c in captured]}; capture with dynamic_shapes, or give batches of that shape"
-            )
-    ratios = {t.shape[0] // c[0] for _, t, c in tensors if t.ndim and isinstance(c[0], int) and t.shape[0] % c[0] == 0}
-    exact = all(t.ndim and isinstance(c[0], int) and t.shape[0] % c[0] == 0 for _, t, c in tensors)
-    if ratios in (set(), {1}) or not exact or len(ratios) > 1:
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _pieces(inputs: list[Any], placeholders: list[Node], name: str) -> Iterator[list[Any]]:
+    """`inputs` as they are, or in pieces where all that differs from what was captured is the size of the batch axis.
+
+    The last piece is filled up with samples from the beginning: an amax does not change if it sees a sample again.
+    """
+    other: list[tuple[int, torch.Tensor]] = []
+    sizes: set[tuple[int, int]] = set()
+    for i, (value, placeholder) in enumerate(zip(inputs, placeholders, strict=True)):
+        _check_fit(value, placeholder, name)
+        if isinstance(value, torch.Tensor) and value.ndim and _differ(value.shape[0], shape(placeholder)[0]):
+            other.append((i, value))
+            sizes.add((value.shape[0], shape(placeholder)[0]))
+    if not sizes:
         yield inputs
         return
-    for piece in range(ratios.pop()):
+    if len(sizes) > 1 or 0 in next(iter(sizes)):
+        found = ", ".join(f"{size} where {captured} was captured" for size, captured in sorted(sizes))
+        raise CalibrationError(f"{name} has tensors of different batch sizes, or of none: {found}")
+    ((size, captured),) = sizes
+    for start in range(0, size, captured):
+        rows = torch.arange(start, start + captured) % size
         cut = list(inputs)
-        for i, tensor, captured in tensors:
-            cut[i] = tensor.narrow(0, piece * captured[0], captured[0])
+        for i, tensor in other:
+            cut[i] = tensor.index_select(0, rows.to(tensor.device))
         yield cut
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+def _check_fit(value: object, placeholder: Node, name: str) -> None:
+    """Raises unless `value` has the dtype that was captured, and the shape, the first axis aside."""
+    if not isinstance(value, torch.Tensor) or not isinstance(val(placeholder), torch.Tensor):
+        if type(value) is not type(val(placeholder)) and not isinstance(val(placeholder), torch.SymInt):
+            captured_kind = _kind(val(placeholder))
+            raise CalibrationError(
+                f"{name}: {placeholder.name} is a {_kind(value)}, but the model was captured with a {captured_kind}"
+            )
+        return
+    captured = shape(placeholder)
+    if value.dtype != dtype(placeholder):
+        raise CalibrationError(
+            f"{name}: {placeholder.name} is {value.dtype}, but the model was captured with {dtype(placeholder)}"
+        )
+    if value.ndim != len(captured) or any(map(_differ, value.shape[1:], captured[1:])):
+        raise CalibrationError(
+            f"{name}: {placeholder.name} has shape {list(value.shape)}, but the model was captured with"
+            f" [{', '.join(map(str, captured))}]; capture with dynamic_shapes, or give batches of that shape"
+        )
+
+
+def _differ(size: int, captured: int | torch.SymInt) -> bool:
+    return isinstance(captured, int) and size != captured

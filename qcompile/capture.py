@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from passes.program import written_tensors
 from qcompile.errors import CaptureError
 
 
@@ -28,11 +29,14 @@ def capture(
         dynamic_shapes: as in `torch.export.export`.
 
     Raises:
-        CaptureError: no example inputs, or torch.export failed; the message carries its reason.
+        CaptureError: no example inputs, torch.export failed (the message carries its reason), or the model writes to a
+            buffer, parameter or input while it runs.
     """
+    if not isinstance(args, (tuple, list)):
+        raise CaptureError(f"args is a tuple of arguments, not a {type(args).__name__}: write (x,) for one argument")
     if isinstance(model, ExportedProgram):
         if args or kwargs or dynamic_shapes is not None:
-            raise CaptureError("an ExportedProgram has its own inputs: give args, kwargs, dynamic_shapes with a module only")
+            raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes go with a module")
         program = model
     else:
         if not args and not kwargs:
@@ -40,17 +44,29 @@ def capture(
         with _for_inference(model), torch.no_grad():
             program = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     # The empty table only makes the graph functional; the default one would split linear and attention.
-    return program.run_decompositions({})
+    functional: ExportedProgram = program.run_decompositions({})
+    _check_pure(functional)
+    return functional
+
+
+def _check_pure(program: ExportedProgram) -> None:
+    """Passes take buffers for constants, and calibration runs the graph many times: nothing may be written to."""
+    if written := written_tensors(program):
+        raise CaptureError(
+            f"the model writes to {', '.join(written)} while it runs: use eval mode before torch.export, no"
+            " key/value cache, and no operation in place on an input or a buffer"
+        )
 
 
 def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        program: ExportedProgram = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises whatever the model or a guard raises
-        raise CaptureError(f"torch.export could not capture {type(model).__name__}: {_first_line(error)}") from error
+        raise CaptureError(f"torch.export could not capture {type(model).__name__}: {_reason(error)}") from error
+    return program
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text if len(text) < 2000 else text[:2000] + " ..."
 
@@ -61,10 +77,10 @@ def _for_inference(model: torch.nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    model.eval()
-    for config in cached:
-        config.use_cache = False
     try:
+        model.eval()
+        for config in cached:
+            config.use_cache = False
         yield
     finally:
         for config in cached:

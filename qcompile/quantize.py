@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from passes.base import Decline, PassLog, run_pipeline
 from passes.formats import FP8_PER_TOKEN, get_format
 from passes.graph import evaluate_constant, is_constant_expression
 from passes.pipelines import NORMALIZE, quantize_pipeline
+from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
 from qcompile.calibrate import observe_amax
 from qcompile.capture import capture
-from qcompile.errors import CalibrationError, RecipeError
+from qcompile.errors import CalibrationError, QCompileError, RecipeError
 from qcompile.recipe import Notice, QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
 
 logger = logging.getLogger("qcompile")
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _META = "qcompile"  # key of the record in program.graph_module.meta
 
@@ -86,6 +90,8 @@ def quantize(
         CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where.
     """
     chosen_recipe = load_recipe(recipe)
+    if dtype not in (None, *COMPUTE_DTYPES):
+        raise QCompileError(f"cannot compute in {dtype}; known: {', '.join(map(str, COMPUTE_DTYPES))}")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     log = run_pipeline(NORMALIZE, gm)
@@ -97,14 +103,23 @@ def quantize(
     for notice in resolution.notices:
         logger.info("%s", notice)
 
+    planned = {site.consumer for site in configs if site.operand == "q"}
+    run_pipeline((partial(PlaceAttentionScale, planned),), gm, log)
+
     source = model_dtype(gm)
-    target = dtype or (torch.float16 if source == torch.float32 else source)
+    target = dtype or (source if source in (torch.float16, torch.bfloat16) else torch.float16)
     amax = _weight_amax(gm, configs) | _activation_amax(gm, program, configs, calibration, progress)
+    power_of_two = chosen_recipe.calibration.power_of_two
     quantizers = {
-        site: Quantizer(_format(config), _scale(site, config, amax)) for site, config in configs.items()
+        site: Quantizer(_format(config), None if config.dynamic else _scale(amax[site], config, power_of_two))
+        for site, config in configs.items()
         if site.operand != "softmax"
     }
-    softmax = {site.consumer for site in configs if site.operand == "softmax"}
+    softmax = {
+        site.consumer: _scale(torch.tensor(1.0), config, power_of_two)
+        for site, config in configs.items()
+        if site.operand == "softmax"
+    }
     run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, log)
     quantized = lift(gm, program)
     quantized.graph_module.meta[_META] = _record(chosen_recipe, log, resolution.notices)
@@ -124,7 +139,7 @@ def _check_supported(configs: Mapping[Site, QuantizerConfig]) -> None:
     for site, config in configs.items():
         reason = unsupported(config)
         if reason:
-            raise RecipeError(f"{config.source}: {site.name}: {reason}")
+            raise RecipeError(f"{site.name}: {reason}")
 
 
 def _format(config: QuantizerConfig) -> Any:
@@ -143,12 +158,14 @@ def _weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> di
         if site.operand != "weight":
             continue
         weight = evaluate_constant(gm, site.tensor)
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(f"{site.name}: the weight holds NaN or infinity")
         if config.granularity == "per_channel":
-            amax[site] = weight.abs().amax(dim=1, keepdim=True).float()
+            low, high = torch.aminmax(weight, dim=1, keepdim=True)
         else:
-            amax[site] = torch.linalg.vector_norm(weight.flatten(), ord=torch.inf).float()
+            low, high = torch.aminmax(weight)
+        amax[site] = torch.maximum(-low, high).float()
+        if not bool(torch.isfinite(amax[site]).all()):  # aminmax carries a NaN on
+            raise CalibrationError(f"{site.name}: the weight holds NaN or infinity")
+        if config.granularity != "per_channel":
             source = site.consumer.args[0]
             assert isinstance(source, Node)
             groups[source, site.module.rpartition(".")[0], config.format].append(site)
@@ -183,14 +200,13 @@ def _activation_amax(
     return {site: observed[site.tensor] for site in static}
 
 
-def _scale(site: Site, config: QuantizerConfig, amax: Mapping[Site, torch.Tensor]) -> torch.Tensor | None:
+def _scale(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) -> torch.Tensor:
     """amax / max, in float32; 1 where a tensor is all zeros, so that its codes are zeros."""
-    if config.dynamic:
-        return None
-    scale = amax[site] / get_format(config.format).max
+    scale = amax / get_format(config.format).max
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _record(recipe: Recipe, log: PassLog, notices: Sequence[Notice]) -> QuantizeRecord:
     return QuantizeRecord(recipe.metadata.name, dict(log.fired), list(log.declined), list(notices))
-

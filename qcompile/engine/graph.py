@@ -6,7 +6,7 @@ import ast
 import os
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from qcompile.errors import EngineError
 

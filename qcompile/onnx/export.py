@@ -16,14 +16,13 @@ from typing import Any, Literal
 import onnx_ir
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from passes.base import PassLog, run_pipeline
-from passes.graph import input_dependence
 from passes.pipelines import PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from qcompile.errors import ExportError
 from qcompile.onnx.functions import DOMAIN, NAME, quantized_attention_function
+from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.tidy import tidy
@@ -35,6 +34,11 @@ Target = Literal["tensorrt", "portable"]
 OPSETS = range(19, 24)
 _DEFAULT_OPSET = 21
 _PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
+_NOISY_LOGGERS = (
+    "torch.onnx._internal.exporter._core",
+    "torch.onnx._internal.exporter._registration",
+    "onnxscript.optimizer._constant_folding",
+)
 _EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
 
 
@@ -61,27 +65,32 @@ def export_onnx(
         ExportError: an operator has no ONNX form, or the opset is out of range.
         VerificationError: the file failed a check; it was not put in place.
     """
-    opset = _check(target, opset)
+    opset = _check(program, target, opset)
     destination = Path(path)
     gm = unlift(program)
     log = run_pipeline(_PIPELINES[target], gm)
     lowered = lift(gm, program)
     converted = _convert(lowered, opset)
+    check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     tidy(converted.model)
+    name_interface(converted.model, program)
     if any(node.domain == DOMAIN and node.op_type == NAME for node in converted.model.graph):
         function = quantized_attention_function(opset)
         converted.model.functions[function.identifier()] = function
         converted.model.opset_imports[DOMAIN] = 1
 
     with _written_beside(converted.model, destination) as written:
-        checks = verify_onnx(written, _dependence(program, converted.model))
+        checks = verify_onnx(written, required_dependence(program, converted.model))
         require(checks)
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
     return _report(program, log, converted.model, target, opset, checks, comparison, size)
 
 
-def _check(target: str, opset: int | None) -> int:
+def _check(program: object, target: str, opset: int | None) -> int:
+    if not isinstance(program, ExportedProgram):
+        raise ExportError(f"a {type(program).__name__} is not a program: give what qcompile.quantize returns")
+    check_interface(program)
     if target not in _PIPELINES:
         raise ExportError(f"unknown target {target!r}; known: {', '.join(_PIPELINES)}")
     if opset is not None and opset not in OPSETS:
@@ -100,7 +109,6 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
                 dynamo=True,
                 opset_version=opset,
                 custom_translation_table=translation_table(opset),
-                output_names=output_names(lowered),
                 optimize=True,
                 verbose=False,
             )
@@ -110,38 +118,19 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No notes about packages that are not installed, and none about torch's own deprecations."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Without torch's notes on absent packages, its deprecations, outputs that are None, and what it cannot fold."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        registration.setLevel(level)
-
-
-def output_names(program: ExportedProgram) -> list[str]:
-    """Names of the outputs as the model returns them: keys of a dictionary or ModelOutput, else `output`, `output_1`."""
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    names: list[str] = []
-    for keys, _ in pytree.tree_flatten_with_path(leaves)[0]:
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
-        names.append(name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name))))
-    return names
-
-
-def _dependence(program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:
-    """ONNX output -> ONNX inputs whose values it has to depend on, read off the program that was lowered."""
-    by_program = input_dependence(unlift(program))
-    names = [node.name for node in program.graph.nodes if node.op == "placeholder"][-len(model.graph.inputs) or None :]
-    to_onnx = dict(zip(names, (str(value.name) for value in model.graph.inputs), strict=True))
-    outputs = (str(value.name) for value in model.graph.outputs)
-    return {name: {to_onnx[i] for i in inputs if i in to_onnx} for name, inputs in zip(outputs, by_program, strict=True)}
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -151,7 +140,8 @@ def _written_beside(model: onnx_ir.Model, destination: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         written = folder / destination.name
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+        weights = (value.const_value for value in model.graph.initializers.values())
+        size = sum(weight.nbytes for weight in weights if weight is not None)
         external = f"{destination.name}.data" if size > _EXTERNAL_DATA_BYTES else None
         onnx_ir.save(model, written, external_data=external)
         yield written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,22 @@ from passes.program import unlift
 from passes.quantize.sites import NORMS, SDPA
 from qcompile.calibrate import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
+from qcompile.onnx.interface import onnx_inputs
 from qcompile.onnx.view import Array
 
 # A layer ends at one of these: what lies between two of them is compared as a whole.
-_LAYER_ENDS = (QUANTIZE, ATTENTION, SDPA, aten.matmul.default, aten.linear.default, aten.embedding.default, *NORMS)
+# Transcendental functions are ends: the erf of two runtimes differs in its last bit, and some codes behind it with it.
+_LAYER_ENDS = (
+    QUANTIZE,
+    ATTENTION,
+    SDPA,
+    aten.matmul.default,
+    aten.linear.default,
+    aten.embedding.default,
+    *NORMS,
+    *(aten.gelu.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.softmax.int),
+    *(aten.sin.default, aten.cos.default, aten.exp.default),
+)
 _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
     torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
@@ -33,34 +46,47 @@ def compare_layers(path: Path, converted: Any, program: ExportedProgram, batch: 
 
     Args:
         path: the ONNX file.
-        converted: the ONNXProgram it was written from; its values carry the names of the FX nodes.
+        converted: the ONNXProgram it was written from; values inside of it carry the names of the FX nodes.
         program: tells how `batch` (in any form that calibration takes) is flattened.
 
     Every layer gets the inputs that the program computed, so one flipped code does not reach the layers behind it.
     """
-    gm = unlift(converted.exported_program)
-    recorded = _record(gm, flatten_batch(batch, program))
+    recorded = _record(converted.exported_program, converted.model, flatten_batch(batch, program))
     segments = _segments(converted.model, recorded)
     reference = {name: recorded[name] for segment in segments for name in segment.outputs}
     return compare(reference, run_onnx_layers(path, segments).values)
 
 
 class _Recorder(Interpreter):
-    """Interprets a graph and keeps inputs and layer ends as numpy arrays, by node name."""
+    """Interprets a graph and keeps the values of some of its nodes as numpy arrays, under the names given."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, names: dict[Node, list[str]]) -> None:
         super().__init__(gm)
+        self.names = names
         self.values: dict[str, Array] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, torch.Tensor) and (n.op == "placeholder" or is_call(n, *_LAYER_ENDS)):
-            self.values[n.name] = _to_numpy(result)
+        if n in self.names:
+            self.values.update(dict.fromkeys(self.names[n], _to_numpy(result)))
         return result
 
 
-def _record(gm: GraphModule, inputs: list[Any]) -> dict[str, Array]:
-    recorder = _Recorder(gm)
+def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -> dict[str, Array]:
+    """ONNX name -> value of the inputs, the layer ends and the outputs of `program`, run on `inputs`."""
+    gm = unlift(program)
+    names: dict[Node, list[str]] = defaultdict(list)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for (position, _), value in zip(onnx_inputs(program), model.graph.inputs, strict=True):
+        names[placeholders[position]].append(str(value.name))
+    for node, original in zip(gm.graph.nodes, program.graph.nodes, strict=True):  # a copy can have another name
+        if is_call(node, *_LAYER_ENDS):
+            names[node].append(original.name)
+    results = (node for node in gm.graph.output_node().args[0] if node is not None)  # type: ignore[union-attr]
+    for node, value in zip(results, model.graph.outputs, strict=True):
+        assert isinstance(node, Node)
+        names[node].append(str(value.name))
+    recorder = _Recorder(gm, names)
     with torch.no_grad():
         recorder.run(*inputs)
     return recorder.values

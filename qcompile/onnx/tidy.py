@@ -19,8 +19,9 @@ def tidy(model: onnx_ir.Model) -> None:
         node.metadata_props.clear()
         if scopes is not None:
             node.metadata_props[_KEPT_METADATA] = scopes
-    for value in model.graph.initializers.values():
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+    model.graph.metadata_props.clear()
     _drop_unused_initializers(model)
 
 
@@ -36,7 +37,9 @@ def _flatten_scale(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
     if name not in model.graph.initializers:
         flat = onnx_ir.tensor(source.const_value.numpy().reshape(-1), dtype=source.const_value.dtype, name=name)
         model.graph.register_initializer(
-            onnx_ir.Value(name=name, shape=flat.shape, type=onnx_ir.TensorType(flat.dtype), const_value=flat)
+            onnx_ir.Value(
+                name=name, shape=onnx_ir.Shape([flat.size]), type=onnx_ir.TensorType(flat.dtype), const_value=flat
+            )
         )
     node.replace_input_with(1, model.graph.initializers[name])
     if not scale.uses():

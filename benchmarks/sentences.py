@@ -1,0 +1,63 @@
+"""English sentences from the documentation of installed packages: real text, offline, the same on every run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+
+_MODULES = (
+    "argparse", "asyncio", "bisect", "calendar", "collections", "concurrent.futures", "configparser",
+    "contextlib", "copy", "csv", "datetime", "decimal", "difflib", "email", "fractions", "functools", "glob",
+    "heapq", "html", "http.client", "inspect", "itertools", "json", "logging", "mailbox", "math", "os",
+    "pathlib", "pickle", "random", "sched", "shutil", "socket", "statistics", "string", "subprocess", "tarfile",
+    "tempfile", "textwrap", "threading", "urllib.request", "wave", "zipfile",
+)  # fmt: skip
+
+
+def sentences(calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
+    """Two disjoint lists of sentences, each drawn evenly from descriptions of data sets and from docstrings.
+
+    Raises: RuntimeError if the installed packages hold fewer.
+    """
+    mixed = chain.from_iterable(zip_longest(_spread(_data_sets()), _spread(_docstrings())))
+    unique = list(dict.fromkeys(sentence for sentence in mixed if sentence is not None))
+    wanted = calibration + evaluation
+    if len(unique) < wanted:
+        raise RuntimeError(f"{wanted} sentences wanted, {len(unique)} found in the installed packages")
+    return unique[:calibration], unique[calibration:wanted]
+
+
+def _spread(found: Iterator[str]) -> list[str]:
+    """Reordered so that neighbours come from different places; 37 is coprime to any length but its multiples."""
+    items = list(dict.fromkeys(found))
+    step = 37 if len(items) % 37 else 41
+    return [items[index * step % len(items)] for index in range(len(items))]
+
+
+def _data_sets() -> Iterator[str]:
+    folder = importlib.resources.files("sklearn.datasets.descr")
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".rst"):
+            yield from _split(file.read_text(encoding="utf-8"))
+
+
+def _docstrings() -> Iterator[str]:
+    for name in _MODULES:
+        module = importlib.import_module(name)
+        for member in sorted(dir(module)):
+            if not member.startswith("_"):
+                yield from list(_split(inspect.getdoc(getattr(module, member)) or ""))[:2]
+
+
+def _split(text: str) -> Iterator[str]:
+    """Plain sentences of 6 to 40 words in `text`; markup, code and tables are left out."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        joined = " ".join(paragraph.split())
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", joined):
+            words = len(sentence.split())
+            if 6 <= words <= 40 and re.fullmatch(r"[A-Z][A-Za-z0-9 ,;'()\-]+\.", sentence):
+                yield sentence
