@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
+from qcompile.onnx.wire import embed_weights
 from qcompile.quantize import record_of
 from qcompile.report import Report, quantized_modules
 
@@ -39,7 +41,7 @@ _NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._registration",
     "onnxscript.optimizer._constant_folding",
 )
-_EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
+_EMBEDDED_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
 
 
 def export_onnx(
@@ -102,6 +104,10 @@ def _check(program: object, target: str, opset: int | None) -> int:
 
 def _convert(lowered: ExportedProgram, opset: int) -> Any:
     """The lowered program as an ONNXProgram of torch.onnx."""
+    retrace = lowered.run_decompositions
+    setattr(  # noqa: B010  # on this object alone, which nobody else has
+        lowered, "run_decompositions", lambda table: retrace(table) if _needs_retrace(lowered, table) else lowered
+    )
     with _quiet():
         try:
             return torch.onnx.export(
@@ -114,6 +120,17 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"torch.onnx could not export the program: {error}") from error
+
+
+def _needs_retrace(program: ExportedProgram, table: Container[object]) -> bool:
+    """Whether the decompositions that torch.onnx asks for would change `program`: tracing it again takes a third of the
+    time of an export."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem:
+            known = isinstance(node.target, torch._ops.OpOverload)
+            if not known or node.target in table or node.target._schema.is_mutable:
+                return True
+    return False
 
 
 @contextlib.contextmanager
@@ -142,8 +159,11 @@ def _written_beside(model: onnx_ir.Model, destination: Path) -> Iterator[Path]:
         written = folder / destination.name
         weights = (value.const_value for value in model.graph.initializers.values())
         size = sum(weight.nbytes for weight in weights if weight is not None)
-        external = f"{destination.name}.data" if size > _EXTERNAL_DATA_BYTES else None
-        onnx_ir.save(model, written, external_data=external)
+        beside = folder / f"{destination.name}.data"
+        onnx_ir.save(model, written, external_data=beside.name)  # the way that copies no weight
+        if size <= _EMBEDDED_BYTES:
+            embed_weights(written)
+            beside.unlink()
         yield written
         for file in sorted(folder.iterdir(), key=lambda f: f == written):  # the weights first, the graph last
             os.replace(file, destination.parent / file.name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import cast
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper, numpy_helper
 
 from qcompile.errors import VerificationError
+from qcompile.onnx.wire import parse_without_weights
 
 # Larger payloads play no part in shape inference; the exporters keep anything that does (shapes, axes) far smaller.
 SMALL_BYTES = 1024
@@ -24,12 +24,10 @@ _BITS: dict[int, int] = {
 
 
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The model at `path`, external data left on disk.
+    """The model at `path`, with weights left on disk: those inside the file are external data in the file itself.
 
-    The file is parsed from a memory map: `onnx.load` holds the file and the parsed model at the same time.
     Raises: OSError if it cannot be read, VerificationError if it is no ONNX file.
     """
-    model = onnx.ModelProto()
     if os.path.getsize(path) == 0:
         raise VerificationError(f"'{os.fspath(path)}' is empty")
     with (
@@ -38,10 +36,9 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         memoryview(mapped) as view,
     ):
         try:
-            model.ParseFromString(cast(bytes, view))
+            return parse_without_weights(view, os.path.basename(path), SMALL_BYTES)
         except DecodeError as error:
             raise VerificationError(f"'{os.fspath(path)}' is cut off or is no ONNX file: {error}") from error
-    return model
 
 
 def payload_bytes(tensor: onnx.TensorProto) -> int:

@@ -85,6 +85,7 @@ class ModelView:
         in_memory = isinstance(source, onnx.ModelProto)
         self.model = source if isinstance(source, onnx.ModelProto) else read_model(source)
         self.base_dir = None if in_memory else Path(os.fspath(source)).resolve().parent
+        self.file_name = "" if in_memory else os.path.basename(os.fspath(source))
         self.reference_dependence = reference_dependence
 
     @cached_property

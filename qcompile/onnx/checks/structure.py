@@ -22,8 +22,9 @@ def payloads(view: ModelView) -> Findings:
     """
     tensors = view.model.graph.initializer
     problems = [problem for tensor in tensors if (problem := _payload_problem(tensor, view.base_dir))]
-    external = sum(map(is_external, tensors))
-    return Findings(problems, f"{len(tensors)} initializers, {external} of them external")
+    locations = {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors if is_external(tensor)}
+    beside = ", ".join(sorted(locations - {view.file_name}))
+    return Findings(problems, f"{len(tensors)} initializers" + (f", large ones in {beside}" if beside else ""))
 
 
 def well_formed(view: ModelView) -> Findings:
