@@ -1,0 +1,35 @@
+"""The middle end: quantized IR, passes and pipelines on FX graphs. It needs torch and nothing else.
+
+>>> gm = passes.unlift(torch.export.export(module, args).run_decompositions({}))
+>>> log = passes.run_pipeline(passes.NORMALIZE, gm)
+>>> log.fired, log.declined
+"""
+
+from __future__ import annotations
+
+from passes import ir
+from passes.base import Decline, Pass, PassLog, PassResult, run_pipeline
+from passes.errors import PassError, QCompileError
+from passes.formats import FORMATS, Format, get_format
+from passes.pipelines import NORMALIZE, PORTABLE, TENSORRT, quantize_pipeline
+from passes.program import lift, unlift
+
+__all__ = [
+    "FORMATS",
+    "NORMALIZE",
+    "PORTABLE",
+    "TENSORRT",
+    "Decline",
+    "Format",
+    "Pass",
+    "PassError",
+    "PassLog",
+    "PassResult",
+    "QCompileError",
+    "get_format",
+    "ir",
+    "lift",
+    "quantize_pipeline",
+    "run_pipeline",
+    "unlift",
+]

@@ -12,7 +12,7 @@ from qcompile.engine import EngineReport
 from qcompile.errors import QCompileError
 from qcompile.onnx.export import export_onnx
 from qcompile.onnx.session import onnx_session
-from qcompile.quantize import quantize
+from qcompile.quantization import quantize
 from qcompile.recipe import Recipe, list_recipes, load_recipe
 from qcompile.report import Report
 

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from passes.base import Decline
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.quantize.sites import NORMS, SDPA, linear_name
+from passes.quantize.sites import NORMS, linear_name
+from passes.sdpa import SDPA
 from qcompile.onnx.compare import Comparison
 from qcompile.onnx.verify import Check
 

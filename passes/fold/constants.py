@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from passes.base import Pass
-from passes.graph import evaluate_constant, is_call, is_constant_expression, replace_with_constant
+from passes.constants import evaluate_constant, is_constant_expression, replace_with_constant
+from passes.graph import is_call
 from passes.ir import QUANTIZE
 
 

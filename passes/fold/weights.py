@@ -6,8 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.constants import constant, evaluate_constant, is_constant_expression, replace_with_constant
 from passes.formats import get_format
-from passes.graph import calls, constant, evaluate_constant, is_constant_expression, replace_with_constant
+from passes.graph import calls
 from passes.ir import QUANTIZE, quantize
 
 _CHUNK = 1 << 18  # elements

@@ -8,23 +8,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.constants import add_constant, is_constant_expression
 from passes.formats import get_format
-from passes.graph import (
-    Emitter,
-    add_constant,
-    argument,
-    aten,
-    calls,
-    dtype,
-    is_call,
-    is_constant_expression,
-    module_path,
-    shape,
-    val,
-)
+from passes.graph import Emitter, argument, aten, calls, dtype, is_call, module_path, shape, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.place.attention_scale import attention_scale
-from passes.quantize.sites import SDPA
+from passes.sdpa import SDPA, attention_scale
 
 
 class FuseAttentionQdq(Pass):

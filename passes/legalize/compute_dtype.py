@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, fake_mode, is_call, is_constant_expression, val
+from passes.constants import is_constant_expression
+from passes.graph import Emitter, aten, fake_mode, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.quantize.sites import SDPA
+from passes.sdpa import SDPA
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, ATTENTION: 4}

@@ -6,8 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.constants import add_constant
 from passes.formats import FP8, FP8_PER_TOKEN
-from passes.graph import Emitter, add_constant, aten, calls, dtype, is_call, module_path
+from passes.graph import Emitter, aten, calls, dtype, is_call, module_path
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 

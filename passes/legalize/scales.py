@@ -6,8 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.constants import add_constant, constant, delete_constant
 from passes.errors import PassError
-from passes.graph import add_constant, calls, constant, delete_constant, dtype
+from passes.graph import calls, dtype
 from passes.ir import ATTENTION, DEQUANTIZE
 
 

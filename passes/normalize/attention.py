@@ -20,7 +20,7 @@ from passes.normalize.attention_scores import (
     same,
     unscaled,
 )
-from passes.normalize.sdpa import Attention
+from passes.sdpa import Attention
 
 __all__ = ["NormalizeAttention"]
 

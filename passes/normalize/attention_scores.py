@@ -13,8 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.graph import argument, aten, dtype, is_call, only_user, scalar, shape
-from passes.normalize.sdpa import HIDDEN
+from passes.constants import scalar
+from passes.graph import argument, aten, dtype, is_call, only_user, shape
+from passes.sdpa import HIDDEN
 
 __all__ = [
     "COPIES",

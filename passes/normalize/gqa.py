@@ -7,7 +7,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.base import Pass
 from passes.graph import argument, aten, calls, is_call, shape, strip
-from passes.normalize.sdpa import SDPA, Attention
+from passes.sdpa import SDPA, Attention
 
 __all__ = ["UnexpandGroupedQuery"]
 

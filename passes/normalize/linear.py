@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, dtype, is_call, is_constant_expression, only_user, shape
+from passes.constants import is_constant_expression
+from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
 
 
 class NormalizeLinear(Pass):

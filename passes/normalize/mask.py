@@ -10,8 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from passes.base import Pass
 from passes.graph import calls, shape
 from passes.normalize.mask_simplifier import SimplerMasks
-from passes.normalize.sdpa import SDPA, Attention
 from passes.normalize.size_functions import NotEvaluable
+from passes.sdpa import SDPA, Attention
 
 __all__ = ["NormalizeAttentionMask"]
 

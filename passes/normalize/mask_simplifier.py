@@ -13,9 +13,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.graph import Emitter, argument, aten, dtype, is_call, scalar, shape
-from passes.normalize.sdpa import HIDDEN
+from passes.constants import scalar
+from passes.graph import Emitter, argument, aten, dtype, is_call, shape
 from passes.normalize.size_functions import NotEvaluable, SizeFunctions
+from passes.sdpa import HIDDEN
 
 __all__ = ["SimplerMasks", "unexpanded"]
 

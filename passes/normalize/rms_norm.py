@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.base import Pass
-from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, scalar, shape
+from passes.constants import scalar
+from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, shape
 
 __all__ = ["NormalizeRmsNorm"]
 

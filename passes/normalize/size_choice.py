@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from passes.graph import aten, constant
-from passes.normalize.sdpa import HIDDEN
+from passes.constants import constant
+from passes.graph import aten
+from passes.sdpa import HIDDEN
 
 __all__ = ["Sizes", "choose_sizes"]
 

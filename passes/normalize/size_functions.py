@@ -13,7 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.graph import aten, constant, fake_mode, val
+from passes.constants import constant
+from passes.graph import aten, fake_mode, val
 from passes.normalize.size_choice import Sizes, choose_sizes
 
 __all__ = ["NotEvaluable", "SizeFunctions"]

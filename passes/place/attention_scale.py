@@ -7,9 +7,10 @@ from collections.abc import Collection
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, add_constant, argument, aten, calls, constant, is_call, shape
+from passes.constants import add_constant, constant
+from passes.graph import Emitter, argument, aten, calls, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.quantize.sites import SDPA
+from passes.sdpa import SDPA, attention_scale
 
 
 class PlaceAttentionScale(Pass):
@@ -65,10 +66,3 @@ class PlaceAttentionScale(Pass):
         new_codes = emit(QUANTIZE, scaled, new_scale, **codes.kwargs)
         node.update_arg(0, emit(DEQUANTIZE, new_codes, new_scale, **query.kwargs))
         return True
-
-
-def attention_scale(node: Node) -> float:
-    """The factor that an SDPA call multiplies its scores by: 1/sqrt(head dimension) unless it says another."""
-    scale = argument(node, "scale")
-    assert isinstance(node.args[0], Node)
-    return float(scale) if scale is not None else float(shape(node.args[0])[-1]) ** -0.5

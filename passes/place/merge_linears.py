@@ -9,18 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import (
-    Emitter,
-    add_constant,
-    argument,
-    aten,
-    constant,
-    constant_before,
-    is_call,
-    only_user,
-    shape,
-    val,
-)
+from passes.constants import add_constant, constant, constant_before
+from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
 from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
 

@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.constants import add_constant
 from passes.formats import Format
-from passes.graph import Emitter, add_constant, dtype, is_call
+from passes.graph import Emitter, dtype, is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.quantize.sites import Site
 

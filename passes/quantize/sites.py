@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from passes.graph import aten, calls, is_call, is_constant_expression, module_class, module_path, root_constants
+from passes.constants import is_constant_expression, root_constants
+from passes.graph import aten, calls, is_call, module_class, module_path
 from passes.ir import DEQUANTIZE
+from passes.sdpa import SDPA
 
-SDPA = aten.scaled_dot_product_attention.default
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 # Operand -> (suffix of the quantizer's name, index of the operand among the arguments of the consumer).

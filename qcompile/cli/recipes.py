@@ -69,7 +69,10 @@ def show(name: str, /, *, set_: Annotated[list[str], _SET] = []) -> int:  # noqa
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     console = out()
-    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else Text(text), end="")
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default"), end="")
+    else:
+        print(text, end="")  # as it is: a console would wrap long lines
     return 0
 
 

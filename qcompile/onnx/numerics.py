@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.graph import aten, is_call
 from passes.ir import ATTENTION, QUANTIZE
 from passes.program import unlift
-from passes.quantize.sites import NORMS, SDPA
+from passes.quantize.sites import NORMS
+from passes.sdpa import SDPA
 from qcompile.calibrate import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.interface import onnx_inputs

@@ -118,10 +118,7 @@ def insert(gm: GraphModule, scales: Mapping[str, Tensor] | Callable[[Site], Tens
     """Q/DQ in `fmt` at the sites that `scales` names (by operand, or full name) or gives a scale for."""
     chosen = {}
     for site in find_sites(gm):
-        if callable(scales):
-            scale = scales(site)
-        else:
-            scale = scales.get(site.name, scales.get(site.operand))
+        scale = scales(site) if callable(scales) else scales.get(site.name, scales.get(site.operand))
         if scale is not None:
             chosen[site] = Quantizer(fmt, scale)
     InsertQdq(chosen)(gm)

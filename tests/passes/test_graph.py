@@ -10,24 +10,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass, PassLog, run_pipeline
-from passes.graph import (
-    Emitter,
+from passes.constants import (
     add_constant,
-    argument,
-    aten,
-    calls,
     constant,
     constant_before,
     delete_constant,
     evaluate_constant,
-    is_call,
     is_constant_expression,
+    replace_with_constant,
+    root_constants,
+)
+from passes.graph import (
+    Emitter,
+    argument,
+    aten,
+    calls,
+    is_call,
     module_class,
     module_path,
     module_stack,
     only_user,
-    replace_with_constant,
-    root_constants,
     shape,
     strip,
 )

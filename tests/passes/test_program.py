@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from passes.constants import add_constant
 from passes.fold.weights import FoldWeights
-from passes.graph import Emitter, add_constant, aten
+from passes.graph import Emitter, aten
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.program import lift, unlift
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, export, graph_of, insert, only_call, run, scale_of

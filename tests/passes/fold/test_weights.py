@@ -27,7 +27,7 @@ def test_codes_take_the_name_of_the_weight(fmt: Format, per_channel: bool) -> No
     insert(gm, lambda site: scales[site.module] if site.operand == "weight" else None, fmt)
     rewrites(FoldWeights, gm, torch.randn(3, 8), fired=2)
     assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (0, 2)
-    FileCheck().check("up.weight").check_not("qcompile.quantize").check("qcompile.dequantize").run(gm.code)
+    FileCheck().check("up.weight").check_not("qcompile.quantization").check("qcompile.dequantize").run(gm.code)
     assert gm.get_parameter("up.weight").dtype is fmt.storage
     names = {"up.weight", "up.bias", "up.weight_scale", "down.weight", "down.bias", "down.weight_scale"}
     assert gm.state_dict().keys() == names

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 
+from passes.constants import constant
 from passes.formats import FP8, FP8_PER_TOKEN, INT8
 from passes.fuse.attention_qdq import FuseAttentionQdq
-from passes.graph import aten, constant
+from passes.graph import aten
 from passes.ir import ATTENTION
 from passes.quantize.insert import InsertQdq, Quantizer
-from passes.quantize.sites import SDPA, find_sites
+from passes.quantize.sites import find_sites
+from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
 
 S = torch.tensor(0.02)

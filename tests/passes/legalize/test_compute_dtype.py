@@ -21,7 +21,7 @@ from passes.graph import aten, dtype
 from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.noops import RemoveNoOps
-from passes.quantize.sites import SDPA
+from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, declines, graph_of, insert, only_call, run
 
 HALF = (torch.float16, torch.bfloat16)

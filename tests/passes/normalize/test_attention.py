@@ -15,8 +15,8 @@ from torch.testing import FileCheck
 from passes.graph import aten
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.noops import RemoveNoOps
-from passes.normalize.sdpa import SDPA, Attention
 from passes.normalize.views import ViewsToReshape
+from passes.sdpa import SDPA, Attention
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}

@@ -16,8 +16,8 @@ from passes.graph import aten
 from passes.normalize import size_functions
 from passes.normalize.mask import NormalizeAttentionMask
 from passes.normalize.noops import RemoveNoOps
-from passes.normalize.sdpa import SDPA, Attention
 from passes.normalize.views import ViewsToReshape
+from passes.sdpa import SDPA, Attention
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # another kernel runs when the mask goes

@@ -17,8 +17,8 @@ from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.mask import NormalizeAttentionMask
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.rms_norm import NormalizeRmsNorm
-from passes.normalize.sdpa import SDPA, Attention
 from passes.normalize.views import ViewsToReshape
+from passes.sdpa import SDPA, Attention
 from tests.passes.support import count, graph_of, run
 
 transformers = pytest.importorskip("transformers")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passes.constants import constant
 from passes.formats import FP8_PER_TOKEN
-from passes.graph import argument, constant
+from passes.graph import argument
 from passes.ir import QUANTIZE, quantize
 from passes.place.attention_scale import PlaceAttentionScale, attention_scale
 from passes.quantize.insert import InsertQdq, Quantizer
-from passes.quantize.sites import SDPA, find_sites
+from passes.quantize.sites import find_sites
+from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
 
 S = torch.tensor(0.02)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.testing import FileCheck
 
+from passes.constants import constant
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, Format
-from passes.graph import constant
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, quantize
 from passes.quantize.insert import InsertQdq, Quantizer
-from passes.quantize.sites import SDPA, Site, find_sites
+from passes.quantize.sites import Site, find_sites
+from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, graph_of, insert, only_call, run
 
 S = torch.tensor(0.02)

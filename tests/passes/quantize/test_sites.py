@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from passes.graph import aten
 from passes.normalize.linear import NormalizeLinear
-from passes.quantize.sites import SDPA, find_sites, linear_name
+from passes.quantize.sites import find_sites, linear_name
+from passes.sdpa import SDPA
 from tests.passes.support import Attention, Mlp, graph_of, insert, only_call
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from passes.graph import Emitter, argument, aten
+from passes.graph import Emitter, argument, aten, shape
 
-__all__ = ["HIDDEN", "SDPA", "Attention"]
+__all__ = ["HIDDEN", "SDPA", "Attention", "attention_scale"]
 
 SDPA = aten.scaled_dot_product_attention.default
 HIDDEN = -1e4  # adding this or less to a score leaves a probability that is zero in every dtype
@@ -53,3 +53,10 @@ class Attention:
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
         return new
+
+
+def attention_scale(node: Node) -> float:
+    """The factor that an SDPA call multiplies its scores by: 1/sqrt(head dimension) unless it says another."""
+    scale = argument(node, "scale")
+    assert isinstance(node.args[0], Node)
+    return float(scale) if scale is not None else float(shape(node.args[0])[-1]) ** -0.5

@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 
 import passes.ir  # noqa: F401  # registers the operators that a saved program holds
 from passes.base import Decline, PassLog, run_pipeline
+from passes.constants import evaluate_constant, is_constant_expression
 from passes.formats import FP8_PER_TOKEN, get_format
-from passes.graph import evaluate_constant, is_constant_expression
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift

@@ -1,0 +1,173 @@
+"""Constants of a graph: weights, buffers and scales, which are `get_attr` nodes here (see `passes.program`).
+
+A constant expression is a constant behind operators that only rearrange or cast it; it is still a weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from passes.graph import TRANSPARENT, argument, aten, fake_mode, is_call, strip
+
+
+def constant(gm: GraphModule, node: object) -> torch.Tensor | None:
+    """The tensor behind a `get_attr` node, or None if `node` is anything else."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value = functools.reduce(getattr, str(node.target).split("."), gm)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def constant_before(node: Node, before: Node) -> Node:
+    """Another `get_attr` of the constant that `node` reads, placed before `before`."""
+    with before.graph.inserting_before(before):
+        copy = before.graph.get_attr(str(node.target))
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def scalar(gm: GraphModule, value: object) -> float | None:
+    """The number that `value`, a number or a constant tensor, is everywhere; None if there is no such number."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, Node):
+        return None
+    value = strip(value, *TRANSPARENT, aten.expand.default, aten._to_copy.default)
+    if is_call(value, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+        return 0.0
+    if is_call(value, aten.ones.default, aten.ones_like.default, aten.new_ones.default):
+        return 1.0
+    if is_call(value, aten.full.default, aten.full_like.default, aten.new_full.default):
+        return scalar(gm, argument(value, "fill_value"))
+    if is_call(value, aten.scalar_tensor.default):
+        return scalar(gm, value.args[0])
+    tensor = constant(gm, value)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 and not tensor.is_complex() else None
+
+
+def replace_with_constant(gm: GraphModule, node: Node, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the place of `node`, a constant expression or an operator on one.
+
+    It takes over the name of the constant that `node` was made of if nothing else reads that, so a weight that was
+    rearranged or quantized is still found under its own name, and is stored once.
+    """
+    roots = root_constants(node)
+    name = str(roots[0].target)
+    if len(roots) == 1 and not _is_read_elsewhere(gm, name, node):
+        delete_constant(gm, name)
+    node.replace_all_uses_with(add_constant(gm, name, torch.nn.Parameter(tensor, requires_grad=False), node))
+    gm.graph.erase_node(node)
+
+
+def delete_constant(gm: GraphModule, name: str) -> None:
+    """Unregister the tensor called `name`; its `get_attr` nodes have to be dead."""
+    owner, _, leaf = name.rpartition(".")
+    delattr(gm.get_submodule(owner), leaf)
+
+
+def _is_read_elsewhere(gm: GraphModule, name: str, node: Node) -> bool:
+    """Whether anything but the path to `node` reads the constant `name`."""
+    pending = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
+    while pending:
+        for user in pending.pop().users:
+            if user is node:
+                continue
+            if not is_constant_expression(user):
+                return True
+            pending.append(user)
+    return False
+
+
+# Operators that only rearrange: a weight is still a constant behind them.
+_LAYOUT = (
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten._to_copy.default,
+    aten.cat.default,
+    *TRANSPARENT,
+)
+
+
+def is_constant_expression(node: object) -> bool:
+    """Whether `node` is a weight: a `get_attr`, or one rearranged by layout operators."""
+    if not isinstance(node, Node):
+        return False
+    return node.op == "get_attr" or (is_call(node, *_LAYOUT) and all(map(is_constant_expression, node.all_input_nodes)))
+
+
+def evaluate_constant(gm: GraphModule, node: Node) -> torch.Tensor:
+    """The tensor that a constant expression stands for."""
+    value = constant(gm, node)
+    if value is not None:
+        return value.detach()
+    args, kwargs = pytree.tree_map_only(Node, lambda n: evaluate_constant(gm, n), (node.args, node.kwargs))
+    assert callable(node.target)
+    with torch.no_grad():
+        result = node.target(*args, **kwargs)
+    assert isinstance(result, torch.Tensor)
+    return result.detach()
+
+
+def root_constants(node: Node) -> list[Node]:
+    """The `get_attr` nodes that a constant expression is made of."""
+    if node.op == "get_attr":
+        return [node]
+    return [root for operand in node.all_input_nodes for root in root_constants(operand)]
+
+
+def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node) -> Node:
+    """Register `tensor` (a buffer unless it is a Parameter) and return a `get_attr` node for it placed before `before`.
+
+    `name` may be dotted, as a parameter's; where it is taken, or lies below a tensor, it gets dots less or a number.
+    """
+    if _lies_below_tensor(gm, name):
+        name = name.replace(".", "_")
+    unique, count = name, 0
+    while not _is_free(gm, unique):
+        count += 1
+        unique = f"{name}_{count}"
+    *path, leaf = unique.split(".")
+    owner: torch.nn.Module = gm
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, torch.nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(unique)
+    mode = fake_mode(gm.graph)
+    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    node.meta["nn_module_stack"] = before.meta.get("nn_module_stack", {})
+    return node
+
+
+def _lookup(gm: GraphModule, path: Sequence[str]) -> object:
+    """What `gm` has under a dotted path; None if nothing."""
+    found: object = gm
+    for part in path:
+        found = getattr(found, part, None)
+    return found
+
+
+def _is_free(gm: GraphModule, name: str) -> bool:
+    return _lookup(gm, name.split(".")) is None
+
+
+def _lies_below_tensor(gm: GraphModule, name: str) -> bool:
+    """Whether a part of the path before the last dot is a tensor (a parameter `proj` beside `proj_weight`)."""
+    path = name.split(".")
+    return any(isinstance(_lookup(gm, path[:end]), torch.Tensor) for end in range(1, len(path)))
