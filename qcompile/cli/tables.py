@@ -112,15 +112,14 @@ def show_comparison(console: Console, comparison: Sequence[Mapping[str, Any]], s
     worst = sorted(comparison, key=badness, reverse=True)[:shown]
     found = table(
         f"ONNX Runtime against the program, layer by layer: worst {len(worst)} of {len(comparison)}",
-        *("tensor", "relative error", "largest error", "codes that differ", "problem"),
+        *("module", "tensor", "relative error", "largest error", "codes that differ", "problem"),
         numbers=("relative error", "largest error", "codes that differ"),
     )
     for entry in worst:
         codes = "" if entry["unequal"] is None else f"{entry['unequal']:.2%}"
         problem = entry["problem"] or (f"{entry['nonfinite_unequal']} not finite" if entry["nonfinite_unequal"] else "")
-        add(
-            found, entry["name"], f"{float(entry['relative_l2']):.2e}", f"{float(entry['max_abs']):.2e}", codes, problem
-        )
+        errors = f"{float(entry['relative_l2']):.2e}", f"{float(entry['max_abs']):.2e}"
+        add(found, entry["module"], entry["name"], *errors, codes, problem)
     console.print(found)
 
 

@@ -37,6 +37,7 @@ class Difference:
     finite on both sides. Elements that are NaN or inf on one side only, or in another way, are in `nonfinite_unequal`.
     unequal: fraction of codes whose bits differ, for integers and FP8; None for other types.
     problem: why the two cannot be compared (then the numbers are inf and nan), or None.
+    module: path of the module that makes the tensor, where that is known.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Difference:
     nonfinite_candidate: int = 0
     nonfinite_unequal: int = 0
     problem: str | None = None
+    module: str = ""
 
     @property
     def badness(self) -> float:

@@ -16,15 +16,17 @@ def module_path(node: onnx.NodeProto) -> str | None:
 
     Source: `metadata_props["pkg.torch.onnx.name_scopes"]`, a list literal from the outermost module to the FX node.
     """
-    for entry in node.metadata_props:
-        if entry.key == NAME_SCOPES:
-            try:
-                scopes = ast.literal_eval(entry.value)
-            except (ValueError, SyntaxError):
-                return None
-            path = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
-            return None if path == _NO_STACK else path
-    return None
+    return next((path_of_scopes(entry.value) for entry in node.metadata_props if entry.key == NAME_SCOPES), None)
+
+
+def path_of_scopes(scopes: str) -> str | None:
+    """The module path in the exporter's list of scopes, the last of which is the FX node."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (ValueError, SyntaxError):
+        return None
+    path = str(names[-2]) if isinstance(names, list) and len(names) > 1 else ""
+    return None if path == _NO_STACK else path
 
 
 def describe(node: onnx.NodeProto) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from passes.sdpa import SDPA
 from qcompile.calibrate import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.interface import onnx_inputs
+from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import Array
 
 # A layer ends at one of these: what lies between two of them is compared as a whole.
@@ -55,7 +57,13 @@ def compare_layers(path: Path, converted: Any, program: ExportedProgram, batch: 
     recorded = _record(converted.exported_program, converted.model, flatten_batch(batch, program))
     segments = _segments(converted.model, recorded)
     reference = {name: recorded[name] for segment in segments for name in segment.outputs}
-    return compare(reference, run_onnx_layers(path, segments).values)
+    modules = {str(v.name): _module(node) for node in converted.model.graph for v in node.outputs}
+    found = compare(reference, run_onnx_layers(path, segments).values)
+    return Comparison(tuple(dataclasses.replace(d, module=modules.get(d.name, "")) for d in found.differences))
+
+
+def _module(node: onnx_ir.Node) -> str:
+    return path_of_scopes(node.metadata_props.get(NAME_SCOPES, "[]")) or ""
 
 
 class _Recorder(Interpreter):

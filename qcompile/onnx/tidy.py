@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-_KEPT_METADATA = "pkg.torch.onnx.name_scopes"
+from qcompile.onnx.names import NAME_SCOPES
 
 
 def tidy(model: onnx_ir.Model) -> None:
@@ -15,10 +15,10 @@ def tidy(model: onnx_ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             _flatten_scale(model, node)
-        scopes = node.metadata_props.get(_KEPT_METADATA)
+        scopes = node.metadata_props.get(NAME_SCOPES)
         node.metadata_props.clear()
         if scopes is not None:
-            node.metadata_props[_KEPT_METADATA] = scopes
+            node.metadata_props[NAME_SCOPES] = scopes
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
