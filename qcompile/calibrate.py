@@ -12,36 +12,52 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from passes.graph import dtype, shape, val
+from passes.graph import aten, dtype, shape, val
 from qcompile.errors import CalibrationError
 
 _HALF = (torch.float16, torch.bfloat16)
+# Operators that take rows of a table: to widen the table would take twice its memory for nothing.
+_LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 
 
 class _Observer(Interpreter):
     """Interprets a graph and records the running amax of some of its nodes.
 
-    On a CPU it computes a half-precision graph in float32: few kernels know half there, and a ViT takes ten times as
-    long in it. Ranges are then those without the rounding in between.
+    What no observed node depends on, such as a language model's head, is not run. On a CPU it computes a half-precision
+    graph in float32: few kernels know half there, and a ViT takes ten times as long in it. Ranges are then those
+    without the rounding in between.
     """
 
     def __init__(self, gm: GraphModule, observed: Iterable[Node]) -> None:
         super().__init__(gm)
         self.amax: dict[Node, torch.Tensor] = {node: torch.zeros(()) for node in observed}
+        self.needed = _ancestors(self.amax)
         self.on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.on_cpu:
+        if self.on_cpu and target not in _LOOKUPS:
             args, kwargs = pytree.tree_map(_widened, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and n not in self.needed:
+            return None
         result = super().run_node(n)
         if n in self.amax and result.numel():
             low, high = torch.aminmax(result.detach())
             # torch.maximum carries a NaN on, so one bad value is found at the end
             self.amax[n] = torch.maximum(self.amax[n], torch.maximum(-low, high).float().cpu())
         return result
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """`nodes` and all that they are computed from."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
+        found.update(new)
+        pending += new
+    return found
 
 
 def _widened(argument: Any) -> Any:
