@@ -46,11 +46,12 @@ class PerTokenToStatic(Pass):
         x = dynamic.args[0]
         assert isinstance(x, Node)
         emit = Emitter(dynamic)
-        largest = emit(aten.amax.default, emit(aten.abs.default, x), [-1], True)
-        # the smallest normal float16: below it the quotient itself would overflow
-        amax = emit(aten.clamp.default, largest, torch.finfo(torch.float16).tiny)
-        scaled = emit(aten.div.Tensor, x, amax)
         prefix = f"{module_path(dynamic)}." if module_path(dynamic) else ""
+        # the smallest normal float16: below it the quotient itself would overflow
+        tiny = torch.tensor(torch.finfo(torch.float16).tiny, dtype=dtype(x))
+        largest = emit(aten.amax.default, emit(aten.abs.default, x), [-1], True)
+        amax = emit(aten.maximum.default, largest, add_constant(gm, f"{prefix}least_amax", tiny, dynamic))
+        scaled = emit(aten.div.Tensor, x, amax)
         scale = add_constant(gm, f"{prefix}input_scale", torch.tensor(1 / FP8.max, dtype=dtype(x)), dynamic)
         codes = emit(QUANTIZE, scaled, scale, format=FP8.name)
         static = emit(DEQUANTIZE, codes, scale, format=FP8.name, dtype=dtype(x))
