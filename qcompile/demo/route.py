@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,26 +16,15 @@ from torch.export import Dim
 
 import qcompile
 from qcompile.cli.console import check_writable, err, interactive, out, step
-from qcompile.demo.measure import Accuracy, accuracy, run_onnx
+from qcompile.demo.measure import accuracy, run_onnx
 from qcompile.demo.model import Digits, DigitViT, load_digits, train
-from qcompile.demo.table import results_table
-from qcompile.engine import EngineReport
+from qcompile.demo.table import Row, results_table
 from qcompile.engine.backend import find_backend
 from qcompile.errors import EngineError, ExpectationError
 
 TARGETS = ("sm89", "sm120")
 _CALIBRATION_IMAGES = 128
 _TOP1_MARGIN = 0.01
-
-
-@dataclass
-class Row:
-    """One form of the model; `file` and `engines` (target -> report) where there are any."""
-
-    name: str
-    accuracy: Accuracy
-    file: Path | None = None
-    engines: dict[str, EngineReport] = field(default_factory=dict)
 
 
 def run_demo(*, epochs: int = 30, output: Path | None = None) -> int:

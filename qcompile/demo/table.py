@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.table import Table
 
 from qcompile.cli.tables import add, size, table
+from qcompile.demo.measure import Accuracy
+from qcompile.engine import EngineReport
 
-if TYPE_CHECKING:
-    from qcompile.demo.route import Row
+
+@dataclass
+class Row:
+    """One form of the model; `file` and `engines` (target -> report) where there are any."""
+
+    name: str
+    accuracy: Accuracy
+    file: Path | None = None
+    engines: dict[str, EngineReport] = field(default_factory=dict)
 
 
 def results_table(rows: Sequence[Row], images: int) -> Table:

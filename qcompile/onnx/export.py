@@ -29,7 +29,7 @@ from qcompile.onnx.ops import translation_table
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnx.wire import embed_weights
-from qcompile.quantization import record_of
+from qcompile.record import record_of
 from qcompile.report import Report, quantized_modules
 
 Target = Literal["tensorrt", "portable"]

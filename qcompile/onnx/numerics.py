@@ -19,7 +19,7 @@ from passes.ir import ATTENTION, QUANTIZE
 from passes.program import unlift
 from passes.quantize.sites import NORMS
 from passes.sdpa import SDPA
-from qcompile.calibrate import flatten_batch
+from qcompile.batches import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.interface import onnx_inputs
 from qcompile.onnx.names import NAME_SCOPES, path_of_scopes

@@ -17,7 +17,7 @@ import qcompile
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.program import unlift
 from qcompile.errors import CalibrationError, QCompileError, RecipeError
-from qcompile.quantization import record_of
+from qcompile.record import record_of
 from qcompile.report import quantized_modules
 
 X = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
