@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -129,6 +130,13 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
     return detect_fake_mode(next((v for v in values if isinstance(v, FakeTensor)), None)) or FakeTensorMode()
 
 
+def fake_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a call of `target` would make, from the fake values of the nodes among its arguments."""
+    fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (args, kwargs))
+    with mode, enable_python_dispatcher():  # without the dispatcher torch 2.11 reads symbolic sizes in C++, and fails
+        return target(*fake_args, **fake_kwargs)
+
+
 class Emitter:
     """Adds calls to a graph before one node, each with its fake value and with the module stack of `like`.
 
@@ -145,9 +153,7 @@ class Emitter:
         graph = self.before.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args, kwargs)
-        fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (args, kwargs))
-        with self.mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = fake_call(self.mode, target, args, kwargs)
         node.meta["nn_module_stack"] = self.like.meta.get("nn_module_stack", {})
         if "custom" in self.like.meta:
             node.meta["custom"] = dict(self.like.meta["custom"])

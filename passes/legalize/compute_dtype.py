@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.constants import is_constant_expression
-from passes.graph import Emitter, aten, fake_mode, is_call, val
+from passes.graph import Emitter, aten, fake_call, fake_mode, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 
@@ -84,10 +84,8 @@ class ConvertComputeDtype(Pass):
                 node.replace_input_with(operand, self._cast(operand, node, casts))
                 self.fire()
         node.args, node.kwargs = pytree.tree_map(self._argument, (node.args, node.kwargs))
-        fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (node.args, node.kwargs))
         assert callable(node.target)
-        with fake_mode(node.graph):
-            value = node.target(*fake_args, **fake_kwargs)
+        value = fake_call(fake_mode(node.graph), node.target, node.args, node.kwargs)
         if self._is_source(node) and value.dtype == self.target:
             self.converted.add(node)
             self.fire()

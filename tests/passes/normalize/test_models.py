@@ -55,7 +55,12 @@ def normalized(
     """The graph of `module` after the passes, checked against the graph before, and a second run that does nothing."""
     axes: dict[int, Any] = {0: Dim("batch")} if pixels else {0: Dim("batch"), 1: Dim("length", max=100)}
     shapes = dict.fromkeys(inputs, axes) if dynamic else None
-    gm = graph_of(module, dynamic_shapes=shapes, **inputs)
+    try:
+        gm = graph_of(module, dynamic_shapes=shapes, **inputs)
+    except torch._dynamo.exc.UserError as error:
+        if torch.__version__ < "2.12":  # it adds a guard on strides that a dynamic decoder cannot meet
+            pytest.skip(f"torch {torch.__version__} cannot capture this model: {error}")
+        raise
     expected = run(gm, *inputs.values())
     log = run_pipeline(PASSES, gm)
     torch.testing.assert_close(run(gm, *inputs.values()), expected, rtol=1e-4, atol=atol)
