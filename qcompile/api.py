@@ -44,6 +44,8 @@ def build_engine(
     """
     if route != "onnx":
         raise EngineError(f"route {route!r} is not supported by this version; use route='onnx'")
+    if not isinstance(model, (str, os.PathLike, ExportedProgram)):
+        raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
     if not isinstance(model, ExportedProgram):
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:

@@ -12,11 +12,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-import passes.ir  # noqa: F401  # registers the operators that a saved program holds
 from passes.base import run_pipeline
 from passes.errors import PassError
 from passes.formats import FP8_PER_TOKEN, get_format
-from passes.graph import input_dependence
+from passes.graph import calls, input_dependence
+from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
@@ -70,6 +70,8 @@ def quantize(
         raise QCompileError(f"cannot compute in {dtype}; known: {', '.join(map(str, COMPUTE_DTYPES))}")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
+    if any(calls(gm.graph, QUANTIZE, DEQUANTIZE)):
+        raise QCompileError("this program is quantized already; quantize the model that it was made from")
     needed = input_dependence(gm)
     log = run_pipeline(NORMALIZE, gm)
 

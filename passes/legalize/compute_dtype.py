@@ -19,6 +19,16 @@ from passes.sdpa import SDPA
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, ATTENTION: 4}
 
 
+_RESHAPING = (
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.permute.default,
+)
+
+
 class ConvertComputeDtype(Pass):
     """Compute in half precision what the model computes on its data; keep positions and masks as they are.
 
@@ -56,7 +66,7 @@ class ConvertComputeDtype(Pass):
 
     def _model_data(self, gm: GraphModule) -> set[Node]:
         """Calls whose value depends on a floating-point input or on a parameter."""
-        parameters = dict(gm.named_parameters())
+        parameters = dict(gm.named_parameters(remove_duplicate=False))  # a tied weight has a name for each use
         data: set[Node] = set()
         for node in gm.graph.nodes:
             if node.op == "placeholder":
@@ -122,7 +132,7 @@ class ConvertComputeDtype(Pass):
                 after = after.next
             emit = Emitter(after, like=operand if operand.op == "call_function" else user)
             value = operand
-            if any(_may_mask(operand, other) for other in operand.users):
+            if any(_may_mask(operand, other, operand.op == "call_function") for other in operand.users):
                 # an additive mask made for float32 would become -inf, and a fully masked row NaN; half of the lowest
                 # number is still finite with a score added to it
                 limits = torch.finfo(self.target)
@@ -137,11 +147,16 @@ class ConvertComputeDtype(Pass):
                 output.replace_input_with(result, emit(aten._to_copy.default, result, dtype=self.source))
 
 
-def _may_mask(operand: Node, user: Node) -> bool:
-    """Whether `operand` could be the additive mask of an attention, fused or spelled out."""
+def _may_mask(operand: Node, user: Node, computed: bool) -> bool:
+    """Whether `operand`, reshaped or not, could be the additive mask of an attention.
+
+    What is added elsewhere counts only if it was `computed` from sizes: a bias, or an input that is added, is data.
+    """
     if is_call(user, SDPA, ATTENTION):
         return len(user.args) > 3 and user.args[3] is operand
-    return is_call(user, aten.add.Tensor) and operand.op == "call_function"
+    if is_call(user, *_RESHAPING):
+        return any(_may_mask(user, other, computed) for other in user.users)
+    return computed and is_call(user, aten.add.Tensor)
 
 
 def _only_sizes(node: Node) -> bool:

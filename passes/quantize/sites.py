@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -88,6 +89,6 @@ def linear_name(node: Node) -> str:
         return module_path(node)
     roots = root_constants(weight)
     name = str(roots[0].target)
-    if len(roots) != 1 or not name.endswith("weight"):
+    if len(roots) != 1:
         return module_path(node)
-    return name.removesuffix("weight").rstrip("._")
+    return re.sub(r"[._]?weight(_\d+)?$", "", name) or module_path(node)  # a number if another layer kept the name

@@ -64,7 +64,7 @@ class OnnxGraph:
     def load(cls, path: str | os.PathLike[str]) -> OnnxGraph:
         """Read a file without its weights. Raises EngineError when it is missing or no ONNX file."""
         try:
-            model = onnx.load(os.fspath(path), load_external_data=False)
+            model = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
         except (OSError, DecodeError) as error:
             raise EngineError(f"cannot read {os.fspath(path)} as an ONNX file: {error}") from error
         if not model.graph.output:

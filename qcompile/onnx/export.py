@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -39,6 +40,7 @@ _PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
 _NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",
+    "onnx_ir.passes.common.initializer_deduplication",
     "onnxscript.optimizer._constant_folding",
 )
 _EMBEDDED_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
@@ -69,10 +71,13 @@ def export_onnx(
     """
     opset = _check(program, target, opset)
     destination = Path(path)
-    gm = unlift(program)
-    log = run_pipeline(_PIPELINES[target], gm)
-    lowered = lift(gm, program)
-    converted = _convert(lowered, opset)
+    if destination.is_dir():
+        raise ExportError(f"'{destination}' is a directory; name a file in it")
+    with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
+        gm = unlift(program)
+        log = run_pipeline(_PIPELINES[target], gm)
+        lowered = lift(gm, program)
+        converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     tidy(converted.model)
     name_interface(converted.model, program)
@@ -119,7 +124,14 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"torch.onnx could not export the program: {error}") from error
+            raise ExportError(f"torch.onnx could not export the program: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the error that the others were raised from, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0] or type(error).__name__
 
 
 def _needs_retrace(program: ExportedProgram, table: Container[object]) -> bool:

@@ -15,9 +15,11 @@ import onnx
 import onnx_ir
 import onnxscript
 import torch
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from passes.formats import get_format
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.sdpa import SDPA
 from qcompile.onnx.functions import QUANTIZED_ATTENTION
 
 _ZERO_POINT_DTYPES: Mapping[torch.dtype, Any] = {
@@ -46,6 +48,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         QUANTIZE: quantize,
         DEQUANTIZE: dequantize,
         ATTENTION: attention,
+        # matmul, softmax, matmul at every opset: ONNX Runtime refuses opset 23's Attention with a mask that broadcasts
+        SDPA: aten_scaled_dot_product_attention,
         torch.ops.aten.rms_norm.default: rms_norm,
     }
 

@@ -38,13 +38,18 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """Open `path` (or a serialized model) in ONNX Runtime, on the CPU unless `providers` says otherwise.
 
-    `sess_options` gets what FP8 needs in addition to what the caller set. `external_data_dir` is where a serialized
-    model's external data lies; a path finds its own. Other keywords go to `onnxruntime.InferenceSession`.
+    `sess_options` gets what FP8 needs in addition to what the caller set; without it, optimization is "basic".
+    `external_data_dir` is where a serialized model's external data lies; a path finds its own. Other keywords go to
+    `onnxruntime.InferenceSession`.
 
     Raises: QCompileError if ONNX Runtime or the file is missing; ONNX Runtime's own errors for what it cannot run.
     """
     ort = import_onnxruntime()
-    options = sess_options if sess_options is not None else ort.SessionOptions()
+    options = sess_options
+    if options is None:
+        options = ort.SessionOptions()
+        # Its extended fusions give wrong numbers for some files (a plain nn.TransformerEncoder: 40 % off), or crash.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     for key, value in _REQUIRED.items():
         options.add_session_config_entry(key, value)
     if external_data_dir is not None:
