@@ -137,6 +137,14 @@ def fake_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwarg
         return target(*fake_args, **fake_kwargs)
 
 
+def following(node: Node) -> Node:
+    """The first place behind `node` where a call can stand: behind all placeholders if it is one."""
+    following = node.next
+    while node.op == "placeholder" and following.op == "placeholder":
+        following = following.next
+    return following
+
+
 class Emitter:
     """Adds calls to a graph before one node, each with its fake value and with the module stack of `like`.
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.constants import is_constant_expression
-from passes.graph import Emitter, aten, fake_call, fake_mode, is_call, val
+from passes.graph import Emitter, aten, fake_call, fake_mode, following, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 
@@ -127,10 +127,7 @@ class ConvertComputeDtype(Pass):
     def _cast(self, operand: Node, user: Node, casts: dict[Node, Node]) -> Node:
         """`operand` in the target dtype, made once, right behind it."""
         if operand not in casts:
-            after = operand.next
-            while operand.op == "placeholder" and after.op == "placeholder":
-                after = after.next
-            emit = Emitter(after, like=operand if operand.op == "call_function" else user)
+            emit = Emitter(following(operand), like=operand if operand.op == "call_function" else user)
             value = operand
             if any(_may_mask(operand, other, operand.op == "call_function") for other in operand.users):
                 # an additive mask made for float32 would become -inf, and a fully masked row NaN; half of the lowest

@@ -15,7 +15,7 @@ __all__ = ["UnexpandGroupedQuery"]
 class UnexpandGroupedQuery(Pass):
     """Undo `repeat_kv` before an attention.
 
-        Before:
+    Before:
         k' = reshape(expand(unsqueeze(k, 2), [B, Hkv, G, S, D]), [B, Hkv*G, S, D])      # v' the same
         y = sdpa(q, k', v')
     After:

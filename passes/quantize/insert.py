@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant
 from passes.formats import Format
-from passes.graph import Emitter, dtype, is_call
+from passes.graph import Emitter, dtype, following, is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.quantize.sites import Site
 
@@ -68,7 +68,7 @@ class InsertQdq(Pass):
                 site.consumer.update_arg(site.index, pairs[key])  # not every argument that is the same tensor
 
     def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
-        anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else _after(source)
+        anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)
         emit = Emitter(anchor, like=site.consumer)
         name, result = quantizer.format.name, dtype(source)
         if quantizer.scale is None:
@@ -86,11 +86,3 @@ class InsertQdq(Pass):
 
 def _is_quantize(node: Node) -> bool:
     return is_call(node, QUANTIZE, DYNAMIC_QUANTIZE)
-
-
-def _after(node: Node) -> Node:
-    """The first place behind `node` where a call can stand: behind all placeholders if it is one."""
-    following = node.next
-    while node.op == "placeholder" and following.op == "placeholder":
-        following = following.next
-    return following

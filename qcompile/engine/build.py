@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from qcompile.engine.backend import Backend, find_backend
 from qcompile.engine.graph import OnnxGraph
-from qcompile.engine.judge import MIN_KEYS, Judgement, judge
+from qcompile.engine.judge import MIN_KEYS, NO_KERNEL, Judgement, judge
 from qcompile.engine.listeners import Step
 from qcompile.engine.precheck import precheck
 from qcompile.engine.profiles import Profile
@@ -92,6 +92,15 @@ def _notices(result: Judgement, index: int, profiles: list[Profile]) -> list[str
     notices = []
     if len(profiles) > 1:
         notices.append(f"{len(profiles)} profiles: the counts are those of profile {index}, the worst of them")
+    shortest = _shortest_axis(profiles[index]) if profiles else None
+    unexplained = [
+        gap.module for gap in result.not_low_precision if gap.kind == "attention" and NO_KERNEL in gap.reason
+    ]
+    if unexplained and shortest is not None and shortest < MIN_KEYS:
+        notices.append(
+            f"{len(unexplained)} quantized attentions are not fused in FP8, and the profile has an axis as short as "
+            f"{shortest}: if that is the key sequence, raise its minimum to {MIN_KEYS} ({', '.join(unexplained)})"
+        )
     if result.short_keys:
         modules = ", ".join(module for module, _ in result.short_keys)
         fewest = min(keys for _, keys in result.short_keys)
@@ -101,6 +110,13 @@ def _notices(result: Judgement, index: int, profiles: list[Profile]) -> list[str
             f"short as {fewest}: TensorRT fuses from {MIN_KEYS} on; {advice} ({modules})"
         )
     return notices
+
+
+def _shortest_axis(profile: Profile) -> int | None:
+    """The smallest minimum of an axis, other than the first, that the profile leaves dynamic."""
+    shapes = ((least, most) for least, _, most in profile.values())
+    sizes = [low for least, most in shapes for low, high in list(zip(least, most, strict=True))[1:] if low != high]
+    return min(sizes, default=None)
 
 
 def _destination(output: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from qcompile.engine.shapes import head_dim, key_length
 # Observed with TensorRT-RTX 1.7.1: with fewer keys than this, or larger heads, there is no fused FP8 kernel.
 MIN_KEYS = 32
 MAX_HEAD = 256
+NO_KERNEL = "quantized in the file, but the builder has no FP8 kernel"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def _why_attention(
     if any(k.is_gemm and k.outputs and k.outputs[0].datatype == "Float" for k in parts):
         return f"{state}: its products are float32; DequantizeLinear has to give float16 or bfloat16"
     if precision != "unfused":
-        return f"{state}: quantized in the file, but the builder has no FP8 kernel for this shape (one query?)"
-    return f"{state}: quantized in the file, but the builder has no FP8 kernel for this form"
+        return f"{state}: {NO_KERNEL} for this shape (one query?)"
+    return f"{state}: {NO_KERNEL} for this form"
 
 
 def _gemm_gap(gemm: Gemm, kernels: list[Layer]) -> list[NotLowPrecision]:

@@ -20,6 +20,7 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.base import PassLog, run_pipeline
+from passes.normalize.attention import NormalizeAttention
 from passes.pipelines import PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from qcompile.errors import ExportError
@@ -195,6 +196,9 @@ def _report(
 ) -> Report:
     record = record_of(program)
     quantized, unquantized = quantized_modules(unlift(program))
+    for decline in record.declined:
+        if decline.pass_name == NormalizeAttention.__name__:  # written in a way that no site could be found for
+            unquantized.setdefault(decline.module, "attention")
     return Report(
         target=target,
         opset=opset,
