@@ -20,9 +20,10 @@ class PatchEmbeddingToLinear(Pass):
         z = linear(patches, view(w, [N,C*p*q]), bias)                     # [B,L,N]
         y = view(transpose(z, 1, 2), [B,N,H/p,W/q])                       # for other users only
 
-    Requires: weights as `get_attr`.
+    Requires: weights as `get_attr`; `ViewsToReshape` ran.
     Ensures: the same sums of products, in another order.
-    Declines when: the image is not a whole number of patches, or its height or width is dynamic.
+    Declines when: the image is not a whole number of patches, or its height or width is dynamic. Convolutions whose
+        windows overlap, and those of single pixels, which belong to convolutional networks, are not looked at.
     Why: TensorRT runs a convolution of three channels in half precision and this form as an FP8 GEMM (the shape of the
         patch embedding makes it the first of a ViT's 49).
     """
@@ -69,7 +70,7 @@ def _is_patchwise(node: Node, weight: Node) -> bool:
     """Whether the windows of the convolution lie side by side."""
     kernel = list(shape(weight)[-2:])
     return (
-        list(argument(node, "stride")) == kernel
+        list(argument(node, "stride")) == kernel != [1, 1]
         and (argument(node, "padding") == "valid" or not any(argument(node, "padding")))
         and all(d == 1 for d in argument(node, "dilation"))
         and argument(node, "groups") == 1
