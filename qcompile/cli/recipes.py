@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import yaml
 from cyclopts import App, Parameter
 from rich.syntax import Syntax
 from rich.text import Text
@@ -21,6 +20,7 @@ recipes = App(
     help="""List, show and check recipes.
 
 A recipe is YAML: rules, in order, that give quantizers a format or switch them off; the last rule that matches wins.
+`import: NAME` among the rules stands for those of a fragment.
 Start your own from a shipped one:
 
     qcompile recipes show fp8 > mine.yaml
@@ -32,42 +32,55 @@ Start your own from a shipped one:
 
 @recipes.command(name="list")
 def list_() -> int:
-    """List the shipped recipes."""
-    from qcompile.recipe import list_recipes, load_recipe
+    """List the shipped recipes, and the fragments that a recipe can import."""
+    from qcompile.recipe import fragment_description, list_fragments, list_recipes, load_recipe
 
     found = table("Recipes", "name", "what it does", "for")
     for name in list_recipes():
         metadata = load_recipe(name).metadata
         add(found, name, metadata.description, ", ".join(metadata.targets))
     out().print(found)
+    fragments = table("Fragments, for `- import: NAME` among the rules of a recipe", "name", "what it does")
+    for name in list_fragments():
+        add(fragments, name, fragment_description(name))
+    out().print(fragments)
     return 0
 
 
 @recipes.command
-def show(name: str, /, *, set_: Annotated[list[str], _SET] = []) -> int:  # noqa: B006
-    """Print a recipe as YAML.
+def show(
+    name: str,
+    /,
+    *,
+    expanded: Annotated[bool, Parameter(negative="")] = False,
+    set_: Annotated[list[str], _SET] = [],  # noqa: B006
+) -> int:
+    """Print a recipe, or a fragment that recipes import, as YAML.
 
     ```
     qcompile recipes show fp8
+    qcompile recipes show fp8 --expanded
     qcompile recipes show fp8 --set 'rules[+]={quantizer: "*.layers.0.*", enable: false}'
     ```
 
     Parameters
     ----------
     name:
-        Name of a shipped recipe, or path of a YAML file.
+        Name of a shipped recipe or fragment, or path of a YAML file.
+    expanded:
+        With the rules of the fragments in the place of their imports, each with the file and line that it is from.
     set_:
-        Show it with this change, as path=value.
+        Show it with this change, as path=value; expanded, too.
     """
-    from qcompile.recipe import list_recipes, load_recipe, recipe_path
+    from qcompile.recipe import expanded_yaml, fragment_path, list_fragments, load_recipe, path_of
 
-    recipe = load_recipe(name, set_)
-    if set_:
-        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=120)
+    if expanded or set_:
+        text = expanded_yaml(load_recipe(name, set_))
+    elif name in list_fragments():
+        text = fragment_path(name).read_text(encoding="utf-8")
     else:
-        path = recipe_path(name) if name in list_recipes() else name
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        load_recipe(name)  # it may be wrong
+        text = path_of(name).read_text(encoding="utf-8-sig")
     console = out()
     if console.is_terminal:
         console.print(Syntax(text, "yaml", background_color="default"), end="")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from qcompile.recipe.check import check_recipe
-from qcompile.recipe.load import RecipeSource, list_recipes, load_recipe, recipe_path
+from qcompile.recipe.files import fragment_path, list_fragments, list_recipes, recipe_path
+from qcompile.recipe.imports import fragment_description
+from qcompile.recipe.load import RecipeSource, load_recipe, path_of
 from qcompile.recipe.match import QuantizerConfig, QuantizerName, Resolution, resolve, unsupported
 from qcompile.recipe.notices import Notice
 from qcompile.recipe.overrides import with_overrides
-from qcompile.recipe.schema import Calibration, Location, Metadata, Recipe, Rule
+from qcompile.recipe.rule import Location, Rule
+from qcompile.recipe.schema import Calibration, Metadata, Recipe
+from qcompile.recipe.write import expanded_yaml
 
 __all__ = [
     "Calibration",
@@ -21,8 +25,13 @@ __all__ = [
     "Resolution",
     "Rule",
     "check_recipe",
+    "expanded_yaml",
+    "fragment_description",
+    "fragment_path",
+    "list_fragments",
     "list_recipes",
     "load_recipe",
+    "path_of",
     "recipe_path",
     "resolve",
     "unsupported",

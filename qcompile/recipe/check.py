@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from qcompile.recipe.globs import glob_matches, possible_kinds
+from qcompile.recipe.globs import alternatives, glob_matches, possible_kinds
 from qcompile.recipe.load import RecipeSource, load_recipe
 from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice
-from qcompile.recipe.schema import Rule
+from qcompile.recipe.rule import Rule
 
 _CLASS = re.compile(r"\[!?\]?[^\]]*\]|\?")
 
@@ -44,7 +44,10 @@ def covers(wide: Rule, narrow: Rule) -> bool:
     """Whether `wide` surely matches everything that `narrow` matches. False where that is hard to see."""
     if wide.module_class not in (None, narrow.module_class):
         return False
-    return wide.quantizer == narrow.quantizer or _glob_covers(wide.quantizer, narrow.quantizer)
+    return all(
+        any(one == other or _glob_covers(one, other) for one in alternatives(wide.quantizer))
+        for other in alternatives(narrow.quantizer)
+    )
 
 
 def _glob_covers(wide: str, narrow: str) -> bool:

@@ -9,16 +9,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from qcompile.recipe.schema import Calibration, FormatName, Granularity, Metadata, Recipe, Rule
+from qcompile.recipe.rule import FormatName, Granularity, Rule
+from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
 
 Path = tuple[str | int, ...]
 
-_MODELS: dict[Path, type[BaseModel]] = {
-    (): Recipe,
-    ("metadata",): Metadata,
-    ("calibration",): Calibration,
-    ("rules",): Rule,
-}
+_MODELS: dict[Path, type[BaseModel]] = {("metadata",): Metadata, ("calibration",): Calibration, ("rules",): Rule}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(FormatName),
     "granularity": get_args(Granularity),
@@ -39,45 +35,54 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def show_path(path: Path) -> str:
-    """("rules", 2, "format") -> `rules[2].format`; the recipe itself is `the recipe`."""
+def show_path(path: Path, root: str = "the recipe") -> str:
+    """("rules", 2, "format") -> `rules[2].format`; nothing is `root`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.lstrip(".") or "the recipe"
+    return text.lstrip(".") or root
 
 
-def diagnose(error: ValidationError, place: Callable[[Path], str]) -> str:
-    """One line per problem: `place(path): message`, in the order of the file as far as pydantic keeps it."""
+def diagnose(error: ValidationError, place: Callable[[Path], str], whole: type[BaseModel]) -> str:
+    """One line per problem: `place(path): message`, in the order of the file as far as pydantic keeps it.
+
+    `whole` is the model that was validated: a recipe or a fragment.
+    """
     lines = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
             continue  # pydantic counts only the valid items; the invalid ones have errors of their own
-        path = detail["loc"] + tuple(detail.get("ctx", {}).get("path", ()))
-        lines.append(f"{place(path)}: {_sentence(detail, path)}")
+        path = tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG))
+        path += tuple(detail.get("ctx", {}).get("path", ()))
+        lines.append(f"{place(path)}: {_sentence(detail, path, whole)}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _sentence(detail: ErrorDetails, path: Path) -> str:
+def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel]) -> str:
     kind, found = detail["type"], detail["input"]
     owner, key = path[:-1], path[-1] if path else ""
+    root = "the fragment" if whole is Fragment else "the recipe"
     context: dict[str, Any] = detail.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):
-        known = tuple(_MODELS[tuple(part for part in owner if isinstance(part, str))].model_fields)
-        return f"unknown key {key!r} in {show_path(owner)}{did_you_mean(key, known) or '; known: ' + ', '.join(known)}"
+        if IMPORT_TAG in detail["loc"]:
+            return f"{show_path(owner)} imports a fragment, it cannot have the key {key!r} as well; add a rule after it"
+        model = _MODELS[tuple(part for part in owner if isinstance(part, str))] if owner else whole
+        known = (*model.model_fields, "import") if model is Rule else tuple(model.model_fields)
+        hint = did_you_mean(key, known) or "; known: " + ", ".join(known)
+        return f"unknown key {key!r} in {show_path(owner, root)}{hint}"
     if kind == "missing":
-        return f"{show_path(owner)} lacks the key {key!r}"
+        return f"{show_path(owner, root)} lacks the key {key!r}"
     if kind == "literal_error":
         choices = _CHOICES[str(key)]
         known_ones = ", ".join(choices) + did_you_mean(found, choices)
-        return f"unknown {key} {found!r} at {show_path(path)}; known: {known_ones}"
+        return f"unknown {key} {found!r} at {show_path(path, root)}; known: {known_ones}"
     if kind == "recipe":
-        return f"{show_path(path)}: {context['message']}"
+        return f"{show_path(path, root)}: {context['message']}"
     if kind in ("too_short", "too_long"):
-        return f"{show_path(path)} has {context['actual_length']} items; {_length(context)}"
+        return f"{show_path(path, root)} has {context['actual_length']} items; {_length(context)}"
     if kind == "string_too_short":
-        return f"{show_path(path)} is empty"
+        return f"{show_path(path, root)} is empty"
     if kind in _EXPECTED:
-        return f"{show_path(path)} must be {_EXPECTED[kind]}, not {found!r}"
-    return f"{show_path(path)}: {detail['msg']}, found {found!r}"
+        return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {found!r}"
+    return f"{show_path(path, root)}: {detail['msg']}, found {found!r}"
 
 
 def _length(context: dict[str, Any]) -> str:

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 WEIGHT = "weight_quantizer"
+INPUT = "input_quantizer"
 SOFTMAX = "softmax_bmm_quantizer"
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
-KINDS = ("input_quantizer", WEIGHT, "output_quantizer", *ATTENTION)
+KINDS = (INPUT, WEIGHT, "output_quantizer", *ATTENTION)
 """The last component of every quantizer's name."""
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+@lru_cache(maxsize=4096)
+def alternatives(pattern: str) -> tuple[str, ...]:
+    """The globs that a pattern with braces stands for: `a.{b,c}.*` -> `a.b.*`, `a.c.*`."""
+    found = _BRACES.search(pattern)  # the innermost pair, so that nested ones unfold, too
+    if found is None:
+        return (pattern,)
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    unfolded = [glob for option in found[1].split(",") for glob in alternatives(head + option + tail)]
+    return tuple(dict.fromkeys(unfolded))
 
 
 def glob_matches(name: str, pattern: str) -> bool:
-    """Case-sensitive `fnmatch` of the full name, where a leading `*.` also matches at the start of the name."""
-    return fnmatchcase(name, pattern) or (pattern.startswith("*.") and fnmatchcase(name, pattern[2:]))
+    """Case-sensitive `fnmatch` of the full name, with `{a,b}` for either; a leading `*.` also matches at the start."""
+    return any(
+        fnmatchcase(name, glob) or (glob.startswith("*.") and fnmatchcase(name, glob[2:]))
+        for glob in alternatives(pattern)
+    )
 
 
 def possible_kinds(pattern: str) -> tuple[str, ...]:
     """The kinds of quantizer that a name matching the glob can end in; empty if it can match no quantizer at all."""
-    last = pattern.rpartition("*")[2]
+    reached = {kind for glob in alternatives(pattern) for kind in _kinds(glob)}
+    return tuple(kind for kind in KINDS if kind in reached)
+
+
+def _kinds(glob: str) -> list[str]:
+    last = glob.rpartition("*")[2]
     tail = last.rpartition(".")[2]
-    if "." in last or "*" not in pattern:
-        return tuple(kind for kind in KINDS if fnmatchcase(kind, tail))
-    return tuple(kind for kind in KINDS if fnmatchcase(f"path.{kind}", f"*{tail}"))
+    if "." in last or "*" not in glob:
+        return [kind for kind in KINDS if fnmatchcase(kind, tail)]
+    return [kind for kind in KINDS if fnmatchcase(f"path.{kind}", f"*{tail}")]

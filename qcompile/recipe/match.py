@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 
 from passes.formats import FORMATS
 from qcompile.errors import RecipeError
-from qcompile.recipe.globs import KINDS, WEIGHT, glob_matches
-from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice
-from qcompile.recipe.schema import BLOCK_FORMATS, Granularity, Recipe, Rule
+from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, glob_matches
+from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice, reason_notice
+from qcompile.recipe.rule import BLOCK_FORMATS, Granularity, Rule
+from qcompile.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class QuantizerConfig:
         format: "fp8", "int8", "nvfp4" or "mxfp8".
         granularity: what shares one scale.
         block_shape: rows and columns of a block, only with `per_block`.
-        dynamic: scales are computed at run time.
-        rotate: a Hadamard rotation comes first.
+        dynamic: scales are computed at run time; for nvfp4 those of the blocks, under a constant global scale that is
+            calibrated.
+        rotate: a Hadamard rotation comes first, on both operands of the linear.
         source: file:line of the rule that gave the format, and of the one that switched it on again.
     """
 
@@ -63,7 +65,8 @@ class Resolution:
     Attributes:
         configs: name -> config of each enabled quantizer, in the order they were given.
         disabled: name -> the `enable: false` rule that decided. Names that no rule gives a format are in neither.
-        notices: rules that matched nothing or were wholly overridden, in the order of the recipe.
+        notices: rules that matched nothing or were wholly overridden, and what rules with a `why` decided, in the order
+            of the recipe.
     """
 
     configs: dict[str, QuantizerConfig]
@@ -91,6 +94,7 @@ def resolve(recipe: Recipe, quantizers: Sequence[QuantizerName]) -> Resolution:
     disabled: dict[str, Rule] = {}
     matched: list[list[QuantizerName]] = [[] for _ in recipe.rules]
     winners: dict[str, set[int]] = {}
+    explained: list[list[str]] = [[] for _ in recipe.rules]
     for quantizer in quantizers:
         matching = [i for i, rule in enumerate(recipe.rules) if rule_matches(rule, quantizer)]
         for index in matching:
@@ -103,9 +107,12 @@ def resolve(recipe: Recipe, quantizers: Sequence[QuantizerName]) -> Resolution:
         elif given is not None:
             again = recipe.rules[switch] if switch is not None else None
             configs[quantizer.name] = _config(recipe.rules[given], quantizer, again)
+        if given is not None:  # off without a format is nothing to explain
+            for index in winners[quantizer.name]:
+                explained[index].append(quantizer.name)
     _check_switches(recipe, matched)
     _check_rotation(configs)
-    return Resolution(configs, disabled, _notices(recipe, matched, winners))
+    return Resolution(configs, disabled, _notices(recipe, matched, winners, explained))
 
 
 def _decide(recipe: Recipe, matching: Sequence[int]) -> tuple[int | None, int | None]:
@@ -148,16 +155,31 @@ def _check_switches(recipe: Recipe, matched: Sequence[Sequence[QuantizerName]]) 
 
 
 def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
-    """A rotation of one side only multiplies by the wrong matrix, so both sides of a linear agree."""
+    """A rotation of one side only multiplies by the wrong matrix.
+
+    Both quantizers of a linear agree; the weight's alone says it for an input that stays as it is (weight-only).
+    """
     for name, config in configs.items():
-        other = configs.get(name.removesuffix(WEIGHT) + "input_quantizer") if name.endswith(WEIGHT) else None
-        if other is not None and other.rotate != config.rotate:
-            module = name.removesuffix(WEIGHT).removesuffix(".") or "the model"
-            places = f"weight: {config.source}; input: {other.source}"
-            raise RecipeError(f"{module}: `rotate` must be the same for the weight and the input ({places})")
+        module, _, kind = name.rpartition(".")
+        if kind != INPUT:
+            continue
+        weight = configs.get(f"{module}.{WEIGHT}".lstrip("."))
+        if weight is None and config.rotate:
+            raise RecipeError(
+                f"{module or 'the model'}: `rotate` on the input ({config.source}) needs a weight quantizer"
+            )
+        if weight is not None and weight.rotate != config.rotate:
+            places = f"weight: {weight.source}; input: {config.source}"
+            message = f"`rotate` must be the same for the weight and the input ({places})"
+            raise RecipeError(f"{module or 'the model'}: {message}")
 
 
-def _notices(recipe: Recipe, matched: Sequence[Sequence[QuantizerName]], winners: dict[str, set[int]]) -> list[Notice]:
+def _notices(
+    recipe: Recipe,
+    matched: Sequence[Sequence[QuantizerName]],
+    winners: dict[str, set[int]],
+    explained: Sequence[Sequence[str]],
+) -> list[Notice]:
     notices = []
     for index, (rule, names) in enumerate(zip(recipe.rules, matched, strict=True)):
         if not names:
@@ -165,6 +187,8 @@ def _notices(recipe: Recipe, matched: Sequence[Sequence[QuantizerName]], winners
         elif not any(index in winners[quantizer.name] for quantizer in names):
             by = {other for quantizer in names for other in winners[quantizer.name] if other > index}
             notices.append(overridden_notice(rule, [recipe.rules[other] for other in sorted(by)]))
+        elif rule.why and explained[index]:
+            notices.append(reason_notice(rule, explained[index]))
     return notices
 
 
@@ -172,11 +196,9 @@ def unsupported(config: QuantizerConfig) -> str | None:
     """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
     if config.format not in FORMATS:
         reason = f"format {config.format} (this version quantizes to {', '.join(FORMATS)})"
-    elif config.granularity == "per_block":
+    elif config.granularity == "per_block" and config.format not in BLOCK_FORMATS:
         reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
-    elif config.rotate:
-        reason = "`rotate: true` (Hadamard rotation)"
-    elif config.dynamic and config.granularity != "per_token":
+    elif config.dynamic and config.granularity == "per_tensor":
         reason = f"dynamic {config.granularity} scales; use `granularity: per_token` or leave out `dynamic`"
     else:
         return None

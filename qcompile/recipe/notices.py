@@ -1,4 +1,4 @@
-"""What a recipe says that has no effect: never an error, never silent."""
+"""What a reader should know of a recipe: rules that have no effect, and why some parts are treated differently."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 
 from qcompile.recipe.diagnose import did_you_mean
 from qcompile.recipe.globs import KINDS, possible_kinds
-from qcompile.recipe.schema import Rule
+from qcompile.recipe.rule import Rule
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something in a recipe that had no effect; prints as `file:line: message`."""
+    """A rule that had no effect, or whose effect has a reason to tell; prints as `file:line: message`."""
 
-    kind: Literal["matches_nothing", "overridden"]
+    kind: Literal["matches_nothing", "overridden", "reason"]
     file: str
     line: int | None
     message: str
@@ -41,3 +41,12 @@ def overridden_notice(rule: Rule, by: Sequence[Rule]) -> Notice:
     places = ", ".join(f"{other.quantizer!r} ({other.where})" for other in by)
     message = f"the rule for {rule.quantizer!r} is wholly overridden by {places}"
     return Notice("overridden", rule.where.file, rule.where.line, message)
+
+
+def reason_notice(rule: Rule, names: Sequence[str]) -> Notice:
+    """The notice for what a rule with a `why` decided: names of quantizers, at least one."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or "the root" for name in names))
+    effect = "not quantized" if rule.enable is False else rule.format or "switched on again"
+    shown = ", ".join(modules[:2]) + (", ..." if modules[2:] else "")
+    count = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
+    return Notice("reason", rule.where.file, rule.where.line, f"{count} {effect} ({shown}): {rule.why}")

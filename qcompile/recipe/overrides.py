@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from qcompile.errors import RecipeError
-from qcompile.recipe.diagnose import Path, diagnose, show_path
-from qcompile.recipe.schema import Location, Recipe
+from qcompile.recipe.diagnose import Path, show_path
+from qcompile.recipe.imports import Written, recipe_of
+from qcompile.recipe.rule import Location
+from qcompile.recipe.schema import Recipe
 
 _STEP = re.compile(
     r"(?:^|\.)(?P<key>[A-Za-z_]\w*)|\[(?P<index>\d+)\]|\[(?P<append>\+)\]|\[(?P<field>\w+)=(?P<value>[^\]]*)\]"
@@ -34,8 +35,9 @@ def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """The recipe with every `path=value` applied in order, then validated again as a whole.
 
     A path is keys and list positions: `metadata.name=mine`, `rules[0].format=int8`.
-    `rules[+]={quantizer: "*lm_head*", enable: true}` appends a rule (so it wins), and
-    `rules[format=nvfp4].rotate=true` changes every rule whose key has that value. Values are YAML.
+    `rules[+]={quantizer: "*lm_head*", enable: true}` appends a rule (so it wins), `rules[+]={import: fp8_attention}`
+    the rules of a fragment, and `rules[format=nvfp4].rotate=true` changes every rule whose key has that value. Values
+    are YAML. Rules are counted after imports, as `qcompile recipes show NAME --expanded` lists them.
 
     Raises:
         RecipeError: names the override that cannot be read, leads nowhere, or makes the recipe invalid.
@@ -55,11 +57,7 @@ def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
             texts = [text for where, text in touched if where[:2] == path[:2]]
         return "; ".join(f"--set {text}" for text in dict.fromkeys(texts or [o.text for o in parsed]))
 
-    try:
-        changed = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(diagnose(error, place)) from error
-    return changed.located([_place_of_rule(recipe, index, touched) for index in range(len(changed.rules))])
+    return recipe_of(Written(data, place, lambda index: _place_of_rule(recipe, index, touched)))
 
 
 def _place_of_rule(recipe: Recipe, index: int, touched: list[tuple[Path, str]]) -> Location:

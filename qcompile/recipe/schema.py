@@ -1,46 +1,23 @@
-"""What a recipe may say: pydantic models, their cross-checks, and the JSON schema that editors use.
+"""What a recipe file may say: pydantic models, and the JSON schema that editors use.
 
-The schema carries every format and granularity of the plan (NVFP4, MXFP8, blocks, rotation); `match.unsupported` tells
-what this version cannot run yet. Nothing here reads a file or knows a model.
+A file is a `RecipeFile` or a `Fragment`, whose rules may import other fragments; a `Recipe` is what all of that comes
+to. The schema carries every format and granularity of the plan (MXFP8 and blocks of FP8, too); `match.unsupported`
+tells what this version cannot run yet. Nothing here reads a file or knows a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
-from qcompile.recipe.globs import ATTENTION, SOFTMAX, WEIGHT, possible_kinds
-
-FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
-Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
-
-BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, 16), "mxfp8": (1, 32)}
-"""Formats whose blocks are part of the format itself, along the reduction axis."""
+from qcompile.recipe.rule import Location, Model, Rule, wrong
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where a rule was written. All locations compare equal, so a recipe's value does not depend on its file."""
-
-    file: str = field(default="recipe", compare=False)
-    line: int | None = field(default=None, compare=False)
-    note: str = field(default="", compare=False)
-    """What changed the rule since, such as a `--set`."""
-
-    def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place} ({self.note})" if self.note else place
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class Metadata(_Model):
+class Metadata(Model):
     """What the recipe is called and what it does."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -53,7 +30,7 @@ class Metadata(_Model):
     """Anything else the reader should know."""
 
 
-class Calibration(_Model):
+class Calibration(Model):
     """How the ranges of static activations are found."""
 
     algorithm: Literal["max"] = "max"
@@ -63,134 +40,84 @@ class Calibration(_Model):
     codes in any precision, at the price of up to one bit of range."""
 
 
-class Rule(_Model):
-    """One rule: which quantizers, and either a format or a switch. Later rules win."""
+class Import(Model):
+    """The rules of a fragment, in this place."""
 
-    quantizer: Annotated[str, Field(min_length=1)]
-    """Case-sensitive glob over the quantizer's full name (`*`, `?`, `[qk]`); `*` also matches dots, and a leading `*.`
-    also matches at the start, so `*.head.*` finds `head.weight_quantizer` and `model.head.weight_quantizer`."""
-    module_class: Annotated[str, Field(min_length=1)] | None = None
-    """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
-    enable: bool | None = None
-    """`false` switches off; `true` switches on again with the format that an earlier rule gave."""
-    format: FormatName | None = None
-    """Number format of the codes."""
-    granularity: Granularity | None = None
-    """What shares one scale. Default: `per_tensor`, for nvfp4 and mxfp8 the blocks of the format."""
-    block_shape: Annotated[tuple[int, int], Field(strict=False)] | None = None
-    """[rows, columns] of a block; only with `per_block`. nvfp4 has [1, 16] and mxfp8 [1, 32] without saying so."""
-    dynamic: bool | None = None
-    """Scales of activations are computed at run time. Default: false, for nvfp4 and mxfp8 activations true."""
-    rotate: bool = False
-    """Rotate by a Hadamard matrix first, the weight and the activation of a linear both."""
-
-    _where: Location = PrivateAttr(default_factory=Location)
-
-    @property
-    def where(self) -> Location:
-        """File and line of this rule."""
-        return self._where
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Rule:
-        if self.format is None:
-            self._check_switch()
-        else:
-            if self.enable is not None:
-                raise _wrong("enable", "a rule has `enable` or `format`, not both; a format switches on by itself")
-            self._check_layout()
-            self._check_kinds(possible_kinds(self.quantizer))
-        return self
-
-    def _check_switch(self) -> None:
-        if self.enable is None:
-            raise _wrong("quantizer", "a rule needs either `enable` or `format`")
-        for key in ("granularity", "block_shape", "dynamic", "rotate"):
-            if getattr(self, key):
-                raise _wrong(key, f"`{key}` belongs to a rule with `format`; this one only has `enable`")
-
-    def _check_layout(self) -> None:
-        """Granularity, block shape and `dynamic` must fit each other and the format."""
-        fixed = BLOCK_FORMATS.get(self.format or "")
-        if fixed is not None:
-            if self.granularity not in (None, "per_block"):
-                raise _wrong("granularity", f"{self.format} is always per_block, not {self.granularity}")
-            if self.block_shape not in (None, fixed):
-                raise _wrong("block_shape", f"{self.format} has blocks of {list(fixed)}, not {list(self.block_shape)}")
-        elif self.granularity == "per_block":
-            if self.block_shape is None:
-                raise _wrong("granularity", f"per_block {self.format} needs `block_shape`, such as [128, 128]")
-            if min(self.block_shape) < 1:
-                raise _wrong("block_shape", f"block sides must be at least 1, not {list(self.block_shape)}")
-        elif self.block_shape is not None:
-            raise _wrong("block_shape", "`block_shape` needs `granularity: per_block`")
-        if self.granularity == "per_token" and not self.dynamic:
-            raise _wrong("granularity", "per_token scales exist only at run time: add `dynamic: true`")
-
-    def _check_kinds(self, kinds: Sequence[str]) -> None:
-        """The glob must not reach quantizers that the rule's layout makes no sense for."""
-        for kind in kinds:
-            key, reason = self._layout_misfit(kind)
-            if reason:
-                raise _wrong(key, f"{reason}, but the glob {self.quantizer!r} also reaches {kind}")
-        reasons = [self.misfit(kind) for kind in kinds]
-        if reasons and all(reasons):
-            raise _wrong("format", str(reasons[0]))
-
-    def _layout_misfit(self, kind: str) -> tuple[str, str]:
-        """(key, reason) why the granularity or `dynamic`, as written, does not fit this kind; ("", "") if it does."""
-        if self.granularity == "per_channel" and kind != WEIGHT:
-            return "granularity", "per_channel is for weights (end the glob with weight_quantizer)"
-        if self.granularity == "per_token" and kind not in ("input_quantizer", "output_quantizer"):
-            return "granularity", "per_token is for activations (end the glob with input_quantizer)"
-        if self.dynamic and kind == WEIGHT:
-            return "dynamic", "`dynamic: true` is for activations, a weight's scale is constant"
-        if self.dynamic and kind == SOFTMAX:
-            return "dynamic", "`dynamic: true` is not for the softmax, whose range is known to be 0 to 1"
-        return "", ""
-
-    def misfit(self, kind: str) -> str | None:
-        """Why this rule cannot configure a quantizer of that kind, or None; matching asks it of every one."""
-        reason = self._layout_misfit(kind)[1]
-        if reason:
-            return reason
-        if kind in ATTENTION and (self.format in BLOCK_FORMATS or self.granularity == "per_block"):
-            return f"attention operands have one scale per tensor, so {kind} cannot be {self.format} in blocks"
-        if kind in ATTENTION and self.rotate:
-            return f"`rotate` is for the weight and input of a linear, not for {kind}"
-        if self.format in BLOCK_FORMATS and kind != WEIGHT and self.dynamic is False:
-            return f"{self.format} activations always have scales from run time: leave out `dynamic: false`"
-        return None
+    name: Annotated[str, Field(min_length=1, alias="import")]
+    """A shipped fragment, or the path of a YAML file, relative to the file that says so."""
 
 
-class Recipe(_Model):
-    """Which quantizers of a model are on and in which format. `Recipe.model_json_schema()` gives the JSON schema."""
+def _tag(item: object) -> str:
+    is_import = isinstance(item, Import) or (isinstance(item, Mapping) and "import" in item)
+    return IMPORT_TAG if is_import else RULE_TAG
 
+
+RULE_TAG, IMPORT_TAG = "<rule>", "<import>"
+"""What pydantic puts into the path of an error after the index of a rule."""
+
+_Items = Annotated[
+    tuple[
+        Annotated[Annotated[Rule, Tag(RULE_TAG)] | Annotated[Import, Tag(IMPORT_TAG)], Discriminator(_tag)],
+        ...,
+    ],
+    Field(strict=False, min_length=1),
+]
+
+
+class Fragment(Model):
+    """Rules that recipes import by name."""
+
+    description: Annotated[str, Field(min_length=1)]
+    """What the rules are for."""
+    rules: _Items
+    """Rules and imports in order; later ones win."""
+
+
+class _Header(Model):
     metadata: Metadata
     """What the recipe is called and what it does."""
     calibration: Calibration = Calibration()
     """How the ranges of static activations are found."""
+
+
+class RecipeFile(_Header):
+    """Which quantizers of a model are on and in which format."""
+
+    rules: _Items
+    """Rules and imports (`import: exclusions`) in order; later ones win."""
+
+
+class Recipe(_Header):
+    """A recipe whose imports are resolved. `Recipe.model_json_schema()` describes what a file may say."""
+
     rules: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     """Rules in order; later ones win."""
 
     @model_validator(mode="after")
     def _enable_follows_format(self) -> Recipe:
-        for index, rule in enumerate(self.rules):
-            if rule.format is not None:
-                break
-            if rule.enable:
-                raise _wrong(("rules", index, "enable"), "`enable: true` needs an earlier rule that gives a format")
+        index = idle_switch(self.rules)
+        if index is not None:
+            raise wrong(("rules", index, "enable"), IDLE_SWITCH)
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(RecipeFile.__pydantic_core_schema__)
 
     def located(self, places: Sequence[Location]) -> Recipe:
         """The same recipe whose rule i says that it was written at `places[i]`."""
-        copies = [rule.model_copy() for rule in self.rules]
-        for rule, place in zip(copies, places, strict=True):
-            rule._where = place
-        return self.model_copy(update={"rules": tuple(copies)})
+        rules = tuple(rule.located(place) for rule, place in zip(self.rules, places, strict=True))
+        return self.model_copy(update={"rules": rules})
 
 
-def _wrong(key: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
-    """A validation error that names the key it is about, so that the loader can give its line."""
-    path = (key,) if isinstance(key, str) else key
-    return PydanticCustomError("recipe", "{message}", {"message": message, "path": path})
+IDLE_SWITCH = "`enable: true` needs an earlier rule that gives a format"
+
+
+def idle_switch(rules: Sequence[Rule]) -> int | None:
+    """Index of an `enable: true` before which no rule gives a format."""
+    for index, rule in enumerate(rules):
+        if rule.format is not None:
+            break
+        if rule.enable:
+            return index
+    return None

@@ -9,6 +9,8 @@ import yaml
 from qcompile.errors import RecipeError
 from qcompile.recipe.diagnose import Path, show_path
 
+_NEEDS = {"recipe": "`metadata` and `rules`", "fragment": "`description` and `rules`"}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -31,13 +33,13 @@ class Document:
         return self.lines.get(path, 1)
 
 
-def parse(text: str, file: str) -> Document:
+def parse(text: str, file: str, what: str = "recipe") -> Document:
     """Parses one YAML document. Raises `RecipeError` with file and line for bad YAML and for duplicate keys."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError(f"{file}:1: the file is empty; a recipe needs `metadata` and `rules`")
+            raise RecipeError(f"{file}:1: the file is empty; a {what} needs {_NEEDS[what]}")
         lines: dict[Path, int] = {}
         _walk(node, (), file, lines, set())
         return Document(file, loader.construct_document(node), lines)

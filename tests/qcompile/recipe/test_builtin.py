@@ -10,10 +10,33 @@ import pytest
 import torch
 import yaml
 
-from qcompile.recipe import QuantizerName, Recipe, list_recipes, load_recipe, recipe_path, resolve, unsupported
+from qcompile.recipe import (
+    QuantizerName,
+    Recipe,
+    fragment_description,
+    fragment_path,
+    list_fragments,
+    list_recipes,
+    load_recipe,
+    recipe_path,
+    resolve,
+    unsupported,
+)
 from qcompile.recipe.globs import ATTENTION
+from qcompile.recipe.schema import Fragment
 
-SHIPPED = ["fp8", "fp8_gemm", "fp8_per_channel_per_token", "int8"]
+SHIPPED = [
+    "fp8",
+    "fp8_gemm",
+    "fp8_per_channel_per_token",
+    "fp8_qkvo-nvfp4_mlp",
+    "int8",
+    "nvfp4",
+    "nvfp4_fp8_attention",
+    "nvfp4_mlp_only",
+    "nvfp4_weight_only",
+]
+EVERY_LINEAR = [name for name in SHIPPED if name not in ("nvfp4_mlp_only", "nvfp4_weight_only")]
 
 
 def quantizers(model: torch.nn.Module, prefix: str = "") -> Iterator[QuantizerName]:
@@ -61,8 +84,22 @@ def test_files_fit_the_json_schema(name: str) -> None:
     validator = jsonschema.Draft202012Validator(schema)
     data = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
     validator.validate(data)
+    assert {tuple(rule) for rule in data["rules"] if "import" in rule} == {("import",)}
+    validator.validate(load_recipe(name).model_dump(mode="json"))
     data["rules"][0]["formt"] = "fp8"
     assert not validator.is_valid(data)
+
+
+@pytest.mark.parametrize("name", list_fragments())
+def test_fragments_are_no_recipes(name: str) -> None:
+    assert name not in list_recipes()
+    assert fragment_description(name).endswith(".")
+    jsonschema.validate(yaml.safe_load(fragment_path(name).read_text(encoding="utf-8")), Fragment.model_json_schema())
+
+
+def test_every_fragment_is_used() -> None:
+    used = {rule.where.file.split("/")[-1] for name in SHIPPED for rule in load_recipe(name).rules}
+    assert used >= {f"{name}.yaml" for name in list_fragments()}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -72,7 +109,8 @@ def test_names_match_and_this_version_runs_them(name: str) -> None:
     model = [QuantizerName(f"layers.0.{kind}") for kind in ("fc1.weight_quantizer", "fc1.input_quantizer", *ATTENTION)]
     configs = resolve(recipe, model).configs
     assert [unsupported(config) for config in configs.values()] == [None] * len(configs)
-    assert len(configs) == (6 if name == "fp8" else 2)
+    linear = 1 if name == "nvfp4_weight_only" else 2
+    assert len(configs) == linear + (4 if "FP8 attention" in recipe.metadata.description else 0)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +120,8 @@ def test_names_match_and_this_version_runs_them(name: str) -> None:
         ("fp8_gemm", ("fp8", "per_tensor", False), ("fp8", "per_tensor", False)),
         ("fp8_per_channel_per_token", ("fp8", "per_channel", False), ("fp8", "per_token", True)),
         ("int8", ("int8", "per_channel", False), ("int8", "per_tensor", False)),
+        ("nvfp4", ("nvfp4", "per_block", False), ("nvfp4", "per_block", True)),
+        ("fp8_qkvo-nvfp4_mlp", ("fp8", "per_tensor", False), ("fp8", "per_tensor", False)),
     ],
 )
 def test_layouts_are_the_promised_ones(
@@ -94,7 +134,7 @@ def test_layouts_are_the_promised_ones(
     assert found == [weight, activation]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", EVERY_LINEAR)
 @pytest.mark.parametrize("prefix", ["", "wrapper.model"])
 def test_a_vit_keeps_only_its_classifier(name: str, prefix: str) -> None:
     path = f"{prefix}.classifier".lstrip(".")
@@ -175,7 +215,7 @@ def test_attention_quantizers_of_a_real_model() -> None:
     assert resolve(load_recipe("fp8_gemm"), found).configs == {}
 
 
-def test_a_mixed_recipe_of_the_next_version_is_valid_already() -> None:
+def test_a_mixed_recipe_without_fragments() -> None:
     mixed = yaml.safe_load(
         """
         metadata: {name: mixed, description: "FP8 projections and attention, NVFP4 MLP, rotated"}
@@ -193,4 +233,3 @@ def test_a_mixed_recipe_of_the_next_version_is_valid_already() -> None:
     expert = configs["model.layers.0.mlp.experts.down_proj.input_quantizer"]
     assert (expert.format, expert.block_shape, expert.dynamic, expert.rotate) == ("nvfp4", (1, 16), True, True)
     assert "model.layers.0.mlp.gate.weight_quantizer" not in configs
-    assert "nvfp4" in str(unsupported(expert))

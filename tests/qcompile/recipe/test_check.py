@@ -43,6 +43,9 @@ def test_shipped_recipes_have_no_dead_rule(name: str) -> None:
         ([("*", "Linear", FP8), ("*", "Linear", INT8)], [0]),
         ([("*", None, FP8), ("*", "Linear", INT8)], []),
         ([("*.weight", None, FP8), ("*", None, FP8)], [0]),
+        ([("*.{a,b}.weight_quantizer", None, FP8), ("*.{weight,input}_quantizer", None, INT8)], [0]),
+        ([("*.{a,b}.*", None, FP8), ("*.a.*", None, INT8)], []),
+        ([("*.a.*", None, FP8), ("*.{b,a}.*", None, INT8)], [0]),
     ],
 )
 def test_rules_that_can_never_win(rules: Rules, dead: list[int]) -> None:
@@ -51,7 +54,9 @@ def test_rules_that_can_never_win(rules: Rules, dead: list[int]) -> None:
 
 paths = st.lists(st.sampled_from(["a", "ab", "head"]), max_size=2)
 quantizers = st.builds(lambda path, kind: ".".join([*path, kind]), paths, st.sampled_from(KINDS[:3]))
-pieces = st.sampled_from(["*", "*.", ".", "?", "[ab]", "[!a]", "a", "b", "head", "*.weight_quantizer", "_quantizer"])
+pieces = st.sampled_from(
+    ["*", "*.", ".", "?", "[ab]", "[!a]", "a", "b", "head", "*.weight_quantizer", "_quantizer", "{a,head}"]
+)
 globs = st.lists(pieces, min_size=1, max_size=4).map("".join)
 rule = st.tuples(globs, st.sampled_from([None, None, "Linear", "L*"]), st.sampled_from([FP8, INT8, OFF, ON]))
 

@@ -60,6 +60,10 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
             "per_token, per_block; did you mean 'per_tensor'?",
         ),
         ("- format: fp8", "r.yaml:3: rules[0] lacks the key 'quantizer'"),
+        (
+            '- quantizer: "*.{a,b"\n  format: fp8',
+            "r.yaml:3: rules[0].quantizer: the braces of '*.{a,b' do not pair up",
+        ),
         ("- quantizer: 5\n  format: fp8", "r.yaml:3: rules[0].quantizer must be text (quote it?), not 5"),
         ('- quantizer: ""\n  format: fp8', "r.yaml:3: rules[0].quantizer is empty"),
         ('- quantizer: "*"\n  enable: "maybe"', "r.yaml:4: rules[0].enable must be true or false, not 'maybe'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from qcompile.errors import RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
-from qcompile.recipe.globs import KINDS, glob_matches, possible_kinds
+from qcompile.recipe.globs import KINDS, alternatives, glob_matches, possible_kinds
 
 Data = dict[str, Any]
 W, X, Q = "a.b.weight_quantizer", "a.b.input_quantizer", "a.q_bmm_quantizer"
@@ -109,10 +110,23 @@ def test_globs_and_the_kinds_they_can_reach(glob: str, name: str) -> None:
         assert name.rpartition(".")[2] in possible_kinds(glob)
 
 
+@given(st.lists(st.lists(globs, min_size=1, max_size=3), min_size=1, max_size=3), quantizers)
+def test_braces_stand_for_either(choices: list[list[str]], name: str) -> None:
+    glob = "".join("{" + ",".join(options) + "}" for options in choices)
+    plain = ["".join(option) for option in itertools.product(*choices)]
+    assert glob_matches(name, glob) == any(glob_matches(name, each) for each in plain)
+    assert set(possible_kinds(glob)) == {kind for each in plain for kind in possible_kinds(each)}
+
+
+def test_nested_and_empty_alternatives() -> None:
+    assert alternatives("a{b,{c,d}e}{,f}") == ("ab", "abf", "ace", "acef", "ade", "adef")
+
+
 @pytest.mark.parametrize(
     ("glob", "kinds"),
     [
         ("*", KINDS),
+        ("*.mlp.*{weight,input}_quantizer", ("weight_quantizer", "input_quantizer")),
         ("*.mlp.*", KINDS),
         ("*.weight_quantizer", ("weight_quantizer",)),
         ("weight_quantizer", ("weight_quantizer",)),
@@ -243,6 +257,32 @@ def test_rotating_one_side_is_an_error() -> None:
     with pytest.raises(RecipeError, match=r"^a\.b: `rotate` must be the same .*weight: rules\[0\]; input: rules\[1\]"):
         resolve(recipe(*rules), names(W, X))
     assert resolve(recipe(rules[0]), names(W, X)).configs[W].rotate  # weight-only: the input has no quantizer
+    alone = {"quantizer": X, "format": "nvfp4", "rotate": True}
+    with pytest.raises(RecipeError, match=r"^a\.b: `rotate` on the input \(rules\[0\]\) needs a weight quantizer"):
+        resolve(recipe(alone), names(W, X))
+
+
+@pytest.mark.parametrize("kind", ["output_quantizer", "q_bmm_quantizer"])
+def test_what_is_no_operand_of_a_linear_is_not_rotated(kind: str) -> None:
+    rules = recipe({"quantizer": "a.*", "format": "fp8", "rotate": True})
+    with pytest.raises(RecipeError, match=f"`rotate` is for the weight and input of a linear, not for {kind}"):
+        resolve(rules, names(f"a.{kind}"))
+
+
+def test_a_reason_is_told_with_what_the_rule_decided() -> None:
+    rules = recipe(
+        {"quantizer": "*.{weight,input}_quantizer", "format": "nvfp4"},
+        {"quantizer": "a.*", "format": "fp8", "why": "first"},
+        {"quantizer": "*", "enable": False, "module_class": "Conv2d", "why": "second"},
+    )
+    assert [str(n) for n in resolve(rules, names(W, X, "a.c.weight_quantizer", "d.weight_quantizer")).notices] == [
+        "rules[1]: 2 modules fp8 (a.b, a.c): first",
+        "rules[2]: the glob '*' with module_class 'Conv2d' matches nothing in this model",
+    ]
+    off = [*names(W, X, "a.b.output_quantizer", module_class="torch.nn.Conv2d"), *names("d.weight_quantizer")]
+    assert [str(n) for n in resolve(rules, off).notices][1:] == ["rules[2]: 1 module not quantized (a.b): second"]
+    unformatted = [*names("a.n.output_quantizer", module_class="torch.nn.Conv2d"), *names(W)]
+    assert len(resolve(recipe(rules.rules[0].model_dump(), rules.rules[2].model_dump()), unformatted).notices) == 0
 
 
 @pytest.mark.parametrize(
@@ -251,13 +291,11 @@ def test_rotating_one_side_is_an_error() -> None:
         (QuantizerConfig("fp8"), None),
         (QuantizerConfig("int8", "per_channel"), None),
         (QuantizerConfig("fp8", "per_token", dynamic=True), None),
+        (QuantizerConfig("nvfp4", "per_block", (1, 16), dynamic=True), None),
         (
-            QuantizerConfig("nvfp4", "per_block", (1, 16), source="r.yaml:3"),
-            "r.yaml:3: not supported yet: format nvfp4",
+            QuantizerConfig("fp8", "per_block", (128, 128), source="r.yaml:3"),
+            "r.yaml:3: not supported yet: per_block fp8",
         ),
-        (QuantizerConfig("mxfp8", "per_block", (1, 32)), "recipe: not supported yet: format mxfp8"),
-        (QuantizerConfig("fp8", "per_block", (128, 128)), "per_block fp8 with block_shape [128, 128]"),
-        (QuantizerConfig("fp8", rotate=True), "`rotate: true`"),
         (QuantizerConfig("fp8", dynamic=True), "dynamic per_tensor scales"),
     ],
 )

@@ -1,0 +1,155 @@
+"""One rule of a recipe: which quantizers, and either a format or a switch; what fits together is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from qcompile.recipe.globs import ATTENTION, INPUT, SOFTMAX, WEIGHT, alternatives, possible_kinds
+
+FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
+Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
+
+BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, 16), "mxfp8": (1, 32)}
+"""Formats whose blocks are part of the format itself, along the reduction axis."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a rule was written. All locations compare equal, so a recipe's value does not depend on its file."""
+
+    file: str = field(default="recipe", compare=False)
+    line: int | None = field(default=None, compare=False)
+    note: str = field(default="", compare=False)
+    """What changed the rule since, such as a `--set`."""
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place} ({self.note})" if self.note else place
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Rule(Model):
+    """One rule: which quantizers, and either a format or a switch. Later rules win."""
+
+    quantizer: Annotated[str, Field(min_length=1)]
+    """Case-sensitive glob over the quantizer's full name (`*`, `?`, `[qk]`, `{mlp,ffn}`); `*` also matches dots, and a
+    leading `*.` also matches at the start, so `*.head.*` finds `head.weight_quantizer` and `a.head.weight_quantizer`.
+    """
+    module_class: Annotated[str, Field(min_length=1)] | None = None
+    """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
+    enable: bool | None = None
+    """`false` switches off; `true` switches on again with the format that an earlier rule gave."""
+    format: FormatName | None = None
+    """Number format of the codes."""
+    granularity: Granularity | None = None
+    """What shares one scale. Default: `per_tensor`, for nvfp4 and mxfp8 the blocks of the format."""
+    block_shape: Annotated[tuple[int, int], Field(strict=False)] | None = None
+    """[rows, columns] of a block; only with `per_block`. nvfp4 has [1, 16] and mxfp8 [1, 32] without saying so."""
+    dynamic: bool | None = None
+    """Scales of activations are computed at run time. Default: false, for nvfp4 and mxfp8 activations true. For nvfp4
+    these are the scales of the blocks; the global scale above them is constant and needs calibration data."""
+    rotate: bool = False
+    """Rotate by a Hadamard matrix first, the weight and the activation of a linear both. A rule for weights alone
+    rotates the activation too, without quantizing it."""
+    why: Annotated[str, Field(min_length=1)] | None = None
+    """The reason, for the report: it is shown with what the rule decided."""
+
+    _where: Location = PrivateAttr(default_factory=Location)
+
+    @property
+    def where(self) -> Location:
+        """File and line of this rule."""
+        return self._where
+
+    def located(self, place: Location) -> Rule:
+        """The same rule, which says that it was written at `place`."""
+        copy = self.model_copy()
+        copy._where = place
+        return copy
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if any(brace in glob for glob in alternatives(self.quantizer) for brace in "{}"):
+            raise wrong("quantizer", f"the braces of {self.quantizer!r} do not pair up")
+        if self.format is None:
+            self._check_switch()
+        else:
+            if self.enable is not None:
+                raise wrong("enable", "a rule has `enable` or `format`, not both; a format switches on by itself")
+            self._check_layout()
+            self._check_kinds(possible_kinds(self.quantizer))
+        return self
+
+    def _check_switch(self) -> None:
+        if self.enable is None:
+            raise wrong("quantizer", "a rule needs either `enable` or `format`")
+        for key in ("granularity", "block_shape", "dynamic", "rotate"):
+            if getattr(self, key):
+                raise wrong(key, f"`{key}` belongs to a rule with `format`; this one only has `enable`")
+
+    def _check_layout(self) -> None:
+        """Granularity, block shape and `dynamic` must fit each other and the format."""
+        fixed = BLOCK_FORMATS.get(self.format or "")
+        if fixed is not None:
+            if self.granularity not in (None, "per_block"):
+                raise wrong("granularity", f"{self.format} is always per_block, not {self.granularity}")
+            if self.block_shape not in (None, fixed):
+                raise wrong("block_shape", f"{self.format} has blocks of {list(fixed)}, not {list(self.block_shape)}")
+        elif self.granularity == "per_block":
+            if self.block_shape is None:
+                raise wrong("granularity", f"per_block {self.format} needs `block_shape`, such as [128, 128]")
+            if min(self.block_shape) < 1:
+                raise wrong("block_shape", f"block sides must be at least 1, not {list(self.block_shape)}")
+        elif self.block_shape is not None:
+            raise wrong("block_shape", "`block_shape` needs `granularity: per_block`")
+        if self.granularity == "per_token" and not self.dynamic:
+            raise wrong("granularity", "per_token scales exist only at run time: add `dynamic: true`")
+
+    def _check_kinds(self, kinds: Sequence[str]) -> None:
+        """The glob must not reach quantizers that the rule's layout makes no sense for."""
+        for kind in kinds:
+            key, reason = self._layout_misfit(kind)
+            if reason:
+                raise wrong(key, f"{reason}, but the glob {self.quantizer!r} also reaches {kind}")
+        reasons = [self.misfit(kind) for kind in kinds]
+        if reasons and all(reasons):
+            raise wrong("format", str(reasons[0]))
+
+    def _layout_misfit(self, kind: str) -> tuple[str, str]:
+        """(key, reason) why the granularity or `dynamic`, as written, does not fit this kind; ("", "") if it does."""
+        if self.granularity == "per_channel" and kind != WEIGHT:
+            return "granularity", "per_channel is for weights (end the glob with weight_quantizer)"
+        if self.granularity == "per_token" and kind not in ("input_quantizer", "output_quantizer"):
+            return "granularity", "per_token is for activations (end the glob with input_quantizer)"
+        if self.dynamic and kind == WEIGHT:
+            return "dynamic", "`dynamic: true` is for activations, a weight's scale is constant"
+        if self.dynamic and kind == SOFTMAX:
+            return "dynamic", "`dynamic: true` is not for the softmax, whose range is known to be 0 to 1"
+        return "", ""
+
+    def misfit(self, kind: str) -> str | None:
+        """Why this rule cannot configure a quantizer of that kind, or None; matching asks it of every one."""
+        reason = self._layout_misfit(kind)[1]
+        if reason:
+            return reason
+        if kind in ATTENTION and (self.format in BLOCK_FORMATS or self.granularity == "per_block"):
+            return f"attention operands have one scale per tensor, so {kind} cannot be {self.format} in blocks"
+        if kind not in (WEIGHT, INPUT) and self.rotate:
+            return f"`rotate` is for the weight and input of a linear, not for {kind}"
+        if self.format in BLOCK_FORMATS and kind != WEIGHT and self.dynamic is False:
+            return f"{self.format} activations always have scales from run time: leave out `dynamic: false`"
+        return None
+
+
+def wrong(key: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
+    """A validation error that names the key it is about, so that the loader can give its line."""
+    path = (key,) if isinstance(key, str) else key
+    return PydanticCustomError("recipe", "{message}", {"message": message, "path": path})
