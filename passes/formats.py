@@ -16,11 +16,14 @@ class Format:
     Attributes:
         name: what recipes, the `format` argument of the IR operators and reports call it.
         storage: the torch dtype that holds the codes.
-        max: largest magnitude of a calibrated value; `amax / max` is the scale of a tensor.
+        max: largest magnitude of a code; `amax / max` is the scale of what has the largest magnitude `amax`.
         min: most negative code, -`max` unless the format has one more on that side.
         integer: codes are integers, so they are rounded (ties to even) before the cast.
-        block: for `dynamic_quantize`, how many elements of each trailing axis share a scale; None is the whole axis,
-            `()` the whole tensor. A static scale says it by its own shape.
+        packed: two codes share a byte, the one with the even index in the low nibble.
+        block: how many elements of the last axis share a scale, where the format says so: `(16,)`; `(None,)` is the
+            whole axis, and `()` leaves it to the shape of the scale, which broadcasts.
+        scale: the format that the scales of blocks are stored in, under one float32 global scale for the tensor; None
+            for scales that are plain numbers.
     """
 
     name: str
@@ -28,22 +31,41 @@ class Format:
     max: float
     min: float
     integer: bool = False
+    packed: bool = False
     block: tuple[int | None, ...] = ()
+    scale: Format | None = None
+
+    @property
+    def global_max(self) -> float:
+        """`amax / global_max` is the one constant scale of a tensor: the global one where there are two levels."""
+        return self.max * self.scale.max if self.scale else self.max
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """fp32 values in units of the scale -> codes. Saturates; a NaN stays NaN where the format has one.
 
         torch 2.11 turns an overflow of e4m3fn into NaN and 2.13 saturates, so the clamp comes first on both.
         """
+        if self.packed:
+            return _pack(_encode_e2m1(scaled))
         clamped = scaled.clamp(self.min, self.max)
         return (clamped.round() if self.integer else clamped).to(self.storage)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes -> fp32 values in units of the scale."""
+        return _E2M1.to(codes.device)[_unpack(codes).int()] if self.packed else codes.float()
+
+    def per_element(self, scale: torch.Tensor, length: int) -> torch.Tensor:
+        """`scale` with one value for each of the `length` elements of the last axis, if it has one for each block."""
+        block = self.block[-1] if self.block else None
+        return scale if block is None else scale.repeat_interleave(block, dim=-1)[..., :length]
 
 
 FP8 = Format("fp8", torch.float8_e4m3fn, 448.0, -448.0)
 FP8_PER_TOKEN = Format("fp8_per_token", torch.float8_e4m3fn, 448.0, -448.0, block=(None,))
 INT8 = Format("int8", torch.int8, 127.0, -128.0, integer=True)
+NVFP4 = Format("nvfp4", torch.uint8, 6.0, -6.0, packed=True, block=(16,), scale=FP8)
 
-FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, INT8)}
+FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, INT8, NVFP4)}
 
 
 def get_format(name: str) -> Format:
@@ -52,3 +74,27 @@ def get_format(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise PassError(f"unknown quantization format {name!r}; known: {', '.join(FORMATS)}") from None
+
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _encode_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """fp32 -> 4-bit codes: sign, two bits of exponent, one of mantissa; ties to even, 6 and more to 6.
+
+    Codes step by 0.5 up to 2, by 1 up to 4 and by 2 up to 6, so a code is a rounded quotient plus an offset.
+    """
+    size = x.abs()
+    steps = torch.where(size < 2, (size * 2).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
+    # not the bit of -0.0: Model Optimizer writes that as 0, too
+    return steps.clamp(max=7).nan_to_num(7).to(torch.uint8) + 8 * (x < 0).to(torch.uint8)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """`[..., 2 n]` 4-bit codes -> `[..., n]` bytes."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _unpack(codes: torch.Tensor) -> torch.Tensor:
+    """`[..., n]` bytes -> `[..., 2 n]` 4-bit codes."""
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)

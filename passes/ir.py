@@ -1,15 +1,18 @@
-"""The quantized IR: three operators that carry every format, and attention whose probabilities are quantized.
+"""The quantized IR: three operators that carry every format, and the two neutral nodes that ATen has no operator for:
+attention whose probabilities are quantized, and the linear layers of all experts of a mixture at once.
 
 Granularity is read off the scale's shape, which broadcasts: a scalar is per tensor, `[N, 1]` per channel of a `[N, K]`
-weight, `[..., 1]` per token. Each operator has a fake and a reference in plain torch, so a program that holds
-them captures, exports, saves and runs anywhere. Back ends lower them; nothing evaluates them early.
+weight, `[..., 1]` per token; a format that has blocks wants a scale for each, `[..., K / 16]`. A format of two levels
+is a chain, exactly as in ONNX: `s = dequantize(block_scales, global_scale)`, `x = dequantize(codes, s)`.
+Each operator has a fake and a reference in plain torch, so a program that holds them captures, exports, saves and runs
+anywhere. Back ends lower them; nothing evaluates them early.
 """
 
 from __future__ import annotations
 
 import torch
 
-from passes.formats import get_format
+from passes.formats import Format, get_format
 
 _LIBRARY = torch.library.Library("qcompile", "DEF")
 _LIBRARY.define("quantize(Tensor x, Tensor scale, *, str format) -> Tensor")
@@ -19,31 +22,63 @@ _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor softmax_scale, *, bool is_causal, str format)"
     " -> Tensor"
 )
+_LIBRARY.define("batched_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 
 _EPSILON = 1e-6  # amax of an all-zero block: any positive number gives zeros
+LEAST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str) -> torch.Tensor:
     """`x / scale` in fp32, rounded to the codes of `format` with saturation."""
-    return get_format(format).encode(x.float() / scale.float())
+    fmt = get_format(format)
+    return fmt.encode(x.float() / fmt.per_element(scale.float(), x.shape[-1] if x.ndim else 1))
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, *, format: str, dtype: torch.dtype) -> torch.Tensor:
     """`q * scale` in fp32, rounded to `dtype`."""
-    return (q.float() * scale.float()).to(dtype)
+    fmt = get_format(format)
+    values = fmt.decode(q)
+    return (values * fmt.per_element(scale.float(), values.shape[-1] if values.ndim else 1)).to(dtype)
 
 
 def dynamic_quantize(
     x: torch.Tensor, global_scale: torch.Tensor | None, *, format: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize `x` with scales measured on it: `amax / max` over each block of `format`, in the dtype of `x`."""
+    """Quantize `x` with scales measured on it: `amax / max` over each block of `format`.
+
+    Args:
+        x: `[..., K]`.
+        global_scale: fp32 scalar for a format of two levels, None for the others.
+
+    Returns:
+        Codes, and a scale in the dtype of `x` for each block; of a format of two levels the codes of those scales, to
+        be dequantized with `global_scale`.
+    """
     fmt = get_format(format)
-    if global_scale is not None or fmt.block not in ((), (None,)):
-        raise NotImplementedError(f"dynamic_quantize to {format!r} with a global scale or blocks smaller than an axis")
+    if (global_scale is None) != (fmt.scale is None):
+        raise ValueError(f"{format} {'needs a' if global_scale is None else 'has no'} global scale")
+    if fmt.scale is not None:
+        assert global_scale is not None
+        block_scales = fmt.scale.encode(block_scale_values(x, global_scale, fmt))
+        scale = dequantize(block_scales, global_scale, format=fmt.scale.name, dtype=torch.float32)
+        return quantize(x, scale, format=format), block_scales
     amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else x.abs().amax()
     # float16 would round the scale of a token below 1e-5 to 0, and its codes would be NaN
     scale = (amax.float().clamp_min(_EPSILON) / fmt.max).to(x.dtype).clamp_min(torch.finfo(x.dtype).smallest_normal)
     return quantize(x, scale, format=format), scale
+
+
+def block_scale_values(x: torch.Tensor, global_scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """`[..., K]` -> `[..., K / block]`: the scale of each block in units of `global_scale`, not yet rounded.
+
+    Model Optimizer's arithmetic (its CPU export is the reference): fp32, a block of zeros has the scale 1, and a scale
+    that e4m3 would round to 0 is its smallest number.
+    """
+    block = fmt.block[-1]
+    assert block is not None
+    amax = x.unflatten(-1, (-1, block)).abs().amax(-1).float()
+    scale = amax / (fmt.max * global_scale)
+    return torch.where(scale == 0, 1.0, scale.clamp_min(LEAST_BLOCK_SCALE))
 
 
 def repeat_kv(kv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -85,17 +120,34 @@ def attention(
     return dequantize(codes, softmax_scale, format=format, dtype=q.dtype) @ v
 
 
-for _reference in (quantize, dequantize, dynamic_quantize, attention):
+def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`aten.linear` for each of E weights: the experts of a mixture.
+
+    Args:
+        x: `[E, M, K]`, or `[1, M, K]` where every expert reads the same rows.
+        weight: `[E, N, K]`.
+        bias: `[E, N]`.
+
+    Returns:
+        `[E, M, N]`.
+    """
+    result = x @ weight.transpose(-1, -2)
+    return result if bias is None else result + bias.unsqueeze(-2)
+
+
+for _reference in (quantize, dequantize, dynamic_quantize, attention, batched_linear):
     _LIBRARY.impl(_reference.__name__, _reference, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qcompile::quantize", lib=_LIBRARY)
 def _quantize_fake(x: torch.Tensor, scale: torch.Tensor, *, format: str) -> torch.Tensor:
-    return torch.empty_like(x, dtype=get_format(format).storage)
+    return _codes_like(x, get_format(format))
 
 
 @torch.library.register_fake("qcompile::dequantize", lib=_LIBRARY)
 def _dequantize_fake(q: torch.Tensor, scale: torch.Tensor, *, format: str, dtype: torch.dtype) -> torch.Tensor:
+    if get_format(format).packed:
+        return q.new_empty((*q.shape[:-1], q.shape[-1] * 2), dtype=dtype)
     return torch.empty_like(q, dtype=dtype)
 
 
@@ -104,8 +156,16 @@ def _dynamic_quantize_fake(
     x: torch.Tensor, global_scale: torch.Tensor | None, *, format: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = get_format(format)
-    scale = x.new_empty((*x.shape[:-1], 1) if fmt.block else ())
-    return torch.empty_like(x, dtype=fmt.storage), scale
+    blocks = [1 if block is None else x.shape[-1] // block for block in fmt.block]
+    scale = x.new_empty((*x.shape[:-1], *blocks) if blocks else (), dtype=fmt.scale.storage if fmt.scale else x.dtype)
+    return _codes_like(x, fmt), scale
+
+
+def _codes_like(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The shape and dtype of the codes of `x`."""
+    if fmt.packed:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=fmt.storage)
+    return torch.empty_like(x, dtype=fmt.storage)
 
 
 @torch.library.register_fake("qcompile::attention", lib=_LIBRARY)
@@ -122,7 +182,13 @@ def _attention_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+@torch.library.register_fake("qcompile::batched_linear", lib=_LIBRARY)
+def _batched_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return x.new_empty((weight.shape[0], x.shape[1], weight.shape[1]))
+
+
 QUANTIZE = torch.ops.qcompile.quantize.default
 DEQUANTIZE = torch.ops.qcompile.dequantize.default
 DYNAMIC_QUANTIZE = torch.ops.qcompile.dynamic_quantize.default
 ATTENTION = torch.ops.qcompile.attention.default
+BATCHED_LINEAR = torch.ops.qcompile.batched_linear.default

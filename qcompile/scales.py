@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes.constants import evaluate_constant, is_constant_expression
+from passes.constants import ConstantRows, is_constant_expression
 from passes.formats import get_format
 from passes.quantize.sites import Site
 from qcompile.calibrate import observe_amax
@@ -19,22 +19,17 @@ from qcompile.recipe import QuantizerConfig
 
 
 def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Tensor]:
-    """Largest magnitude of each quantized weight, per tensor or `[N, 1]`.
+    """Largest magnitude of each quantized weight, per tensor, or per channel as `[N, 1]` (experts `[E, N, 1]`).
 
-    Per-tensor weights of one module that read the same tensor (q, k, v; gate, up) share the largest, so that they can
-    be merged and any server can load them as one.
+    Weights with one (global) scale whose layers belong to one module and read the same tensor (q, k, v; gate, up) share
+    the largest, so that they can be merged and any server can load them as one.
     """
     amax: dict[Site, torch.Tensor] = {}
     groups: dict[tuple[Node, str, str], list[Site]] = defaultdict(list)
     for site, config in configs.items():
         if site.operand != "weight":
             continue
-        weight = evaluate_constant(gm, site.tensor)
-        if config.granularity == "per_channel":
-            low, high = torch.aminmax(weight, dim=1, keepdim=True)
-        else:
-            low, high = torch.aminmax(weight)
-        amax[site] = torch.maximum(-low, high).float()
+        amax[site] = _amax(gm, site.tensor, per_row=config.granularity == "per_channel")
         if not bool(torch.isfinite(amax[site]).all()):  # aminmax carries a NaN on
             raise CalibrationError(f"{site.name}: the weight holds NaN or infinity")
         if config.granularity != "per_channel":
@@ -47,6 +42,15 @@ def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dic
     return amax
 
 
+def _amax(gm: GraphModule, weight: Node, *, per_row: bool) -> torch.Tensor:
+    """Largest magnitude in each row `[..., N, 1]`, or in the whole of a weight; fp32."""
+    parts = []
+    for _, values in ConstantRows(gm, weight):
+        low, high = torch.aminmax(values, dim=-1, keepdim=True) if per_row else torch.aminmax(values)
+        parts.append(torch.maximum(-low, high).float())
+    return torch.cat(parts) if per_row else torch.stack(parts).amax()
+
+
 def activation_amax(
     gm: GraphModule,
     program: ExportedProgram,
@@ -54,8 +58,8 @@ def activation_amax(
     calibration: Iterable[Any] | None,
     progress: bool,
 ) -> dict[Site, torch.Tensor]:
-    """Calibrated largest magnitude of each tensor that is quantized with a constant scale."""
-    static = [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and not config.dynamic]
+    """Calibrated largest magnitude of each tensor that is quantized with a constant, if only global, scale."""
+    static = [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and has_constant(config)]
     if not static:
         return {}
     constants = [site for site in static if is_constant_expression(site.tensor)]
@@ -72,9 +76,18 @@ def activation_amax(
     return {site: observed[site.tensor] for site in static}
 
 
+def has_constant(config: QuantizerConfig) -> bool:
+    """Whether the quantizer has a constant scale: NVFP4 activations have a global one above those of run time."""
+    return not config.dynamic or get_format(config.format).scale is not None
+
+
 def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) -> torch.Tensor:
-    """amax / max, in float32; 1 where a tensor is all zeros, so that its codes are zeros."""
-    scale = amax / get_format(config.format).max
+    """amax / max, in float32; 1 where a tensor is all zeros, so that its codes are zeros.
+
+    For a format of two levels the global scale, with which the scale of the block of the largest magnitude is e4m3's
+    largest: amax / (6 * 448) for NVFP4, as Model Optimizer has it.
+    """
+    scale = amax / get_format(config.format).global_max
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     return torch.where(scale > 0, scale, torch.ones_like(scale))

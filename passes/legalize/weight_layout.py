@@ -5,51 +5,76 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import is_constant_expression
+from passes.constants import add_constant, constant, is_constant_expression
+from passes.formats import get_format
 from passes.graph import Emitter, aten, calls, is_call, val
-from passes.ir import DEQUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 
 
 class StoreWeightsTransposed(Pass):
-    """Write a linear layer with a quantized weight as `matmul` with the codes stored `[K, N]`.
+    """Write a linear layer with a quantized weight as `matmul` with the codes stored `[K, N]` (experts `[E, K, N]`).
 
     Before:
         y = linear(x, dequantize(codes[N,K], s), bias)
     After:
         y = add(matmul(x, dequantize(transpose(codes)[K,N], s)), bias)
+        y = add(matmul(x, transpose(dequantize(codes[N,K/2], s))), bias)    # blocks along K, two codes a byte
+        y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s per channel [E,N,1]
 
     Requires: `FoldWeights` ran; `FoldConstants` follows and stores the transposed codes.
-    Ensures: the same product and scale, with the bias added after it.
+    Ensures: the same product and scale, with the bias added after it; of experts with a scale per channel the product
+        within the rounding of one more multiplication.
     Declines when: never; a weight that is not quantized stays in its linear layer.
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
-        node that every reader has to look through.
+        node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
+        TensorRT from the low-precision GEMM; a Mul behind the product does not.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        matrices: dict[Node, Node] = {}  # layers that share a weight (ALBERT) go on sharing it
-        for node in calls(gm.graph, aten.linear.default):
+        matrices: dict[Node, tuple[Node, Node | None]] = {}  # layers that share a weight (ALBERT) go on sharing it
+        for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
             weight = node.args[1]
             if is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0]):  # type: ignore[union-attr]
                 assert isinstance(weight, Node)
                 if weight not in matrices:
-                    matrices[weight] = _transposed(weight, node)
-                self._rewrite(node, matrices[weight])
+                    matrices[weight] = _transposed(gm, weight, node)
+                self._rewrite(node, *matrices[weight])
                 self.fire()
 
-    def _rewrite(self, node: Node, matrix: Node) -> None:
+    def _rewrite(self, node: Node, matrix: Node, factor: Node | None) -> None:
         emit = Emitter(node)
         result = emit(aten.matmul.default, node.args[0], matrix)
+        if factor is not None:
+            result = emit(aten.mul.Tensor, result, factor)
         if len(node.args) > 2 and node.args[2] is not None:
-            result = emit(aten.add.Tensor, result, node.args[2])
+            bias = node.args[2] if node.target is aten.linear.default else emit(aten.unsqueeze.default, node.args[2], 1)
+            result = emit(aten.add.Tensor, result, bias)
         node.replace_all_uses_with(result)
 
 
-def _transposed(weight: Node, before: Node) -> Node:
-    """The dequantize `weight` of the transposed codes."""
-    emit = Emitter(before)
+def _transposed(gm: GraphModule, weight: Node, before: Node) -> tuple[Node, Node | None]:
+    """The dequantize `weight` of the transposed codes, or its transpose where codes share a byte along K.
+
+    And what the product has still to be multiplied with, `[E, 1, N]`, if anything.
+    """
+    emit, like = Emitter(before), Emitter(before, like=weight)
     codes, scale = weight.args
     assert isinstance(codes, Node) and isinstance(scale, Node)
-    codes = emit(aten.transpose.int, codes, 0, 1)
-    if val(scale).ndim == 2:
-        scale = emit(aten.transpose.int, scale, 0, 1)
-    return Emitter(before, like=weight)(DEQUANTIZE, codes, scale, **weight.kwargs)
+    if get_format(str(weight.kwargs["format"])).packed:
+        return like(aten.transpose.int, weight, -1, -2), None
+    codes = emit(aten.transpose.int, codes, -1, -2)
+    factor = None
+    if val(scale).ndim == 3:
+        scale, factor = _factored(gm, scale, before)
+    elif val(scale).ndim == 2:
+        scale = emit(aten.transpose.int, scale, -1, -2)
+    return like(DEQUANTIZE, codes, scale, **weight.kwargs), factor
+
+
+def _factored(gm: GraphModule, scale: Node, before: Node) -> tuple[Node, Node]:
+    """Scales `[E, N, 1]` as the largest of them and its quotients `[E, 1, N]`."""
+    values = constant(gm, scale)
+    assert values is not None
+    name, largest = str(scale.target), values.max()
+    quotients = (values.float() / largest.float()).to(values.dtype).transpose(-1, -2).contiguous()
+    return add_constant(gm, name, largest, before), add_constant(gm, f"{name}_quotients", quotients, before)

@@ -65,11 +65,15 @@ class MergeParallelLinears(Pass):
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear layer whose input and weight are dequantized: `linear(x, dequantize(codes, scale), bias)`."""
+    """A linear layer whose input and weight are dequantized: `linear(x, dequantize(codes, scale), bias)`.
+
+    `scale` is the global one where the weight has two levels: `dequantize(codes, dequantize(block_scales, scale))`.
+    """
 
     node: Node
     weight: Node
     codes: Node
+    block_scales: Node | None
     scale: Node
     bias: Node | None
 
@@ -84,9 +88,10 @@ class _Linear:
             return None
         weight, bias = argument(node, "weight"), argument(node, "bias")
         codes, scale = weight.args
-        if any(operand is not None and operand.op != "get_attr" for operand in (codes, scale, bias)):
+        block_scales, scale = scale.args if is_call(scale, DEQUANTIZE) else (None, scale)
+        if any(operand is not None and operand.op != "get_attr" for operand in (codes, block_scales, scale, bias)):
             return None
-        return cls(node, weight, codes, scale, bias)
+        return cls(node, weight, codes, block_scales, scale, bias)
 
     @property
     def name(self) -> str:
@@ -116,16 +121,26 @@ def _merge(gm: GraphModule, group: list[_Linear]) -> Node:
     """One linear layer with the rows of all weights, placed at the first of them."""
     first = group[0]
     emit = Emitter(first.node)
-    codes = emit(aten.cat.default, [constant_before(linear.codes, first.node) for linear in group])
+    codes = _rows(emit, [linear.codes for linear in group])
     scale = constant_before(first.scale, first.node)
     if val(scale).ndim:
-        scale = emit(aten.cat.default, [constant_before(linear.scale, first.node) for linear in group])
+        scale = _rows(emit, [linear.scale for linear in group])
+    blocks = [linear.block_scales for linear in group if linear.block_scales is not None]
+    if blocks:
+        chain = first.weight.args[1]
+        assert isinstance(chain, Node)
+        scale = emit(DEQUANTIZE, _rows(emit, blocks), scale, **chain.kwargs)
     weight = Emitter(first.node, like=first.weight)(DEQUANTIZE, codes, scale, **first.weight.kwargs)
     bias = [emit(aten.cat.default, [_bias(gm, linear, first.node) for linear in group])] if _any_bias(group) else []
     merged = emit(aten.linear.default, first.node.args[0], weight, *bias)
     for node in (merged, weight, codes):
         node.meta["nn_module_stack"] = _joint_stack(group)
     return merged
+
+
+def _rows(emit: Emitter, constants: list[Node]) -> Node:
+    """The rows of all `constants`, one after the other."""
+    return emit(aten.cat.default, [constant_before(constant, emit.before) for constant in constants])
 
 
 def _any_bias(group: list[_Linear]) -> bool:

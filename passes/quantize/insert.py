@@ -11,14 +11,20 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant
 from passes.formats import Format
-from passes.graph import Emitter, dtype, following, is_call
+from passes.graph import Emitter, dtype, following, is_call, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.quantize.sites import Site
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What to do at a site: a format, and the scale (None where it is measured at run time)."""
+    """What to do at a site.
+
+    Attributes:
+        format: of the codes.
+        scale: the constant one; None where scales are measured at run time. For a format of two levels the global
+            scale: those of the blocks are measured on the tensor, which for a weight `FoldWeights` does.
+    """
 
     format: Format
     scale: torch.Tensor | None
@@ -31,11 +37,15 @@ class InsertQdq(Pass):
         y = linear(x, w)
     After:
         y = linear(dequantize(quantize(x, sx), sx), dequantize(quantize(w, sw), sw))
+    After, in a format of two levels (NVFP4; of the weight the same):
+        c, b = dynamic_quantize(x, g)
+        y = linear(dequantize(c, dequantize(b, g)), ...)
 
     Requires: the sites of `find_sites` on this graph. A `softmax` site is left to `FuseAttentionQdq`.
     Ensures: consumers of one tensor that agree on format and scale shape share one pair; an edge that was not chosen
         keeps the float values, bit for bit.
-    Declines when: the operand is quantized in that format already, by an output quantizer before it.
+    Declines when: the operand is quantized in that format already, by an output quantizer before it; or the last axis
+        is no multiple of the format's block.
     Why: a pair on the edge, not on the producer, is what lets a residual stay exact.
     """
 
@@ -51,6 +61,9 @@ class InsertQdq(Pass):
             if site.operand == "softmax":
                 continue
             source = site.tensor
+            if reason := _misfit(source, quantizer.format):
+                self.decline(reason, site.consumer)
+                continue
             if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:
                 self.decline("this tensor is quantized already, by the output quantizer before it", source)
                 continue
@@ -71,17 +84,33 @@ class InsertQdq(Pass):
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)
         emit = Emitter(anchor, like=site.consumer)
         name, result = quantizer.format.name, dtype(source)
-        if quantizer.scale is None:
-            dynamic = emit(DYNAMIC_QUANTIZE, source, None, format=name)
-            codes, scale = emit.getitem(dynamic, 0), emit.getitem(dynamic, 1)
+        prefix = f"{site.module}." if site.module else ""
+        block_format = quantizer.format.scale
+        constant = None
+        if quantizer.scale is not None:
+            kind = "global_scale" if block_format else "scale"
+            constant = add_constant(gm, f"{prefix}{site.operand}_{kind}", quantizer.scale, anchor)
+        if constant is None or block_format:
+            quantize = emit(DYNAMIC_QUANTIZE, source, constant, format=name)
+            codes, scale = emit.getitem(quantize, 0), emit.getitem(quantize, 1)
+            if block_format:
+                scale = emit(DEQUANTIZE, scale, constant, format=block_format.name, dtype=torch.float32)
         else:
-            prefix = f"{site.module}." if site.module else ""
-            scale = add_constant(gm, f"{prefix}{site.operand}_scale", quantizer.scale, anchor)
-            codes = dynamic = emit(QUANTIZE, source, scale, format=name)
+            codes, scale = emit(QUANTIZE, source, constant, format=name), constant
+            quantize = codes
         pair = emit(DEQUANTIZE, codes, scale, format=name, dtype=result)
-        for node in (dynamic, pair):
+        for node in (quantize, pair):
             node.meta["custom"] = {**node.meta.get("custom", {}), "quantizer": site.name}
         return pair
+
+
+def _misfit(source: Node, fmt: Format) -> str | None:
+    """Why `source` cannot be quantized to `fmt`, or None."""
+    block = fmt.block[-1] if fmt.block else None
+    size = shape(source)[-1]
+    if block is None or (isinstance(size, int) and size % block == 0):
+        return None
+    return f"{fmt.name} has blocks of {block} elements, and the reduction axis has {size}"
 
 
 def _is_quantize(node: Node) -> bool:

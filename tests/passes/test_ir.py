@@ -133,9 +133,11 @@ def test_a_nan_stays_in_its_token() -> None:
     assert back[1].isfinite().all()
 
 
-def test_a_global_scale_waits_for_a_format_with_two_levels() -> None:
-    with pytest.raises(NotImplementedError, match="global scale"):
+def test_a_global_scale_belongs_to_a_format_with_two_levels() -> None:
+    with pytest.raises(ValueError, match="fp8 has no global scale"):
         DYNAMIC_QUANTIZE(torch.ones(2), torch.tensor(1.0), format="fp8")
+    with pytest.raises(ValueError, match="nvfp4 needs a global scale"):
+        DYNAMIC_QUANTIZE(torch.ones(16), None, format="nvfp4")
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
