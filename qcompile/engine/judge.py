@@ -131,7 +131,9 @@ def _gemm_gap(gemm: Gemm, kernels: list[Layer]) -> list[NotLowPrecision]:
     if is_product and precision in LOW_PRECISION:
         return []
     ran = f"ran in {precision}" if is_product else f"computed by the pointwise kernel {main[0].name}"
-    if len(gemm.unquantized) == 2:
+    if gemm.is_rotation:
+        why = "a Hadamard rotation, which is not quantized"
+    elif len(gemm.unquantized) == 2:
         why = "not quantized in the file"
     elif gemm.unquantized:
         why = f"{gemm.unquantized[0]} not quantized in the file"

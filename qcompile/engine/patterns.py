@@ -18,16 +18,21 @@ _ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "TRT_QuantizedAttent
 # What may stand between Q @ K^T and the softmax (scale, mask, softcap), and between the softmax and P @ V.
 _AFTER_SOFTMAX = MOVES | {"Mul", "Div", "Where", "IsNaN", "QuantizeLinear", "DequantizeLinear"}
 _BEFORE_SOFTMAX = _AFTER_SOFTMAX | {"Add", "Sub", "Min", "Max", "Clip", "Tanh"}
+_ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are called in a file
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv"); `unquantized` labels its operands that are not dequantized."""
+    """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv").
+
+    `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's.
+    """
 
     name: str
     module: str
     kind: str
     unquantized: tuple[str, ...]
+    is_rotation: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
         labels = ("weight" if graph.is_constant(t) else "activation" for t in operands)
         missing = tuple(label for label, t in zip(labels, operands, strict=True) if not graph.is_quantized(t))
         kind = "conv" if node.op_type == "Conv" else "gemm"
-        found.append(Gemm(node_name(node), module_path(node), kind, missing))
+        is_rotation = any(graph.is_constant(t) and t.startswith(_ROTATION) for t in operands)
+        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation))
     return found
 
 

@@ -23,8 +23,10 @@ from passes.base import PassLog, run_pipeline
 from passes.normalize.attention import NormalizeAttention
 from passes.pipelines import PORTABLE, TENSORRT
 from passes.program import lift, unlift
+from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
-from qcompile.onnx.functions import DOMAIN, NAME, quantized_attention_function
+from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
+from qcompile.onnx.functions import DOMAIN, FUNCTIONS
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
@@ -32,7 +34,7 @@ from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnx.wire import embed_weights
 from qcompile.record import record_of
-from qcompile.report import Report, quantized_modules
+from qcompile.report import Report
 
 Target = Literal["tensorrt", "portable"]
 OPSETS = range(19, 24)
@@ -63,7 +65,7 @@ def export_onnx(
             whole if anything fails. Above 1.8 GB the weights go to `<path>.data`.
         target: `tensorrt` for the forms that TensorRT fuses into the fewest kernels; `portable` for standard operators
             only, in the shape of the model.
-        opset: 19 to 23; None is 21.
+        opset: 19 to 23; None is 21, or 23 where NVFP4 needs it.
         compare: a batch, as in calibration, on which every layer of the file is compared with the program.
 
     Raises:
@@ -78,14 +80,14 @@ def export_onnx(
         gm = unlift(program)
         log = run_pipeline(_PIPELINES[target], gm)
         lowered = lift(gm, program)
+        as_float4(lowered)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     tidy(converted.model)
     name_interface(converted.model, program)
-    if any(node.domain == DOMAIN and node.op_type == NAME for node in converted.model.graph):
-        function = quantized_attention_function(opset)
-        converted.model.functions[function.identifier()] = function
-        converted.model.opset_imports[DOMAIN] = 1
+    _add_functions(converted.model, opset)
+    if uses_fp4(program):
+        converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 
     with _written_beside(converted.model, destination) as written:
         checks = verify_onnx(written, required_dependence(program, converted.model))
@@ -93,6 +95,15 @@ def export_onnx(
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
     return _report(program, log, converted.model, target, opset, checks, comparison, size)
+
+
+def _add_functions(model: onnx_ir.Model, opset: int) -> None:
+    """Put the bodies of TensorRT's operators that `model` calls beside its graph."""
+    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for name in sorted(called):
+        function = FUNCTIONS[name](opset)
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = 1
 
 
 def _check(program: object, target: str, opset: int | None) -> int:
@@ -105,7 +116,9 @@ def _check(program: object, target: str, opset: int | None) -> int:
         raise ExportError(
             f"opset {opset} is not supported: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}"
         )
-    return opset or _DEFAULT_OPSET
+    if opset is not None and opset < FP4_OPSET and uses_fp4(program):
+        raise ExportError(f"opset {opset} has no FP4; leave `opset` out, or give {FP4_OPSET}")
+    return opset or (FP4_OPSET if uses_fp4(program) else _DEFAULT_OPSET)
 
 
 def _convert(lowered: ExportedProgram, opset: int) -> Any:
@@ -195,7 +208,8 @@ def _report(
     size: int,
 ) -> Report:
     record = record_of(program)
-    quantized, unquantized = quantized_modules(unlift(program))
+    gm = unlift(program)
+    quantized, unquantized = quantized_modules(gm)
     for decline in record.declined:
         if decline.pass_name == NormalizeAttention.__name__:  # written in a way that no site could be found for
             unquantized.setdefault(decline.module, "attention")
@@ -206,6 +220,7 @@ def _report(
         ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph).most_common()),
         quantized=quantized,
         unquantized=unquantized,
+        coverage=coverage(gm, unquantized),
         declined=[*record.declined, *log.declined],
         fired={**record.fired, **log.fired},
         notices=[str(notice) for notice in record.notices],

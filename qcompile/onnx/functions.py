@@ -6,12 +6,16 @@ evaluator read the body. Attributes that only the body needs (`kv_repeats`, `kv_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir
 from onnx import helper
 from onnxscript import values
+
+from qcompile.onnx import fp4
 
 DOMAIN = "trt"
 NAME = "TRT_QuantizedAttention"
@@ -103,3 +107,10 @@ def _range(axis: int, name: str) -> list[onnx.NodeProto]:
         helper.make_node("Squeeze", [f"{name}_shape"], [f"{name}_count"]),
         helper.make_node("Range", ["start", f"{name}_count", "step"], [name]),
     ]
+
+
+FUNCTIONS: Mapping[str, Callable[[int], onnx_ir.Function]] = {
+    NAME: quantized_attention_function,
+    fp4.NAME: fp4.fp4_dynamic_quantize_function,
+}
+"""TensorRT operator -> its body, for an opset."""

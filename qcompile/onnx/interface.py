@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
@@ -36,7 +38,7 @@ def output_names(program: ExportedProgram) -> list[str]:
     inputs = {name for _, name in onnx_inputs(program)}
     user_outputs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     names: list[str] = []
-    for (keys, _), output in zip(pytree.tree_flatten_with_path(leaves)[0], user_outputs, strict=True):
+    for (keys, _), output in zip(pytree.tree_flatten_with_path(_keyed(leaves))[0], user_outputs, strict=True):
         if isinstance(output.arg, ConstantArgument):
             continue
         name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
@@ -45,6 +47,27 @@ def output_names(program: ExportedProgram) -> list[str]:
             name += "_output"
         names.append(name)
     return names
+
+
+def _keyed(tree: Any) -> Any:
+    """`tree` with classes that torch knows how to take apart, but not what to call the parts of, as dicts or lists.
+
+    The outputs of diffusers are such classes: dictionaries, registered without keys.
+    """
+
+    def is_keyless(part: Any) -> bool:
+        known = pytree.SUPPORTED_NODES.get(type(part))
+        return known is not None and known.flatten_with_keys_fn is None
+
+    def plain(part: Any) -> Any:
+        if not is_keyless(part):
+            return part
+        children, context = pytree.SUPPORTED_NODES[type(part)].flatten_fn(part)
+        children = [_keyed(child) for child in children]
+        named = isinstance(context, list) and [type(key) for key in context] == [str] * len(children)
+        return dict(zip(context, children, strict=True)) if named else children
+
+    return pytree.tree_map(plain, tree, is_leaf=is_keyless)
 
 
 def name_interface(model: onnx_ir.Model, program: ExportedProgram) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
+from passes.formats import get_format
 from passes.graph import aten, is_call
 from passes.ir import ATTENTION, QUANTIZE
 from passes.program import unlift
@@ -21,6 +22,7 @@ from passes.quantize.sites import NORMS
 from passes.sdpa import SDPA
 from qcompile.batches import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
+from qcompile.onnx.fp4 import as_bytes
 from qcompile.onnx.interface import onnx_inputs
 from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import Array
@@ -84,12 +86,13 @@ class _Recorder(Interpreter):
 def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -> dict[str, Array]:
     """ONNX name -> value of the inputs, the layer ends and the outputs of `program`, run on `inputs`."""
     gm = unlift(program)
+    as_bytes(gm)
     names: dict[Node, list[str]] = defaultdict(list)
     placeholders = gm.graph.find_nodes(op="placeholder")
     for (position, _), value in zip(onnx_inputs(program), model.graph.inputs, strict=True):
         names[placeholders[position]].append(str(value.name))
     for node, original in zip(gm.graph.nodes, program.graph.nodes, strict=True):  # a copy can have another name
-        if is_call(node, *_LAYER_ENDS):
+        if is_call(node, *_LAYER_ENDS) and not _is_packed(node):
             names[node].append(original.name)
     results = (node for node in gm.graph.output_node().args[0] if node is not None)  # type: ignore[union-attr]
     for node, value in zip(results, model.graph.outputs, strict=True):
@@ -99,6 +102,11 @@ def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -
     with torch.no_grad():
         recorder.run(*inputs)
     return recorder.values
+
+
+def _is_packed(node: Node) -> bool:
+    """Whether `node` makes codes that share a byte: the file has each of them apart."""
+    return is_call(node, QUANTIZE) and get_format(str(node.kwargs["format"])).packed
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

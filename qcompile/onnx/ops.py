@@ -11,22 +11,24 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir
 import onnxscript
 import torch
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from passes.formats import get_format
-from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
+from qcompile.onnx.fp4 import BLOCK, FLOAT4E2M1, FLOAT8E4M3FN, FP4_DYNAMIC_QUANTIZE
 from qcompile.onnx.functions import QUANTIZED_ATTENTION
 
 _ZERO_POINT_DTYPES: Mapping[torch.dtype, Any] = {
     torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
     torch.int8: np.int8,
 }
-FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT8E4M3FN)
+
+
+FLOAT = int(onnx_ir.DataType.FLOAT)
 
 
 def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -34,18 +36,28 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     op = getattr(onnxscript, f"opset{opset}")
 
     def quantize(x: Any, scale: Any, format: str) -> Any:
+        if get_format(format).packed:
+            return op.QuantizeLinear(x, scale, axis=-1, block_size=BLOCK, output_dtype=FLOAT4E2M1)
         axis, flat = _granularity(op, scale)
         return op.QuantizeLinear(x, flat, _zero_point(op, scale, format), axis=axis)
 
     def dequantize(q: Any, scale: Any, format: str, dtype: int) -> Any:
+        if get_format(format).packed:
+            # float32 scales make a float32 result: TensorRT refuses `output_dtype` here, and sees through the Cast
+            wide = op.DequantizeLinear(q, scale, axis=-1, block_size=BLOCK)
+            return wide if dtype == FLOAT else op.Cast(wide, to=dtype)
         axis, flat = _granularity(op, scale)
         return op.DequantizeLinear(q, flat, _zero_point(op, scale, format), axis=axis)
 
     def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
         return _rms_norm(op, x, len(normalized_shape), weight, eps)
 
+    def dynamic_quantize(x: Any, global_scale: Any, format: str) -> Any:
+        return FP4_DYNAMIC_QUANTIZE(x, global_scale, axis=-1, block_size=BLOCK, scale_type=FLOAT8E4M3FN)
+
     return {
         QUANTIZE: quantize,
+        DYNAMIC_QUANTIZE: dynamic_quantize,
         DEQUANTIZE: dequantize,
         ATTENTION: attention,
         # matmul, softmax, matmul at every opset: ONNX Runtime refuses opset 23's Attention with a mask that broadcasts

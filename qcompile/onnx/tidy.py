@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir
+import torch
 
 from qcompile.onnx.names import NAME_SCOPES
 
@@ -22,6 +23,8 @@ def tidy(model: onnx_ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        _keep_packed(value)
     _drop_unused_initializers(model)
 
 
@@ -44,6 +47,14 @@ def _flatten_scale(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
     node.replace_input_with(1, model.graph.initializers[name])
     if not scale.uses():
         model.graph.remove(reshape, safe=True)
+
+
+def _keep_packed(value: onnx_ir.Value) -> None:
+    """Write FP4 codes as they are stored, two in a byte; torch.onnx would unpack and pack them again."""
+    tensor = value.const_value
+    if value.dtype is onnx_ir.DataType.FLOAT4E2M1 and tensor is not None and isinstance(tensor.raw, torch.Tensor):
+        packed = tensor.raw.view(torch.uint8).numpy()
+        value.const_value = onnx_ir.PackedTensor(packed, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _drop_unused_initializers(model: onnx_ir.Model) -> None:

@@ -17,7 +17,7 @@ from qcompile.onnx.checks.dependence import dependence, input_dependence
 from qcompile.onnx.checks.forms import block_weights, casts, float_weights, gemm_types
 from qcompile.onnx.checks.opsets import opsets
 from qcompile.onnx.checks.structure import nothing_opaque, payloads, shapes, well_formed
-from qcompile.onnx.checks.values import scales, zero_points
+from qcompile.onnx.checks.values import global_scales, scales, zero_points
 from qcompile.onnx.view import ModelView
 
 __all__ = ["CHECKS", "Check", "onnx_dependence", "require", "verify_onnx"]
@@ -31,6 +31,7 @@ CHECKS: tuple[tuple[str, CheckFunction], ...] = (
     ("input_dependence", input_dependence),
     ("scales", scales),
     ("zero_points", zero_points),
+    ("global_scales", global_scales),
     ("float_weights", float_weights),
     ("casts", casts),
     ("gemm_types", gemm_types),

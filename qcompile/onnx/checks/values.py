@@ -128,3 +128,25 @@ def _zero_problem(view: ModelView, node: onnx.NodeProto, name: str) -> str | Non
     if scale_size is not None and value.size != scale_size:
         return f"zero point '{name}' has {value.size} values, its scale {scale_size}"
     return None
+
+
+def global_scales(view: ModelView) -> Findings:
+    """Block scales are dequantized with the global scale that they were measured under.
+
+    TensorRT fuses the pair either way, and a differing one gives wrong numbers without a word.
+    """
+    problems, pairs = [], 0
+    made = {node.output[1]: node for node in view.model.graph.node if node.op_type == "TRT_FP4DynamicQuantize"}
+    for node in view.model.graph.node:
+        quantize = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if quantize is None:
+            continue
+        pairs += 1
+        own, other = (view.value(name) for name in (quantize.input[1], node.input[1]))
+        if own is None or other is None or not np.array_equal(own, other):
+            shown = [
+                f"'{name}'" + ("" if value is None else f" ({value})")
+                for name, value in ((quantize.input[1], own), (node.input[1], other))
+            ]
+            problems.append(f"{describe(quantize)} has the global scale {shown[0]}, and {describe(node)} {shown[1]}")
+    return Findings(problems, f"{pairs} pairs of quantize and dequantize with equal, constant global scales")

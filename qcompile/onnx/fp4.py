@@ -1,0 +1,119 @@
+"""FP4 in ONNX: codes as FLOAT4E2M1 tensors, and TensorRT's operator that measures block scales at run time.
+
+The IR holds two FP4 codes in a byte, as `uint8 [..., K / 2]`. torch.onnx writes torch's own packed type as FLOAT4E2M1
+of the logical shape `[..., K]`, so the program is given that type right before it is converted.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir
+import torch
+from onnx import helper
+from onnxscript import values
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from passes.formats import NVFP4, get_format
+from passes.graph import calls, is_call
+from passes.ir import DEQUANTIZE, LEAST_BLOCK_SCALE, QUANTIZE
+
+DOMAIN = "trt"
+NAME = "TRT_FP4DynamicQuantize"
+BLOCK = 16
+FP4_OPSET, FP4_IR_VERSION = 23, 11
+FLOAT4E2M1, FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT4E2M1), int(onnx.TensorProto.FLOAT8E4M3FN)
+
+
+def uses_fp4(program: ExportedProgram) -> bool:
+    """Whether any tensor of `program` is dequantized from FP4."""
+    return any(node.kwargs["format"] == NVFP4.name for node in calls(program.graph, DEQUANTIZE))
+
+
+def as_float4(program: ExportedProgram) -> None:
+    """Give every tensor of packed codes in `program` torch's FP4 type, in place.
+
+    It is done last: torch can neither index nor save that type.
+    """
+    weights = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
+    for node in calls(program.graph, DEQUANTIZE):
+        codes = node.args[0]
+        assert isinstance(codes, Node)
+        if not get_format(str(node.kwargs["format"])).packed or codes.meta["val"].dtype != torch.uint8:
+            continue
+        codes.meta["val"] = codes.meta["val"].view(torch.float4_e2m1fn_x2)
+        if codes.name in weights:
+            stored = program.state_dict[weights[codes.name]]
+            program.state_dict[weights[codes.name]] = stored.detach().view(torch.float4_e2m1fn_x2)
+        elif is_call(codes, QUANTIZE):
+            continue
+        else:
+            dynamic = codes.args[0]
+            assert isinstance(dynamic, Node)
+            dynamic.meta["val"] = (codes.meta["val"], dynamic.meta["val"][1])
+
+
+def as_bytes(gm: GraphModule) -> None:
+    """The weights of a graph that went through `as_float4` as bytes again, so that it can be run."""
+    for name, weight in [*gm.named_parameters(), *gm.named_buffers()]:
+        if weight.dtype == torch.float4_e2m1fn_x2:
+            owner, _, leaf = name.rpartition(".")
+            setattr(gm.get_submodule(owner), leaf, weight.view(torch.uint8))
+
+
+def _schema() -> onnx.defs.OpSchema:
+    """The operator's signature, for onnxscript to build nodes of it."""
+    parameter, attribute, kind = (
+        onnx.defs.OpSchema.FormalParameter,
+        onnx.defs.OpSchema.Attribute,
+        onnx.defs.OpSchema.AttrType,
+    )
+    return onnx.defs.OpSchema(
+        NAME,
+        DOMAIN,
+        1,
+        inputs=[parameter("x", "T"), parameter("global_scale", "tensor(float)")],
+        outputs=[parameter("codes", "tensor(float4e2m1)"), parameter("block_scales", "tensor(float8e4m3fn)")],
+        type_constraints=[("T", ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"], "floating-point types")],
+        attributes=[attribute(name, kind.INT) for name in ("axis", "block_size", "scale_type")],
+    )
+
+
+FP4_DYNAMIC_QUANTIZE = values.Op(values.Opset(DOMAIN, 1), NAME, _schema())
+
+
+def fp4_dynamic_quantize_function(opset: int) -> onnx_ir.Function:
+    """The body: `passes.ir.dynamic_quantize` of NVFP4 in standard operators, for an `x` of any rank."""
+    node = helper.make_node
+    nodes = [
+        node("Constant", [], ["six"], value_float=NVFP4.max),
+        node("Constant", [], ["nought"], value_float=0.0),
+        node("Constant", [], ["one"], value_float=1.0),
+        node("Constant", [], ["least"], value_float=LEAST_BLOCK_SCALE),
+        node("Constant", [], ["last"], value_ints=[-1]),
+        node("Constant", [], ["block"], value_ints=[-1, BLOCK]),
+        node("Cast", ["x"], ["wide"], to=onnx.TensorProto.FLOAT),
+        node("Shape", ["x"], ["lead"], end=-1),
+        node("Concat", ["lead", "block"], ["blocks_shape"], axis=0),
+        node("Reshape", ["wide", "blocks_shape"], ["blocks"]),
+        node("Abs", ["blocks"], ["magnitudes"]),
+        node("ReduceMax", ["magnitudes", "last"], ["amax"], keepdims=0),
+        node("Mul", ["six", "global_scale"], ["unit"]),
+        node("Div", ["amax", "unit"], ["raw"]),
+        node("Equal", ["raw", "nought"], ["is_zero"]),
+        node("Max", ["raw", "least"], ["at_least"]),
+        node("Where", ["is_zero", "one", "at_least"], ["guarded"]),
+        node("Cast", ["guarded"], ["block_scales"], to=FLOAT8E4M3FN),
+        node("DequantizeLinear", ["block_scales", "global_scale"], ["scale"]),
+        node("QuantizeLinear", ["wide", "scale"], ["codes"], axis=-1, block_size=BLOCK, output_dtype=FLOAT4E2M1),
+    ]
+    function = helper.make_function(
+        DOMAIN,
+        NAME,
+        ["x", "global_scale"],
+        ["codes", "block_scales"],
+        nodes,
+        [helper.make_opsetid("", opset)],
+        ["axis", "block_size", "scale_type"],
+    )
+    return onnx_ir.serde.deserialize_function(function)
