@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,12 +16,15 @@ from benchmarks.models import Example, Size
 
 @dataclass(frozen=True)
 class Case:
-    """A model to compile with the recipe `fp8`, and its bars.
+    """A model to compile with a recipe, and its bars.
 
     Attributes:
         make: builds it in a given size.
         full, tiny: the sizes of the benchmark and of the tests.
         dtype: what the program computes in.
+        recipe: the shipped recipe.
+        targets: what engines are built for.
+        gemms: what the engine has to multiply the linear layers in: module path as a glob -> type, later ones win.
         per_block: most kernels that one more block may cost; None is no bar.
         beats_half: whether the engine must, at full depth, have fewer kernels than that of the unquantized model.
         excluded: last components of module paths whose GEMMs the recipe leaves out.
@@ -30,6 +35,9 @@ class Case:
     full: Size
     tiny: Size
     dtype: torch.dtype = torch.float16
+    recipe: str = "fp8"
+    targets: tuple[str, ...] = ("sm89", "sm120")
+    gemms: Mapping[str, str] = field(default_factory=lambda: {"*": "fp8"})
     per_block: int | None = None
     beats_half: bool = False
     excluded: tuple[str, ...] = ()
@@ -42,8 +50,16 @@ class Case:
     def layers(self, *, tiny: bool = False) -> int:
         return (self.tiny if tiny else self.full).layers
 
+    def wanted(self, module: str) -> str:
+        """The type that the GEMM of `module` has to run in."""
+        return [precision for glob, precision in self.gemms.items() if fnmatchcase(module, glob)][-1]
+
     def is_excluded(self, module: str) -> bool:
         return module.rpartition(".")[2] in self.excluded
+
+
+# The angles of a dynamic RoPE are a tiny matmul at run time, of position and frequency: no linear layer.
+_LLAMA_WIDE = ("lm_head", "rotary_emb")
 
 
 def _vit(name: str, make: Callable[[Size], Example], excluded: tuple[str, ...] = ()) -> Case:
@@ -51,10 +67,20 @@ def _vit(name: str, make: Callable[[Size], Example], excluded: tuple[str, ...] =
 
 
 def _llama(name: str, dtype: torch.dtype, dynamic: bool) -> Case:
-    # The angles of a dynamic RoPE are a tiny matmul at run time, of position and frequency: no linear layer.
-    excluded = ("lm_head", "rotary_emb")
     make = partial(models.llama, dynamic=dynamic)
-    return Case(name, make, models.LLAMA, models.LLAMA_TINY, dtype=dtype, per_block=11, excluded=excluded)
+    return Case(name, make, models.LLAMA, models.LLAMA_TINY, dtype=dtype, per_block=11, excluded=_LLAMA_WIDE)
+
+
+def _nvfp4(name: str, make: Callable[[Size], Example], full: Size, tiny: Size, **bars: Any) -> Case:
+    gemms = {"*": "fp4", "*patch_embedding*": "fp8"}  # a convolution in the model
+    return Case(name, make, full, tiny, recipe="nvfp4_fp8_attention", targets=("sm120",), gemms=gemms, **bars)
+
+
+def _mixed(name: str, make: Callable[[Size], Example]) -> Case:
+    gemms = {"*": "fp8", "*.mlp.*": "fp4"}
+    sizes = models.LLAMA, models.LLAMA_TINY
+    recipe = "fp8_qkvo-nvfp4_mlp"
+    return Case(name, make, *sizes, recipe=recipe, targets=("sm120",), gemms=gemms, excluded=_LLAMA_WIDE)
 
 
 CASES = (
@@ -70,6 +96,20 @@ CASES = (
     _llama("llama-bf16", torch.bfloat16, dynamic=False),
     _llama("llama-fp16-dynamic", torch.float16, dynamic=True),
     _llama("llama-bf16-dynamic", torch.bfloat16, dynamic=True),
+    # with tokens a multiple of 128 TensorRT pads no scales
+    _nvfp4("vit-nvfp4", models.vit, models.VIT_BASE, models.VIT_TINY, per_block=18),
+    _nvfp4("vit-nvfp4-256-tokens", models.siglip, models.SIGLIP_BASE, models.SIGLIP_TINY, per_block=14),
+    _nvfp4("llama-nvfp4", models.llama, models.LLAMA, models.LLAMA_TINY, per_block=19, excluded=_LLAMA_WIDE),
+    _nvfp4(
+        "llama-nvfp4-dynamic",
+        partial(models.llama, dynamic=True),
+        models.LLAMA,
+        models.LLAMA_TINY,
+        per_block=19,
+        excluded=_LLAMA_WIDE,
+    ),
+    _mixed("llama-mixed", models.llama),
+    _mixed("llama-mixed-dynamic", partial(models.llama, dynamic=True)),
     Case("bert", models.bert, models.BERT_BASE, models.BERT_TINY),
     Case("bert-dynamic", partial(models.bert, dynamic=True), models.BERT_BASE, models.BERT_TINY),
     Case("minilm", models.minilm, models.MINILM, models.MINILM_TINY),

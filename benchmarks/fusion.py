@@ -1,6 +1,6 @@
-"""Claim: attentions and GEMMs of common models run in FP8, in few kernels, on SM89 and SM120.
+"""Claim: attentions and GEMMs of common models run in FP8 on SM89 and SM120, in NVFP4 on SM120, in few kernels.
 
-For each model: quantize with the recipe `fp8`, export, build engines ahead of time and read the builder's layer list.
+For each model: quantize with its recipe, export, build engines ahead of time and read the builder's layer list.
 The rival is the unquantized model in half precision, exported by `torch.onnx.export(dynamo=True)`, in the same builder.
 """
 
@@ -35,11 +35,13 @@ class Row:
     """
 
     model: str
+    recipe: str
     target: str
     layers: int
     attention_fp8: int
     attention_total: int
     gemm_fp8: int
+    gemm_fp4: int
     gemm_total: int
     kernels: int
     half_kernels: int | None
@@ -51,10 +53,12 @@ class Row:
     def cells(self) -> dict[str, Any]:
         return {
             "model": self.model,
+            "recipe": self.recipe,
             "target": self.target,
             "layers": self.layers,
             "attention FP8": f"{self.attention_fp8}/{self.attention_total}",
             "GEMMs FP8": f"{self.gemm_fp8}/{self.gemm_total}",
+            "FP4": self.gemm_fp4,
             "kernels": self.kernels,
             "half": self.half_kernels,
             "per block": self.per_block,
@@ -63,13 +67,13 @@ class Row:
         }
 
 
-def compile_fp8(case: Case, example: Example, path: Path) -> qcompile.Report:
+def compile_case(case: Case, example: Example, path: Path) -> qcompile.Report:
     """Quantize and export `example` to `path`."""
     program = qcompile.quantize(
         example.model,
         example.args,
         example.kwargs,
-        recipe="fp8",
+        recipe=case.recipe,
         calibration=example.calibration,
         dynamic_shapes=example.dynamic_shapes,
         dtype=case.dtype,
@@ -99,13 +103,13 @@ def measure(case: Case, targets: Sequence[str], *, layers: int | None = None, ti
     with tempfile.TemporaryDirectory() as folder:
         quantized, unquantized = Path(folder) / "fp8.onnx", Path(folder) / "half.onnx"
         example = case.example(tiny=tiny, layers=layers)
-        compile_fp8(case, example, quantized)
+        compile_case(case, example, quantized)
         export_unquantized(case, example, unquantized)
         blocks = {}
         for count in (2, 3):
             blocks[count] = quantized if count == layers else Path(folder) / f"{count}.onnx"
             if count != layers:
-                compile_fp8(case, case.example(tiny=tiny, layers=count), blocks[count])
+                compile_case(case, case.example(tiny=tiny, layers=count), blocks[count])
         for target in targets:
             built = engine(quantized, target, example)
             per_block = [
@@ -123,11 +127,12 @@ def judge(
     gaps = [gap for gap in built.not_low_precision if not case.is_excluded(gap.module)]
     wide = [gap for gap in gaps if gap.kind != "attention"]
     gemm_fp8 = built.gemms["fp8"] + built.convolutions["fp8"]
+    other = {m: p for m, p in built.precisions.items() if not case.is_excluded(m) and p != case.wanted(m)}
     bars, misses = [f"{layers} attentions", "all GEMMs"], []
     if built.attention.fp8 != layers or built.attention.total != layers:
         misses.append(f"{built.attention.fp8} of {built.attention.total} attentions in FP8, not {layers}")
-    if wide:
-        misses.append(f"GEMMs not in FP8: {', '.join(gap.module for gap in wide)}")
+    if other:
+        misses.append(f"GEMMs in another type: {', '.join(f'{m} in {p}' for m, p in other.items())}")
     if case.per_block is not None and per_block is not None:
         bars.append(f"<= {case.per_block} a block")
         if per_block > case.per_block:
@@ -139,12 +144,14 @@ def judge(
             misses.append(f"{built.kernels} kernels, no fewer than the {half_kernels} of the unquantized model")
     return Row(
         model=case.name,
+        recipe=case.recipe,
         target=built.target,
         layers=layers,
         attention_fp8=built.attention.fp8,
         attention_total=built.attention.total,
         gemm_fp8=gemm_fp8,
-        gemm_total=gemm_fp8 + len(wide),
+        gemm_fp4=built.gemms["fp4"],
+        gemm_total=gemm_fp8 + built.gemms["fp4"] + len(wide),
         kernels=built.kernels,
         half_kernels=half_kernels,
         per_block=per_block,
@@ -168,7 +175,7 @@ def main(
     Parameters
     ----------
     models: names of rows to run, such as vit or llama-bf16; all of them without it.
-    targets: such as sm89; sm89 and sm120 without it.
+    targets: such as sm89; those of each model without it.
     layers: number of blocks, in place of each model's own.
     tiny: the small sizes that the tests use.
     output: JSON file, in place of benchmarks/results/fusion.json.
@@ -180,10 +187,10 @@ def main(
     rows = []
     for case in CASES:
         if models is None or case.name in models:
-            for row in measure(case, targets or ["sm89", "sm120"], layers=layers, tiny=tiny):
+            for row in measure(case, targets or case.targets, layers=layers, tiny=tiny):
                 rows.append(row)
                 print(f"{row.model} {row.target}: {'; '.join(row.misses) or 'ok'}", file=sys.stderr, flush=True)
-    record.show("Recipe fp8 in TensorRT engines", [row.cells() for row in rows])
+    record.show("Kernels of TensorRT engines", [row.cells() for row in rows])
     for row in rows:
         for miss in row.misses:
             print(f"MISSED  {row.model} {row.target}: {miss}")

@@ -37,6 +37,8 @@ class Size:
 
 VIT_BASE = Size(layers=12, hidden=768, heads=12, ffn=3072, tokens=224)
 VIT_TINY = Size(layers=2, hidden=64, heads=2, ffn=128, tokens=48, patch=8)
+SIGLIP_BASE = Size(layers=12, hidden=768, heads=12, ffn=3072, tokens=256)
+SIGLIP_TINY = Size(layers=2, hidden=64, heads=2, ffn=128, tokens=128, patch=8)
 LLAMA = Size(layers=4, hidden=1024, heads=16, kv_heads=4, ffn=2816, tokens=128, vocabulary=4096)
 LLAMA_TINY = Size(layers=2, hidden=128, heads=4, kv_heads=2, ffn=256, tokens=32, vocabulary=200)
 BERT_BASE = Size(layers=12, hidden=768, heads=12, ffn=3072, tokens=128, vocabulary=30522)
@@ -93,18 +95,32 @@ def vit(
         patch_size=size.patch,
         attn_implementation=attention,  # type: ignore[call-arg]  # taken by the base class
     )
-    model: torch.nn.Module = _random(lambda: transformers.ViTModel(config))
+    model: torch.nn.Module = random_model(lambda: transformers.ViTModel(config))
     if wrapped or mask:
         model = Wrapper(model, (size.tokens // size.patch) ** 2 + 1 if mask else 0)
-    return _images(model, size, "pixel_values", dynamic)
+    return images(model, size, "pixel_values", dynamic)
 
 
 def timm_vit(size: Size, *, fused: bool = True, mask: bool = False) -> Example:
     """A ViT in plain PyTorch with packed QKV, as timm writes it."""
-    model = _random(
+    model = random_model(
         lambda: TimmViT(size.layers, size.hidden, size.heads, size.ffn, size.tokens, size.patch, fused=fused, mask=mask)
     )
-    return _images(model, size, "x", dynamic=False)
+    return images(model, size, "x", dynamic=False)
+
+
+def siglip(size: Size, *, dynamic: bool = False) -> Example:
+    """SigLIP's vision tower without its pooling head: no class token, so 256 pixels are 256 tokens."""
+    config = transformers.SiglipVisionConfig(
+        num_hidden_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        intermediate_size=size.ffn,
+        image_size=size.tokens,
+        patch_size=size.patch,
+        vision_use_head=False,
+    )
+    return images(random_model(lambda: transformers.SiglipVisionModel(config)), size, "pixel_values", dynamic)
 
 
 def llama(size: Size, *, dynamic: bool = False) -> Example:
@@ -118,9 +134,9 @@ def llama(size: Size, *, dynamic: bool = False) -> Example:
         vocab_size=size.vocabulary,
         use_cache=False,  # qcompile turns the cache off by itself; the plain export of the baseline needs it off
     )
-    model = _random(lambda: transformers.LlamaForCausalLM(config))
+    model = random_model(lambda: transformers.LlamaForCausalLM(config))
     ids = torch.randint(0, size.vocabulary, (2, size.tokens), generator=torch.Generator().manual_seed(1))
-    return _text(model, {"input_ids": ids}, size, dynamic)
+    return text(model, {"input_ids": ids}, size, dynamic)
 
 
 def bert(size: Size, *, dynamic: bool = False) -> Example:
@@ -132,7 +148,7 @@ def bert(size: Size, *, dynamic: bool = False) -> Example:
         intermediate_size=size.ffn,
         vocab_size=size.vocabulary,
     )
-    return _text(_random(lambda: transformers.BertModel(config)), padded_text(size), size, dynamic)
+    return text(random_model(lambda: transformers.BertModel(config)), padded_text(size), size, dynamic)
 
 
 def minilm(size: Size, *, dynamic: bool = False) -> Example:
@@ -140,7 +156,7 @@ def minilm(size: Size, *, dynamic: bool = False) -> Example:
     model = load_minilm()
     model.encoder.layer = model.encoder.layer[: size.layers]
     model.config.num_hidden_layers = size.layers
-    return _text(model, padded_text(size), size, dynamic)
+    return text(model, padded_text(size), size, dynamic)
 
 
 def load_minilm() -> Any:
@@ -161,13 +177,13 @@ def padded_text(size: Size) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _random(make: Callable[[], Any]) -> Any:
+def random_model(make: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
 
 
-def _images(model: torch.nn.Module, size: Size, name: str, dynamic: bool) -> Example:
+def images(model: torch.nn.Module, size: Size, name: str, dynamic: bool) -> Example:
     images = torch.randn(4, 3, size.tokens, size.tokens, generator=torch.Generator().manual_seed(1))
     if not dynamic:
         return Example(model, (images[:1],), {}, [images])
@@ -176,7 +192,7 @@ def _images(model: torch.nn.Module, size: Size, name: str, dynamic: bool) -> Exa
     return Example(model, (images[:2],), {}, [images], ({0: torch.export.Dim.DYNAMIC},), profile)
 
 
-def _text(model: torch.nn.Module, batch: dict[str, torch.Tensor], size: Size, dynamic: bool) -> Example:
+def text(model: torch.nn.Module, batch: dict[str, torch.Tensor], size: Size, dynamic: bool) -> Example:
     example = Example(model, (), batch, [batch])
     if not dynamic:
         return example

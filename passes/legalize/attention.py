@@ -59,8 +59,13 @@ class DecomposeAttention(Pass):
 
 
 def is_causal_without_mask(node: Node) -> bool:
-    """Whether TensorRT's own operator takes it: it knows the causal mask and reads grouped heads without a copy."""
-    return bool(node.kwargs["is_causal"]) and node.args[3] is None
+    """Whether TensorRT's own operator takes it: it knows the causal mask and reads grouped heads without a copy.
+
+    It takes values of the width of the keys only (multi-head latent attention has narrower ones).
+    """
+    key, value = node.args[1:3]
+    assert isinstance(key, Node) and isinstance(value, Node)
+    return bool(node.kwargs["is_causal"]) and node.args[3] is None and shape(key)[-1] == shape(value)[-1]
 
 
 def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch.utils import _pytree as pytree
 from passes.base import Pass
 from passes.constants import is_constant_expression
 from passes.graph import Emitter, aten, fake_call, fake_mode, following, is_call, val
-from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.legalize.positions import is_periodic, positions
 from passes.sdpa import SDPA
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
-_SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, ATTENTION: 4}
+_SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}
 
 
 _RESHAPING = (
@@ -35,58 +37,58 @@ class ConvertComputeDtype(Pass):
     Before (float32):
         angle = mul(_to_copy(arange(s), float32), inv_freq)     # from sizes and buffers only
         y = mul(linear(x, w), cos(angle))                       # from an input and a parameter
+        z = mul(y, sin(mul(timestep, 1000)))                    # an angle from an input
     After (float16):
         angle = mul(_to_copy(arange(s), float32), inv_freq)
         y = mul(linear(_to_copy(x), _to_copy(w)), _to_copy(cos(angle)))
+        z = mul(y, _to_copy(sin(mul(timestep, 1000))))
 
     Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; `RemoveNoOps` did, so that no
         assertion of a dtype is left to fail; the source dtype is the model's.
     Ensures: inputs and outputs of the program keep their dtype. A float value that depends on no floating-point input
-        and no parameter stays as it was up to where it meets one. A weight that is quantized stays in the source
-        dtype, so its codes come from the original numbers. Casts of constants are left to `FoldConstants`.
+        and no parameter stays as it was up to where it meets one; so do sines, cosines and what leads to them or to a
+        cast to integers (`passes.legalize.positions`), if the target has fewer digits than the source. A weight that
+        is quantized stays in the source dtype, so its codes come from the original numbers. Casts of constants are
+        left to `FoldConstants`.
     Declines when: never.
-    Why: half precision holds integers up to 2048 only, so a position counted in it is wrong; and a Cast between Q/DQ
-        and the GEMM would be one more thing for a back end to look through.
+    Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
+        timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
+        end to look through.
     """
 
     def __init__(self, source: torch.dtype, target: torch.dtype) -> None:
         super().__init__()
         self.source, self.target = source, target
         self.converted: set[Node] = set()
+        self.computed: set[Node] = set()
 
     def rewrite(self, gm: GraphModule) -> None:
         self.converted.clear()
-        data = self._model_data(gm)
+        names = dict(gm.named_parameters(remove_duplicate=False))  # a tied weight has a name for each use
+        parameters = {node for node in gm.graph.nodes if node.op == "get_attr" and str(node.target) in names}
+        inputs = {node for node in gm.graph.nodes if node.op == "placeholder" and self._is_source(node)}
+        exact: set[Node] = set()
+        if torch.finfo(self.target).eps > torch.finfo(self.source).eps:
+            exact = positions(gm.graph, _dependents(gm, parameters), self.source)
+        data = _dependents(gm, inputs | parameters, {node for node in exact if is_periodic(node)})
+        reached = _dependents(gm, inputs | parameters)
+        self.computed = {node for node in gm.graph.nodes if node.op == "call_function" and node not in reached}
         casts: dict[Node, Node] = {}
         for node in list(gm.graph.nodes):
             if node.op == "output":
                 self._restore_outputs(node)
+            elif node in exact:
+                self._widen(node, casts)
             elif node.op == "call_function" and node in data:
                 self._convert(node, casts)
-
-    def _model_data(self, gm: GraphModule) -> set[Node]:
-        """Calls whose value depends on a floating-point input or on a parameter."""
-        parameters = dict(gm.named_parameters(remove_duplicate=False))  # a tied weight has a name for each use
-        data: set[Node] = set()
-        for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                seed = self._is_source(node)
-            elif node.op == "get_attr":
-                seed = str(node.target) in parameters
-            else:
-                seed = not _only_sizes(node) and any(operand in data for operand in node.all_input_nodes)
-            if seed:
-                data.add(node)
-        return data
 
     def _is_source(self, node: Node) -> bool:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and value.dtype == self.source
 
     def _convert(self, node: Node, casts: dict[Node, Node]) -> None:
-        if is_constant_expression(node) or (is_call(node, QUANTIZE) and is_constant_expression(node.args[0])):
-            return
-        if self._is_boundary(node):
+        is_weight = is_call(node, QUANTIZE, DYNAMIC_QUANTIZE) and is_constant_expression(node.args[0])
+        if is_weight or is_constant_expression(node) or _is_block_scale(node) or self._is_boundary(node):
             return
         scale = node.args[_SCALE[node.target]] if node.target in _SCALE else None
         for operand in node.all_input_nodes:
@@ -100,6 +102,15 @@ class ConvertComputeDtype(Pass):
             self.converted.add(node)
             self.fire()
         node.meta["val"] = value
+
+    def _widen(self, node: Node, casts: dict[Node, Node]) -> None:
+        """Let a position that is computed from converted data have that in the source dtype again."""
+        for operand in node.all_input_nodes:
+            if operand in self.converted:
+                if operand not in casts:
+                    casts[operand] = Emitter(operand.next, like=node)(aten._to_copy.default, operand, dtype=self.source)
+                node.replace_input_with(operand, casts[operand])
+                self.fire()
 
     def _is_boundary(self, node: Node) -> bool:
         """Whether `node` is a cast like those of this pass: into the target dtype, or out of it for an output."""
@@ -129,7 +140,7 @@ class ConvertComputeDtype(Pass):
         if operand not in casts:
             emit = Emitter(following(operand), like=operand if operand.op == "call_function" else user)
             value = operand
-            if any(_may_mask(operand, other, operand.op == "call_function") for other in operand.users):
+            if any(_may_mask(operand, other, operand in self.computed) for other in operand.users):
                 # an additive mask made for float32 would become -inf, and a fully masked row NaN; half of the lowest
                 # number is still finite with a score added to it
                 limits = torch.finfo(self.target)
@@ -144,6 +155,11 @@ class ConvertComputeDtype(Pass):
                 output.replace_input_with(result, emit(aten._to_copy.default, result, dtype=self.source))
 
 
+def _is_block_scale(node: Node) -> bool:
+    """Whether `node` makes the scales of blocks for another dequantize: a half could not hold them."""
+    return is_call(node, DEQUANTIZE) and any(is_call(u, DEQUANTIZE) and u.args[1] is node for u in node.users)
+
+
 def _may_mask(operand: Node, user: Node, computed: bool) -> bool:
     """Whether `operand`, reshaped or not, could be the additive mask of an attention.
 
@@ -154,6 +170,16 @@ def _may_mask(operand: Node, user: Node, computed: bool) -> bool:
     if is_call(user, *_RESHAPING):
         return any(_may_mask(user, other, computed) for other in user.users)
     return computed and is_call(user, aten.add.Tensor)
+
+
+def _dependents(gm: GraphModule, roots: set[Node], but: Collection[Node] = ()) -> set[Node]:
+    """`roots` and what is computed from their values, not counting what goes through the nodes of `but`."""
+    found = set(roots)
+    for node in gm.graph.nodes:
+        reached = node.op == "call_function" and any(operand in found for operand in node.all_input_nodes)
+        if reached and node not in but and not _only_sizes(node):
+            found.add(node)
+    return found
 
 
 def _only_sizes(node: Node) -> bool:

@@ -9,7 +9,7 @@ from passes.base import Pass
 from passes.constants import add_constant
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import Emitter, aten, calls, dtype, is_call, module_path
-from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 
 class PerTokenToStatic(Pass):
@@ -34,7 +34,7 @@ class PerTokenToStatic(Pass):
             if node.kwargs["format"] != FP8_PER_TOKEN.name:
                 continue
             readers = list(node.users)
-            if not all(is_call(user, aten.linear.default) and user.args[0] is node for user in readers):
+            if not all(is_call(user, aten.linear.default, BATCHED_LINEAR) and user.args[0] is node for user in readers):
                 self.decline("a per-token quantized tensor is read by something else than linear layers", node)
                 continue
             self._rewrite(gm, node, readers)
@@ -57,8 +57,12 @@ class PerTokenToStatic(Pass):
         static = emit(DEQUANTIZE, codes, scale, format=FP8.name, dtype=dtype(x))
         for linear in readers:
             after = Emitter(linear)
-            product = after(aten.linear.default, static, linear.args[1])
+            assert callable(linear.target)
+            product = after(linear.target, static, linear.args[1])
             result = after(aten.mul.Tensor, product, amax)
             if len(linear.args) > 2 and linear.args[2] is not None:
-                result = after(aten.add.Tensor, result, linear.args[2])
+                bias = linear.args[2]
+                if linear.target is BATCHED_LINEAR:  # [E, N], for [E, M, N]
+                    bias = after(aten.unsqueeze.default, bias, 1)
+                result = after(aten.add.Tensor, result, bias)
             linear.replace_all_uses_with(result)

@@ -44,11 +44,13 @@ class TooLarge(NotEvaluable):
 class SizeFunctions:
     """The nodes of a graph whose values are functions of sizes, and those values.
 
-    Results are remembered by node: make a new instance after the graph's inputs change.
+    Results are remembered by node: make a new instance after the graph's inputs change. With `parameters`, those count
+    as constants too.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, parameters: bool = False) -> None:
         self.gm = gm
+        self.parameters = parameters
         self.env = fake_mode(gm.graph).shape_env
         self._known: dict[Node, bool] = {}
         for node in gm.graph.nodes:  # in order, so that no recursion is as deep as the graph
@@ -57,7 +59,7 @@ class SizeFunctions:
     def is_size_function(self, node: Node) -> bool:
         """Whether no value of a user input or a parameter, and nothing random or mutable, reaches `node`.
 
-        A parameter has the value it has by training; what a program is should not depend on it.
+        A parameter has the value it has by training; what kind of mask something is should not depend on it.
         """
         if node not in self._known:
             self._known[node] = self._is_size_function(node)
@@ -68,10 +70,13 @@ class SizeFunctions:
             return True  # computed from the expression in its meta
         if node.op == "get_attr":
             value = constant(self.gm, node)
-            return value is not None and not isinstance(value, torch.nn.Parameter) and not node.meta.get("mutable")
+            allowed = value is not None and (self.parameters or not isinstance(value, torch.nn.Parameter))
+            return allowed and not node.meta.get("mutable")
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return False
         if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+            return False
+        if node.target.namespace == "qcompile":  # a quantization operator is never evaluated early
             return False
         inputs = node.all_input_nodes
         if node.target in _READS_METADATA:

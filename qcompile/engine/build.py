@@ -80,6 +80,7 @@ def _report(built: Built, graph: OnnxGraph, backend: Backend, seconds: float) ->
         attention=result.attention,
         gemms=result.gemms,
         convolutions=result.convolutions,
+        precisions=result.precisions,
         not_low_precision=result.not_low_precision,
         notices=_notices(result, worst, built.profiles),
         bytes=built.plan.nbytes,

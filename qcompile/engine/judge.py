@@ -25,6 +25,7 @@ class Judgement:
     attention: AttentionCount
     gemms: dict[str, int]
     convolutions: dict[str, int]
+    precisions: dict[str, str]
     not_low_precision: list[NotLowPrecision]
     short_keys: list[tuple[str, int]]
 
@@ -46,13 +47,17 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
     attentions = find_attentions(graph)
     products = find_gemms(graph, attentions)
     count, gaps, short = _attentions(kernels, attentions, graph, shapes)
+    precisions = {}
     for product in products:
-        gaps.extend(_gemm_gap(product, kernels))
+        kernel = _main_kernel(product, kernels)
+        gaps.extend(_gemm_gap(product, kernel))
+        if kernel is not None and not product.is_rotation:
+            precisions[product.module] = kernel.precision
     of_attention = frozenset[str]().union(*(a.nodes for a in attentions))
     own = {product.name for product in products}
     gemms = [k for k in kernels if k.is_gemm and (own & set(k.onnx_nodes) or not of_attention & set(k.onnx_nodes))]
     convolutions = [k for k in kernels if k.is_convolution]
-    return Judgement(len(kernels), count, _by_precision(gemms), _by_precision(convolutions), gaps, short)
+    return Judgement(len(kernels), count, _by_precision(gemms), _by_precision(convolutions), precisions, gaps, short)
 
 
 def _by_precision(kernels: list[Layer]) -> dict[str, int]:
@@ -120,17 +125,20 @@ def _why_attention(
     return f"{state}: {NO_KERNEL} for this form"
 
 
-def _gemm_gap(gemm: Gemm, kernels: list[Layer]) -> list[NotLowPrecision]:
-    """The entry for a GEMM that ran in high precision; none when it ran low, or was folded into a constant."""
+def _main_kernel(gemm: Gemm, kernels: list[Layer]) -> Layer | None:
+    """The kernel that multiplies `gemm`; None when it was folded into a constant."""
     mine = [k for k in kernels if gemm.name in k.onnx_nodes]
-    main = [k for k in mine if k.is_gemm or k.is_convolution] or mine
-    if not main:
+    return next((k for k in mine if k.is_gemm or k.is_convolution), mine[0] if mine else None)
+
+
+def _gemm_gap(gemm: Gemm, kernel: Layer | None) -> list[NotLowPrecision]:
+    """The entry for a GEMM that ran in high precision; none when it ran low, or was folded into a constant."""
+    if kernel is None:
         return []
-    precision = main[0].precision
-    is_product = main[0].is_gemm or main[0].is_convolution
-    if is_product and precision in LOW_PRECISION:
+    is_product = kernel.is_gemm or kernel.is_convolution
+    if is_product and kernel.precision in LOW_PRECISION:
         return []
-    ran = f"ran in {precision}" if is_product else f"computed by the pointwise kernel {main[0].name}"
+    ran = f"ran in {kernel.precision}" if is_product else f"computed by the pointwise kernel {kernel.name}"
     if gemm.is_rotation:
         why = "a Hadamard rotation, which is not quantized"
     elif len(gemm.unquantized) == 2:

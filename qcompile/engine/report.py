@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcompile.engine.layers import Layer
 from qcompile.errors import EngineError, ExpectationError
@@ -40,6 +40,7 @@ class EngineReport(BaseModel):
         gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float). Parallel GEMMs that the
             builder merged are one; the two GEMMs of an attention that was not fused belong to it and are not counted.
         convolutions: convolution kernels, by the same types.
+        precisions: module path of each GEMM and convolution -> the type that it multiplies in.
         not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
         notices: what a reader should know, such as a profile that rules out fused FP8 attention.
         bytes: size of the engine. seconds: wall-clock time of parsing and building.
@@ -59,6 +60,7 @@ class EngineReport(BaseModel):
     bytes: int
     seconds: float
     layers: list[Layer]
+    precisions: dict[str, str] = Field(default_factory=dict)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)

@@ -32,11 +32,11 @@ def parameters(*slow: str) -> list[object]:
 @pytest.mark.parametrize(
     "case", parameters("vit-wrapped", "timm-true-mask", "llama-bf16-dynamic", "bert", "minilm", "minilm-dynamic")
 )
-def test_attention_and_gemms_run_in_fp8(case: Case, tmp_path: Path) -> None:
+def test_attention_and_gemms_run_in_the_types_of_the_recipe(case: Case, tmp_path: Path) -> None:
     """Every attention is one FP8 kernel, and no GEMM runs wider but those that the recipe leaves out."""
     example, layers = case.example(tiny=True), case.layers(tiny=True)
-    report = fusion.compile_fp8(case, example, tmp_path / "model.onnx")
-    built = fusion.engine(tmp_path / "model.onnx", "sm89", example)
+    report = fusion.compile_case(case, example, tmp_path / "model.onnx")
+    built = fusion.engine(tmp_path / "model.onnx", case.targets[0], example)
     assert fusion.judge(case, built, layers).misses == ()
     assert (built.attention.fp8, built.attention.fused, built.attention.total) == (layers, layers, layers)
     assert all(check.passed for check in report.checks)
@@ -46,7 +46,7 @@ def test_attention_and_gemms_run_in_fp8(case: Case, tmp_path: Path) -> None:
 def test_the_same_file_fuses_on_sm120(tmp_path: Path) -> None:
     case = BY_NAME["vit"]
     example = case.example(tiny=True)
-    fusion.compile_fp8(case, example, tmp_path / "model.onnx")
+    fusion.compile_case(case, example, tmp_path / "model.onnx")
     built = fusion.engine(tmp_path / "model.onnx", "sm120", example)
     assert fusion.judge(case, built, case.layers(tiny=True)).misses == ()
 
@@ -55,5 +55,5 @@ def test_the_same_file_fuses_on_sm120(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", parameters())
 def test_kernels_for_each_further_block(case: Case) -> None:
     """All bars of the benchmark, the unquantized model and both targets included."""
-    for row in fusion.measure(case, ["sm89", "sm120"], tiny=True):
+    for row in fusion.measure(case, case.targets, tiny=True):
         assert row.misses == ()

@@ -102,6 +102,106 @@ def test_positions_stay_float32_even_beyond_2048() -> None:
     assert dtype(only_call(gm, aten.cos.default)) is torch.float32
 
 
+class Timestep(nn.Module):
+    """A sinusoidal embedding of a float timestep, as in diffusion models; `learned` frequencies are a parameter."""
+
+    def __init__(self, learned: bool = False) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 4)
+        frequencies = torch.exp(-torch.arange(4) * 2.3)
+        self.frequencies = nn.Parameter(frequencies) if learned else frequencies
+
+    def embed(self, t: Tensor) -> Tensor:
+        angle = t[:, None] * 1000 * self.frequencies[None]
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.embed(t)
+        return self.proj(embedding), embedding
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_sine_of_an_input_is_as_exact_as_it_was(learned: bool) -> None:
+    t = torch.tensor([0.98123, 3.5, 40.0])
+    gm = graph_of(Timestep(learned), t, dynamic_shapes=({0: DYNAMIC},))
+    expected = run(gm, t)
+    got = run(to_half(gm), t)
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0], expected[0], rtol=0.01, atol=0.01)
+    assert dtype(only_call(gm, aten.linear.default)) is torch.float16
+    assert count(gm, aten._to_copy.default) == 4  # of the embedding, the weight, the bias and the result
+
+
+def test_rotary_embeddings_of_float_ids_are_exact_beyond_2048() -> None:
+    class FloatIds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            angle = torch.cat([ids[:, 0:1].double(), ids[:, 1:2].double()], -1).repeat(1, 2) * 0.5
+            return self.proj(x) * angle.cos().float(), angle
+
+    x, ids = torch.randn(3, 4), torch.tensor([[0.0, 4001.0], [1.0, 4002.0], [2.0, 4003.0]])
+    gm = graph_of(FloatIds(), x, ids)
+    expected = run(gm, x, ids)
+    got = run(to_half(gm), x, ids)
+    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[0], expected[0], rtol=0.01, atol=0.01)
+
+
+def test_float_indices_are_exact() -> None:
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3000, 4)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.table((t * 3).long())
+
+    gm = check(Looked(), torch.tensor([999.0, 1.0]), atol=1e-3)
+    assert dtype(only_call(gm, aten.embedding.default)) is torch.float16
+
+
+class Periodic(nn.Module):
+    """A sine of data: of a linear layer, whose result is used elsewhere too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.alpha, self.second = nn.Linear(4, 4), nn.Parameter(torch.full((4,), 3.0)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y + (y * self.alpha).sin().square())
+
+
+def test_a_periodic_activation_computes_its_angle_in_float32_and_the_rest_in_half() -> None:
+    gm = check(Periodic(), torch.randn(2, 4))
+    assert {dtype(n) for n in gm.graph.nodes if n.target is aten.linear.default} == {torch.float16}
+    assert dtype(only_call(gm, aten.sin.default)) is torch.float32
+    assert dtype(only_call(gm, aten.add.Tensor)) is torch.float16
+
+
+def test_another_user_of_a_position_computes_in_half() -> None:
+    class Twice(Timestep):
+        def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.proj(self.embed(t)) * t[:, None], (t * 1000).sin()
+
+    gm = check(Twice(), torch.tensor([0.981, 0.5]))
+    assert dtype(only_call(gm, aten.linear.default)) is torch.float16
+
+
+def test_a_wider_target_computes_positions_in_it_too() -> None:
+    class Half(Timestep):
+        def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.proj(self.embed(t)), t.sin()
+
+    t = torch.tensor([0.981]).bfloat16()
+    gm = graph_of(Half(learned=True).bfloat16(), t)
+    assert ConvertComputeDtype(torch.bfloat16, torch.float16)(gm).modified
+    assert {dtype(n) for n in gm.graph.nodes if n.target is aten.cos.default} == {torch.float16}
+
+
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +330,7 @@ class Downcast(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = x.half().sin()
-        return y.float().cos(), y
+        return y.float().exp(), y
 
 
 def test_explicit_downcasts_keep_their_dtype() -> None:
