@@ -18,11 +18,10 @@ import qcompile
 from qcompile.cli.console import check_writable, err, interactive, out, step
 from qcompile.demo.measure import accuracy, run_onnx
 from qcompile.demo.model import Digits, DigitViT, load_digits, train
-from qcompile.demo.table import Row, results_table
+from qcompile.demo.table import TARGETS, Row, results_table
 from qcompile.engine.backend import find_backend
 from qcompile.errors import EngineError, ExpectationError
 
-TARGETS = ("sm89", "sm120")
 _CALIBRATION_IMAGES = 128
 _TOP1_MARGIN = 0.01
 
@@ -35,7 +34,7 @@ def run_demo(*, epochs: int = 30, output: Path | None = None) -> int:
         output: existing directory to keep the ONNX files and engines in; None uses a temporary one.
 
     Returns:
-        0, or 1 if the FP8 accuracy is more than a point below the model's or an attention is not fused in FP8.
+        0, or 1 if an accuracy is more than a point below the model's or an attention is not fused in FP8.
 
     Raises:
         QCompileError: scikit-learn or ONNX Runtime is not installed; VerificationError: the file failed a check.
@@ -77,7 +76,7 @@ def _trained(digits: Digits, epochs: int) -> DigitViT:
 
 
 def _accuracies(model: DigitViT, digits: Digits, folder: Path) -> list[Row]:
-    """Write both ONNX files and measure every form of the model on the held-out images."""
+    """Write the ONNX files and measure every form of the model on the held-out images."""
     images, labels = digits.test_images, digits.test_labels
     batch = {"images": {0: Dim("batch")}}
     with torch.no_grad():
@@ -94,23 +93,28 @@ def _accuracies(model: DigitViT, digits: Digits, folder: Path) -> list[Row]:
         )
     rows.append(Row("float16 ONNX", accuracy(run_onnx(plain, images), labels, reference), plain))
 
-    step(f"quantizing to FP8, calibrated with {_CALIBRATION_IMAGES} training images")
-    program = qcompile.quantize(
-        model,
-        (images[:2],),
-        recipe="fp8",
-        calibration=list(torch.split(digits.images[:_CALIBRATION_IMAGES], 32)),
-        dynamic_shapes=batch,
-        progress=interactive(),
-    )
-    with torch.no_grad():
-        logits = program.module()(images)
-    rows.append(Row("FP8 program", accuracy(logits, labels, reference)))
-
-    step("exporting and verifying the FP8 ONNX file, and running it in ONNX Runtime")
-    quantized = folder / "vit-fp8.onnx"
-    qcompile.export_onnx(program, quantized, target="tensorrt")
-    rows.append(Row("FP8 ONNX", accuracy(run_onnx(quantized, images), labels, reference), quantized))
+    for name, recipe, file in (("FP8", "fp8", "vit-fp8.onnx"), ("NVFP4", "nvfp4_fp8_attention", "vit-nvfp4.onnx")):
+        step(f"quantizing with the recipe {recipe}, calibrated with {_CALIBRATION_IMAGES} training images")
+        program = qcompile.quantize(
+            model,
+            (images[:2],),
+            recipe=recipe,
+            calibration=list(torch.split(digits.images[:_CALIBRATION_IMAGES], 32)),
+            dynamic_shapes=batch,
+            progress=interactive(),
+        )
+        with torch.no_grad():
+            logits = program.module()(images)
+        measured = accuracy(logits, labels, reference)
+        step(f"exporting and verifying {file}")
+        quantized = folder / file
+        qcompile.export_onnx(program, quantized, target="tensorrt")
+        if name == "FP8":
+            rows.append(Row("FP8 program", measured))
+            measured = accuracy(run_onnx(quantized, images), labels, reference)
+            rows.append(Row("FP8 ONNX", measured, quantized))
+        else:  # ONNX Runtime has no FP4
+            rows.append(Row("NVFP4 program", measured, quantized, targets=("sm120",)))
     return rows
 
 
@@ -125,7 +129,7 @@ def _build(rows: list[Row], digits: Digits, folder: Path) -> None:
             step(f"no engines for {target}: {error}")
             continue
         for row in rows:
-            if row.file is not None:
+            if row.file is not None and target in row.targets:
                 step(f"building {row.file.name} for {target}")
                 engine = row.file.with_suffix(f".{target}.engine")
                 row.engines[target] = qcompile.build_engine(
@@ -134,15 +138,14 @@ def _build(rows: list[Row], digits: Digits, folder: Path) -> None:
 
 
 def _shortfalls(rows: list[Row]) -> list[str]:
-    """What the FP8 forms lack: accuracy against the model, fused attentions in their engines."""
-    model, file = rows[0], rows[-1]
-    found = []
+    """What the quantized forms lack: accuracy against the model, fused attentions in their engines."""
+    model, found = rows[0], []
     for row in rows[2:]:
         if row.accuracy.top1 < model.accuracy.top1 - _TOP1_MARGIN:
             found.append(f"{row.name}: top-1 {row.accuracy.top1:.1%}, the model has {model.accuracy.top1:.1%}")
-    for engine in file.engines.values():
-        try:
-            engine.check({"attention_fp8": max(1, engine.attention.total)})
-        except ExpectationError as error:
-            found.append(str(error))
+        for engine in row.engines.values():
+            try:
+                engine.check({"attention_fp8": max(1, engine.attention.total)})
+            except ExpectationError as error:
+                found.append(str(error))
     return found

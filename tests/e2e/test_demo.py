@@ -17,8 +17,9 @@ pytest.importorskip("sklearn")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tensorrt_rtx")
 
-FILES = {"vit-fp16.onnx", "vit-fp8.onnx"}
+FILES = {"vit-fp16.onnx", "vit-fp8.onnx", "vit-nvfp4.onnx"}
 ENGINES = {f"vit-{kind}.{target}.engine" for kind in ("fp16", "fp8") for target in ("sm89", "sm120")}
+ENGINES |= {"vit-nvfp4.sm120.engine"}
 
 
 def check_files(folder: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert run_demo(output=tmp_path) == 0
     check_files(tmp_path)
     assert file_accuracy(tmp_path / "vit-fp8.onnx") >= 0.965
-    assert capsys.readouterr().out.count("3 of 3") == 2
+    assert capsys.readouterr().out.count("3 of 3") == 3
 
 
 def test_accuracy_by_hand() -> None:
