@@ -14,20 +14,27 @@ from torch.fx import Node
 
 from passes.base import Pass
 from passes.fold.constants import FoldConstants
+from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.per_token import PerTokenToStatic
 from passes.legalize.scales import RoundScales
+from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from passes.normalize.attention import NormalizeAttention
+from passes.normalize.experts import NormalizeExperts
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
 from passes.normalize.mask import NormalizeAttentionMask
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.rms_norm import NormalizeRmsNorm
+from passes.normalize.routed_experts import RoutedExpertsToDense
+from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -39,6 +46,9 @@ Pipeline = tuple[Callable[[], Pass], ...]
 NORMALIZE: Pipeline = (
     ViewsToReshape,
     RemoveNoOps,
+    ScattersToConcat,
+    RoutedExpertsToDense,
+    NormalizeExperts,
     NormalizeLinear,
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
@@ -57,6 +67,7 @@ def quantize_pipeline(
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
+        FoldMasks,
         RoundScales,
         FoldWeights,
         FoldConstants,
@@ -67,6 +78,8 @@ TENSORRT: Pipeline = (
     SplitPackedHeads,
     MergeParallelLinears,
     PerTokenToStatic,
+    FlattenRows,
+    PadHeadWidths,
     partial(DecomposeAttention, unless=is_causal_without_mask),
     StoreWeightsTransposed,
     FoldConstants,
@@ -75,6 +88,7 @@ TENSORRT: Pipeline = (
 
 PORTABLE: Pipeline = (
     PerTokenToStatic,
+    SpellOutBlockScales,
     DecomposeAttention,
     StoreWeightsTransposed,
     FoldConstants,

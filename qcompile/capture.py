@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from passes.program import written_tensors
 from qcompile.errors import CaptureError
+from qcompile.experts import dense_experts
 
 
 def capture(
@@ -41,7 +42,7 @@ def capture(
     else:
         if not args and not kwargs:
             raise CaptureError("a module is captured with example inputs: give args or kwargs")
-        with _for_inference(model), torch.no_grad():
+        with _for_inference(model), dense_experts(model), torch.no_grad():
             program = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     # The empty table only makes the graph functional; the default one would split linear and attention.
     functional: ExportedProgram = program.run_decompositions({})

@@ -19,6 +19,7 @@ from passes.graph import calls, input_dependence
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
+from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
@@ -26,7 +27,7 @@ from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
 from qcompile.record import QuantizeRecord, record
-from qcompile.scales import activation_amax, scale_of, weight_amax
+from qcompile.scales import activation_amax, has_constant, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -83,14 +84,15 @@ def quantize(
         logger.info("%s", notice)
 
     planned = {site.consumer for site in configs if site.operand == "q"}
-    run_pipeline((partial(PlaceAttentionScale, planned),), gm, log)
+    rotated = {site.consumer for site, config in configs.items() if config.rotate}
+    run_pipeline((partial(PlaceAttentionScale, planned), partial(RotateLinears, rotated)), gm, log)
 
     source = model_dtype(gm)
     target = dtype or (source if source in (torch.float16, torch.bfloat16) else torch.float16)
     amax = weight_amax(gm, configs) | activation_amax(gm, program, configs, calibration, progress)
     power_of_two = chosen_recipe.calibration.power_of_two
     quantizers = {
-        site: Quantizer(_format(config), None if config.dynamic else scale_of(amax[site], config, power_of_two))
+        site: Quantizer(_format(config), scale_of(amax[site], config, power_of_two) if has_constant(config) else None)
         for site, config in configs.items()
         if site.operand != "softmax"
     }

@@ -21,7 +21,7 @@ class QuantizeRecord:
         recipe: name of the recipe.
         fired: pass -> number of rewrites.
         declined: what passes left as it was, and why.
-        notices: rules of the recipe that had no effect.
+        notices: rules of the recipe that had no effect, or that say why they are there.
     """
 
     recipe: str = ""

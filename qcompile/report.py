@@ -7,15 +7,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import GraphModule, Node
-
 from passes.base import Decline
-from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.quantize.sites import NORMS, linear_name
-from passes.sdpa import SDPA
+from qcompile.coverage import quantized_modules
 from qcompile.onnx.compare import Comparison
 from qcompile.onnx.verify import Check
+
+__all__ = ["Report", "quantized_modules"]
 
 
 @dataclass
@@ -25,11 +22,13 @@ class Report:
     Attributes:
         target, opset, recipe: what was asked for.
         ops: ONNX operator type -> count, most frequent first.
-        quantized: module path -> format, for linear layers, attentions and norms with a quantized output.
-        unquantized: module path -> what it is, for linear layers and attentions that stayed in floating point.
+        quantized: module path -> format, for linear layers, experts, attentions and norms with a quantized output.
+        unquantized: module path -> what it is (`linear`, `experts` or `attention`) if it stayed in floating point.
+        coverage: `linear`, `experts`, `attention` -> (how many are quantized, how many there are). A fused weight of
+            all experts counts once.
         declined: places that a pass looked at and left, with the reason.
         fired: pass -> number of rewrites.
-        notices: rules of the recipe that had no effect on this model.
+        notices: rules of the recipe that had no effect on this model, or that say why they are there.
         checks: the verifier's verdicts.
         comparison: layer by layer against the program, if a batch was given.
         bytes: size on disk, external data included.
@@ -41,6 +40,7 @@ class Report:
     ops: dict[str, int]
     quantized: dict[str, str]
     unquantized: dict[str, str]
+    coverage: dict[str, tuple[int, int]]
     declined: list[Decline]
     fired: dict[str, int]
     notices: list[str]
@@ -59,35 +59,3 @@ class Report:
         data["comparison"] = self.comparison.to_json() if self.comparison is not None else None
         return json.dumps(data, indent=2)
 
-
-def quantized_modules(gm: GraphModule) -> tuple[dict[str, str], dict[str, str]]:
-    """(path -> format of what is quantized, path -> kind of what is not) in a quantized program, by module path."""
-    quantized: dict[str, str] = {}
-    left: dict[str, str] = {}
-    for node in calls(gm.graph, aten.linear.default, SDPA, ATTENTION, *NORMS):
-        if node.target is ATTENTION:
-            quantized[module_path(node)] = str(node.kwargs["format"])
-        elif node.target is SDPA:
-            left[module_path(node)] = "attention"
-        elif node.target is aten.linear.default:
-            fmt = _linear_format(node)
-            (quantized if fmt else left)[linear_name(node)] = fmt or "linear"
-        elif (fmt := _output_format(node)) is not None:
-            quantized[module_path(node)] = fmt
-    return quantized, left
-
-
-def _linear_format(node: Node) -> str | None:
-    """`fp8` with a quantized weight and input, `fp8_weight_only` with the weight alone, None without."""
-    weight, x = node.args[1], node.args[0]
-    if not is_call(weight, DEQUANTIZE):
-        return None
-    assert isinstance(weight, Node)
-    fmt = str(weight.kwargs["format"])
-    return fmt if is_call(x, DEQUANTIZE) else f"{fmt}_weight_only"
-
-
-def _output_format(node: Node) -> str | None:
-    """Format that every consumer of a norm's output reads it in, or None."""
-    quantizes = [user for user in node.users if user.target is QUANTIZE]
-    return str(quantizes[0].kwargs["format"]) if quantizes and len(quantizes) == len(node.users) else None

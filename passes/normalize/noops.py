@@ -22,6 +22,7 @@ _METADATA_ONLY = (
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
+    aten.type_as.default,
     aten.expand.default,
     aten.view.default,
     aten._unsafe_view.default,
@@ -46,7 +47,7 @@ _VIEWS = (
 
 
 class RemoveNoOps(Pass):
-    """Remove assertions about metadata, copies and views of the same layout, and arithmetic with 1 or 0.
+    """Remove assertions about metadata, copies and views of the same layout, empty padding, arithmetic with 1 or 0.
 
     Before:
         _assert_tensor_metadata(x)
@@ -95,6 +96,8 @@ class RemoveNoOps(Pass):
 def _unchanged_input(node: Node) -> Node | None:
     """The input of `node` if its output is the same in value, dtype, device and shape."""
     source = node.args[0] if node.op == "call_function" and node.args else None
+    if _is_squeezed_again(source, node):  # as an addition in place on a squeezed tensor captures
+        return source.args[0]  # type: ignore[union-attr,return-value]
     if not isinstance(source, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if not isinstance(source.meta.get("val"), torch.Tensor) or not _same_type(val(source), val(node)):
@@ -103,6 +106,8 @@ def _unchanged_input(node: Node) -> Node | None:
         return source
     if is_call(node, aten.slice.Tensor):  # as long as the axis, so all of it
         return source if argument(node, "step") == 1 else None
+    if is_call(node, aten.pad.default, aten.constant_pad_nd.default):
+        return source if not any(argument(node, "pad")) else None
     if is_call(node, aten.dropout.default):
         return source if not argument(node, "train") or argument(node, "p") == 0 else None
     if is_call(node, aten.transpose.int):
@@ -114,6 +119,15 @@ def _unchanged_input(node: Node) -> Node | None:
         if is_call(node, *targets) and isinstance(node.args[1], int | float) and node.args[1] == neutral:
             return source
     return None
+
+
+def _is_squeezed_again(source: object, node: Node) -> bool:
+    """Whether `source` adds the axis that `node` takes away."""
+    if not is_call(source, aten.unsqueeze.default) or not is_call(node, aten.squeeze.dim):
+        return False
+    assert isinstance(source, Node)
+    rank: int = val(source).ndim
+    return int(argument(source, "dim")) % rank == int(argument(node, "dim")) % rank
 
 
 def _same_type(a: torch.Tensor, b: torch.Tensor) -> bool:

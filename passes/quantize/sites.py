@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import is_constant_expression, root_constants
 from passes.graph import aten, calls, is_call, module_class, module_path
-from passes.ir import DEQUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.sdpa import SDPA
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
@@ -69,7 +69,7 @@ class Site:
 def find_sites(gm: GraphModule) -> list[Site]:
     """Every place of a normalized graph that could be quantized, in the order of the graph."""
     sites = []
-    for node in calls(gm.graph, aten.linear.default, SDPA, *NORMS):
+    for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR, SDPA, *NORMS):
         owner = module_class(node)
         if node.target is SDPA:
             sites += [Site(module_path(node), operand, owner, node) for operand in ("q", "k", "v", "softmax")]

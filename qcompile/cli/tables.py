@@ -58,6 +58,8 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
     console.print(Text(f"ONNX file: {size(report['bytes'])}; {head}", style="bold"))
     coverage = table("Coverage", "", "modules", numbers=("modules",))
+    for kind, (count, total) in report.get("coverage", {}).items():
+        add(coverage, f"{kind}, quantized", f"{count} of {total}")
     for form, count in Counter(report["quantized"].values()).most_common():
         add(coverage, form, count)
     for kind, count in Counter(report["unquantized"].values()).most_common():
@@ -92,7 +94,7 @@ def show_notices(console: Console, notices: Sequence[str]) -> None:
         if notice not in idle:
             console.print(Text(f"notice: {notice}", style="yellow"), soft_wrap=True)
     if idle:
-        console.print(Text(f"{len(idle)} exclusions of the shipped recipe match nothing in this model", style="dim"))
+        console.print(Text(f"{len(idle)} rules of the shipped recipe match nothing in this model", style="dim"))
 
 
 def show_checks(console: Console, checks: Sequence[Mapping[str, Any]]) -> None:

@@ -80,7 +80,6 @@ def export_onnx(
         gm = unlift(program)
         log = run_pipeline(_PIPELINES[target], gm)
         lowered = lift(gm, program)
-        as_float4(lowered)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     tidy(converted.model)
@@ -124,9 +123,13 @@ def _check(program: object, target: str, opset: int | None) -> int:
 def _convert(lowered: ExportedProgram, opset: int) -> Any:
     """The lowered program as an ONNXProgram of torch.onnx."""
     retrace = lowered.run_decompositions
-    setattr(  # noqa: B010  # on this object alone, which nobody else has
-        lowered, "run_decompositions", lambda table: retrace(table) if _needs_retrace(lowered, table) else lowered
-    )
+
+    def decomposed(table: Container[object]) -> ExportedProgram:
+        program = retrace(table) if _needs_retrace(lowered, table) else lowered
+        as_float4(program)  # a trace would undo it
+        return program
+
+    setattr(lowered, "run_decompositions", decomposed)  # noqa: B010  # on this object alone, which nobody else has
     with _quiet():
         try:
             return torch.onnx.export(

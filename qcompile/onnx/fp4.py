@@ -43,8 +43,8 @@ def as_float4(program: ExportedProgram) -> None:
             continue
         codes.meta["val"] = codes.meta["val"].view(torch.float4_e2m1fn_x2)
         if codes.name in weights:
-            stored = program.state_dict[weights[codes.name]]
-            program.state_dict[weights[codes.name]] = stored.detach().view(torch.float4_e2m1fn_x2)
+            packed = program.state_dict[weights[codes.name]].detach().view(torch.float4_e2m1fn_x2)
+            program.state_dict[weights[codes.name]] = torch.nn.Parameter(packed, requires_grad=False)
         elif is_call(codes, QUANTIZE):
             continue
         else:
@@ -55,10 +55,13 @@ def as_float4(program: ExportedProgram) -> None:
 
 def as_bytes(gm: GraphModule) -> None:
     """The weights of a graph that went through `as_float4` as bytes again, so that it can be run."""
-    for name, weight in [*gm.named_parameters(), *gm.named_buffers()]:
+    weights = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    for name, weight in weights:
         if weight.dtype == torch.float4_e2m1fn_x2:
             owner, _, leaf = name.rpartition(".")
-            setattr(gm.get_submodule(owner), leaf, weight.view(torch.uint8))
+            codes = weight.detach().view(torch.uint8)
+            kept = torch.nn.Parameter(codes, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else codes
+            setattr(gm.get_submodule(owner), leaf, kept)
 
 
 def _schema() -> onnx.defs.OpSchema:

@@ -54,7 +54,9 @@ def _keep_packed(value: onnx_ir.Value) -> None:
     tensor = value.const_value
     if value.dtype is onnx_ir.DataType.FLOAT4E2M1 and tensor is not None and isinstance(tensor.raw, torch.Tensor):
         packed = tensor.raw.view(torch.uint8).numpy()
-        value.const_value = onnx_ir.PackedTensor(packed, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=tensor.name)
+        value.const_value = onnx_ir.PackedTensor(
+            packed, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=tensor.name
+        )
 
 
 def _drop_unused_initializers(model: onnx_ir.Model) -> None:

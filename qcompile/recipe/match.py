@@ -195,7 +195,7 @@ def _notices(
 def unsupported(config: QuantizerConfig) -> str | None:
     """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
     if config.format not in FORMATS:
-        reason = f"format {config.format} (this version quantizes to {', '.join(FORMATS)})"
+        reason = f"format {config.format}: no back end multiplies it; use fp8 or nvfp4"
     elif config.granularity == "per_block" and config.format not in BLOCK_FORMATS:
         reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
     elif config.dynamic and config.granularity == "per_tensor":

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from passes.errors import PassError, QCompileError
-from passes.formats import FORMATS, FP8, FP8_PER_TOKEN, INT8, Format, get_format
+from passes.formats import FORMATS, FP8, FP8_PER_TOKEN, INT8, NVFP4, Format, get_format
+from tests.nvfp4 import VALUES, e2m1, unpacked
 
 ONNX_TYPE = {"fp8": TensorProto.FLOAT8E4M3FN, "fp8_per_token": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
 floats = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=st.floats(width=32))
@@ -73,13 +74,61 @@ def test_int8_rounds_ties_to_even_and_saturates(value: float, code: int) -> None
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_the_largest_value_is_a_code_of_its_own(fmt: Format) -> None:
-    assert fmt.encode(torch.tensor([fmt.max, fmt.min])).float().tolist() == [fmt.max, fmt.min]
+    assert fmt.decode(fmt.encode(torch.tensor([fmt.max, fmt.min]))).tolist() == [fmt.max, fmt.min]
     assert get_format(fmt.name) is fmt
 
 
 def test_per_token_is_fp8_with_a_scale_for_the_last_axis() -> None:
     assert (FP8.block, FP8_PER_TOKEN.block) == ((), (None,))
     assert FP8_PER_TOKEN.storage is FP8.storage
+
+
+pairs = hnp.arrays(np.float32, st.sampled_from([(2,), (3, 4), (1, 2, 6)]), elements=st.floats(width=32, allow_nan=False))
+
+
+@given(st.one_of(pairs, pairs.map(lambda x: np.clip(x, -8, 8))))
+def test_nvfp4_codes_are_those_of_ml_dtypes(x: np.ndarray) -> None:
+    packed = codes(x, NVFP4)
+    assert packed.shape == (*x.shape[:-1], x.shape[-1] // 2)
+    np.testing.assert_array_equal(unpacked(packed), e2m1(x))
+    np.testing.assert_array_equal(NVFP4.decode(torch.from_numpy(packed)).numpy(), VALUES[e2m1(x)])
+
+
+def test_every_nvfp4_code_and_every_tie_rounds_as_ml_dtypes() -> None:
+    values = np.unique(VALUES)
+    ties = (values[1:] + values[:-1]) / 2
+    around = [np.nextafter(ties, np.float32(limit)) for limit in (np.inf, -np.inf)]
+    extremes = np.array([5, 6.5, 7, 1e38, 1e-45, np.inf], np.float32)
+    x = np.concatenate([values, ties, *around, extremes, -extremes])
+    np.testing.assert_array_equal(unpacked(codes(np.repeat(x, 2), NVFP4))[::2], e2m1(x))
+
+
+def test_the_even_index_is_the_low_nibble() -> None:
+    """[0.5, -6] is 0xf1 in checkpoints, in ONNX and in torch's packed type."""
+    assert NVFP4.encode(torch.tensor([0.5, -6.0])).tolist() == [0xF1]
+    assert NVFP4.decode(torch.tensor([0xF1], dtype=torch.uint8)).tolist() == [0.5, -6.0]
+    onnx_order = helper.make_tensor("t", TensorProto.FLOAT4E2M1, [2], [0.5, -6.0]).int32_data
+    assert list(onnx_order) == [0xF1]
+
+
+def test_minus_zero_is_zero_and_a_small_negative_number_keeps_its_sign() -> None:
+    """As Model Optimizer writes them; it keeps exports equal byte by byte."""
+    assert NVFP4.encode(torch.tensor([-0.0, -0.1])).tolist() == [0x80]
+
+
+def test_every_byte_survives_a_round_trip() -> None:
+    packed = torch.arange(256, dtype=torch.uint8)
+    again = NVFP4.encode(NVFP4.decode(packed))
+    low, high = (torch.where(nibble == 8, 0, nibble) for nibble in (packed & 15, packed >> 4))  # -0.0
+    assert torch.equal(again, low | high << 4)
+
+
+def test_nvfp4_has_two_levels_of_scales() -> None:
+    assert (NVFP4.block, NVFP4.scale, NVFP4.global_max) == ((16,), FP8, 2688.0)
+    assert (FP8.global_max, INT8.global_max) == (448.0, 127.0)
+    scale = torch.tensor([[1.0, 2.0]])
+    assert NVFP4.per_element(scale, 32).tolist() == [[1.0] * 16 + [2.0] * 16]
+    assert FP8.per_element(scale, 32) is scale
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:

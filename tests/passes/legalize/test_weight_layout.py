@@ -12,7 +12,7 @@ from passes.fold.constants import FoldConstants
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8, Format
 from passes.graph import aten
-from passes.ir import DEQUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from tests.passes.support import DYNAMIC, Mlp, count, declines, graph_of, insert, only_call, rewrites, run
 
@@ -83,3 +83,25 @@ def test_float_layers_and_weights_that_are_no_codes_yet_stay() -> None:
     insert(gm, {"input": torch.tensor(0.02)})
     assert declines(StoreWeightsTransposed, gm) == []
     assert count(gm, aten.linear.default) == 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [torch.tensor(0.01), torch.rand(3, 6, 1) + 0.01], ids=["tensor", "channel"])
+def test_experts(bias: bool, scale: Tensor) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return BATCHED_LINEAR(x.unsqueeze(0), self.w, self.b if bias else None)
+
+    x = torch.randn(5, 4)
+    gm = folded(Experts(), x, scale, dynamic_shapes=({0: DYNAMIC},))
+    rewrites(StoreWeightsTransposed, gm, x, **TOLERANCE)
+    FoldConstants()(gm)
+    assert (count(gm, aten.matmul.default), count(gm, aten.mul.Tensor), count(gm, aten.add.Tensor)) == (
+        1, int(scale.ndim > 0), bias,
+    )  # fmt: skip
+    assert gm.get_parameter("w").shape == (3, 4, 6)
+    assert only_call(gm, DEQUANTIZE).args[1].meta["val"].shape == ()  # type: ignore[union-attr]

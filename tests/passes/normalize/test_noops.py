@@ -143,3 +143,12 @@ def test_dynamic_slice_over_the_whole_axis() -> None:
     gm = graph_of(module, x, dynamic_shapes=(({0: DYNAMIC},),))
     rewrites(RemoveNoOps, gm, x, fired=count(gm, aten.slice.Tensor))
     torch.testing.assert_close(run(gm, torch.ones(5, 4))[0], -torch.ones(5, 4))
+
+
+def test_padding_by_nothing_and_a_cast_to_the_same_type_go() -> None:
+    x = torch.randn(3, 4)
+    gm = graph_of(Apply(lambda x: nn.functional.pad(x.relu(), (0, 0, 0, 0)).type_as(x).neg()), x)
+    assert count(gm, aten.pad.default, aten.constant_pad_nd.default, aten.type_as.default) == 2
+    rewrites(RemoveNoOps, gm, x, fired=2)
+    moved = graph_of(Apply(lambda x: nn.functional.pad(x.relu(), (1, -1)).neg()), x)
+    assert declines(RemoveNoOps, moved) == []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph import aten
+from passes.ir import BATCHED_LINEAR
 from passes.normalize.linear import NormalizeLinear
 from passes.quantize.sites import find_sites, linear_name
 from passes.sdpa import SDPA
@@ -97,3 +98,20 @@ def test_the_name_is_still_known_when_the_weight_is_quantized() -> None:
     gm.recompile()
     # before the codes are folded the weight is behind a quantize, and the module is all that is known
     assert linear_name(only_call(gm, aten.linear.default)) == "0"
+
+
+def test_the_experts_of_a_mixture_are_named_by_their_weight() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return BATCHED_LINEAR(x.unsqueeze(0), self.gate_up_proj)
+
+    gm = graph_of(nn.Sequential(Experts()), torch.randn(2, 4))
+    sites = find_sites(gm)
+    assert [site.name for site in sites] == [
+        f"0.gate_up_proj.{operand}_quantizer" for operand in ("input", "weight", "output")
+    ]
+    assert all((site.module_class or "").endswith("Experts") for site in sites)

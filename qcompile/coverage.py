@@ -1,0 +1,99 @@
+"""Which linear layers, experts and attentions of a program are quantized, and which stayed in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.fx import GraphModule, Node
+
+from passes.constants import LAYOUT, constant
+from passes.graph import aten, calls, is_call, module_path
+from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.quantize.sites import NORMS, linear_name
+from passes.sdpa import SDPA
+
+KINDS = ("linear", "experts", "attention")
+_LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
+_PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::addmm", "aten::einsum")
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
+
+
+def quantized_modules(gm: GraphModule) -> tuple[dict[str, str], dict[str, str]]:
+    """(path -> format of what is quantized, path -> kind of what is not) in a quantized program, by module path."""
+    found = list(_modules(gm))
+    quantized = {path: fmt for _, path, fmt in found if fmt is not None}
+    left = {path: kind for kind, path, fmt in found if fmt is None}
+    return quantized, left
+
+
+def coverage(gm: GraphModule, unquantized: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many are quantized, how many there are), for the kinds that the program has.
+
+    Args:
+        unquantized: path -> kind of what is not, which may hold attentions that no pass found in `gm`.
+    """
+    quantized = {(kind, path) for kind, path, fmt in _modules(gm) if fmt is not None}
+    counts = {kind: sum(k == kind for k, _ in quantized) for kind in KINDS}
+    left = {kind: sum(k == kind for k in unquantized.values()) for kind in KINDS}
+    return {kind: (counts[kind], counts[kind] + left[kind]) for kind in KINDS if counts[kind] + left[kind]}
+
+
+def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
+    """(kind, path, format or None) of each linear layer, mixture of experts, attention, and quantized norm."""
+    for node in calls(gm.graph, *_LINEARS, SDPA, ATTENTION, *NORMS):
+        if node.target is ATTENTION:
+            yield "attention", module_path(node), str(node.kwargs["format"])
+        elif node.target is SDPA:
+            yield "attention", module_path(node), None
+        elif node.target in NORMS:
+            if (fmt := _output_format(node)) is not None:
+                yield "norm", module_path(node), fmt
+        else:
+            yield _LINEARS[node.target], linear_name(node), _linear_format(node)  # type: ignore[index]
+    for name in _loose_experts(gm):
+        yield "experts", name, None
+
+
+def _linear_format(node: Node) -> str | None:
+    """`fp8` with a quantized weight and input, `fp8_weight_only` with the weight alone, None without."""
+    weight, x = node.args[1], node.args[0]
+    if not is_call(weight, DEQUANTIZE):
+        return None
+    assert isinstance(weight, Node)
+    fmt = str(weight.kwargs["format"])
+    return fmt if is_call(x, DEQUANTIZE) else f"{fmt}_weight_only"
+
+
+def _output_format(node: Node) -> str | None:
+    """Format that every consumer of a norm's output reads it in, or None."""
+    quantizes = [user for user in node.users if is_call(user, QUANTIZE, DYNAMIC_QUANTIZE)]
+    return str(quantizes[0].kwargs["format"]) if quantizes and len(quantizes) == len(node.users) else None
+
+
+def _loose_experts(gm: GraphModule) -> list[str]:
+    """Names of the floating-point weights `[E, N, K]` that are multiplied in a form that has no quantizers."""
+    found: dict[str, None] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = constant(gm, node)
+        if tensor is None or tensor.ndim != 3 or tensor.shape[0] == 1:
+            continue
+        if tensor.is_floating_point() and tensor.itemsize > 1 and _is_multiplied(node):
+            found[str(node.target)] = None
+    return list(found)
+
+
+def _is_multiplied(weight: Node) -> bool:
+    """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer."""
+    for user in weight.users:
+        name = getattr(user.target, "name", str)() if user.op == "call_function" else ""
+        if name.partition(".")[0] in (*_PRODUCTS, *_GROUPED):
+            return True
+        source = user.args[0] if is_call(user, *LAYOUT, *_GATHERS) else None
+        if weight in (source, *_listed(source)) and _is_multiplied(user):
+            return True
+    return False
+
+
+def _listed(argument: object) -> tuple[object, ...]:
+    return tuple(argument) if isinstance(argument, (list, tuple)) else ()

@@ -1,0 +1,92 @@
+"""Mixtures of experts of Hugging Face models, captured so that each GEMM is a product with a constant weight.
+
+Transformers gathers the weights of the experts that a token was sent to, or sorts the tokens by expert; neither is a
+GEMM of constant weights, and no back end runs it in low precision. Here every expert sees every token, and what it was
+not asked for is multiplied by zero: exact and of static shape, for `experts / top_k` times the arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from passes import ir
+
+NAME = "qcompile_dense"
+
+
+@contextlib.contextmanager
+def dense_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Within the body, the mixtures of experts in `model` run as `dense_experts_forward`.
+
+    Their configurations are put back on the way out. A model that has none, or whose transformers release has no
+    `ExpertsInterface`, is left alone.
+    """
+    experts: list[Any] = [module for module in model.modules() if _has_interface(module)]
+    configs: dict[int, Any] = {id(module.config): module.config for module in experts}
+    found = [(config, config._experts_implementation) for config in configs.values()]
+    if found:
+        # the module that a model's experts come from is imported already
+        sys.modules["transformers.integrations.moe"].ExpertsInterface.register(NAME, dense_experts_forward)
+    try:
+        for config, _ in found:
+            _set(config, NAME)
+        yield
+    finally:
+        for config, implementation in found:
+            _set(config, implementation)
+
+
+def _has_interface(module: Any) -> bool:
+    """Whether `module` is a class that transformers' `use_experts_implementation` decorated."""
+    return (
+        "transformers.integrations.moe" in sys.modules
+        and callable(getattr(module, "_apply_gate", None))
+        and hasattr(module, "is_transposed")
+        and hasattr(getattr(module, "config", None), "_experts_implementation_internal")
+    )
+
+
+def _set(config: Any, implementation: str | None) -> None:
+    # as `set_experts_implementation` does: the setter without "_internal" would change every sub-configuration, too
+    config._experts_implementation_internal = implementation
+
+
+def dense_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token, summed with the routing weights: an experts implementation for transformers.
+
+    Args:
+        self: a module that `use_experts_implementation` decorated.
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, k]`; an index outside of the experts (other ranks' under expert parallelism) counts for none.
+        top_k_weights: `[T, k]`.
+
+    Returns:
+        `[T, H]`.
+    """
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    hidden = _linear(self, name, hidden_states.unsqueeze(0))  # [E, T, 2I] or [E, T, I]
+    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    result = _linear(self, "down_proj", hidden)  # [E, T, H]
+    if self.has_post_expert_norm:
+        result = self.post_expert_norm(result)
+    # not a scatter: this one takes indices outside of the range, and one index twice, and is pointwise
+    expert = torch.arange(self.num_experts, device=top_k_index.device).view(-1, 1, 1)
+    weight = (top_k_weights * (top_k_index == expert)).sum(-1, keepdim=True)  # [E, T, 1]
+    # not the product alone: an expert can overflow half precision on a token that is not its own, and inf * 0 is NaN
+    return torch.where(weight == 0, 0.0, result * weight).sum(0).to(hidden_states.dtype)
+
+
+def _linear(experts: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight = getattr(experts, name)
+    if experts.is_transposed:
+        weight = weight.transpose(-1, -2)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    result: torch.Tensor = ir.BATCHED_LINEAR(x.to(weight.dtype), weight, bias)
+    return result

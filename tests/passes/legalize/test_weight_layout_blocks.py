@@ -1,0 +1,98 @@
+"""Weights with blocks along K, and those of experts, in a plain matrix product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from passes.fold.constants import FoldConstants
+from passes.fold.weights import FoldWeights
+from passes.formats import FP8, INT8, NVFP4, Format
+from passes.graph import aten, shape
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.legalize.weight_layout import StoreWeightsTransposed
+from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites
+
+G = torch.tensor(0.0005)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Experts(nn.Module):
+    """Three experts, which read rows of their own or all the same ones."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 32))
+        self.bias = nn.Parameter(torch.randn(3, 6)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.qcompile.batched_linear(x, self.weight, self.bias)
+
+
+def folded(module: nn.Module, x: Tensor, scale: Tensor, fmt: Format) -> GraphModule:
+    gm = graph_of(module, x, dynamic_shapes=({1 if x.ndim == 3 else 0: DYNAMIC},))
+    insert(gm, {"weight": scale}, fmt)
+    FoldWeights()(gm)
+    return gm
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_codes_stay_and_their_values_are_transposed(bias: bool) -> None:
+    gm = folded(nn.Linear(32, 6, bias=bias), torch.randn(2, 32), G, NVFP4)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(5, 32), **TOLERANCE)
+    assert not FoldConstants()(gm).modified  # a transpose of a dequantize is evaluated by nobody
+    product = only_call(gm, aten.matmul.default)
+    transpose = product.args[1]
+    assert transpose.target is aten.transpose.int and transpose.args[0].target is DEQUANTIZE  # type: ignore[union-attr]
+    assert gm.get_parameter("weight").shape == (6, 16)
+    assert count(gm, aten.add.Tensor) == bias
+
+
+@pytest.mark.parametrize("experts", [1, 3], ids=["same rows", "own rows"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_experts(experts: int, bias: bool) -> None:
+    gm = folded(Experts(bias), torch.randn(experts, 4, 32), G, NVFP4)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(experts, 7, 32), **TOLERANCE)
+    assert (count(gm, BATCHED_LINEAR), count(gm, aten.matmul.default)) == (0, 1)
+    assert gm.get_parameter("weight").shape == (3, 6, 16)
+
+
+@pytest.mark.parametrize("fmt", [FP8, INT8], ids=lambda f: f.name)
+@pytest.mark.parametrize("experts", [1, 3], ids=["same rows", "own rows"])
+def test_experts_with_one_scale(fmt: Format, experts: int) -> None:
+    gm = folded(Experts(), torch.randn(experts, 4, 32), torch.tensor(0.03), fmt)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(experts, 7, 32), **TOLERANCE)
+    rewrites(FoldConstants, gm, torch.randn(experts, 7, 32), fired=2, **TOLERANCE)  # and the bias
+    assert gm.get_parameter("weight").shape == (3, 32, 6)
+    assert (count(gm, aten.transpose.int), count(gm, aten.mul.Tensor)) == (0, 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_with_a_scale_per_channel_are_multiplied_behind_the_product(bias: bool) -> None:
+    gm = folded(Experts(bias), torch.randn(3, 4, 32), torch.rand(3, 6, 1) * 0.05 + 0.01, FP8)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(3, 7, 32), rtol=1e-4, atol=1e-4)
+    FoldConstants()(gm)
+    assert only_call(gm, DEQUANTIZE).args[1].meta["val"].shape == ()  # type: ignore[union-attr]
+    assert shape(only_call(gm, aten.mul.Tensor).args[1]) == (3, 1, 6)  # type: ignore[arg-type]
+
+
+def test_a_packed_weight_that_two_layers_share_is_dequantized_once() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+    gm = folded(Repeated(), torch.randn(2, 32), G, NVFP4)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(5, 32), fired=2, **TOLERANCE)
+    assert (count(gm, aten.transpose.int), count(gm, DEQUANTIZE)) == (1, 2)
+
+
+def test_experts_in_floats_stay() -> None:
+    gm = graph_of(Experts(), torch.randn(3, 4, 32))
+    assert declines(StoreWeightsTransposed, gm) == []
+    assert count(gm, BATCHED_LINEAR) == 1
