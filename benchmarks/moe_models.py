@@ -1,6 +1,6 @@
 """Tiny mixtures of experts for the coverage table: two blocks with every part that the full ones have, random weights.
 
-Experts are fused weights `[experts, out, in]` here, as Transformers holds them; `per_expert` has a layer for each.
+Experts are fused weights `[experts, out, in]`, as Transformers holds them.
 """
 
 from __future__ import annotations

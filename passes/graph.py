@@ -172,6 +172,15 @@ class Emitter:
         return self(operator.getitem, node, index)
 
     def sizes(self, node: Node) -> list[int | Node]:
-        """The shape of `node` as arguments: numbers where static, `sym_size` nodes where dynamic."""
-        sizes = enumerate(shape(node))
-        return [size if isinstance(size, int) else self(aten.sym_size.int, node, axis) for axis, size in sizes]
+        """The shape of `node` as arguments: numbers where static, `sym_size` nodes where dynamic.
+
+        A size that the graph has already is read there: back ends can then tell that two tensors agree in it.
+        """
+        return [size if isinstance(size, int) else self._size(node, axis, size) for axis, size in enumerate(shape(node))]
+
+    def _size(self, node: Node, axis: int, size: torch.SymInt) -> Node:
+        known: list[Node] = self.before.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        for found in known:
+            if found < self.before and val(found).node.expr == size.node.expr:
+                return found
+        return self(aten.sym_size.int, node, axis)

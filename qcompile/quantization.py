@@ -21,7 +21,7 @@ from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
-from passes.quantize.insert import Quantizer
+from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
@@ -84,7 +84,8 @@ def quantize(
         logger.info("%s", notice)
 
     planned = {site.consumer for site in configs if site.operand == "q"}
-    rotated = {site.consumer for site, config in configs.items() if config.rotate}
+    # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
+    rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, _format(config))}
     run_pipeline((partial(PlaceAttentionScale, planned), partial(RotateLinears, rotated)), gm, log)
 
     source = model_dtype(gm)

@@ -53,7 +53,7 @@ class NormalizeAttention(Pass):
             product = _product_with_value(softmax)
             if product is None:
                 if leads_to_product(scores) and _reaches_product(softmax):
-                    self.decline("the attention probabilities have another user", softmax)
+                    self.decline("the attention probabilities have another user, or a column without a value", softmax)
                 continue
             try:
                 new = _attention(gm, read_scores(gm, scores), product, softmax)
@@ -78,7 +78,10 @@ def _product_with_value(softmax: Node) -> Node | None:
 
 def _reaches_product(node: Node) -> bool:
     """Whether some user of the probabilities `node`, or of copies of them, is a matrix product."""
-    return any(is_call(u, *MATMULS) or (_hands_on(u) and _reaches_product(u)) for u in node.users)
+    return any(
+        is_call(u, *MATMULS) or ((_hands_on(u) or is_call(u, aten.slice.Tensor)) and _reaches_product(u))
+        for u in node.users  # a slice drops the column of an attention sink
+    )
 
 
 def _hands_on(node: Node) -> bool:

@@ -157,8 +157,8 @@ def _split_sum(node: Node) -> tuple[Node, Node]:
 def leads_to_product(node: Node) -> bool:
     """Whether a walk up from `node`, through what changes scores, ends at a matrix product."""
     while not is_call(node, *MATMULS, aten.baddbmm.default):
-        if is_call(node, aten.add.Tensor):
-            return any(isinstance(side, Node) and leads_to_product(side) for side in node.args[:2])
+        if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default):  # softcaps, sinks: some side of them
+            return any(leads_to_product(side) for side in node.all_input_nodes)
         if not is_call(node, *COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
             return False
         source = node.args[1] if is_call(node, *_WHERE) else node.args[0]

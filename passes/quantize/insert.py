@@ -61,7 +61,7 @@ class InsertQdq(Pass):
             if site.operand == "softmax":
                 continue
             source = site.tensor
-            if reason := _misfit(source, quantizer.format):
+            if reason := misfit(source, quantizer.format):
                 self.decline(reason, site.consumer)
                 continue
             if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:
@@ -104,7 +104,7 @@ class InsertQdq(Pass):
         return pair
 
 
-def _misfit(source: Node, fmt: Format) -> str | None:
+def misfit(source: Node, fmt: Format) -> str | None:
     """Why `source` cannot be quantized to `fmt`, or None."""
     block = fmt.block[-1] if fmt.block else None
     size = shape(source)[-1]

@@ -83,7 +83,9 @@ def test_per_token_is_fp8_with_a_scale_for_the_last_axis() -> None:
     assert FP8_PER_TOKEN.storage is FP8.storage
 
 
-pairs = hnp.arrays(np.float32, st.sampled_from([(2,), (3, 4), (1, 2, 6)]), elements=st.floats(width=32, allow_nan=False))
+pairs = hnp.arrays(
+    np.float32, st.sampled_from([(2,), (3, 4), (1, 2, 6)]), elements=st.floats(width=32, allow_nan=False)
+)
 
 
 @given(st.one_of(pairs, pairs.map(lambda x: np.clip(x, -8, 8))))

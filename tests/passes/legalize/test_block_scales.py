@@ -47,7 +47,8 @@ sizes = st.sampled_from([0.0, 1e-38, 1e-9, 1e-4, 1.0, 1e6, 1e38]).map(np.float32
 
 
 @given(
-    hnp.arrays(np.float32, (2, 2, 16), elements=st.floats(-3, 3, width=32)), hnp.arrays(np.float32, (2, 2, 1), elements=sizes)
+    hnp.arrays(np.float32, (2, 2, 16), elements=st.floats(-3, 3, width=32)),
+    hnp.arrays(np.float32, (2, 2, 1), elements=sizes),
 )
 def test_every_bit_is_that_of_the_operator(spelled_out: GraphModule, x: np.ndarray, magnitude: np.ndarray) -> None:
     tensor = torch.from_numpy((x * magnitude).reshape(2, 32))

@@ -20,7 +20,9 @@ from tests.passes.support import DYNAMIC, declines, graph_of, insert, run
 G = torch.tensor(3e-9)  # float16 has nothing so small
 
 
-def converted(module: nn.Module, x: torch.Tensor, target: torch.dtype, source: torch.dtype = torch.float32) -> GraphModule:
+def converted(
+    module: nn.Module, x: torch.Tensor, target: torch.dtype, source: torch.dtype = torch.float32
+) -> GraphModule:
     gm = graph_of(module, x, dynamic_shapes=({0: DYNAMIC},))
     insert(gm, {"input": G, "weight": G}, NVFP4)
     make = lambda: ConvertComputeDtype(source, target)  # noqa: E731

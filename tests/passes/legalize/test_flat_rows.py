@@ -21,7 +21,9 @@ from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, onl
 G = torch.tensor(0.0005)
 
 
-def quantized(module: nn.Module, *inputs: Tensor, operands: tuple[str, ...] = ("input", "weight"), **options: Any) -> GraphModule:
+def quantized(
+    module: nn.Module, *inputs: Tensor, operands: tuple[str, ...] = ("input", "weight"), **options: Any
+) -> GraphModule:
     gm = graph_of(module, *inputs, **options)
     insert(gm, dict.fromkeys(operands, G), NVFP4)
     FoldWeights()(gm)
@@ -81,7 +83,10 @@ def test_another_reader_of_four_axes_is_declined() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.layer_norm(x, (32,)).sin()
 
-    for lead, reasons in (((2, 2, 3), ["a tensor of 4 axes is read by something else than linear layers"]), ((2, 3), [])):
+    for lead, reasons in (
+        ((2, 2, 3), ["a tensor of 4 axes is read by something else than linear layers"]),
+        ((2, 3), []),
+    ):
         gm = graph_of(Norm(), torch.randn(*lead, 32))
         insert(gm, {"output": G}, NVFP4)
         assert count(gm, DYNAMIC_QUANTIZE) == 1

@@ -39,6 +39,17 @@ def test_another_layout_before_a_view_no_longer_matters() -> None:
     torch.testing.assert_close(run(gm, x), [x.relu().reshape(-1, 2), x.relu()], rtol=0, atol=0)
 
 
+def test_a_size_that_is_known_is_written_out() -> None:
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.view(x.shape[0], -1, 2), x.reshape(-1, 6)
+
+    gm = graph_of(Heads(), torch.randn(3, 4), dynamic_shapes=({0: DYNAMIC},))
+    rewrites(ViewsToReshape, gm, torch.randn(6, 4), fired=2)
+    FileCheck().check("2, 2]").run(gm.code)
+    assert gm.code.count("-1") == 1  # the batch is dynamic
+
+
 def test_a_view_of_another_dtype_is_not_a_reshape() -> None:
     class Bits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ def test_both_operands_get_the_chain_of_two_levels(dtype: torch.dtype) -> None:
         "weight_global_scale": (torch.tensor(0.0001).item(), torch.float32),
     }
     x = torch.randn(7, 32, dtype=dtype)
-    wide = [torch.from_numpy(rounded(t.detach().float().numpy(), g)).to(dtype) for t, g in ((x, G), (layer.weight, 1e-4))]
+    wide = [
+        torch.from_numpy(rounded(t.detach().float().numpy(), g)).to(dtype) for t, g in ((x, G), (layer.weight, 1e-4))
+    ]
     torch.testing.assert_close(run(gm, x)[0], nn.functional.linear(*wide), rtol=0, atol=0)
 
 

@@ -157,3 +157,22 @@ def test_projections_under_one_global_scale(tmp_path: Path, target: Any) -> None
     found = reference(tmp_path / "m.onnx", {"x": x.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(found, program.module()(x)[0].numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_weight_that_two_layers_share_is_stored_once(tmp_path: Path, target: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.a(x).relu()).relu())
+
+    program = quantized(Tied(), X)
+    qcompile.export_onnx(program, tmp_path / "m.onnx", target=target)
+    tensors = onnx.load(tmp_path / "m.onnx").graph.initializer
+    assert sum(tensor.data_type == TensorProto.FLOAT4E2M1 for tensor in tensors) == 1
+    found, expected = reference(tmp_path / "m.onnx", {"x": X.numpy()}), by_program(program, X)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()

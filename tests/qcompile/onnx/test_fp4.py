@@ -29,12 +29,21 @@ FLOATS = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, ml_dty
 
 def model_of(shape: list[Any], elem_type: int = TensorProto.FLOAT) -> onnx.ModelProto:
     call = helper.make_node(
-        NAME, ["x", "g"], ["codes", "scales"], domain=DOMAIN, axis=-1, block_size=16, scale_type=TensorProto.FLOAT8E4M3FN
+        NAME,
+        ["x", "g"],
+        ["codes", "scales"],
+        domain=DOMAIN,
+        axis=-1,
+        block_size=16,
+        scale_type=TensorProto.FLOAT8E4M3FN,
     )
     graph = helper.make_graph(
         [call],
         "g",
-        [helper.make_tensor_value_info("x", elem_type, shape), helper.make_tensor_value_info("g", TensorProto.FLOAT, [])],
+        [
+            helper.make_tensor_value_info("x", elem_type, shape),
+            helper.make_tensor_value_info("g", TensorProto.FLOAT, []),
+        ],
         [
             helper.make_tensor_value_info("codes", TensorProto.FLOAT4E2M1, shape),
             helper.make_tensor_value_info("scales", TensorProto.FLOAT8E4M3FN, [*shape[:-1], shape[-1] // 16]),
@@ -73,7 +82,9 @@ def test_the_body_equals_the_oracle(x: np.ndarray, magnitude: np.ndarray, g: flo
 def test_the_body_takes_every_rank_and_type(shape: list[int], dtype: type) -> None:
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     x[0] = 0
-    codes, scales = ReferenceEvaluator(model_of(shape, FLOATS[dtype])).run(None, {"x": x, "g": np.array(7e-4, np.float32)})
+    codes, scales = ReferenceEvaluator(model_of(shape, FLOATS[dtype])).run(
+        None, {"x": x, "g": np.array(7e-4, np.float32)}
+    )
     assert_equal(codes, scales, x.astype(np.float32), 7e-4)
 
 
@@ -109,7 +120,7 @@ def test_codes_and_block_scales_in_a_file_equal_the_oracle(
     feeds = {model.graph.input[0].name: x.numpy()}
     found = run_onnx_intermediates(tmp_path / "m.onnx", feeds, made).values
     g = onnx.numpy_helper.to_array(stored["input_global_scale"])
-    codes, scales = (found[name].reshape(x.shape[:-1] + (-1,)) for name in made)
+    codes, scales = (found[name].reshape((*x.shape[:-1], -1)) for name in made)
     assert_equal(codes, scales, x.float().numpy(), g)
 
 

@@ -1,0 +1,181 @@
+"""quantize to NVFP4: what is quantized, under which global scales, and mixed with FP8 attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import qcompile
+from passes.hadamard import hadamard
+from passes.ir import ATTENTION, DYNAMIC_QUANTIZE
+from passes.program import unlift
+from qcompile.coverage import coverage, quantized_modules
+from qcompile.errors import CalibrationError
+from qcompile.record import record_of
+from tests.nvfp4 import bits, oracle, rounded, unpacked
+
+X = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """Attention and an MLP, and a head that recipes leave alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in range(3))
+        self.o_proj, self.up, self.down, self.lm_head = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+            nn.Linear(32, 8),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (p(h).reshape(*x.shape[:2], 2, 16).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return self.lm_head(x + self.down(F.gelu(self.up(x))))
+
+
+def quantize(model: nn.Module, *args: Tensor, **options: Any) -> ExportedProgram:
+    return qcompile.quantize(model.eval(), args, **{"calibration": [args], "progress": False, **options})
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up", "down")
+
+
+@pytest.fixture(scope="module")
+def model() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+@pytest.fixture(scope="module")
+def program(model: Block) -> ExportedProgram:
+    return quantize(model, X, recipe="nvfp4_fp8_attention", dtype=torch.float32)
+
+
+def test_linears_are_nvfp4_and_attention_is_fp8(program: ExportedProgram) -> None:
+    found, left = quantized_modules(unlift(program))
+    assert found == {**dict.fromkeys(LINEARS, "nvfp4"), "norm": "nvfp4", "": "fp8"}  # the norm: all read it in codes
+    assert left == {"lm_head": "linear"}
+    assert coverage(unlift(program), left) == {"linear": (6, 7), "attention": (1, 1)}
+    assert sum(node.target is ATTENTION for node in program.graph.nodes) == 1
+    # the norm's output once for q, k and v; o, up, down
+    assert sum(node.target is DYNAMIC_QUANTIZE for node in program.graph.nodes) == 4
+    assert record_of(program).declined == []
+
+
+def test_weights_only(model: Block) -> None:
+    program = quantize(model, X, recipe="nvfp4_weight_only", calibration=None)
+    assert quantized_modules(unlift(program))[0] == dict.fromkeys(LINEARS, "nvfp4_weight_only")
+    assert not any(node.target is DYNAMIC_QUANTIZE for node in program.graph.nodes)
+
+
+def test_bytes_and_scales_of_weights_are_those_of_the_oracle(model: Block, program: ExportedProgram) -> None:
+    state = program.state_dict
+    shared = max(getattr(model, name).weight.abs().max() for name in ("q_proj", "k_proj", "v_proj")) / 2688
+    for name in LINEARS:
+        weight = getattr(model, name).weight.detach()
+        g = state[f"{name}.weight_global_scale"]
+        assert (g.dtype, g.shape) == (torch.float32, ())
+        assert torch.equal(g, shared if name[0] in "qkv" else weight.abs().max() / 2688)
+        codes, scales = oracle(weight.numpy(), g)
+        np.testing.assert_array_equal(unpacked(state[f"{name}.weight"]), codes)
+        np.testing.assert_array_equal(bits(state[f"{name}.weight_block_scale"]), bits(scales))
+
+
+@pytest.mark.parametrize("width", [64, 96, 176])
+def test_bytes_of_a_rotated_weight_are_those_of_its_rotation_in_float32(width: int) -> None:
+    layer = nn.Linear(width, 8, bias=False).half()
+    recipe = qcompile.load_recipe("nvfp4", ["rules[format=nvfp4].rotate=true"])
+    state = quantize(layer, torch.randn(4, width).half(), recipe=recipe).state_dict
+    weight = hadamard(layer.weight)
+    codes, scales = oracle(weight.numpy(), weight.abs().max() / 2688)
+    assert torch.equal(state["weight_global_scale"], weight.abs().max() / 2688)
+    np.testing.assert_array_equal(unpacked(state["weight"]), codes)
+    np.testing.assert_array_equal(bits(state["weight_block_scale"]), bits(scales))
+
+
+def test_the_global_scale_of_an_input_is_calibrated(model: Block, program: ExportedProgram) -> None:
+    with torch.no_grad():
+        amax = model.norm(X).abs().max()
+    assert torch.equal(program.state_dict["q_proj.input_global_scale"], amax / 2688)
+
+
+def test_a_global_scale_can_be_a_power_of_two(model: Block) -> None:
+    recipe = qcompile.load_recipe("nvfp4", ["calibration.power_of_two=true"])
+    state = quantize(model, X, recipe=recipe).state_dict
+    scales = [tensor for name, tensor in state.items() if name.endswith("global_scale")]
+    assert len(scales) == 10
+    assert all(torch.log2(scale) == torch.log2(scale).round() for scale in scales)
+
+
+def test_activations_under_a_global_scale_need_calibration(model: Block) -> None:
+    with pytest.raises(CalibrationError, match=r"q_proj.input_quantizer.* need calibration data"):
+        quantize(model, X, recipe="nvfp4", calibration=None)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_values_are_near_the_model(model: Block, dtype: torch.dtype | None, rotate: bool) -> None:
+    recipe = qcompile.load_recipe("nvfp4_fp8_attention", ["rules[format=nvfp4].rotate=true"] if rotate else [])
+    program = quantize(model, X, recipe=recipe, dtype=dtype, dynamic_shapes=({0: Dim("batch", max=8)},))
+    x = torch.randn(3, 32, 32)
+    with torch.no_grad():
+        found, expected = program.module()(x), model(x)
+    assert found.dtype is torch.float32
+    assert 0.01 < (found - expected).norm() / expected.norm() < 0.3
+    floats = {n: t.dtype for n, t in program.state_dict.items() if "block_scale" in n or "global_scale" in n}
+    assert set(floats.values()) == {torch.float8_e4m3fn, torch.float32}
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision(half: torch.dtype) -> None:
+    layer = nn.Linear(32, 16, bias=False).to(half)
+    x = torch.randn(4, 32, dtype=half)
+    program = quantize(layer, x, recipe="nvfp4")
+    state = program.state_dict
+    operands = [
+        rounded(x.float().numpy(), state["input_global_scale"]),
+        rounded(layer.weight.detach().float().numpy(), state["weight_global_scale"]),
+    ]
+    expected = F.linear(*(torch.from_numpy(value).to(half) for value in operands))
+    torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_width_that_16_does_not_divide_is_left_with_a_reason(rotate: bool) -> None:
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 4))
+    recipe = qcompile.load_recipe("nvfp4", ["rules[format=nvfp4].rotate=true"] if rotate else [])
+    program = quantize(model, torch.randn(5, 24), recipe=recipe)
+    assert quantized_modules(unlift(program)) == ({"1": "nvfp4"}, {"0": "linear"})
+    reasons = {(decline.module, decline.reason) for decline in record_of(program).declined}
+    assert reasons == {("0", "nvfp4 has blocks of 16 elements, and the reduction axis has 24")}
+    rotations = [name for name in program.state_dict if name.startswith("hadamard")]
+    assert rotations == (["hadamard_32"] if rotate else [])  # and none for the layer that stays
+
+
+def test_zeros_give_zeros() -> None:
+    """A tensor without a range has the global scale 1."""
+    layer = nn.Linear(32, 16)
+    nn.init.zeros_(layer.weight)
+    x = torch.zeros(4, 32)
+    program = quantize(layer, x, recipe="nvfp4", dtype=torch.float32)
+    assert {program.state_dict[f"{name}_global_scale"].item() for name in ("input", "weight")} == {1.0}
+    torch.testing.assert_close(program.module()(x), layer.bias.detach().expand(4, 16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    layer = nn.Sequential(nn.Linear(32, 16))
+    layer[0].weight.data[3, 5] = bad
+    with pytest.raises(CalibrationError, match=r"0\.weight_quantizer: the weight holds NaN or infinity"):
+        quantize(layer, torch.randn(4, 32), recipe="nvfp4")
