@@ -47,12 +47,13 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
     attentions = find_attentions(graph)
     products = find_gemms(graph, attentions)
     count, gaps, short = _attentions(kernels, attentions, graph, shapes)
-    precisions = {}
+    found: dict[str, list[str]] = {}
     for product in products:
         kernel = _main_kernel(product, kernels)
         gaps.extend(_gemm_gap(product, kernel))
         if kernel is not None and not product.is_rotation:
-            precisions[product.module] = kernel.precision
+            found.setdefault(product.module, []).append(kernel.precision)
+    precisions = {module: "+".join(sorted({*types})) for module, types in found.items()}
     of_attention = frozenset[str]().union(*(a.nodes for a in attentions))
     own = {product.name for product in products}
     gemms = [k for k in kernels if k.is_gemm and (own & set(k.onnx_nodes) or not of_attention & set(k.onnx_nodes))]

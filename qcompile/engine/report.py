@@ -40,7 +40,8 @@ class EngineReport(BaseModel):
         gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float). Parallel GEMMs that the
             builder merged are one; the two GEMMs of an attention that was not fused belong to it and are not counted.
         convolutions: convolution kernels, by the same types.
-        precisions: module path of each GEMM and convolution -> the type that it multiplies in.
+        precisions: module path of each GEMM and convolution -> the type that it multiplies in; several GEMMs of one
+            module that differ are joined, as in "fp4+half".
         not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
         notices: what a reader should know, such as a profile that rules out fused FP8 attention.
         bytes: size of the engine. seconds: wall-clock time of parsing and building.
