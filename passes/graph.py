@@ -176,7 +176,9 @@ class Emitter:
 
         A size that the graph has already is read there: back ends can then tell that two tensors agree in it.
         """
-        return [size if isinstance(size, int) else self._size(node, axis, size) for axis, size in enumerate(shape(node))]
+        return [
+            size if isinstance(size, int) else self._size(node, axis, size) for axis, size in enumerate(shape(node))
+        ]
 
     def _size(self, node: Node, axis: int, size: torch.SymInt) -> Node:
         known: list[Node] = self.before.graph.find_nodes(op="call_function", target=aten.sym_size.int)

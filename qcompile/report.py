@@ -58,4 +58,3 @@ class Report:
         data["checks"] = [dataclasses.asdict(check) for check in self.checks]
         data["comparison"] = self.comparison.to_json() if self.comparison is not None else None
         return json.dumps(data, indent=2)
-

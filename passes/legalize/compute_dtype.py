@@ -14,6 +14,7 @@ from passes.base import Pass
 from passes.constants import is_constant_expression
 from passes.graph import Emitter, aten, fake_call, fake_mode, following, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.legalize.choices import choices
 from passes.legalize.positions import is_periodic, positions
 from passes.sdpa import SDPA
 
@@ -47,9 +48,9 @@ class ConvertComputeDtype(Pass):
         assertion of a dtype is left to fail; the source dtype is the model's.
     Ensures: inputs and outputs of the program keep their dtype. A float value that depends on no floating-point input
         and no parameter stays as it was up to where it meets one; so do sines, cosines and what leads to them or to a
-        cast to integers (`passes.legalize.positions`), if the target has fewer digits than the source. A weight that
-        is quantized stays in the source dtype, so its codes come from the original numbers. Casts of constants are
-        left to `FoldConstants`.
+        cast to integers (`passes.legalize.positions`), and the scores of routers (`passes.legalize.choices`), if the
+        target has fewer digits than the source. A weight that is quantized stays in the source dtype, so its codes
+        come from the original numbers. Casts of constants are left to `FoldConstants`.
     Declines when: never.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
         timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
@@ -69,7 +70,7 @@ class ConvertComputeDtype(Pass):
         inputs = {node for node in gm.graph.nodes if node.op == "placeholder" and self._is_source(node)}
         exact: set[Node] = set()
         if torch.finfo(self.target).eps > torch.finfo(self.source).eps:
-            exact = positions(gm.graph, _dependents(gm, parameters), self.source)
+            exact = positions(gm.graph, _dependents(gm, parameters), self.source) | choices(gm.graph)
         data = _dependents(gm, inputs | parameters, {node for node in exact if is_periodic(node)})
         reached = _dependents(gm, inputs | parameters)
         self.computed = {node for node in gm.graph.nodes if node.op == "call_function" and node not in reached}

