@@ -1,7 +1,7 @@
 """Claims: NVFP4 weights bit-equal to what nvidia-modelopt writes, and equal activation codes from both forms of file.
 
-`codes.py` runs this. Judges: modelopt's quantizer and its own export of the same model on a CPU, for codes, block scales
-and global scales; `onnx.reference` for what quantizes activations in the file, on what the FX program quantizes.
+`codes.py` runs this. Judges: modelopt's quantizer and its own export of the same model on a CPU, for codes, block
+scales and global scales; `onnx.reference` for what quantizes activations in a file, on what the FX program quantizes.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
     for node in model.graph.node:
         if node.op_type == "TRT_FP4DynamicQuantize":
             yield _Site(node.input[0], *node.output, is_flat=True)
-        elif node.op_type == "QuantizeLinear" and len(producers[node.input[1]].input) > 1:
+        elif node.op_type == "QuantizeLinear" and node.input[1] in producers:  # its scales are measured
             source = producers[node.input[0]]
             x = source.input[0] if source.op_type == "Cast" else node.input[0]  # half precision is widened for it
             yield _Site(x, node.output[0], producers[node.input[1]].input[0], is_flat=False)

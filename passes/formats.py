@@ -85,8 +85,9 @@ _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, 
 def _encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     """fp32 -> 4-bit codes: sign, two bits of exponent, one of mantissa; ties to even, 6 and more to 6.
 
-    It works on the bits of a float, four times as fast as by quotients: below 1 codes are multiples of 0.5, the distance
-    of two floats above 2^22, so adding that rounds; from 1 on a code is the exponent and the first bit of the mantissa.
+    It works on the bits of a float, which takes a fourth of the time of quotients: below 1 codes are multiples of 0.5,
+    the distance of two floats above 2^22, so adding that rounds; from 1 on a code is the exponent and the first bit of
+    the mantissa.
     """
     size = x.abs().clamp_(max=6)
     bits = size.view(torch.int32)

@@ -136,3 +136,10 @@ def names_of_codes(model: onnx.ModelProto) -> tuple[str, str]:
     }
     (codes,), (scales,) = ([name for name, fp4 in types.items() if fp4 is wanted] for wanted in (True, False))
     return codes, scales
+
+
+def test_an_empty_batch_has_no_codes() -> None:
+    codes, scales = ReferenceEvaluator(model_of(["b", "s", 32])).run(
+        None, {"x": np.zeros((0, 3, 32), np.float32), "g": np.float32(1)}
+    )
+    assert (codes.shape, scales.shape) == ((0, 3, 32), (0, 3, 2))
