@@ -1,15 +1,16 @@
-"""Claims: exact FP8 codes of weights, equal codes out of every Q, and a shape on every Q/DQ output.
+"""Claims: exact FP8 and NVFP4 codes of weights, equal codes out of every Q, and a shape on every Q/DQ output.
 
-Judges that share no code with qcompile: ml_dtypes for the weights, ONNX Runtime for the activations, and
-`onnx.shape_inference` for the shapes. The model is MiniLM with its real weights, on real sentences.
+Judges that share no code with qcompile: ml_dtypes for FP8 weights, nvidia-modelopt for NVFP4 weights, ONNX Runtime (for
+NVFP4 `onnx.reference`) for the activations, and `onnx.shape_inference` for the shapes. The model is MiniLM with its
+real weights, on real sentences.
 """
 
 from __future__ import annotations
 
-import ast
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import torch
 from onnx import inliner, numpy_helper, shape_inference
 
 import qcompile
-from benchmarks import record
+from benchmarks import fp4_codes, record
 from benchmarks.accuracy_minilm import tokenize
 from benchmarks.models import load_minilm
 from benchmarks.sentences import sentences
+from benchmarks.stored import module_of, parts_of
 
 app = cyclopts.App(help=__doc__)
 
@@ -35,13 +37,7 @@ def stored_weights(model: onnx.ModelProto) -> Iterator[tuple[str, np.ndarray, np
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             codes, scale = (numpy_helper.to_array(constants[name]) for name in node.input[:2])
-            yield _module(node), codes, scale
-
-
-def _module(node: onnx.NodeProto) -> str:
-    """Path of the module that a node comes from; torch.onnx writes the scopes as a list, the node itself last."""
-    scopes = next(prop.value for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes")
-    return str(ast.literal_eval(scopes)[-2])
+            yield module_of(node), codes, scale
 
 
 def unequal_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
@@ -52,9 +48,7 @@ def unequal_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -
     """
     wrong = total = count = 0
     for module, codes, scale in stored_weights(model):
-        first, *others = module.split("+")
-        paths = [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
-        weight = np.concatenate([weights[f"{path}.weight"].astype(np.float32) for path in paths])
+        weight = np.concatenate([weights[f"{path}.weight"].astype(np.float32) for path in parts_of(module)])
         expected = np.clip(weight / scale.astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
         stored = codes.T if codes.shape != weight.shape or _is_transposed(codes, expected) else codes
         wrong += int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
@@ -130,8 +124,9 @@ def main(*, output: Path | None = None) -> int:
     """
     (batch,) = tokenize(sentences(16, 0)[0])
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(measure(load_minilm(), batch, Path(folder) / "minilm.onnx"))
-    record.show("MiniLM-L6, recipe fp8: codes and shapes", rows)
+        path = Path(folder) / "minilm.onnx"
+        rows = [*measure(load_minilm(), batch, path), *starmap(row, fp4_codes.measure(load_minilm(), batch, path))]
+    record.show("MiniLM-L6, recipes fp8 and nvfp4: codes and shapes", rows)
     record.write("codes", rows, output)
     return int(not all(row["ok"] for row in rows))
 

