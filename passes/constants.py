@@ -115,11 +115,28 @@ def evaluate_constant(gm: GraphModule, node: Node) -> torch.Tensor:
     if value is not None:
         return value.detach()
     args, kwargs = pytree.tree_map_only(Node, lambda n: evaluate_constant(gm, n), (node.args, node.kwargs))
+    if is_call(node, aten.cat.default) and (joined := _joined(*args)) is not None:
+        return joined
     assert callable(node.target)
     with torch.no_grad():
         result = node.target(*args, **kwargs)
     assert isinstance(result, torch.Tensor)
     return result.detach()
+
+
+def _joined(parts: Sequence[torch.Tensor], axis: int = 0) -> torch.Tensor | None:
+    """The rows of `parts` as one tensor without a copy, where they lie one behind the other in memory; else None."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        storage = part.untyped_storage().data_ptr()
+        if axis or not part.is_contiguous() or part.storage_offset() != end:
+            return None
+        if storage != first.untyped_storage().data_ptr() or part.dtype != first.dtype or part.ndim != first.ndim:
+            return None
+        if part.shape[1:] != first.shape[1:]:
+            return None
+        end += part.numel()
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
 class ConstantRows:
@@ -135,7 +152,7 @@ class ConstantRows:
         rotated = strip(node, aten._to_copy.default)
         self._rotate = is_call(rotated, HADAMARD)
         self._tensor = evaluate_constant(gm, rotated.all_input_nodes[0] if self._rotate else node)
-        self.shape = self._tensor.shape
+        self.shape, self.device = self._tensor.shape, self._tensor.device
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         step = max(1, self._CHUNK * self.shape[0] // max(1, self._tensor.numel()))

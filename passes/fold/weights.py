@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import ConstantRows, add_constant, constant, is_constant_expression, replace_with_constant
 from passes.formats import get_format
-from passes.graph import calls
-from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
+from passes.graph import aten, calls, is_call
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
+from passes.quantize.sites import linear_name
 
 
 class FoldWeights(Pass):
@@ -28,10 +31,17 @@ class FoldWeights(Pass):
     Ensures: codes equal `round(w / scale)` in fp32 with saturation; the float weight is gone if nothing else reads it,
         and the codes take its name.
     Declines when: never.
-    Why: the dequantize stays, so that back ends see a quantized weight and no float copy of it.
+    Why: the dequantize stays, so that back ends see a quantized weight and no float copy of it. Blocks of parallel
+        layers (q, k, v; gate, up) lie side by side in memory, so that a back end that merges them copies nothing.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: dict[Node, list[Node]] = {}
+        self.rooms: dict[tuple[Node, int], torch.Tensor] = {}
+
     def rewrite(self, gm: GraphModule) -> None:
+        self.groups, self.rooms = _parallel(gm), {}
         for node in calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE):
             weight, scale_node = node.args
             scale = constant(gm, scale_node)
@@ -48,19 +58,30 @@ class FoldWeights(Pass):
         format, weight = str(node.kwargs["format"]), node.args[0]
         assert isinstance(weight, Node)
         constant_rows = ConstantRows(gm, weight)
-        codes = torch.empty(constant_rows.shape, dtype=get_format(format).storage)
+        codes = torch.empty(constant_rows.shape, dtype=get_format(format).storage, device=constant_rows.device)
         for rows, values in constant_rows:
             own = scale[rows] if scale.ndim and scale.shape[0] > 1 else scale
             codes[rows] = quantize(values, own, format=format)
         node.update_arg(1, None)  # so that the weight alone names the codes
         replace_with_constant(gm, node, codes)
 
+    def _room(self, node: Node, index: int, device: torch.device) -> torch.Tensor:
+        """Memory for one of the results of `node`, next to that of the layers that it will be merged with."""
+        value = node.meta["val"][index]
+        group = self.groups.get(node, [node])
+        if (group[0], index) not in self.rooms:
+            rows = sum(int(member.meta["val"][index].shape[0]) for member in group)
+            self.rooms[group[0], index] = torch.empty((rows, *value.shape[1:]), dtype=value.dtype, device=device)
+        start = sum(int(member.meta["val"][index].shape[0]) for member in group[: group.index(node)])
+        return self.rooms[group[0], index][start : start + int(value.shape[0])]
+
     def _fold_blocks(self, gm: GraphModule, node: Node, global_scale: torch.Tensor) -> None:
         """Two levels: scales of blocks, stored beside the codes, under the global one."""
         format, weight = str(node.kwargs["format"]), node.args[0]
         assert isinstance(weight, Node)
-        codes, scales = (torch.empty(value.shape, dtype=value.dtype) for value in node.meta["val"])
-        for rows, values in ConstantRows(gm, weight):
+        constant_rows = ConstantRows(gm, weight)
+        codes, scales = (self._room(node, index, constant_rows.device) for index in (0, 1))
+        for rows, values in constant_rows:
             codes[rows], scales[rows] = dynamic_quantize(values, global_scale, format=format)
         name = str(node.args[1].target).replace("global_scale", "block_scale")  # type: ignore[union-attr]
         node.update_arg(1, None)
@@ -70,3 +91,23 @@ class FoldWeights(Pass):
             part.replace_all_uses_with(stored)
             gm.graph.erase_node(part)
         replace_with_constant(gm, node, codes)
+
+
+def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
+    """Quantize of a weight with blocks -> those of all layers of its module that read the same tensor, in order."""
+    groups: dict[tuple[object, ...], list[Node]] = {}
+    for linear in calls(gm.graph, aten.linear.default):
+        quantize = _quantize_of(linear.args[1])
+        if quantize is not None and quantize not in {node for group in groups.values() for node in group}:
+            owner = linear_name(linear).rpartition(".")[0]
+            key = (linear.args[0], owner, quantize.kwargs["format"], quantize.meta["val"][0].shape[1:])
+            groups.setdefault(key, []).append(quantize)
+    return {node: group for group in groups.values() for node in group}
+
+
+def _quantize_of(weight: object) -> Node | None:
+    """The dynamic quantize that a dequantized weight comes from; None if it is anything else."""
+    codes = weight.args[0] if isinstance(weight, Node) and is_call(weight, DEQUANTIZE) else None
+    if not isinstance(codes, Node) or not is_call(codes, operator.getitem):
+        return None
+    return codes.all_input_nodes[0]
