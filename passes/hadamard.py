@@ -178,4 +178,4 @@ def _hadamard_fake(w: torch.Tensor) -> torch.Tensor:
 
 
 HADAMARD = torch.ops.qcompile.hadamard.default
-"""Exists between `RotateLinears` and `FoldWeights` only, which evaluates it as a part of the weight."""
+"""Exists from `RotateLinears` to `FoldWeights` (`FoldConstants` for a weight in floats), which evaluates it."""

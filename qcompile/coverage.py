@@ -9,13 +9,13 @@ from torch.fx import GraphModule, Node
 from passes.constants import LAYOUT, constant
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.normalize.routing import is_grouped
 from passes.quantize.sites import NORMS, linear_name
 from passes.sdpa import SDPA
 
 KINDS = ("linear", "experts", "attention")
 _LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
 _PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::addmm", "aten::einsum")
-_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
 
 
@@ -87,7 +87,7 @@ def _is_multiplied(weight: Node) -> bool:
     """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer."""
     for user in weight.users:
         name = getattr(user.target, "name", str)() if user.op == "call_function" else ""
-        if name.partition(".")[0] in (*_PRODUCTS, *_GROUPED):
+        if name.partition(".")[0] in _PRODUCTS or is_grouped(user):
             return True
         source = user.args[0] if is_call(user, *LAYOUT, *_GATHERS) else None
         if weight in (source, *_listed(source)) and _is_multiplied(user):

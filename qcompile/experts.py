@@ -2,7 +2,8 @@
 
 Transformers gathers the weights of the experts that a token was sent to, or sorts the tokens by expert; neither is a
 GEMM of constant weights, and no back end runs it in low precision. Here every expert sees every token, and what it was
-not asked for is multiplied by zero: exact and of static shape, for `experts / top_k` times the arithmetic.
+not asked for is multiplied by zero: exact and of static shape, for `experts / top_k` times the arithmetic. This is for
+modules; in a program that was exported before, `passes.normalize.routed_experts` makes the same of what it recognises.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from passes.base import run_pipeline
 from passes.errors import PassError
-from passes.formats import FP8_PER_TOKEN, get_format
+from passes.formats import FP8_PER_TOKEN, Format, get_format
 from passes.graph import calls, input_dependence
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pipelines import NORMALIZE, quantize_pipeline
@@ -50,7 +50,7 @@ def quantize(
     Args:
         model: a module (it is not changed), or what `torch.export.export` made of one.
         args, kwargs: example inputs of a module.
-        recipe: name of a shipped recipe, path of a YAML file, or a `Recipe`.
+        recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
         calibration: representative batches, as argument tuples, keyword dicts or single tensors; needed by recipes
             with static activations. They are run through the captured graph in the model's own dtype.
         dynamic_shapes: as in `torch.export.export`.
@@ -60,7 +60,7 @@ def quantize(
         progress: show a bar while calibrating.
 
     Returns:
-        A program of the same signature with `qcompile::quantize` / `dequantize` in its graph; `torch.export.save` and
+        A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
         `load` keep it (import qcompile before loading).
 
     Raises:
@@ -132,5 +132,5 @@ def _check_supported(configs: Mapping[Site, QuantizerConfig]) -> None:
             raise RecipeError(f"{site.name}: {reason}")
 
 
-def _format(config: QuantizerConfig) -> Any:
+def _format(config: QuantizerConfig) -> Format:
     return FP8_PER_TOKEN if config.granularity == "per_token" else get_format(config.format)

@@ -73,7 +73,7 @@ class FoldMasks(Pass):
             self.decline(f"this part of the mask, {list(shape(node))}, is too large to store", node)
             return None
         try:
-            samples = [(sizes, value) for sizes, value in functions.samples(node)]
+            samples = list(functions.samples(node))
         except NotEvaluable as error:
             self.decline(f"this part of the mask cannot be computed: {error}", node)
             return None

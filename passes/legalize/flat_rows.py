@@ -26,8 +26,8 @@ class FlattenRows(Pass):
     Ensures: the same values; the reshapes move nothing.
     Declines when: something else than linear layers reads the dequantized tensor and it has other than 2 or 3 axes.
     Why: TensorRT's operator takes 2 or 3 axes only, and of 3 with a batch of more than one the TensorRT-RTX builder
-        made four kernels more for each transformer block
-        (at 197 tokens 22 for 18, at 256 and a dynamic batch 18 for 14).
+        made four kernels more for each transformer block (at 197 tokens 22 for 18, at 256 and a dynamic batch 18 for
+        14).
     """
 
     def rewrite(self, gm: GraphModule) -> None:

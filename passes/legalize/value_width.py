@@ -15,9 +15,9 @@ class PadHeadWidths(Pass):
     """Pad the narrower of keys and values with zeros, so that both have one width.
 
     Before:
-        y = qcompile.attention(dq(q(x)), dq(q(k)), dq(q(v)), mask, s)                  # k [B,H,S,192], v [B,H,S,128]
+        y = qcompile.attention(qdq(q), qdq(k), qdq(v), mask, s)         # k [B,H,S,192], v [B,H,S,128]
     After:
-        y = slice(qcompile.attention(dq(q(x)), dq(q(k)), dq(q(cat(v, zeros)))), mask, s), -1, 0, 128)
+        y = slice(qcompile.attention(qdq(q), qdq(k), qdq(cat(v, zeros)), mask, s), -1, 0, 128)
 
     Values wider than the keys: queries and keys are padded, which leaves their products as they are.
 

@@ -25,7 +25,8 @@ class NormalizeExperts(Pass):
 
     Requires: graph of `unlift`, with weights as `get_attr`; `ViewsToReshape` ran.
     Ensures: the same sums of products; the permutation of the weight is of a constant and is folded with it.
-    Declines when: the product sums over the experts, or over axes of the activations that the weight does not have; it
+    Declines when: the product sums over none or several axes of the weight, or over axes of the activations that the
+        weight does not have; it takes a diagonal; both other axes of the weight are those of the activations, too; it
         is scaled (`alpha`, `beta`); or an axis of the weight is broadcast.
     Why: quantizers and lowering then know one form only, with the experts first and K last.
     """

@@ -51,6 +51,7 @@ def export(
     qcompile export ./vit-base -o vit.onnx --calibration images.safetensors --engine vit.engine --target sm89
     qcompile export ./vit-base -o vit.onnx --random-weights 0 --calibration random
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
+    qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration ids.safetensors --target sm120
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
     ```
 
@@ -79,10 +80,11 @@ def export(
     dynamic_batch:
         Make axis 0 of every input dynamic.
     recipe:
-        Name of a shipped recipe ("qcompile recipes list") or path of a YAML file. Default: fp8; none for a
-        program that is quantized already.
+        Name of a shipped recipe (fp8, nvfp4_fp8_attention, fp8_qkvo-nvfp4_mlp, ...: "qcompile recipes list" has all) or
+        path of a YAML file. Default: fp8; none for a program that is quantized already.
     set_:
-        Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`.
+        Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`; with a Hadamard
+        rotation, `'rules[format=nvfp4].rotate=true'`.
     calibration:
         Data that fixes the ranges of activations: a .safetensors, .npz or .pt file with a tensor for each input, by
         name, samples on the first axis; a .npy file for a model with one input; package.module:function, which returns
@@ -94,7 +96,7 @@ def export(
     onnx_target:
         tensorrt: the forms that fuse best there; portable: standard operators only.
     opset:
-        ONNX opset, 19 to 23. Default: 21.
+        ONNX opset, 19 to 23. Default: 21, or 23 for NVFP4, which needs it.
     compare:
         Compare the file with the program, layer by layer, on one batch.
     engine:

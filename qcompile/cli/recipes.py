@@ -19,11 +19,13 @@ recipes = App(
     name="recipes",
     help="""List, show and check recipes.
 
-A recipe is YAML: rules, in order, that give quantizers a format or switch them off; the last rule that matches wins.
-`import: NAME` among the rules stands for those of a fragment.
+A recipe is YAML: rules, in order, that give quantizers a format (fp8, nvfp4, int8; linears also with a Hadamard
+rotation) or switch them off; the last rule that matches wins.
+`import: NAME` among the rules stands for those of a fragment, so that formats mix.
 Start your own from a shipped one:
 
     qcompile recipes show fp8 > mine.yaml
+    qcompile recipes show nvfp4 --set 'rules[format=nvfp4].rotate=true' > rotated.yaml
     qcompile recipes check mine.yaml
     qcompile export ./model -o model.onnx --recipe mine.yaml --calibration data.safetensors
 """,

@@ -113,7 +113,7 @@ def show_comparison(console: Console, comparison: Sequence[Mapping[str, Any]], s
 
     worst = sorted(comparison, key=badness, reverse=True)[:shown]
     found = table(
-        f"ONNX Runtime against the program, layer by layer: worst {len(worst)} of {len(comparison)}",
+        f"File against the program, layer by layer: worst {len(worst)} of {len(comparison)}",
         *("module", "tensor", "relative error", "largest error", "codes that differ", "problem"),
         numbers=("relative error", "largest error", "codes that differ"),
     )

@@ -27,7 +27,7 @@ FLOAT4E2M1, FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT4E2M1), int(onnx.TensorProt
 
 def uses_fp4(program: ExportedProgram) -> bool:
     """Whether any tensor of `program` is dequantized from FP4."""
-    return any(node.kwargs["format"] == NVFP4.name for node in calls(program.graph, DEQUANTIZE))
+    return any(get_format(str(node.kwargs["format"])).packed for node in calls(program.graph, DEQUANTIZE))
 
 
 def as_float4(program: ExportedProgram) -> None:

@@ -1,7 +1,8 @@
-"""`trt::TRT_QuantizedAttention`: TensorRT's operator, with a body of standard ONNX operators beside it.
+"""TensorRT's operators as model-local functions, each with a body of standard ONNX operators.
 
 TensorRT recognises the name and uses its own kernel; the checker, shape inference, ONNX Runtime and the reference
-evaluator read the body. Attributes that only the body needs (`kv_repeats`, `kv_shape`) TensorRT ignores.
+evaluator read the body. `trt::TRT_QuantizedAttention` is here, `trt::TRT_FP4DynamicQuantize` in `qcompile.onnx.fp4`.
+Attributes that only the body needs (`kv_repeats`, `kv_shape`) TensorRT ignores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from onnxscript import values
 
 from qcompile.onnx import fp4
 
-DOMAIN = "trt"
+DOMAIN = fp4.DOMAIN
 NAME = "TRT_QuantizedAttention"
 _ATTRIBUTES = ["normalization_quantize_to_type", "scale", "is_causal", "TRT_decomposable", "kv_repeats", "kv_shape"]
 _INPUTS = ["query", "key", "value", "mask", "normalization_quantize_scale"]

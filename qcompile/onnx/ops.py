@@ -1,7 +1,7 @@
 """How the IR operators are written in ONNX: translation functions for the `torch.onnx` exporter.
 
-Everything is a standard operator but `trt::TRT_QuantizedAttention`, which TensorRT has built in; its body of standard
-operators is in `qcompile.onnx.functions`, so that any other tool can run it.
+Everything is a standard operator but `trt::TRT_QuantizedAttention` and `trt::TRT_FP4DynamicQuantize`, which TensorRT
+has built in; their bodies of standard operators are in `qcompile.onnx.functions`, so that any other tool can run them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from qcompile.onnx.checks.base import Findings
+from qcompile.onnx.fp4 import NAME as FP4_DYNAMIC_QUANTIZE
 from qcompile.onnx.inlining import function_key
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import Array, ModelView, attribute
@@ -136,7 +137,7 @@ def global_scales(view: ModelView) -> Findings:
     TensorRT fuses the pair either way, and a differing one gives wrong numbers without a word.
     """
     problems, pairs = [], 0
-    made = {node.output[1]: node for node in view.model.graph.node if node.op_type == "TRT_FP4DynamicQuantize"}
+    made = {node.output[1]: node for node in view.model.graph.node if node.op_type == FP4_DYNAMIC_QUANTIZE}
     for node in view.model.graph.node:
         quantize = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if quantize is None:

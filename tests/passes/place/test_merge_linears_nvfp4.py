@@ -7,20 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from passes.base import run_pipeline
+from passes.constants import evaluate_constant
 from passes.fold.constants import FoldConstants
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, NVFP4
-from passes.graph import aten
+from passes.graph import aten, calls, dtype
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.nvfp4 import bits, oracle, unpacked
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
 
 G = torch.tensor(0.0001)
 # GEMMs of other sizes add up in another order
@@ -110,3 +112,27 @@ def test_a_float_layer_beside_them_stays_apart() -> None:
     rewrites(MergeParallelLinears, gm, x, **TOLERANCE)
     assert count(gm, aten.linear.default) == 2
     assert torch.equal(run(gm, x)[1], module.router(x))
+
+
+def test_merged_codes_are_not_copied() -> None:
+    """The program that a file is made of keeps its weights: of a copy, a large model's codes would be there twice."""
+
+    class GateUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(32, 48), nn.Linear(32, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate_proj(x).relu() * self.up_proj(x)
+
+    gm = graph_of(GateUp(), torch.randn(2, 32))
+    insert(gm, {"weight": torch.tensor(1e-3), "input": torch.tensor(1e-3)}, NVFP4)
+    run_pipeline((FoldWeights, MergeParallelLinears), gm)
+    parts = [gm.get_parameter(f"{name}_proj.weight") for name in ("gate", "up")]
+    codes = next(node for node in calls(gm.graph, aten.cat.default) if dtype(node) is torch.uint8)
+    joined = evaluate_constant(gm, codes)
+    assert torch.equal(joined, torch.cat(parts))
+    assert joined.data_ptr() == parts[0].data_ptr()
+    moved = nn.Parameter(parts[0].clone(), requires_grad=False)
+    gm.gate_proj.weight = moved
+    assert torch.equal(evaluate_constant(gm, codes), torch.cat([moved, parts[1]]))
