@@ -140,8 +140,9 @@ def unequal_activations(
         x = recorded.x.reshape(-1, recorded.x.shape[-1]) if site.is_flat else recorded.x
         codes, block_scales = map(_bytes, ReferenceEvaluator(part).run(None, {site.x: x}))
         # the code of -0.0 is that of 0 in the program, as modelopt has it, and keeps its sign in ONNX: the same number
-        is_zero = (x.reshape(-1) == 0) & (codes & 7 == 0)
-        wrong += int(((codes != _bytes(recorded.codes)) & ~is_zero).sum())
+        expected = _bytes(recorded.codes)
+        is_zero = (x.reshape(-1) == 0) & ((codes | expected) & 7 == 0)
+        wrong += int(((codes != expected) & ~is_zero).sum())
         wrong += int((block_scales != _bytes(recorded.block_scales)).sum())
         total += codes.size + block_scales.size
     return wrong, total, len(sites)

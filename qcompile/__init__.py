@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from qcompile.api import build_engine
 from qcompile.engine import EngineReport
 from qcompile.errors import QCompileError
@@ -15,6 +17,10 @@ from qcompile.onnx.session import onnx_session
 from qcompile.quantization import quantize
 from qcompile.recipe import Recipe, list_recipes, load_recipe
 from qcompile.report import Report
+
+# torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
+# for tensors on a GPU only, where they do not.
+warnings.filterwarnings("ignore", message="No complete tensor found in the group")
 
 __all__ = [
     "EngineReport",

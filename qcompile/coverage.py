@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch.fx import GraphModule, Node
 
 from passes.constants import LAYOUT, constant
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.routing import is_grouped
+from passes.place.rotate import FACTOR
 from passes.quantize.sites import NORMS, linear_name
 from passes.sdpa import SDPA
 
@@ -51,8 +53,8 @@ def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         else:
             yield _LINEARS[node.target], linear_name(node), _linear_format(node)  # type: ignore[index]
-    for name in _loose_experts(gm):
-        yield "experts", name, None
+    for kind, name in _loose_weights(gm):
+        yield kind, name, None
 
 
 def _linear_format(node: Node) -> str | None:
@@ -71,16 +73,21 @@ def _output_format(node: Node) -> str | None:
     return str(quantizes[0].kwargs["format"]) if quantizes and len(quantizes) == len(node.users) else None
 
 
-def _loose_experts(gm: GraphModule) -> list[str]:
-    """Names of the floating-point weights `[E, N, K]` that are multiplied in a form that has no quantizers."""
-    found: dict[str, None] = {}
+def _loose_weights(gm: GraphModule) -> list[tuple[str, str]]:
+    """(kind, name) of floating-point weights that are multiplied in a form that has no quantizers.
+
+    A weight with two axes counts if it is a parameter: tables of angles and the like are not.
+    """
+    found: dict[str, str] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = constant(gm, node)
-        if tensor is None or tensor.ndim != 3 or tensor.shape[0] == 1:
+        if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or tensor.itemsize == 1:
             continue
-        if tensor.is_floating_point() and tensor.itemsize > 1 and _is_multiplied(node):
-            found[str(node.target)] = None
-    return list(found)
+        is_weight = isinstance(tensor, torch.nn.Parameter) if tensor.ndim == 2 else tensor.shape[0] > 1
+        is_weight = is_weight and not str(node.target).startswith(FACTOR)
+        if is_weight and _is_multiplied(node):
+            found[str(node.target)] = "linear" if tensor.ndim == 2 else "experts"
+    return [(kind, name) for name, kind in found.items()]
 
 
 def _is_multiplied(weight: Node) -> bool:

@@ -91,6 +91,7 @@ def quantize(
     source = model_dtype(gm)
     target = dtype or (source if source in (torch.float16, torch.bfloat16) else torch.float16)
     amax = weight_amax(gm, configs) | activation_amax(gm, program, configs, calibration, progress)
+    _check_range(amax, target)
     power_of_two = chosen_recipe.calibration.power_of_two
     quantizers = {
         site: Quantizer(_format(config), scale_of(amax[site], config, power_of_two) if has_constant(config) else None)
@@ -130,6 +131,18 @@ def _check_supported(configs: Mapping[Site, QuantizerConfig]) -> None:
         reason = unsupported(config)
         if reason:
             raise RecipeError(f"{site.name}: {reason}")
+
+
+def _check_range(amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
+    """A weight that is infinite or all zeros in the compute dtype would be dequantized to that without a word."""
+    limits = torch.finfo(target)
+    for site, value in amax.items():
+        largest = float(value.max())
+        if site.operand == "weight" and (largest > limits.max or 0 < largest < limits.smallest_normal):
+            raise PassError(
+                f"{site.name}: the largest weight is {largest:.3g}, which {target} cannot hold; compute in bfloat16 or"
+                " float32, or leave this layer unquantized in the recipe"
+            )
 
 
 def _format(config: QuantizerConfig) -> Format:

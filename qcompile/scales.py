@@ -64,7 +64,11 @@ def activation_amax(
         return {}
     constants = [site for site in static if is_constant_expression(site.tensor)]
     if constants:
-        raise CalibrationError(f"{constants[0].name}: the input is a constant, which no calibration can change")
+        name = constants[0].name
+        raise CalibrationError(
+            f"{name}: the input is a constant, which no calibration can change; leave the layer out by a rule such as"
+            f' {{quantizer: "{name.rpartition(".")[0]}.*", enable: false}}'
+        )
     if calibration is None:
         names = ", ".join(site.name for site in static[:3])
         more = f" and {len(static) - 3} more" if len(static) > 3 else ""

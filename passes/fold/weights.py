@@ -68,7 +68,7 @@ class FoldWeights(Pass):
     def _room(self, node: Node, index: int, device: torch.device) -> torch.Tensor:
         """Memory for one of the results of `node`, next to that of the layers that it will be merged with."""
         value = node.meta["val"][index]
-        group = self.groups.get(node, [node])
+        group = self.groups.get(node, [node]) if device.type == "cpu" else [node]  # elsewhere torch could not save it
         if (group[0], index) not in self.rooms:
             rows = sum(int(member.meta["val"][index].shape[0]) for member in group)
             self.rooms[group[0], index] = torch.empty((rows, *value.shape[1:]), dtype=value.dtype, device=device)

@@ -13,6 +13,9 @@ from passes.graph import Emitter, aten, calls, dtype, following, is_call, shape,
 from passes.hadamard import HADAMARD, Rotation, activation_factor, rotation_for
 from passes.ir import BATCHED_LINEAR
 
+FACTOR = "hadamard_"
+"""What the names of the factors begin with."""
+
 
 class RotateLinears(Pass):
     """Rotate the input and the weight of the linear layers that were chosen.
@@ -99,7 +102,7 @@ def _rotate_weight(weight: Node, consumer: Node) -> Node:
 
 def _factor(gm: GraphModule, order: int, to: torch.dtype) -> Node:
     """The constant that activations in `to` are multiplied by: one for the whole graph, before the first call."""
-    name, value = f"hadamard_{order}", activation_factor(order, to)
+    name, value = f"{FACTOR}{order}", activation_factor(order, to)
     anchor = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
     for node in gm.graph.find_nodes(op="get_attr"):
         found = constant(gm, node) if str(node.target).startswith(name) and node < anchor else None

@@ -10,8 +10,8 @@ def demo(*, epochs: int = 30, output: Path | None = None) -> int:
 
     The model is trained on real images, quantized with some of them, exported, verified, run in ONNX Runtime on the
     images held out (NVFP4, which that does not run, as a program), and built for SM89 and SM120 (NVFP4 for SM120),
-    beside the unquantized float16 model. One table tells accuracy, sizes, kernels, fused attentions and GEMMs. About two
-    minutes; exit code 1 if accuracy or fusion falls short.
+    beside the unquantized float16 model. One table tells accuracy, sizes, kernels, fused attentions and GEMMs. About
+    two minutes; exit code 1 if accuracy or fusion falls short.
 
     Parameters
     ----------

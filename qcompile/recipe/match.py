@@ -112,6 +112,7 @@ def resolve(recipe: Recipe, quantizers: Sequence[QuantizerName]) -> Resolution:
                 explained[index].append(quantizer.name)
     _check_switches(recipe, matched)
     _check_rotation(configs)
+    _check_pairs(configs)
     return Resolution(configs, disabled, _notices(recipe, matched, winners, explained))
 
 
@@ -171,6 +172,17 @@ def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
         if weight is not None and weight.rotate != config.rotate:
             places = f"weight: {weight.source}; input: {config.source}"
             message = f"`rotate` must be the same for the weight and the input ({places})"
+            raise RecipeError(f"{module or 'the model'}: {message}")
+
+
+def _check_pairs(configs: dict[str, QuantizerConfig]) -> None:
+    """NVFP4 is multiplied with NVFP4: with another format TensorRT computes in half precision, or crashes."""
+    for name, config in configs.items():
+        module, _, kind = name.rpartition(".")
+        weight = configs.get(f"{module}.{WEIGHT}".lstrip(".")) if kind == INPUT else None
+        if weight is not None and weight.format != config.format and "nvfp4" in (weight.format, config.format):
+            places = f"weight: {weight.format}, {weight.source}; input: {config.format}, {config.source}"
+            message = f"nvfp4 is multiplied with nvfp4, or with an input that is not quantized ({places})"
             raise RecipeError(f"{module or 'the model'}: {message}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from passes.hadamard import hadamard
 from passes.ir import ATTENTION, DYNAMIC_QUANTIZE
 from passes.program import unlift
 from qcompile.coverage import coverage, quantized_modules
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, QCompileError
 from qcompile.record import record_of
 from tests.nvfp4 import bits, oracle, rounded, unpacked
 
@@ -179,3 +180,61 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     layer[0].weight.data[3, 5] = bad
     with pytest.raises(CalibrationError, match=r"0\.weight_quantizer: the weight holds NaN or infinity"):
         quantize(layer, torch.randn(4, 32), recipe="nvfp4")
+
+
+def test_nvfp4_goes_with_nvfp4() -> None:
+    """TensorRT crashes on an FP8 weight with an NVFP4 input, and computes the reverse in half precision."""
+    recipe = {
+        "metadata": {"name": "mine", "description": "mixed within a layer"},
+        "rules": [
+            {"quantizer": "*.weight_quantizer", "format": "fp8"},
+            {"quantizer": "*.input_quantizer", "format": "nvfp4"},
+        ],
+    }
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(QCompileError, match=r"^0: nvfp4 is multiplied with nvfp4.*weight: fp8.*input: nvfp4"):
+        quantize(model, torch.randn(5, 32), recipe=recipe)
+
+
+@pytest.mark.parametrize("factor", [1e7, 1e-12])
+def test_weights_that_half_precision_cannot_hold(factor: float) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.mul_(factor)
+    with pytest.raises(
+        QCompileError, match=r"0\.weight_quantizer: the largest weight is .* which torch.float16 cannot hold"
+    ):
+        quantize(model, torch.randn(5, 32), recipe="nvfp4")
+    quantize(model, torch.randn(5, 32), recipe="nvfp4", dtype=torch.bfloat16)
+
+
+def test_products_that_are_no_linear_layers_are_listed() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 48))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bd,df->bf", x, self.w)
+
+    quantized, unquantized = quantized_modules(unlift(quantize(Products(), torch.randn(5, 32), recipe="nvfp4")))
+    assert (quantized or unquantized) and set(unquantized.values()) <= {"linear"}
+
+
+def test_a_program_with_parallel_layers_is_saved_and_loaded(tmp_path: Path) -> None:
+    class GateUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(32, 64), nn.Linear(32, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gate_proj(x) * self.up_proj(x)
+
+    x = torch.randn(5, 32)
+    program = quantize(GateUp(), x, recipe="nvfp4", dtype=torch.float32)
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    assert torch.equal(loaded.module()(x), program.module()(x))
+    qcompile.export_onnx(program, tmp_path / "a.onnx")
+    qcompile.export_onnx(loaded, tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
