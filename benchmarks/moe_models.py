@@ -11,22 +11,22 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.models import Example, Size, random_model, text
+from benchmarks.language import LATENT_ATTENTION, common, on_tokens
+from benchmarks.models import Example, random_model
 
-TINY = Size(layers=2, hidden=256, heads=8, kv_heads=2, ffn=512, tokens=64, vocabulary=400)
 _EXPERTS, _TOP_K, _EXPERT_FFN = 8, 2, 128
 
 
 def mixtral(*, dynamic: bool = False) -> Example:
     """Mixtral: every MLP is a mixture, the weights of the chosen experts sum to 1."""
-    config = transformers.MixtralConfig(**_common(), num_local_experts=_EXPERTS, num_experts_per_tok=_TOP_K)
+    config = transformers.MixtralConfig(**common(), num_local_experts=_EXPERTS, num_experts_per_tok=_TOP_K)
     return _decoder(transformers.MixtralForCausalLM, config, dynamic)
 
 
 def qwen3_moe(*, dynamic: bool = False) -> Example:
     """Qwen3-MoE: as Qwen3, with narrow experts."""
     config = transformers.Qwen3MoeConfig(
-        **_common(),
+        **common(),
         head_dim=32,
         num_experts=_EXPERTS,
         num_experts_per_tok=_TOP_K,
@@ -39,7 +39,7 @@ def qwen3_moe(*, dynamic: bool = False) -> Example:
 def deepseek_v3(*, dynamic: bool = False) -> Example:
     """DeepSeek-V3: one dense block and one mixture with a shared expert and experts chosen by groups."""
     config = transformers.DeepseekV3Config(
-        **_common() | {"num_key_value_heads": TINY.heads},
+        **common() | LATENT_ATTENTION,
         first_k_dense_replace=1,
         n_routed_experts=_EXPERTS,
         n_shared_experts=1,
@@ -48,11 +48,6 @@ def deepseek_v3(*, dynamic: bool = False) -> Example:
         topk_group=2,
         moe_intermediate_size=_EXPERT_FFN,
         norm_topk_prob=True,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
     )
     return _decoder(transformers.DeepseekV3ForCausalLM, config, dynamic)
 
@@ -60,21 +55,9 @@ def deepseek_v3(*, dynamic: bool = False) -> Example:
 def gpt_oss(*, dynamic: bool = False) -> Example:
     """GPT-OSS: experts stored `[experts, in, out]` with biases, gate and up interleaved, attention with sinks."""
     config = transformers.GptOssConfig(
-        **_common(), head_dim=32, num_local_experts=_EXPERTS, num_experts_per_tok=_TOP_K, sliding_window=24
+        **common(), head_dim=32, num_local_experts=_EXPERTS, num_experts_per_tok=_TOP_K, sliding_window=24
     )
     return _decoder(transformers.GptOssForCausalLM, config, dynamic)
-
-
-def _common() -> dict[str, Any]:
-    return {
-        "num_hidden_layers": TINY.layers,
-        "hidden_size": TINY.hidden,
-        "num_attention_heads": TINY.heads,
-        "num_key_value_heads": TINY.kv_heads,
-        "intermediate_size": TINY.ffn,
-        "vocab_size": TINY.vocabulary,
-        "use_cache": False,
-    }
 
 
 def _decoder(make: Any, config: Any, dynamic: bool) -> Example:
@@ -84,5 +67,4 @@ def _decoder(make: Any, config: Any, dynamic: bool) -> Example:
         for name, parameter in model.named_parameters():
             if name.endswith(("gate.weight", "router.weight")):
                 parameter.normal_(std=0.5)
-    ids = torch.randint(0, TINY.vocabulary, (2, TINY.tokens), generator=torch.Generator().manual_seed(1))
-    return text(model, {"input_ids": ids}, TINY, dynamic)
+    return on_tokens(model, dynamic)

@@ -59,6 +59,11 @@ def calls(graph: Graph, *targets: Callable[..., Any]) -> Iterator[Node]:
     return (node for node in list(graph.nodes) if is_call(node, *targets))
 
 
+def is_pointwise(node: Node) -> bool:
+    """Whether each element of the result of `node` comes from the elements at its place alone."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """Argument `name` of an operator call, wherever the caller put it; the schema's default if it is left out."""
     assert isinstance(node.target, torch._ops.OpOverload)

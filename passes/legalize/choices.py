@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch.fx import Graph, Node
 
-from passes.graph import aten, calls, is_call
+from passes.graph import aten, calls, is_call, is_pointwise
 from passes.legalize.positions import MOVING
 
 # What routers do between their linear layer and the choice, besides pointwise operators and such as move values.
@@ -43,8 +42,7 @@ def choices(graph: Graph) -> set[Node]:
 
 
 def _scores(node: Node) -> bool:
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or is_call(node, *_SCORING, *MOVING)
+    return is_pointwise(node) or is_call(node, *_SCORING, *MOVING)
 
 
 def _is_used(topk: Node) -> bool:

@@ -45,6 +45,7 @@ class FlattenRows(Pass):
 
     def _rewrite(self, node: Node, x: Node, chain: list[Node], linears: list[Node]) -> None:
         emit = Emitter(node)
+        lead = emit.sizes(x)[:-1]
         node.update_arg(0, emit(aten.reshape.default, x, [-1, shape(x)[-1]]))
         for part in (node, *chain):
             assert callable(part.target)
@@ -52,7 +53,6 @@ class FlattenRows(Pass):
         for linear in linears:
             after = Emitter(linear)
             product = after(aten.linear.default, *linear.args)
-            lead = Emitter(node).sizes(x)[:-1]
             linear.replace_all_uses_with(after(aten.reshape.default, product, [*lead, shape(linear)[-1]]))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import Graph, Node
 
-from passes.graph import aten, dtype, is_call, val
+from passes.graph import aten, dtype, is_call, is_pointwise, val
 
 __all__ = ["is_periodic", "positions"]
 
@@ -71,5 +71,4 @@ def _is_integer(to: torch.dtype) -> bool:
 
 def _keeps_values_apart(node: Node, learned: bool) -> bool:
     """Whether `node` computes each element of its result from few others, and not from a whole row of data."""
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or is_call(node, *MOVING) or (not learned and is_call(node, *_PRODUCTS))
+    return is_pointwise(node) or is_call(node, *MOVING) or (not learned and is_call(node, *_PRODUCTS))

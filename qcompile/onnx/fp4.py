@@ -20,7 +20,7 @@ from passes.ir import DEQUANTIZE, LEAST_BLOCK_SCALE, QUANTIZE
 
 DOMAIN = "trt"
 NAME = "TRT_FP4DynamicQuantize"
-BLOCK = 16
+BLOCK = NVFP4.block[-1]
 FP4_OPSET, FP4_IR_VERSION = 23, 11
 FLOAT4E2M1, FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT4E2M1), int(onnx.TensorProto.FLOAT8E4M3FN)
 

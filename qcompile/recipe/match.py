@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -160,30 +160,31 @@ def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
 
     Both quantizers of a linear agree; the weight's alone says it for an input that stays as it is (weight-only).
     """
-    for name, config in configs.items():
-        module, _, kind = name.rpartition(".")
-        if kind != INPUT:
-            continue
-        weight = configs.get(f"{module}.{WEIGHT}".lstrip("."))
+    for module, config, weight in _inputs(configs):
         if weight is None and config.rotate:
-            raise RecipeError(
-                f"{module or 'the model'}: `rotate` on the input ({config.source}) needs a weight quantizer"
-            )
+            raise RecipeError(f"{module}: `rotate` on the input ({config.source}) needs a weight quantizer")
         if weight is not None and weight.rotate != config.rotate:
             places = f"weight: {weight.source}; input: {config.source}"
-            message = f"`rotate` must be the same for the weight and the input ({places})"
-            raise RecipeError(f"{module or 'the model'}: {message}")
+            raise RecipeError(f"{module}: `rotate` must be the same for the weight and the input ({places})")
 
 
 def _check_pairs(configs: dict[str, QuantizerConfig]) -> None:
     """NVFP4 is multiplied with NVFP4: with another format TensorRT computes in half precision, or crashes."""
-    for name, config in configs.items():
-        module, _, kind = name.rpartition(".")
-        weight = configs.get(f"{module}.{WEIGHT}".lstrip(".")) if kind == INPUT else None
+    for module, config, weight in _inputs(configs):
         if weight is not None and weight.format != config.format and "nvfp4" in (weight.format, config.format):
             places = f"weight: {weight.format}, {weight.source}; input: {config.format}, {config.source}"
             message = f"nvfp4 is multiplied with nvfp4, or with an input that is not quantized ({places})"
-            raise RecipeError(f"{module or 'the model'}: {message}")
+            raise RecipeError(f"{module}: {message}")
+
+
+def _inputs(
+    configs: dict[str, QuantizerConfig],
+) -> Iterator[tuple[str, QuantizerConfig, QuantizerConfig | None]]:
+    """(module as messages call it, config of its input, that of its weight) for each quantized input."""
+    for name, config in configs.items():
+        module, _, kind = name.rpartition(".")
+        if kind == INPUT:
+            yield module or "the model", config, configs.get(f"{module}.{WEIGHT}".lstrip("."))
 
 
 def _notices(
