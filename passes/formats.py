@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,8 +22,9 @@ class Format:
         min: most negative code, -`max` unless the format has one more on that side.
         integer: codes are integers, so they are rounded (ties to even) before the cast.
         packed: two codes share a byte, the one with the even index in the low nibble.
-        block: how many elements of the last axis share a scale, where the format says so: `(16,)`; `(None,)` is the
-            whole axis, and `()` leaves it to the shape of the scale, which broadcasts.
+        block: how many elements of each of the last axes share a scale, where the format says so: `(16,)`, `(128,
+            128)`; `(None,)` is the whole axis, and `()` leaves it to the shape of the scale, which broadcasts. The last
+            block of an axis can be smaller, but in a packed format.
         scale: the format that the scales of blocks are stored in, under one float32 global scale for the tensor; None
             for scales that are plain numbers.
     """
@@ -54,20 +57,31 @@ class Format:
         """Codes -> fp32 values in units of the scale."""
         return _E2M1.to(codes.device)[_unpack(codes).int()] if self.packed else codes.float()
 
-    def per_element(self, scale: torch.Tensor, length: int) -> torch.Tensor:
-        """`scale` with one value for each of the `length` elements of the last axis, if it has one for each block."""
-        block = self.block[-1] if self.block else None
-        if block is None:
-            return scale
-        return scale.unsqueeze(-1).expand(*scale.shape, block).flatten(-2)[..., :length]
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """`block` where it is a number of elements; `()` for scales that broadcast."""
+        return tuple(size for size in self.block if size is not None)
+
+    def blocks(self, shape: Sequence[Any]) -> list[Any]:
+        """How many blocks a tensor of `shape` has along each axis that has some; dimensions may be symbolic."""
+        return [(length + size - 1) // size for length, size in zip(shape[-len(self.sizes) :], self.sizes, strict=True)]
+
+    def per_element(self, scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """`scale` with one value for each element of a tensor of `shape`, if it has one for each block."""
+        for axis, size in enumerate(self.sizes, -len(self.sizes)):
+            scale = scale.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+        return scale
 
 
 FP8 = Format("fp8", torch.float8_e4m3fn, 448.0, -448.0)
 FP8_PER_TOKEN = Format("fp8_per_token", torch.float8_e4m3fn, 448.0, -448.0, block=(None,))
+FP8_1X128 = Format("fp8_1x128", torch.float8_e4m3fn, 448.0, -448.0, block=(128,))
+FP8_128X128 = Format("fp8_128x128", torch.float8_e4m3fn, 448.0, -448.0, block=(128, 128))
 INT8 = Format("int8", torch.int8, 127.0, -128.0, integer=True)
+INT8_PER_TOKEN = Format("int8_per_token", torch.int8, 127.0, -128.0, integer=True, block=(None,))
 NVFP4 = Format("nvfp4", torch.uint8, 6.0, -6.0, packed=True, block=(16,), scale=FP8)
 
-FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, INT8, NVFP4)}
+FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4)}
 
 
 def get_format(name: str) -> Format:

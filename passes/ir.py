@@ -2,8 +2,9 @@
 attention whose probabilities are quantized, and the linear layers of all experts of a mixture at once.
 
 Granularity is read off the scale's shape, which broadcasts: a scalar is per tensor, `[N, 1]` per channel of a `[N, K]`
-weight, `[..., 1]` per token; a format that has blocks wants a scale for each, `[..., K / 16]`. A format of two levels
-is a chain, exactly as in ONNX: `s = dequantize(block_scales, global_scale)`, `x = dequantize(codes, s)`.
+weight, `[..., 1]` per token; a format that has blocks wants a scale for each, `[..., K / 16]` or `[N / 128, K / 128]`,
+rounded up. A format of two levels is a chain, exactly as in ONNX: `s = dequantize(block_scales, global_scale)`,
+`x = dequantize(codes, s)`.
 Each operator has a fake and a reference in plain torch, so a program that holds them captures, exports, saves and runs
 anywhere. Back ends lower them; nothing evaluates them early.
 """
@@ -31,14 +32,14 @@ LEAST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3
 def quantize(x: torch.Tensor, scale: torch.Tensor, *, format: str) -> torch.Tensor:
     """`x / scale` in fp32, rounded to the codes of `format` with saturation."""
     fmt = get_format(format)
-    return fmt.encode(x.float() / fmt.per_element(scale.float(), x.shape[-1] if x.ndim else 1))
+    return fmt.encode(x.float() / fmt.per_element(scale.float(), x.shape))
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, *, format: str, dtype: torch.dtype) -> torch.Tensor:
     """`q * scale` in fp32, rounded to `dtype`."""
     fmt = get_format(format)
     values = fmt.decode(q)
-    return (values * fmt.per_element(scale.float(), values.shape[-1] if values.ndim else 1)).to(dtype)
+    return (values * fmt.per_element(scale.float(), values.shape)).to(dtype)
 
 
 def dynamic_quantize(
@@ -51,8 +52,8 @@ def dynamic_quantize(
         global_scale: fp32 scalar for a format of two levels, None for the others.
 
     Returns:
-        Codes, and a scale in the dtype of `x` for each block; of a format of two levels the codes of those scales, to
-        be dequantized with `global_scale`.
+        Codes, and their scale: for blocks of a number of elements one each, in float32, or of a format of two levels
+        the codes of those scales, to be dequantized with `global_scale`; else in the dtype of `x`.
     """
     fmt = get_format(format)
     if (global_scale is None) != (fmt.scale is None):
@@ -62,10 +63,25 @@ def dynamic_quantize(
         block_scales = fmt.scale.encode(block_scale_values(x, global_scale, fmt))
         scale = dequantize(block_scales, global_scale, format=fmt.scale.name, dtype=torch.float32)
         return quantize(x, scale, format=format), block_scales
+    if fmt.sizes:
+        scale = block_amax(x, fmt) / fmt.max
+        # a block of zeros, or as good as, has the scale 1: any positive number gives zeros
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+        return quantize(x, scale, format=format), scale
     amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else x.abs().amax()
     # float16 would round the scale of a token below 1e-5 to 0, and its codes would be NaN
     scale = (amax.float().clamp_min(_EPSILON) / fmt.max).to(x.dtype).clamp_min(torch.finfo(x.dtype).smallest_normal)
     return quantize(x, scale, format=format), scale
+
+
+def block_amax(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Largest magnitude in each block of `x`, in float32; the last block of an axis can be smaller than the others."""
+    amax = x.abs()
+    for axis, size in enumerate(fmt.sizes, -len(fmt.sizes)):
+        missing = -amax.shape[axis] % size
+        whole = torch.nn.functional.pad(amax, (0, 0) * (-1 - axis) + (0, missing)) if missing else amax
+        amax = whole.unflatten(axis, (-1, size)).amax(axis)
+    return amax.float()
 
 
 def block_scale_values(x: torch.Tensor, global_scale: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -74,10 +90,7 @@ def block_scale_values(x: torch.Tensor, global_scale: torch.Tensor, fmt: Format)
     Model Optimizer's arithmetic (its CPU export is the reference): fp32, a block of zeros has the scale 1, and a scale
     that e4m3 would round to 0 is its smallest number.
     """
-    block = fmt.block[-1]
-    assert block is not None
-    amax = x.unflatten(-1, (-1, block)).abs().amax(-1).float()
-    scale = amax / (fmt.max * global_scale)
+    scale = block_amax(x, fmt) / (fmt.max * global_scale)
     return torch.where(scale == 0, 1.0, scale.clamp_min(LEAST_BLOCK_SCALE))
 
 
@@ -156,8 +169,11 @@ def _dynamic_quantize_fake(
     x: torch.Tensor, global_scale: torch.Tensor | None, *, format: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = get_format(format)
-    blocks = [1 if block is None else x.shape[-1] // block for block in fmt.block]
-    scale = x.new_empty((*x.shape[:-1], *blocks) if blocks else (), dtype=fmt.scale.storage if fmt.scale else x.dtype)
+    if fmt.sizes:
+        sizes = (*x.shape[: -len(fmt.sizes)], *fmt.blocks(x.shape))
+        scale = x.new_empty(sizes, dtype=fmt.scale.storage if fmt.scale else torch.float32)
+    else:
+        scale = x.new_empty((*x.shape[:-1], 1) if fmt.block else ())
     return _codes_like(x, fmt), scale
 
 

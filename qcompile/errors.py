@@ -7,6 +7,7 @@ from passes.errors import PassError, QCompileError
 __all__ = [
     "CalibrationError",
     "CaptureError",
+    "CheckpointError",
     "EngineError",
     "ExpectationError",
     "ExportError",
@@ -48,3 +49,7 @@ class EngineError(QCompileError):
 
 class ExpectationError(QCompileError):
     """What was built falls short of what the caller said to expect."""
+
+
+class CheckpointError(QCompileError):
+    """A Hugging Face checkpoint is broken, or cannot say what it was asked to."""

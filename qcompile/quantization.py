@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from passes.base import run_pipeline
 from passes.errors import PassError
-from passes.formats import FP8_PER_TOKEN, Format, get_format
 from passes.graph import calls, input_dependence
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pipelines import NORMALIZE, quantize_pipeline
@@ -27,7 +26,7 @@ from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
 from qcompile.record import QuantizeRecord, record
-from qcompile.scales import activation_amax, has_constant, scale_of, weight_amax
+from qcompile.scales import activation_amax, format_of, has_constant, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -85,7 +84,7 @@ def quantize(
 
     planned = {site.consumer for site in configs if site.operand == "q"}
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
-    rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, _format(config))}
+    rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, format_of(config))}
     run_pipeline((partial(PlaceAttentionScale, planned), partial(RotateLinears, rotated)), gm, log)
 
     source = model_dtype(gm)
@@ -94,7 +93,7 @@ def quantize(
     _check_range(amax, target)
     power_of_two = chosen_recipe.calibration.power_of_two
     quantizers = {
-        site: Quantizer(_format(config), scale_of(amax[site], config, power_of_two) if has_constant(config) else None)
+        site: Quantizer(format_of(config), scale_of(amax[site], config, power_of_two) if has_constant(config) else None)
         for site, config in configs.items()
         if site.operand != "softmax"
     }
@@ -143,7 +142,3 @@ def _check_range(amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None
                 f"{site.name}: the largest weight is {largest:.3g}, which {target} cannot hold; compute in bfloat16 or"
                 " float32, or leave this layer unquantized in the recipe"
             )
-
-
-def _format(config: QuantizerConfig) -> Format:
-    return FP8_PER_TOKEN if config.granularity == "per_token" else get_format(config.format)

@@ -8,9 +8,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import ConstantRows, add_constant, constant, is_constant_expression, replace_with_constant
+from passes.constants import (
+    ConstantRows,
+    add_constant,
+    constant,
+    is_constant_expression,
+    replace_with_constant,
+    root_constants,
+)
 from passes.formats import get_format
-from passes.graph import aten, calls, is_call
+from passes.graph import aten, calls, is_call, val
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
 from passes.quantize.sites import linear_name
 
@@ -23,9 +30,12 @@ class FoldWeights(Pass):
         y = linear(x, dequantize(w8, scale))
         c, b = dynamic_quantize(v, g)           # two levels: NVFP4
         z = linear(x, dequantize(c, dequantize(b, g)))
+        c, s = dynamic_quantize(u, None)        # blocks of 128 x 128
+        t = linear(x, dequantize(c, s))
     After:
         y = linear(x, dequantize(w_codes, scale))
         z = linear(x, dequantize(v_codes, dequantize(v_block_scales, g)))
+        t = linear(x, dequantize(u_codes, u_scales))
 
     Requires: scales in their final dtype, as codes are made with exactly the scale that multiplies them later.
     Ensures: codes equal `round(w / scale)` in fp32 with saturation; the float weight is gone if nothing else reads it,
@@ -43,20 +53,21 @@ class FoldWeights(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         self.groups, self.rooms = _parallel(gm), {}
         for node in calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE):
-            weight, scale_node = node.args
-            scale = constant(gm, scale_node)
-            if scale is None or not isinstance(weight, Node) or not is_constant_expression(weight):
+            weight, scale = node.args
+            if not isinstance(weight, Node) or not is_constant_expression(weight):
                 continue
-            if node.target is QUANTIZE:
-                self._fold(gm, node, scale)
+            if node.target is DYNAMIC_QUANTIZE:
+                self._fold_blocks(gm, node)
+            elif constant(gm, scale) is not None:
+                self._fold(gm, node)
             else:
-                self._fold_blocks(gm, node, scale)
+                continue
             self.fire()
 
-    def _fold(self, gm: GraphModule, node: Node, scale: torch.Tensor) -> None:
-        """One level: a scale for the tensor or for each channel."""
-        format, weight = str(node.kwargs["format"]), node.args[0]
-        assert isinstance(weight, Node)
+    def _fold(self, gm: GraphModule, node: Node) -> None:
+        """A scale for the tensor or for each channel, which is known."""
+        format, weight, scale = str(node.kwargs["format"]), node.args[0], constant(gm, node.args[1])
+        assert isinstance(weight, Node) and scale is not None
         constant_rows = ConstantRows(gm, weight)
         codes = torch.empty(constant_rows.shape, dtype=get_format(format).storage, device=constant_rows.device)
         for rows, values in constant_rows:
@@ -75,15 +86,21 @@ class FoldWeights(Pass):
         start = sum(int(member.meta["val"][index].shape[0]) for member in group[: group.index(node)])
         return self.rooms[group[0], index][start : start + int(value.shape[0])]
 
-    def _fold_blocks(self, gm: GraphModule, node: Node, global_scale: torch.Tensor) -> None:
-        """Two levels: scales of blocks, stored beside the codes, under the global one."""
-        format, weight = str(node.kwargs["format"]), node.args[0]
+    def _fold_blocks(self, gm: GraphModule, node: Node) -> None:
+        """A scale for each block, measured here; of two levels, under a global one."""
+        fmt, weight = get_format(str(node.kwargs["format"])), node.args[0]
         assert isinstance(weight, Node)
-        constant_rows = ConstantRows(gm, weight)
+        global_scale = constant(gm, node.args[1])
+        rows_of_block = fmt.sizes[0] if len(fmt.sizes) == len(val(weight).shape) else 1
+        constant_rows = ConstantRows(gm, weight, rows_of_block)
         codes, scales = (self._room(node, index, constant_rows.device) for index in (0, 1))
         for rows, values in constant_rows:
-            codes[rows], scales[rows] = dynamic_quantize(values, global_scale, format=format)
-        name = str(node.args[1].target).replace("global_scale", "block_scale")  # type: ignore[union-attr]
+            blocks = slice(rows.start // rows_of_block, -(-rows.stop // rows_of_block))
+            codes[rows], scales[blocks] = dynamic_quantize(values, global_scale, format=fmt.name)
+        if global_scale is not None:
+            name = str(node.args[1].target).replace("global_scale", "block_scale")  # type: ignore[union-attr]
+        else:
+            name = f"{root_constants(weight)[0].target}_scale"
         node.update_arg(1, None)
         for part in list(node.users):
             is_codes = part.args[1] == 0

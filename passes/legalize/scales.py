@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant, constant, delete_constant
 from passes.errors import PassError
+from passes.formats import get_format
 from passes.graph import calls, dtype
 from passes.ir import ATTENTION, DEQUANTIZE
 
@@ -21,7 +22,8 @@ class RoundScales(Pass):
         q = quantize(x, s_float16); y = dequantize(q, s_float16, dtype=float16)
 
     Requires: `ConvertComputeDtype` ran, if it will.
-    Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype.
+    Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype. Scales of
+        blocks stay as they are: float32, which is what their own legalization computes with, or codes.
     Declines when: never; raises `PassError` naming the scale that the dtype cannot hold.
     Why: ONNX below opset 23 and ONNX Runtime want x and scale of one type. It comes before `FoldWeights`, so that codes
         are made with the scale that multiplies them.
@@ -32,7 +34,8 @@ class RoundScales(Pass):
         for node in calls(gm.graph, DEQUANTIZE, ATTENTION):
             scale_node = node.args[4] if node.target is ATTENTION else node.args[1]
             scale = constant(gm, scale_node)
-            if isinstance(scale_node, Node) and scale is not None and scale.dtype != torch.float8_e4m3fn:
+            in_blocks = node.target is DEQUANTIZE and bool(get_format(str(node.kwargs["format"])).sizes)
+            if isinstance(scale_node, Node) and scale is not None and not in_blocks:
                 targets[str(scale_node.target)] = dtype(node)
         for name, to in targets.items():
             self._round(gm, name, to)

@@ -106,9 +106,10 @@ class InsertQdq(Pass):
 
 def misfit(source: Node, fmt: Format) -> str | None:
     """Why `source` cannot be quantized to `fmt`, or None."""
-    block = fmt.block[-1] if fmt.block else None
-    size = shape(source)[-1]
-    if block is None or (isinstance(size, int) and size % block == 0):
+    if not fmt.packed:  # the last block of others can be smaller
+        return None
+    block, size = fmt.sizes[-1], shape(source)[-1]
+    if isinstance(size, int) and size % block == 0:
         return None
     return f"{fmt.name} has blocks of {block} elements, and the reduction axis has {size}"
 

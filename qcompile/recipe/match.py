@@ -205,11 +205,20 @@ def _notices(
     return notices
 
 
+# (format, block shape, dynamic) that back ends multiply.
+_BLOCKS = {
+    ("nvfp4", (1, 16), False),
+    ("nvfp4", (1, 16), True),
+    ("fp8", (128, 128), False),
+    ("fp8", (1, 128), True),
+}
+
+
 def unsupported(config: QuantizerConfig) -> str | None:
     """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
     if config.format not in FORMATS:
         reason = f"format {config.format}: no back end multiplies it; use fp8 or nvfp4"
-    elif config.granularity == "per_block" and config.format not in BLOCK_FORMATS:
+    elif config.granularity == "per_block" and (config.format, config.block_shape, config.dynamic) not in _BLOCKS:
         reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
     elif config.dynamic and config.granularity == "per_tensor":
         reason = f"dynamic {config.granularity} scales; use `granularity: per_token` or leave out `dynamic`"

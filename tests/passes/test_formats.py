@@ -129,8 +129,8 @@ def test_nvfp4_has_two_levels_of_scales() -> None:
     assert (NVFP4.block, NVFP4.scale, NVFP4.global_max) == ((16,), FP8, 2688.0)
     assert (FP8.global_max, INT8.global_max) == (448.0, 127.0)
     scale = torch.tensor([[1.0, 2.0]])
-    assert NVFP4.per_element(scale, 32).tolist() == [[1.0] * 16 + [2.0] * 16]
-    assert FP8.per_element(scale, 32) is scale
+    assert NVFP4.per_element(scale, (1, 32)).tolist() == [[1.0] * 16 + [2.0] * 16]
+    assert FP8.per_element(scale, (1, 32)) is scale
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:

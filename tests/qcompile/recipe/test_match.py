@@ -292,8 +292,9 @@ def test_a_reason_is_told_with_what_the_rule_decided() -> None:
         (QuantizerConfig("int8", "per_channel"), None),
         (QuantizerConfig("fp8", "per_token", dynamic=True), None),
         (QuantizerConfig("nvfp4", "per_block", (1, 16), dynamic=True), None),
+        (QuantizerConfig("fp8", "per_block", (128, 128)), None),
         (
-            QuantizerConfig("fp8", "per_block", (128, 128), source="r.yaml:3"),
+            QuantizerConfig("fp8", "per_block", (64, 64), source="r.yaml:3"),
             "r.yaml:3: not supported yet: per_block fp8",
         ),
         (QuantizerConfig("fp8", dynamic=True), "dynamic per_tensor scales"),

@@ -1,0 +1,132 @@
+"""One quantized linear layer outside of a graph: its codes and scales, as checkpoints hold them and frontends find them.
+
+All scales multiply: `weight = codes * scale`, under `global_scale` where the format has two levels. Checkpoint formats
+that divide convert on their way in and out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+
+__all__ = ["QuantizedLinear", "QuantizedWeight", "Scheme"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear layer is quantized.
+
+    Attributes:
+        weight: format of the weight: FP8, FP8_128X128, INT8 or NVFP4.
+        input: format of the input: FP8 (a constant scale), FP8_PER_TOKEN, FP8_1X128, INT8, INT8_PER_TOKEN, NVFP4; None
+            for weight-only.
+        per_channel: an FP8 or INT8 weight has a scale for each row.
+    """
+
+    weight: Format
+    input: Format | None = None
+    per_channel: bool = False
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether the input has a constant scale, the global one of a format of two levels."""
+        return self.input is not None and (self.input.scale is not None or not self.input.block)
+
+
+FP8_TENSOR = Scheme(FP8, FP8)
+FP8_CHANNEL_TOKEN = Scheme(FP8, FP8_PER_TOKEN, per_channel=True)
+FP8_BLOCK = Scheme(FP8_128X128, FP8_1X128)
+NVFP4_W4A4 = Scheme(NVFP4, NVFP4)
+INT8_CHANNEL_TOKEN = Scheme(INT8, INT8_PER_TOKEN, per_channel=True)
+
+
+@dataclass
+class QuantizedWeight:
+    """Codes and scales of one layer.
+
+    Attributes:
+        scheme: what they are.
+        codes: `[N, K]` float8_e4m3fn or int8; for NVFP4 uint8 `[N, K / 2]`. The fused experts of a mixture have a first
+            axis E, here and in `scale`.
+        scale: fp32 scalar; `[N, 1]` per channel; `[ceil(N / 128), ceil(K / 128)]` of FP8_128X128; for NVFP4
+            float8_e4m3fn `[N, K / 16]`. Experts with one scale each have `[E, 1, 1]`.
+        global_scale: fp32 scalar (`[E, 1, 1]`), NVFP4 only.
+        input_scale: fp32 scalar where the input has a constant scale; the global one for NVFP4.
+    """
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scale: torch.Tensor
+    global_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer, or the fused ones of all experts, that runs on codes through the operators of the IR.
+
+    `torch.export` captures it as what `qcompile.quantize` makes of a float layer, and its tensors have the same names.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme = weight.scheme
+        two_levels = weight.scheme.weight.scale is not None
+        self._register("weight", weight.codes)
+        self._register("weight_block_scale" if two_levels else "weight_scale", weight.scale)
+        if two_levels:
+            self._register("weight_global_scale", weight.global_scale)
+        if weight.scheme.has_input_scale:
+            assert weight.scheme.input is not None
+            kind = "input_global_scale" if weight.scheme.input.scale is not None else "input_scale"
+            self._register(kind, weight.input_scale)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+    def _register(self, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None:
+            raise ValueError(f"{name} is missing")
+        # scales are buffers, and codes are not: what `quantize` makes has them so
+        if name in ("weight", "weight_block_scale") or tensor.ndim > 1:
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., N]`; of experts `[E or 1, M, K]` -> `[E, M, N]`."""
+        weight = self._dequantized(x.dtype)
+        x = self._quantized(x)
+        if weight.ndim == 3:
+            result: torch.Tensor = torch.ops.qcompile.batched_linear(x, weight, self.bias)
+            return result
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+    def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        fmt = self.scheme.weight
+        scale = self.weight_scale if fmt.scale is None else self.weight_block_scale
+        if fmt.scale is not None:
+            scale = DEQUANTIZE(scale, self.weight_global_scale, format=fmt.scale.name, dtype=torch.float32)
+        result: torch.Tensor = DEQUANTIZE(self.weight, scale, format=fmt.name, dtype=dtype)
+        return result
+
+    def _quantized(self, x: torch.Tensor) -> torch.Tensor:
+        fmt = self.scheme.input
+        if fmt is None:
+            return x
+        if self.scheme.has_input_scale and fmt.scale is None:
+            codes, scale = QUANTIZE(x, self.input_scale, format=fmt.name), self.input_scale
+        else:
+            codes, scale = DYNAMIC_QUANTIZE(x, self.input_global_scale if fmt.scale else None, format=fmt.name)
+            if fmt.scale is not None:
+                scale = DEQUANTIZE(scale, self.input_global_scale, format=fmt.scale.name, dtype=torch.float32)
+        result: torch.Tensor = DEQUANTIZE(codes, scale, format=fmt.name, dtype=x.dtype)
+        return result
+
+    def extra_repr(self) -> str:
+        fmt = self.scheme.input
+        return f"{tuple(self.weight.shape)}, weight={self.scheme.weight.name}, input={fmt.name if fmt else None}"
