@@ -14,6 +14,7 @@ __all__ = [
     "PassError",
     "QCompileError",
     "RecipeError",
+    "RepairError",
     "SourceError",
     "VerificationError",
 ]
@@ -53,3 +54,7 @@ class ExpectationError(QCompileError):
 
 class CheckpointError(QCompileError):
     """A Hugging Face checkpoint is broken, or cannot say what it was asked to."""
+
+
+class RepairError(QCompileError):
+    """An ONNX file cannot be turned into one of standard operators; nothing was written."""

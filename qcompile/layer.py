@@ -25,16 +25,19 @@ class Scheme:
         input: format of the input: FP8 (a constant scale), FP8_PER_TOKEN, FP8_1X128, INT8, INT8_PER_TOKEN, NVFP4; None
             for weight-only.
         per_channel: an FP8 or INT8 weight has a scale for each row.
+        measured: the scale of the whole input, a constant otherwise, is measured at run time: that of FP8 and INT8, the
+            global one of NVFP4.
     """
 
     weight: Format
     input: Format | None = None
     per_channel: bool = False
+    measured: bool = False
 
     @property
     def has_input_scale(self) -> bool:
         """Whether the input has a constant scale, the global one of a format of two levels."""
-        return self.input is not None and (self.input.scale is not None or not self.input.block)
+        return self.input is not None and not self.measured and (self.input.scale is not None or not self.input.block)
 
 
 FP8_TENSOR = Scheme(FP8, FP8)
@@ -63,6 +66,12 @@ class QuantizedWeight:
     scale: torch.Tensor
     global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+
+
+def measured_global_scale(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """`amax / fmt.global_max` of a tensor in fp32: the scale of the scales of its blocks. Zeros have that of 1."""
+    amax = x.abs().amax().float()
+    return torch.where(amax > 0, amax, 1.0) / fmt.global_max
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -121,9 +130,12 @@ class QuantizedLinear(torch.nn.Module):
         if self.scheme.has_input_scale and fmt.scale is None:
             codes, scale = QUANTIZE(x, self.input_scale, format=fmt.name), self.input_scale
         else:
-            codes, scale = DYNAMIC_QUANTIZE(x, self.input_global_scale if fmt.scale else None, format=fmt.name)
+            global_scale = None
             if fmt.scale is not None:
-                scale = DEQUANTIZE(scale, self.input_global_scale, format=fmt.scale.name, dtype=torch.float32)
+                global_scale = measured_global_scale(x, fmt) if self.scheme.measured else self.input_global_scale
+            codes, scale = DYNAMIC_QUANTIZE(x, global_scale, format=fmt.name)
+            if fmt.scale is not None:
+                scale = DEQUANTIZE(scale, global_scale, format=fmt.scale.name, dtype=torch.float32)
         result: torch.Tensor = DEQUANTIZE(codes, scale, format=fmt.name, dtype=x.dtype)
         return result
 

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints of quantized models: written (`save`), and read (`qcompile.frontends.checkpoint`)."""

@@ -1,0 +1,142 @@
+"""NVIDIA Model Optimizer's unified Hugging Face format, key for key as its own export (0.47) writes it.
+
+    X.weight          float8_e4m3fn [N, K];  NVFP4: uint8 [N, K / 2]
+    X.weight_scale    float32: scalar, [N], or [N / 128, 1, K / 128, 1];  NVFP4: float8_e4m3fn [N, K / 16]
+    X.weight_scale_2  float32 scalar, the global scale of NVFP4; multiplies
+    X.input_scale     float32 scalar, where activations have a constant scale
+    A.k_proj.k_scale, A.v_proj.v_scale   float32 scalars of an FP8 key/value cache
+
+The configuration is written twice: `hf_quant_config.json` in Model Optimizer's own words, and a section of config.json
+in words close to compressed-tensors. W8A8 in blocks has no label here: FP8_PB_WO means weight-only, whatever servers
+make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from passes.formats import FP8_128X128, NVFP4
+from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader
+from qcompile.checkpoint.formats.merged import check_contents, describe, expert_container, some
+from qcompile.checkpoint.formats.modelopt_reader import CONFIG, HF_QUANT_CONFIG, MIXED, SCHEMES, ModelOptReader, newest
+from qcompile.checkpoint.formats.skip import skipped_names, summarize
+from qcompile.checkpoint.formats.tensors import owned
+from qcompile.errors import CheckpointError
+from qcompile.layer import FP8_BLOCK, QuantizedWeight, Scheme
+
+# Servers tell the tool by this name and pick their reader by it; the version is the one whose export this follows.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+_ALGORITHMS = {scheme: algorithm for algorithm, scheme in SCHEMES.items()}
+# vLLM's reader of MIXED_PRECISION knows no more.
+_MIXABLE = ("FP8", "NVFP4", "W4A16_NVFP4")
+
+_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_GROUPS: dict[str, dict[str, Any]] = {
+    "FP8": {"input_activations": _FP8, "weights": _FP8},
+    "NVFP4": {"input_activations": _FP4, "weights": _FP4},
+    "W4A16_NVFP4": {"weights": _FP4},
+}
+
+
+class ModelOpt(CheckpointFormat):
+    """FP8 and NVFP4, each alone or both mixed, with an FP8 key/value cache or without."""
+
+    name = "modelopt"
+
+    def check(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> None:
+        check_contents(self.name, contents, shapes, _refusal)
+        by_algorithm: dict[str, list[str]] = {}
+        for name, scheme in contents.schemes.items():
+            by_algorithm.setdefault(_ALGORITHMS[scheme], []).append(name)
+        if len(by_algorithm) > 1 and (unmixable := sorted(set(by_algorithm) - set(_MIXABLE))):
+            found = "; ".join(f"{algorithm} for {some(names)}" for algorithm, names in by_algorithm.items())
+            raise CheckpointError(
+                f"format modelopt cannot hold this model: {found}. Servers mix only {', '.join(_MIXABLE)}, not "
+                f"{', '.join(unmixable)}; use the format compressed-tensors"
+            )
+
+    def tensors(self, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All scales are float32 (block scales of NVFP4 aside), whatever the dtype of the model."""
+        scale = weight.scale
+        if weight.scheme.weight == FP8_128X128:
+            scale = scale[:, None, :, None]
+        elif weight.scheme.per_channel:
+            scale = scale[:, 0]
+        result = {"weight": weight.codes, "weight_scale": scale}
+        if weight.global_scale is not None:
+            result["weight_scale_2"] = weight.global_scale.reshape(())
+        if weight.input_scale is not None:
+            result["input_scale"] = weight.input_scale.reshape(())
+        return {f"{name}.{key}": owned(tensor) for key, tensor in result.items()}
+
+    def kv_tensors(self, attention: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            f"{attention}.k_proj.k_scale": owned(k_scale.float().reshape(())),
+            f"{attention}.v_proj.v_scale": owned(v_scale.float().reshape(())),
+        }
+
+    def files(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        quantization = _quantization(contents)
+        section: dict[str, Any] = {}
+        algorithm = quantization["quant_algo"]
+        if algorithm == MIXED:
+            section["config_groups"] = _groups(quantization["quantized_layers"])
+            section["quantized_layers"] = quantization["quantized_layers"]
+        elif algorithm in _GROUPS:
+            section["config_groups"] = {"group_0": {**_GROUPS[algorithm], "targets": ["Linear"]}}
+        section["ignore"] = quantization.get("exclude_modules", [])
+        section["quant_algo"] = algorithm
+        if contents.kv_cache:
+            section["kv_cache_scheme"] = _FP8
+        section |= {"producer": _PRODUCER, "quant_method": "modelopt"}
+        return {
+            CONFIG: {"quantization_config": section},
+            HF_QUANT_CONFIG: {"producer": _PRODUCER, "quantization": quantization},
+        }
+
+    def reader(self, quantization_config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> SchemeReader:
+        return ModelOptReader(*newest(quantization_config, files))
+
+
+def _refusal(name: str, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    if scheme == FP8_BLOCK:
+        return (
+            f"{describe(scheme)}: the format has no label for it, FP8_PB_WO means weight-only; use the format fp8 or "
+            "compressed-tensors"
+        )
+    if scheme not in _ALGORITHMS:
+        return f"{describe(scheme)}: the format has no label for it; use the format compressed-tensors"
+    if scheme.weight == FP8_128X128 and (shape[0] % 128 or shape[1] % 128):
+        return f"FP8_PB_WO needs sides divisible by 128, the weight is {list(shape)}; use the format compressed-tensors"
+    return None
+
+
+def _quantization(contents: Contents) -> dict[str, Any]:
+    """The section `quantization` of hf_quant_config.json. The fused experts of a mixture are one entry."""
+    layers = {expert_container(name) or name: _layer(scheme) for name, scheme in contents.schemes.items()}
+    result: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if contents.kv_cache else None}
+    first = next(iter(layers.values()))
+    if any(layer != first for layer in layers.values()):
+        return result | {"quantized_layers": layers}  # what is not listed is not quantized: no exclude_modules
+    skipped = [expert_container(name) or name for name in skipped_names(contents)]
+    return result | first | {"exclude_modules": summarize(skipped, layers)}
+
+
+def _layer(scheme: Scheme) -> dict[str, Any]:
+    group_size = {"group_size": NVFP4.sizes[0]} if scheme.weight == NVFP4 else {}
+    return {"quant_algo": _ALGORITHMS[scheme], **group_size}
+
+
+def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    targets: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        targets.setdefault(layer["quant_algo"], []).append(name)
+    return {
+        f"group_{i}": {**_GROUPS[algorithm], "targets": sorted(names)}
+        for i, (algorithm, names) in enumerate(targets.items())
+    }
