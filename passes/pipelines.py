@@ -1,6 +1,7 @@
 """The pipelines: each reads from top to bottom, and there is no other order.
 
 capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
+of another tool's: capture -> CANONICALIZE -> NORMALIZE -> import_pipeline -> the same
         -> tensorrt_pipeline | portable_pipeline -> lowering
 """
 
@@ -13,14 +14,18 @@ import torch
 from torch.fx import Node
 
 from passes.base import Pass
+from passes.canonicalize.share import ShareQuantizers
 from passes.fold.constants import FoldConstants
 from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
+from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
+from passes.legalize.k_split import SplitK
 from passes.legalize.per_token import PerTokenToStatic
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
@@ -36,12 +41,16 @@ from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.views import ViewsToReshape
+from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
 
 Pipeline = tuple[Callable[[], Pass], ...]
+
+CANONICALIZE: Pipeline = ()
+"""Quantized graphs of other tools become the IR."""
 
 NORMALIZE: Pipeline = (
     ViewsToReshape,
@@ -66,6 +75,18 @@ def quantize_pipeline(
     return (
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
+        *_settle(source, target),
+    )
+
+
+def import_pipeline(source: torch.dtype, target: torch.dtype) -> Pipeline:
+    """What another tool has quantized, as if `quantize_pipeline` had: attention gets the quantizer of its softmax."""
+    return (ShareQuantizers, PlaceAttentionScale, FuseAttentionQdq, *_settle(source, target))
+
+
+def _settle(source: torch.dtype, target: torch.dtype) -> Pipeline:
+    """Compute in `target`, with weights as codes."""
+    return (
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
         FoldMasks,
         RoundScales,
@@ -74,10 +95,16 @@ def quantize_pipeline(
     )
 
 
+BLOCKS_TO_CHANNELS: Pipeline = (BlocksToPerChannel,)
+"""On request in front of either of the following: no FP8 in blocks."""
+
 TENSORRT: Pipeline = (
+    partial(BlocksToPerChannel, everywhere=False),
     SplitPackedHeads,
     MergeParallelLinears,
     PerTokenToStatic,
+    SplitK,
+    SpellOutBlockActivations,
     FlattenRows,
     PadHeadWidths,
     partial(DecomposeAttention, unless=is_causal_without_mask),
@@ -87,7 +114,10 @@ TENSORRT: Pipeline = (
 """The forms that TensorRT fuses into the fewest kernels."""
 
 PORTABLE: Pipeline = (
+    partial(BlocksToPerChannel, everywhere=False),
     PerTokenToStatic,
+    SplitK,
+    SpellOutBlockActivations,
     SpellOutBlockScales,
     DecomposeAttention,
     StoreWeightsTransposed,

@@ -14,7 +14,7 @@ from qcompile.engine import EngineReport
 from qcompile.engine import build_engine as build_engine_from_file
 from qcompile.engine.profiles import Profile
 from qcompile.errors import EngineError
-from qcompile.onnx.export import export_onnx
+from qcompile.onnx.export import BlockFp8, export_onnx
 
 
 def build_engine(
@@ -24,6 +24,7 @@ def build_engine(
     target: str | None = None,
     profiles: Profile | Sequence[Profile] | None = None,
     route: Literal["onnx"] = "onnx",
+    block_fp8: BlockFp8 = "k_split",
     expect: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> EngineReport:
@@ -35,6 +36,7 @@ def build_engine(
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
         profiles: for dynamic shapes, {input name: (min, opt, max)} with whole shapes, or several of those.
         route: "onnx".
+        block_fp8: of a program, as in `export_onnx`.
         expect: what the engine must reach, such as {"attention_fp8": 12, "gemm_fp8": 49, "kernels": 149}: counts of
             attentions and GEMMs are least counts, `kernels` is a largest one.
         progress: show a bar on stderr.
@@ -50,5 +52,5 @@ def build_engine(
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(model, path, target="tensorrt")
+        export_onnx(model, path, target="tensorrt", block_fp8=block_fp8)
         return build_engine_from_file(path, output, target=target, profiles=profiles, expect=expect, progress=progress)

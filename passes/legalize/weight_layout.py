@@ -6,9 +6,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant, constant, is_constant_expression
-from passes.formats import get_format
+from passes.formats import FP8_1X128, FP8_128X128, get_format
 from passes.graph import Emitter, aten, calls, is_call, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.legalize.unit_blocks import scale_rows
 
 
 class StoreWeightsTransposed(Pass):
@@ -19,6 +20,7 @@ class StoreWeightsTransposed(Pass):
     After:
         y = add(matmul(x, dequantize(transpose(codes)[K,N], s)), bias)
         y = add(matmul(x, transpose(dequantize(codes[N,K/2], s))), bias)    # blocks along K, two codes a byte
+        y = add(matmul(x, transpose(dequantize(codes[N,K], rows(s)))), bias)    # FP8 in blocks, rows(s)[N,K/128]
         y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s per channel [E,N,1]
 
     Requires: `FoldWeights` ran; `FoldConstants` follows and stores the transposed codes.
@@ -27,7 +29,8 @@ class StoreWeightsTransposed(Pass):
     Declines when: never; a weight that is not quantized stays in its linear layer.
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
         node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
-        TensorRT from the low-precision GEMM; a Mul behind the product does not.
+        TensorRT from the low-precision GEMM; a Mul behind the product does not. DequantizeLinear has blocks on one axis
+        only.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
@@ -60,7 +63,11 @@ def _transposed(gm: GraphModule, weight: Node, before: Node) -> tuple[Node, Node
     emit, like = Emitter(before), Emitter(before, like=weight)
     codes, scale = weight.args
     assert isinstance(codes, Node) and isinstance(scale, Node)
-    if get_format(str(weight.kwargs["format"])).packed:
+    fmt = get_format(str(weight.kwargs["format"]))
+    if fmt is FP8_128X128:
+        rows = add_constant(gm, str(scale.target), scale_rows(gm, weight), before)
+        weight = like(DEQUANTIZE, codes, rows, format=FP8_1X128.name, dtype=weight.kwargs["dtype"])
+    if fmt.sizes:
         return like(aten.transpose.int, weight, -1, -2), None
     codes = emit(aten.transpose.int, codes, -1, -2)
     factor = None

@@ -10,8 +10,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant, constant, constant_before
+from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
 from passes.ir import DEQUANTIZE
+from passes.legalize.unit_blocks import scale_rows
 from passes.quantize.sites import linear_name
 
 
@@ -26,10 +28,12 @@ class MergeParallelLinears(Pass):
         q, k, v = split(y, [Hq,Hk,Hv], dim=1)
         g, u = split(linear(x, cat(wg, wu)), [N,N], dim=-1)
 
-    Requires: weights as codes, with one scale for all (calibration shares it) or one per channel.
-    Ensures: every output element is the same sum of products.
-    Declines when: the weights' formats or per-tensor scales differ, or only some outputs are split into heads and the
-        widths differ.
+    Requires: weights as codes.
+    Ensures: every output element is the same sum of products. Where a layer's blocks of 128 x 128 would not start at a
+        multiple of 128 rows, each row gets the scales of its blocks, format fp8_1x128. Where each weight has one scale,
+        and not the same (other tools calibrate layers alone), rows have scales of their own, and those of two levels
+        share the first global scale, with the ratio of the others multiplied to the result.
+    Declines when: the weights' formats differ, or only some outputs are split into heads and the widths differ.
     Why: two to four kernels fewer for each transformer block. The heads have to be apart before the split: of the forms
         tried with the TensorRT-RTX builder, a split of the last axis makes it take the GEMM apart again, one of a
         [B,S,3,H,D] tensor loses FP8 in the QKV GEMM where attention is not quantized, and this one was never worse.
@@ -111,10 +115,12 @@ def _mismatch(gm: GraphModule, group: list[_Linear]) -> str | None:
     """Why the weights of `group` cannot share one dequantize, or None."""
     if len({(linear.weight.kwargs["format"], val(linear.scale).ndim) for linear in group}) > 1:
         return "their weights are quantized to different formats or granularities"
-    scales = {float(constant(gm, linear.scale)) for linear in group if val(linear.scale).ndim == 0}  # type: ignore[arg-type]
-    if len(scales) > 1:
-        return "their weights have different scales; calibrate them together, or one scale per channel"
     return None
+
+
+def _scales_differ(gm: GraphModule, group: list[_Linear]) -> bool:
+    """Whether each weight has one scale, and not all the same."""
+    return len({float(constant(gm, linear.scale)) for linear in group if val(linear.scale).ndim == 0}) > 1  # type: ignore[arg-type]
 
 
 def _merge(gm: GraphModule, group: list[_Linear]) -> Node:
@@ -122,20 +128,37 @@ def _merge(gm: GraphModule, group: list[_Linear]) -> Node:
     first = group[0]
     emit = Emitter(first.node)
     codes = _rows(emit, [linear.codes for linear in group])
-    scale = constant_before(first.scale, first.node)
-    if val(scale).ndim:
+    scale, options = constant_before(first.scale, first.node), dict(first.weight.kwargs)
+    if first.weight.kwargs["format"] == FP8_128X128.name and any(linear.width % 128 for linear in group[:-1]):
+        rows = torch.cat([scale_rows(gm, linear.weight) for linear in group])
+        scale, options["format"] = add_constant(gm, str(first.scale.target), rows, first.node), FP8_1X128.name
+    elif val(scale).ndim:
         scale = _rows(emit, [linear.scale for linear in group])
+    elif _scales_differ(gm, group) and first.block_scales is None:
+        scale = add_constant(gm, str(first.scale.target), _row_scales(gm, group), first.node)
     blocks = [linear.block_scales for linear in group if linear.block_scales is not None]
     if blocks:
         chain = first.weight.args[1]
         assert isinstance(chain, Node)
         scale = emit(DEQUANTIZE, _rows(emit, blocks), scale, **chain.kwargs)
-    weight = Emitter(first.node, like=first.weight)(DEQUANTIZE, codes, scale, **first.weight.kwargs)
-    bias = [emit(aten.cat.default, [_bias(gm, linear, first.node) for linear in group])] if _any_bias(group) else []
-    merged = emit(aten.linear.default, first.node.args[0], weight, *bias)
+    weight = Emitter(first.node, like=first.weight)(DEQUANTIZE, codes, scale, **options)
+    bias = emit(aten.cat.default, [_bias(gm, linear, first.node) for linear in group]) if _any_bias(group) else None
+    ratio = _row_scales(gm, group).flatten() if blocks and _scales_differ(gm, group) else None
+    before = [] if bias is None or ratio is not None else [bias]
+    merged = emit(aten.linear.default, first.node.args[0], weight, *before)
     for node in (merged, weight, codes):
         node.meta["nn_module_stack"] = _joint_stack(group)
-    return merged
+    if ratio is None:
+        return merged
+    ratio = (ratio / ratio[0]).to(val(merged).dtype)
+    scaled = emit(aten.mul.Tensor, merged, add_constant(gm, f"{first.name}.output_ratio", ratio, first.node))
+    return scaled if bias is None else emit(aten.add.Tensor, scaled, bias)
+
+
+def _row_scales(gm: GraphModule, group: list[_Linear]) -> torch.Tensor:
+    """The scale of each weight for each of its rows, `[N, 1]`."""
+    scales = [constant(gm, linear.scale) for linear in group]
+    return torch.cat([s.expand(linear.width, 1) for s, linear in zip(scales, group, strict=True) if s is not None])
 
 
 def _rows(emit: Emitter, constants: list[Node]) -> Node:

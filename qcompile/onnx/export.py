@@ -7,8 +7,6 @@ import logging
 import operator
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -21,32 +19,34 @@ from torch.export import ExportedProgram
 
 from passes.base import PassLog, run_pipeline
 from passes.normalize.attention import NormalizeAttention
-from passes.pipelines import PORTABLE, TENSORRT
+from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
+from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
+from qcompile.onnx.save import written_beside
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
-from qcompile.onnx.wire import embed_weights
 from qcompile.record import record_of
 from qcompile.report import Report
 
 Target = Literal["tensorrt", "portable"]
+BlockFp8 = Literal["k_split", "per_channel"]
 OPSETS = range(19, 24)
 _DEFAULT_OPSET = 21
 _PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
+_BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",
     "onnx_ir.passes.common.initializer_deduplication",
     "onnxscript.optimizer._constant_folding",
 )
-_EMBEDDED_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
 
 
 def export_onnx(
@@ -55,6 +55,7 @@ def export_onnx(
     *,
     target: Target = "tensorrt",
     opset: int | None = None,
+    block_fp8: BlockFp8 = "k_split",
     compare: Any = None,
 ) -> Report:
     """Lower `program` to an ONNX file, check it, and tell what is in it.
@@ -66,19 +67,23 @@ def export_onnx(
         target: `tensorrt` for the forms that TensorRT fuses into the fewest kernels; `portable` for standard operators
             only, in the shape of the model.
         opset: 19 to 23; None is 21, or 23 where NVFP4 needs it.
+        block_fp8: how linear layers with FP8 weights in blocks of 128 x 128 are written: `k_split` multiplies block by
+            block, exactly, and writes the products of all blocks to memory; `per_channel` quantizes the weights once
+            more, with one scale for each channel, and the activations per token. The report tells what it costs.
         compare: a batch, as in calibration, on which every layer of the file is compared with the program.
 
     Raises:
         ExportError: an operator has no ONNX form, or the opset is out of range.
         VerificationError: the file failed a check; it was not put in place.
     """
-    opset = _check(program, target, opset)
+    opset = _check(program, target, opset, block_fp8)
     destination = Path(path)
     if destination.is_dir():
         raise ExportError(f"'{destination}' is a directory; name a file in it")
     with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
-        log = run_pipeline(_PIPELINES[target], gm)
+        log = run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm)
+        costs = cost_notices(gm, log)
         lowered = lift(gm, program)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
@@ -88,12 +93,12 @@ def export_onnx(
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 
-    with _written_beside(converted.model, destination) as written:
+    with written_beside(converted.model, destination) as written:
         checks = verify_onnx(written, required_dependence(program, converted.model))
         require(checks)
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
-    return _report(program, log, converted.model, target, opset, checks, comparison, size)
+    return _report(program, log, converted.model, target, opset, costs, checks, comparison, size)
 
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
@@ -105,12 +110,14 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
-def _check(program: object, target: str, opset: int | None) -> int:
+def _check(program: object, target: str, opset: int | None, block_fp8: str) -> int:
     if not isinstance(program, ExportedProgram):
         raise ExportError(f"a {type(program).__name__} is not a program: give what qcompile.quantize returns")
     check_interface(program)
     if target not in _PIPELINES:
         raise ExportError(f"unknown target {target!r}; known: {', '.join(_PIPELINES)}")
+    if block_fp8 not in _BLOCK_FP8:
+        raise ExportError(f"unknown block_fp8 {block_fp8!r}; known: {', '.join(_BLOCK_FP8)}")
     if opset is not None and opset not in OPSETS:
         raise ExportError(
             f"opset {opset} is not supported: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}"
@@ -179,33 +186,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def _written_beside(model: onnx_ir.Model, destination: Path) -> Iterator[Path]:
-    """Write `model` into a directory beside `destination`; move it in place if the body succeeds, drop it if not."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        written = folder / destination.name
-        weights = (value.const_value for value in model.graph.initializers.values())
-        size = sum(weight.nbytes for weight in weights if weight is not None)
-        beside = folder / f"{destination.name}.data"
-        onnx_ir.save(model, written, external_data=beside.name)  # the way that copies no weight
-        if size <= _EMBEDDED_BYTES:
-            embed_weights(written)
-            beside.unlink()
-        yield written
-        for file in sorted(folder.iterdir(), key=lambda f: f == written):  # the weights first, the graph last
-            os.replace(file, destination.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _report(
     program: ExportedProgram,
     log: PassLog,
     model: onnx_ir.Model,
     target: str,
     opset: int,
+    costs: list[str],
     checks: list[Any],
     comparison: Any,
     size: int,
@@ -226,7 +213,7 @@ def _report(
         coverage=coverage(gm, unquantized),
         declined=[*record.declined, *log.declined],
         fired={**record.fired, **log.fired},
-        notices=[str(notice) for notice in record.notices],
+        notices=[*(str(notice) for notice in record.notices), *costs],
         checks=checks,
         comparison=comparison,
         bytes=size,

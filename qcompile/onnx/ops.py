@@ -42,9 +42,10 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         return op.QuantizeLinear(x, flat, _zero_point(op, scale, format), axis=axis)
 
     def dequantize(q: Any, scale: Any, format: str, dtype: int) -> Any:
-        if get_format(format).packed:
-            # float32 scales make a float32 result: TensorRT refuses `output_dtype` here, and sees through the Cast
-            wide = op.DequantizeLinear(q, scale, axis=-1, block_size=BLOCK)
+        fmt = get_format(format)
+        if fmt.sizes:
+            # float32 scales make a float32 result: TensorRT refuses `output_dtype` on FP4, and sees through the Cast
+            wide = op.DequantizeLinear(q, scale, axis=-1, block_size=fmt.sizes[-1])
             return wide if dtype == FLOAT else op.Cast(wide, to=dtype)
         axis, flat = _granularity(op, scale)
         return op.DequantizeLinear(q, flat, _zero_point(op, scale, format), axis=axis)
@@ -53,6 +54,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         return _rms_norm(op, x, len(normalized_shape), weight, eps)
 
     def dynamic_quantize(x: Any, global_scale: Any, format: str) -> Any:
+        if not get_format(format).packed:
+            raise NotImplementedError(f"scales from run time, {format}, which the pipeline was to write as operators")
         return FP4_DYNAMIC_QUANTIZE(x, global_scale, axis=-1, block_size=BLOCK, scale_type=FLOAT8E4M3FN)
 
     return {

@@ -169,12 +169,33 @@ def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
 
 
 def _check_pairs(configs: dict[str, QuantizerConfig]) -> None:
-    """NVFP4 is multiplied with NVFP4: with another format TensorRT computes in half precision, or crashes."""
+    """Some formats are multiplied with their like only.
+
+    NVFP4 with another format TensorRT computes in half precision, or crashes; an FP8 weight in blocks with an input
+    that has one scale it miscompiles.
+    """
     for module, config, weight in _inputs(configs):
-        if weight is not None and weight.format != config.format and "nvfp4" in (weight.format, config.format):
-            places = f"weight: {weight.format}, {weight.source}; input: {config.format}, {config.source}"
-            message = f"nvfp4 is multiplied with nvfp4, or with an input that is not quantized ({places})"
-            raise RecipeError(f"{module}: {message}")
+        if weight is None:
+            continue
+        reason = None
+        if weight.format != config.format and "nvfp4" in (weight.format, config.format):
+            reason = "nvfp4 is multiplied with nvfp4, or with an input that is not quantized"
+        elif (weight.block_shape == (128, 128)) != (config.block_shape == (1, 128)):
+            reason = (
+                "a weight in blocks of [128, 128] is multiplied with an input in dynamic blocks of [1, 128], or with"
+                " one that is not quantized"
+            )
+        if reason is not None:
+            places = f"weight: {_layout(weight)}, {weight.source}; input: {_layout(config)}, {config.source}"
+            raise RecipeError(f"{module}: {reason} ({places})")
+
+
+def _layout(config: QuantizerConfig) -> str:
+    """The format as messages call it: nvfp4, fp8 per_tensor, fp8 per_block [128, 128]."""
+    if config.format in BLOCK_FORMATS:
+        return config.format
+    block = f" {list(config.block_shape)}" if config.block_shape else ""
+    return f"{config.format} {config.granularity}{block}"
 
 
 def _inputs(

@@ -129,6 +129,9 @@ class Rule(Model):
             return "granularity", "per_channel is for weights (end the glob with weight_quantizer)"
         if self.granularity == "per_token" and kind not in ("input_quantizer", "output_quantizer"):
             return "granularity", "per_token is for activations (end the glob with input_quantizer)"
+        if self.block_shape is not None and self.block_shape[0] != 1 and kind != WEIGHT:
+            rows = self.block_shape[0]
+            return "block_shape", f"blocks of {rows} rows are for weights, those of activations are [1, n]"
         if self.dynamic and kind == WEIGHT:
             return "dynamic", "`dynamic: true` is for activations, a weight's scale is constant"
         if self.dynamic and kind == SOFTMAX:

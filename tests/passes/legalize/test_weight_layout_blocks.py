@@ -13,6 +13,7 @@ from passes.formats import FP8, INT8, NVFP4, Format
 from passes.graph import aten, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from tests.passes.blocks import block_graph
 from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites
 
 G = torch.tensor(0.0005)
@@ -76,6 +77,22 @@ def test_experts_with_a_scale_per_channel_are_multiplied_behind_the_product(bias
     FoldConstants()(gm)
     assert only_call(gm, DEQUANTIZE).args[1].meta["val"].shape == ()  # type: ignore[union-attr]
     assert shape(only_call(gm, aten.mul.Tensor).args[1]) == (3, 1, 6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [256, 100])
+@pytest.mark.parametrize("experts", [False, True])
+def test_fp8_in_blocks_is_dequantized_with_scales_for_each_row(width: int, experts: bool) -> None:
+    module = Experts() if experts else nn.Linear(width, 200)
+    if isinstance(module, Experts):
+        module.weight = nn.Parameter(torch.randn(3, 6, width))
+    x = torch.randn(3, 4, width) if experts else torch.randn(4, width)
+    gm = block_graph(module, x, activation=None)
+    rewrites(StoreWeightsTransposed, gm, x, **TOLERANCE)
+    weight = only_call(gm, DEQUANTIZE)
+    rows = (3, 6) if experts else (200,)
+    assert weight.kwargs["format"] == "fp8_1x128"
+    assert shape(weight.args[1]) == (*rows, -(-width // 128))  # type: ignore[arg-type]
+    assert gm.get_parameter("weight").dtype == torch.float8_e4m3fn
 
 
 def test_a_packed_weight_that_two_layers_share_is_dequantized_once() -> None:

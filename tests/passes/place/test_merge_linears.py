@@ -127,15 +127,21 @@ def test_heads_that_are_read_twice_are_split_without_the_transpose() -> None:
 @pytest.mark.parametrize(
     ("module", "weight", "reason"),
     [
-        (GateUp(), {"gate_proj": torch.tensor(0.5)}, "different scales"),
         (GateUp(), {"gate_proj": INT8}, "different formats"),
         (GateUp(12, 16), {}, "differ in width"),
     ],
-    ids=["scales", "formats", "widths"],
+    ids=["formats", "widths"],
 )
 def test_layers_that_do_not_fit_are_declined(module: nn.Module, weight: dict[str, Any], reason: str) -> None:
     (found,) = declines(MergeParallelLinears, quantized(module, torch.randn(3, 8), weight=weight))
     assert reason in found
+
+
+def test_scales_that_differ_become_scales_of_rows() -> None:
+    gm = quantized(GateUp(), torch.randn(3, 8), weight={"gate_proj": torch.tensor(0.5)})
+    rewrites(MergeParallelLinears, gm, torch.randn(3, 8), **TOLERANCE)
+    weight = only_call(gm, aten.linear.default).args[1]
+    assert tuple(weight.args[1].meta["val"].shape) == (24, 1)  # type: ignore[union-attr]
 
 
 def test_layers_that_differ_in_granularity_are_declined() -> None:

@@ -19,6 +19,7 @@ import qcompile
 from qcompile.capture import capture
 from qcompile.errors import ExportError, VerificationError
 from qcompile.onnx import export as export_module
+from qcompile.onnx import save as save_module
 from qcompile.onnx.verify import Check, verify_onnx
 
 X = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -263,7 +264,7 @@ def test_large_weights_go_to_a_file_of_their_own(
 ) -> None:
     x = torch.randn(4, 16)
     qcompile.export_onnx(linear, tmp_path / "inside.onnx")
-    monkeypatch.setattr(export_module, "_EMBEDDED_BYTES", 100)
+    monkeypatch.setattr(save_module, "EMBEDDED_BYTES", 100)
     report = qcompile.export_onnx(linear, tmp_path / "m.onnx")
     files = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert files.keys() == {"inside.onnx", "m.onnx", "m.onnx.data"}
@@ -277,7 +278,7 @@ def test_a_failed_check_leaves_the_old_file_and_nothing_else(
     linear: ExportedProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     (tmp_path / "m.onnx").write_bytes(b"old")
-    monkeypatch.setattr(export_module, "_EMBEDDED_BYTES", limit)
+    monkeypatch.setattr(save_module, "EMBEDDED_BYTES", limit)
     monkeypatch.setattr(export_module, "verify_onnx", lambda *args: [Check("mine", False, "not today")])
     with pytest.raises(VerificationError, match="mine: not today"):
         qcompile.export_onnx(linear, tmp_path / "m.onnx")

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 import qcompile
 from qcompile.errors import ExportError
-from qcompile.onnx import export as export_module
+from qcompile.onnx import save as save_module
 from tests.qcompile.onnx.nvfp4 import Mlp, by_program, quantized, reference
 
 TARGETS = ("tensorrt", "portable")
@@ -114,7 +114,7 @@ def test_a_program_that_was_saved_and_loaded(w4a4: ExportedProgram, tmp_path: Pa
 def test_weights_beside_the_file(w4a4: ExportedProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qcompile.export_onnx(w4a4, tmp_path / "m.onnx")
     expected = reference(tmp_path / "m.onnx", {"x": X.numpy()})
-    monkeypatch.setattr(export_module, "_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(save_module, "EMBEDDED_BYTES", 0)
     qcompile.export_onnx(w4a4, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").stat().st_size > 64 * 128
     np.testing.assert_array_equal(reference(tmp_path / "m.onnx", {"x": X.numpy()}), expected)

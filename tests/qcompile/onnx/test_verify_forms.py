@@ -76,6 +76,14 @@ def test_block_weight_with_per_tensor_activation(model: Any, expanded: bool) -> 
     failed(model, "block_weights", "MatMul 'n_xw'", "miscompiled", "n_wd", "n_xd", "attention.q_proj")
 
 
+def test_a_scale_for_each_element_is_a_block_too(model: Any) -> None:
+    model.set("w_scale", np.full((16, 16), 0.5, np.float32))
+    wd = model.node("wd")
+    wd.input.pop()
+    wd.attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("block_size", 1)])
+    failed(model, "block_weights", "MatMul 'n_xw'", "use the K-split form or per-channel weights")
+
+
 def test_block_weight_behind_a_transpose(model: Any) -> None:
     block(model)
     model.add("Transpose", ["wd"], "w_moved", before="xw")
@@ -86,6 +94,17 @@ def test_block_weight_behind_a_transpose(model: Any) -> None:
 def test_block_weight_only(model: Any) -> None:
     block(model)
     model.node("xw").input[0] = "x"
+    for output in ("xd", "xq"):
+        model.proto.graph.node.remove(model.node(output))
+    model.proto.graph.initializer.remove(next(t for t in model.proto.graph.initializer if t.name == "x_scale"))
+    require(verify_onnx(model.proto))
+
+
+def test_a_cast_behind_blocks_is_fine(model: Any) -> None:
+    """Scales of blocks are float32, whatever the graph computes in; weight-only."""
+    block(model)
+    model.add("Cast", ["wd"], "w_cast", before="xw", to=TensorProto.FLOAT)
+    model.node("xw").input[0], model.node("xw").input[1] = "x", "w_cast"
     for output in ("xd", "xq"):
         model.proto.graph.node.remove(model.node(output))
     model.proto.graph.initializer.remove(next(t for t in model.proto.graph.initializer if t.name == "x_scale"))

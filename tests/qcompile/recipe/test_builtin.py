@@ -27,6 +27,7 @@ from qcompile.recipe.schema import Fragment
 
 SHIPPED = [
     "fp8",
+    "fp8_block",
     "fp8_gemm",
     "fp8_per_channel_per_token",
     "fp8_qkvo-nvfp4_mlp",
@@ -119,6 +120,7 @@ def test_names_match_and_this_version_runs_them(name: str) -> None:
         ("fp8", ("fp8", "per_tensor", False), ("fp8", "per_tensor", False)),
         ("fp8_gemm", ("fp8", "per_tensor", False), ("fp8", "per_tensor", False)),
         ("fp8_per_channel_per_token", ("fp8", "per_channel", False), ("fp8", "per_token", True)),
+        ("fp8_block", ("fp8", "per_block", False), ("fp8", "per_block", True)),
         ("int8", ("int8", "per_channel", False), ("int8", "per_tensor", False)),
         ("nvfp4", ("nvfp4", "per_block", False), ("nvfp4", "per_block", True)),
         ("fp8_qkvo-nvfp4_mlp", ("fp8", "per_tensor", False), ("fp8", "per_tensor", False)),
@@ -132,6 +134,12 @@ def test_layouts_are_the_promised_ones(
     ).configs
     found = [(config.format, config.granularity, config.dynamic) for config in configs.values()]
     assert found == [weight, activation]
+
+
+def test_blocks_of_fp8_are_those_of_the_checkpoints() -> None:
+    found = [QuantizerName("fc.weight_quantizer"), QuantizerName("fc.input_quantizer")]
+    configs = resolve(load_recipe("fp8_block"), found).configs
+    assert [config.block_shape for config in configs.values()] == [(128, 128), (1, 128)]
 
 
 @pytest.mark.parametrize("name", EVERY_LINEAR)

@@ -31,6 +31,7 @@ NVFP4: dict[str, str | None] = dict.fromkeys(("attn", "mlp", "other"), "nvfp4") 
 RECIPES: dict[str, dict[str, str | None]] = {
     "fp8": FP8,
     "fp8_gemm": FP8 | {"bmm": None},
+    "fp8_block": FP8 | {"bmm": None},
     "fp8_per_channel_per_token": FP8 | {"bmm": None},
     "int8": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "nvfp4": NVFP4,

@@ -262,6 +262,45 @@ def test_rotating_one_side_is_an_error() -> None:
         resolve(recipe(alone), names(W, X))
 
 
+BLOCK_WEIGHT = {"quantizer": W, "format": "fp8", "granularity": "per_block", "block_shape": [128, 128]}
+BLOCK_INPUT = {"quantizer": X, "format": "fp8", "granularity": "per_block", "block_shape": [1, 128], "dynamic": True}
+
+
+def test_fp8_in_blocks_is_multiplied_with_its_like() -> None:
+    assert len(resolve(recipe(BLOCK_WEIGHT, BLOCK_INPUT), names(W, X)).configs) == 2
+    assert len(resolve(recipe(BLOCK_WEIGHT), names(W, X)).configs) == 1  # weight-only
+    assert len(resolve(recipe(BLOCK_INPUT), names(W, X)).configs) == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "layouts"),
+    [
+        (BLOCK_WEIGHT, {"quantizer": X, "format": "fp8"}, ("fp8 per_block [128, 128]", "fp8 per_tensor")),
+        (
+            BLOCK_WEIGHT,
+            {"quantizer": X, "format": "fp8", "granularity": "per_token", "dynamic": True},
+            ("fp8 per_block [128, 128]", "fp8 per_token"),
+        ),
+        (BLOCK_WEIGHT, {"quantizer": X, "format": "int8"}, ("fp8 per_block [128, 128]", "int8 per_tensor")),
+        ({"quantizer": W, "format": "fp8"}, BLOCK_INPUT, ("fp8 per_tensor", "fp8 per_block [1, 128]")),
+        (
+            {"quantizer": W, "format": "fp8", "granularity": "per_channel"},
+            BLOCK_INPUT,
+            ("fp8 per_channel", "fp8 per_block [1, 128]"),
+        ),
+    ],
+)
+def test_fp8_in_blocks_with_anything_else_is_an_error(weight: Data, activation: Data, layouts: tuple[str, str]) -> None:
+    places = re.escape(f"(weight: {layouts[0]}, rules[0]; input: {layouts[1]}, rules[1])")
+    with pytest.raises(RecipeError, match=rf"^a\.b: a weight in blocks of \[128, 128\] is multiplied .*{places}$"):
+        resolve(recipe(weight, activation), names(W, X))
+
+
+def test_activations_have_blocks_of_one_row() -> None:
+    with pytest.raises(RecipeError, match="blocks of 128 rows are for weights, those of activations are"):
+        recipe({**BLOCK_WEIGHT, "quantizer": X})
+
+
 @pytest.mark.parametrize("kind", ["output_quantizer", "q_bmm_quantizer"])
 def test_what_is_no_operand_of_a_linear_is_not_rotated(kind: str) -> None:
     rules = recipe({"quantizer": "a.*", "format": "fp8", "rotate": True})

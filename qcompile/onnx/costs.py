@@ -1,0 +1,89 @@
+"""What the chosen forms of dynamic FP8 cost in an engine, as notices of the report."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import PassLog
+from passes.formats import FP8_1X128
+from passes.graph import dtype, is_call, module_path, shape
+from passes.ir import DEQUANTIZE
+from passes.legalize.block_to_channel import BlocksToPerChannel
+from passes.legalize.k_split import K_SPLIT
+from passes.legalize.per_token import PerTokenToStatic
+
+
+def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
+    """One sentence for each form that `gm`, lowered with `log`, has.
+
+    The sizes are those of the example inputs; a dynamic one counts as it was there, or as 1 if that is not known.
+    """
+    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_tokens(log)]
+
+
+def _of_products(gm: GraphModule) -> list[str]:
+    products = [node for node in gm.graph.nodes if K_SPLIT in node.meta]
+    if not products:
+        return []
+    largest = max(products, key=_bytes)
+    return [
+        f"FP8 in 128 x 128 blocks: {_count(len(products), 'GEMM')} as K-split products, which write an intermediate"
+        f" of K/128 x M x N (largest {_shown(_bytes(largest))} at the example shapes,"
+        f" {module_path(largest) or 'the model'}); block_fp8='per_channel' avoids it, for the accuracy of one scale for"
+        " each channel"
+    ]
+
+
+def _of_weights(gm: GraphModule) -> list[str]:
+    weights = [n for n in gm.graph.nodes if is_call(n, DEQUANTIZE) and n.kwargs["format"] == FP8_1X128.name]
+    if not weights:
+        return []
+    return [
+        f"FP8 in 128 x 128 blocks: {_count(len(weights), 'weight')} with an input that is not quantized; TensorRT"
+        f" writes each in {str(dtype(weights[0])).removeprefix('torch.')} at every run (largest"
+        f" {_shown(max(map(_bytes, weights)))}), and multiplies in that"
+    ]
+
+
+def _of_channels(log: PassLog) -> list[str]:
+    count = log.fired[BlocksToPerChannel.__name__]
+    if not count:
+        return []
+    return [
+        f"FP8 in 128 x 128 blocks: {_count(count, 'layer')} quantized once more, with one scale for each channel of the"
+        " weight: one GEMM each, which is no longer what the program computes"
+    ]
+
+
+def _of_tokens(log: PassLog) -> list[str]:
+    count = log.fired[PerTokenToStatic.__name__]
+    if not count:
+        return []
+    return [
+        f"scales measured at run time, per token or tensor: {_count(count, 'tensor')}; TensorRT has about one kernel"
+        " more for each GEMM that reads one than with scales from calibration"
+    ]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s'[: count > 1]}"
+
+
+def _bytes(node: Node) -> int:
+    size = dtype(node).itemsize
+    for length in shape(node):
+        size *= _known(length)
+    return size
+
+
+def _known(length: int | torch.SymInt) -> int:
+    """A size at the example shapes."""
+    if isinstance(length, int):
+        return length
+    hint = length.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def _shown(count: int) -> str:
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
