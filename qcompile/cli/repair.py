@@ -1,0 +1,92 @@
+"""`qcompile repair`: an ONNX file with TensorRT's legacy FP8 operators, turned into one of standard operators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qcompile.cli.console import check_writable, out, step, warn, write_json
+from qcompile.cli.tables import add, show_checks, show_rows, size, table
+
+
+def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
+    """Turn the legacy FP8 operators of an ONNX file into standard ones, and check the new file.
+
+    For files whose quantizers are `trt::TRT_FP8QuantizeLinear` and `trt::TRT_FP8DequantizeLinear`, or `QuantizeLinear`
+    and `DequantizeLinear` left in the domain `trt` (nvidia-modelopt writes both): TensorRT reads them, and ONNX Runtime
+    and the ONNX tools do not. The new file computes the same, and TensorRT runs it with the same kernels.
+
+    ```
+    qcompile repair vit.fp8.onnx vit.onnx
+    qcompile repair vit.fp8.onnx vit.onnx --report repair.json
+    qcompile build vit.onnx --target sm89 --expect attention_fp8=12
+    ```
+
+    What is done: weights in float behind a quantizer become FP8 codes, in the layout that their GEMM reads; Casts
+    between a quantizer and a GEMM go; what the file says of types and shapes is thrown away and inferred again; opsets
+    before 19 are raised to it; a zero point other than 0, which TensorRT ignores, is written out by the formula.
+
+    What is not: INT8 quantizers stay as they are, what is not quantized is not quantized, and other operators of
+    TensorRT's are kept, with a warning that nothing else reads them.
+
+    Parameters
+    ----------
+    old:
+        ONNX file; external data is found beside it. It is not changed.
+    new:
+        Another file. It is moved in place when it is complete and passes the checks (exit code 1 if it does not). Above
+        1.8 GB its weights go to NEW.data.
+    report:
+        Write what was changed, and the checks, to this JSON file.
+    """
+    check_writable(new, report)
+
+    from qcompile.onnx.repair import repair_onnx
+
+    step(f"repairing {old}")
+    data: dict[str, Any] = {"source": str(old), "repair": json.loads(repair_onnx(old, new).to_json())}
+    show_repair(out(), data["repair"], new)
+    if report is not None:
+        write_json(report, data)
+    return 0
+
+
+def show_repair(console: Console, report: Mapping[str, Any], new: Path) -> None:
+    """The report of `qcompile.repair_onnx`, as `RepairReport.to_json` writes it."""
+    before, after = report["bytes"]
+    head = f"{new}: {size(after)}, opset {report['opset'][1]}"
+    if not report["changed"]:
+        console.print(Text(f"{head}; the file is standard already, and the new one equals it", style="bold"))
+    else:
+        console.print(Text(f"{head} (was {size(before)}, opset {report['opset'][0]})", style="bold"))
+        _show_changes(console, report)
+    for notice in report["notices"]:
+        warn(notice)
+    show_checks(console, report["checks"])
+
+
+def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
+    found = table("Changed", "", "count", numbers=("count",))
+    for operator, count in report["standardized"].items():
+        add(found, f"{operator}, now standard", count)
+    rows = {
+        "weights folded into FP8 codes": len(report["folded"]),
+        "weights stored transposed": report["transposes"],
+        "Casts between quantizers and GEMMs removed": report["casts"],
+        "zero points other than 0 written out": len(report["zero_points"]),
+    }
+    for what, count in rows.items():
+        if count:
+            add(found, what, count)
+    total = sum(report["quantizers"].values())
+    add(found, f"quantizers with an inferred shape, of {total}", report["shapes"])
+    for operator, count in report["kept"].items():
+        add(found, f"{operator}, kept", count)
+    console.print(found)
+    show_rows(console, "Weights", ("FP8 codes", "from"), list(report["folded"].items()))
+    show_rows(console, "Zero points other than 0", ("quantizer",), [(name,) for name in report["zero_points"]])

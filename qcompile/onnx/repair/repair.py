@@ -1,0 +1,214 @@
+"""`qcompile.repair_onnx`: an ONNX file with legacy FP8 operators in, a verified one of standard operators out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx import external_data_helper, numpy_helper
+from onnx_ir.passes import common
+
+from qcompile.errors import RepairError, VerificationError
+from qcompile.onnx.checks.dependence import dependence
+from qcompile.onnx.checks.opsets import opset_version
+from qcompile.onnx.checks.structure import payloads, shapes
+from qcompile.onnx.loading import SMALL_BYTES, is_external, payload_bytes
+from qcompile.onnx.repair.arithmetic import fold_shapes
+from qcompile.onnx.repair.casts import remove_casts
+from qcompile.onnx.repair.judge import judged
+from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, is_legacy, is_opaque, is_standard
+from qcompile.onnx.repair.opset import raise_ir_version, raised
+from qcompile.onnx.repair.report import RepairReport
+from qcompile.onnx.repair.shapes import forget, infer
+from qcompile.onnx.repair.standardize import standardize
+from qcompile.onnx.repair.state import Changes, State
+from qcompile.onnx.repair.types import match_types
+from qcompile.onnx.repair.weights import fold_weights
+from qcompile.onnx.repair.zero_points import write_out_zero_points
+from qcompile.onnx.save import data_file, folder_beside, written_beside
+from qcompile.onnx.verify import Check, require
+from qcompile.onnx.view import ModelView, reads, walk
+
+
+def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> RepairReport:
+    """Write `new`, which computes what `old` does with standard ONNX operators in place of legacy FP8 ones.
+
+    before:  weight -> trt::TRT_FP8QuantizeLinear -> trt::TRT_FP8DequantizeLinear -> Transpose -> MatMul    opset 17
+    after:   FP8 weight, transposed               -> DequantizeLinear                          -> MatMul    opset 19
+
+    Legacy are `trt::TRT_FP8QuantizeLinear`, `trt::TRT_FP8DequantizeLinear`, and `QuantizeLinear`, `DequantizeLinear` in
+    the `trt` domain. FP8 weights are folded (float32 arithmetic), shapes inferred anew, the opset is raised to 19 if it
+    is older. Integer quantizers stay as they are, and so do operators that only TensorRT reads (`report.kept`). What is
+    not quantized is not quantized by this.
+
+    Args:
+        old: an ONNX file; external data is found beside it. It is only read.
+        new: another file. It is written beside that name, verified, and moved in place. Above 1.8 GB its weights go to
+            `<new>.data`. Weights are read and written one at a time.
+
+    Raises:
+        RepairError: `old` is no ONNX model, is incomplete, or has a quantizer that standard operators cannot express;
+            or `new` is `old`.
+        VerificationError: the new file failed a check; it was not put in place.
+        OSError: a file cannot be read or written.
+    """
+    source, destination = Path(old), Path(new)
+    view = _read(source, destination)
+    required = dependence(view)
+    proto = raised(view.model, source.parent)
+    state = State(_model(proto, source.parent))
+    if state.model.functions:
+        _inline_legacy(state.model)
+    _rewrite(state)
+    kept = Counter(f"{n.domain}::{n.op_type}" for n in state.nodes() if is_opaque(n, state.model))
+    changed = bool(state.changes) or _is_untidy(view)  # only what has legacy operators gets another opset
+    if changed:
+        _finish(state)
+    else:
+        state = State(_model(view.model, source.parent))  # with what it said of its types
+    checks, after = _write(state, view, destination, changed, required, set(kept))
+    return _report(state, view, checks, changed, after, dict(kept))
+
+
+def _rewrite(state: State) -> None:
+    """What is rewritten, in order."""
+    standardize(state)
+    forget(state)
+    infer(state, strict=False)  # for the types of what goes into quantizers and comes out of Casts
+    match_types(state)
+    remove_casts(state)
+    fold_weights(state)
+    write_out_zero_points(state)
+
+
+def _finish(state: State) -> None:
+    """Drop what is not used any more, infer what is left, and say what the file needs of its reader."""
+    fold_shapes(state)
+    raise_ir_version(state.model)
+    common.RemoveInitializersFromInputsPass()(state.model)  # they could not be folded if a caller could replace them
+    for tidy in (common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.TopologicalSortPass()):
+        tidy(state.model)
+    forget(state)
+    infer(state, strict=True)
+
+
+def _read(source: Path, destination: Path) -> ModelView:
+    """The file and all that it names, found good. Raises RepairError."""
+    if not source.is_file():
+        raise RepairError(f"no ONNX file at '{source}'")
+    if destination.is_dir():
+        raise RepairError(f"'{destination}' is a directory; name a file in it")
+    try:
+        view = ModelView(source)
+    except VerificationError as error:
+        raise RepairError(str(error)) from error
+    if not view.model.ir_version or not view.model.graph.node or not opset_version(view.model):
+        raise RepairError(f"'{source}' is no ONNX model: it has no graph, IR version or opset")
+    if problems := payloads(view).problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RepairError(f"'{source}' is incomplete: {problems[0]}{more}")
+    _refuse_own_files(view, source, destination)
+    return view
+
+
+def _refuse_own_files(view: ModelView, source: Path, destination: Path) -> None:
+    """The input is never changed: not through its own name, a link, or the file of its weights."""
+    own = [source, *(source.parent / name for name in _external_files(view))]
+    for written in (destination, data_file(destination)):
+        for file in own:
+            if written.exists() and file.exists() and os.path.samefile(written, file):
+                raise RepairError(f"'{written}' is part of the old file, which is never changed: name another new file")
+
+
+def _external_files(view: ModelView) -> list[str]:
+    tensors = [tensor for tensor in view.model.graph.initializer if is_external(tensor)]
+    found = {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors}
+    return sorted(found - {view.file_name})  # weights inside the file are "external" in it
+
+
+def _model(source: onnx.ModelProto, folder: Path) -> ir.Model:
+    """The model of onnx-ir, large weights left on disk, small ones read in: inference may need their values."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source)
+    for tensor in proto.graph.initializer:
+        if is_external(tensor) and payload_bytes(tensor) <= SMALL_BYTES:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor, str(folder)), tensor.name))
+    model = ir.serde.deserialize_model(proto)
+    ir.external_data.set_base_dir(model.graph, folder)
+    return model
+
+
+def _inline_legacy(model: ir.Model) -> None:
+    """Legacy quantizers in the body of a function come into the graph, where their constants can be seen."""
+    identifiers = set(model.functions)
+    common.InlinePass(lambda function: any(is_legacy(node, identifiers) for node in function))(model)
+
+
+def _is_untidy(view: ModelView) -> bool:
+    """Whether a file without legacy operators holds weights that nothing reads, or is wrong about its shapes."""
+    read = {name for node in walk(view.model.graph) for name in reads(node)}
+    read |= {value.name for value in view.model.graph.output}
+    return any(tensor.name not in read for tensor in view.model.graph.initializer) or bool(shapes(view).problems)
+
+
+@contextlib.contextmanager
+def _copied_beside(view: ModelView, destination: Path) -> Iterator[Path]:
+    """The old file, byte for byte, under the new name."""
+    assert view.base_dir is not None
+    with folder_beside(destination) as folder:
+        yield Path(shutil.copyfile(view.base_dir / view.file_name, folder / destination.name))
+
+
+def _write(
+    state: State, view: ModelView, destination: Path, changed: bool, required: dict[str, set[str]], kept: set[str]
+) -> tuple[list[Check], int]:
+    """Write, verify, move in place; the verdicts, and the size on disk."""
+    copies = not changed and not _external_files(view)
+    with _copied_beside(view, destination) if copies else written_beside(state.model, destination) as path:
+        checks = judged(path, required, kept)
+        require(checks)
+        return checks, sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+def _report(
+    state: State, view: ModelView, checks: list[Check], changed: bool, after: int, kept: dict[str, int]
+) -> RepairReport:
+    assert view.base_dir is not None
+    found, model = state.changes, state.model
+    quantizers = [node for node in state.nodes() if is_standard(node, QUANTIZE, DEQUANTIZE)]
+    files = [view.base_dir / name for name in (view.file_name, *_external_files(view))]
+    return RepairReport(
+        changed=changed,
+        opset=(opset_version(view.model), model.opset_imports[""]),
+        ir_version=(view.model.ir_version, model.ir_version),
+        standardized=dict(found.standardized),
+        folded={name: said for name, said in found.folded.items() if name in model.graph.initializers},
+        zero_points=found.zero_points,
+        casts=found.casts,
+        transposes=found.transposes,
+        quantizers=dict(Counter(node.op_type for node in quantizers)),
+        shapes=sum(node.outputs[0].shape is not None and node.outputs[0].dtype is not None for node in quantizers),
+        kept=kept,
+        notices=_notices(found, kept),
+        checks=checks,
+        bytes=(sum(file.stat().st_size for file in files), after),
+    )
+
+
+def _notices(found: Changes, kept: dict[str, int]) -> list[str]:
+    notices = [
+        f"{count} {name} kept: only TensorRT reads this operator, so that nothing behind it could be checked"
+        for name, count in kept.items()
+    ]
+    if found.zero_points:
+        notices.append(
+            f"{len(found.zero_points)} quantizers have a zero point other than 0, which TensorRT's FP8 has not: it is "
+            "written out in float32, and the GEMMs behind them do not run in FP8"
+        )
+    return notices

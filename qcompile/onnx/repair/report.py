@@ -1,0 +1,51 @@
+"""The report of a repair."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompile.onnx.verify import Check
+
+
+@dataclass
+class RepairReport:
+    """What `qcompile.repair_onnx` did.
+
+    Attributes:
+        changed: False if the file was standard already, and an equal one was written.
+        opset, ir_version: (of the old file, of the new file).
+        standardized: legacy operator -> how many became standard ones.
+        folded: FP8 initializer -> the float weight that it was made from, its shape, type and granularity.
+        zero_points: quantizers whose zero point was not 0 and is now written out.
+        casts: Casts between a DQ and a GEMM that are gone.
+        transposes: weights that are stored transposed, as their GEMM reads them.
+        quantizers: QuantizeLinear, DequantizeLinear of the new file -> how many.
+        shapes: how many of their outputs have a type and a shape in the new file.
+        kept: operators that only TensorRT can read -> how many were left as they were.
+        notices: what to know about the new file.
+        checks: the verifier's verdicts.
+        bytes: size on disk (of the old file, of the new one), external data included.
+    """
+
+    changed: bool
+    opset: tuple[int, int]
+    ir_version: tuple[int, int]
+    standardized: dict[str, int]
+    folded: dict[str, str]
+    zero_points: list[str]
+    casts: int
+    transposes: int
+    quantizers: dict[str, int]
+    shapes: int
+    kept: dict[str, int]
+    notices: list[str]
+    checks: list[Check]
+    bytes: tuple[int, int]
+    kind: str = field(default="repair", init=False)
+
+    def to_json(self) -> str:
+        data: dict[str, Any] = dataclasses.asdict(self)
+        return json.dumps(data, indent=2)

@@ -1,0 +1,69 @@
+"""Types and shapes of intermediate tensors: what the file says is thrown away, and inferred again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+from onnx import shape_inference
+
+from qcompile.errors import RepairError
+from qcompile.onnx.loading import SMALL_BYTES
+from qcompile.onnx.repair.legacy import is_opaque
+from qcompile.onnx.repair.state import State
+
+
+def forget(state: State) -> None:
+    """Drop the types of intermediates, but for outputs of operators that nobody can infer: they are all there is."""
+    outputs = {value for graph in state.model.graphs() for value in graph.outputs}
+    for node in state.nodes():
+        if not is_opaque(node, state.model):
+            for value in node.outputs:
+                if value not in outputs:
+                    value.type, value.shape = None, None
+
+
+def infer(state: State, *, strict: bool) -> None:
+    """Types and shapes of every tensor, from the inputs on, written to the model.
+
+    Raises: RepairError (strict only) if operators, or what the graph says of its outputs, contradict each other.
+    """
+    with _without_weights(state.model) as proto:
+        try:
+            inferred = shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=True)
+        except shape_inference.InferenceError as error:
+            raise RepairError(
+                f"the file contradicts itself once its quantizers are standard: {' '.join(str(error).split())}"
+            ) from error
+    for ours, theirs in zip(state.model.graphs(), ir.serde.deserialize_model(inferred).graphs(), strict=True):
+        found = ir.convenience.create_value_mapping(theirs)
+        for name, value in ir.convenience.create_value_mapping(ours).items():
+            known = found.get(name)
+            if known is not None and value.const_value is None:
+                value.type = known.type if known.type is not None else value.type
+                value.shape = known.shape if known.shape is not None else value.shape
+
+
+@contextlib.contextmanager
+def _without_weights(model: ir.Model) -> Iterator[onnx.ModelProto]:
+    """A proto of `model` with each large initializer as an input: inference copies all that it is given."""
+    graph, inputs = model.graph, list(model.graph.inputs)
+    large = [v for v in graph.initializers.values() if v.const_value is None or v.const_value.nbytes > SMALL_BYTES]
+    tensors = [value.const_value for value in large]
+    try:
+        for value, tensor in zip(large, tensors, strict=True):
+            if tensor is not None and value.shape is None:
+                value.shape, value.type = ir.Shape(list(tensor.shape.numpy())), ir.TensorType(tensor.dtype)
+            del graph.initializers[str(value.name)]
+            value.const_value = None
+            if value not in inputs:
+                graph.inputs.append(value)
+        proto = ir.serde.serialize_model(model)
+    finally:
+        graph.inputs[:] = inputs
+        for value, tensor in zip(large, tensors, strict=True):
+            value.const_value = tensor
+            graph.register_initializer(value)
+    yield proto
