@@ -31,8 +31,7 @@ def dense_experts(model: torch.nn.Module) -> Iterator[None]:
     configs: dict[int, Any] = {id(module.config): module.config for module in experts}
     found = [(config, config._experts_implementation) for config in configs.values()]
     if found:
-        # the module that a model's experts come from is imported already
-        sys.modules["transformers.integrations.moe"].ExpertsInterface.register(NAME, dense_experts_forward)
+        _register()
     try:
         for config, _ in found:
             _set(config, NAME)
@@ -40,6 +39,19 @@ def dense_experts(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in found:
             _set(config, implementation)
+
+
+def make_dense(model: torch.nn.Module) -> None:
+    """Let the mixtures of experts in `model` run as `dense_experts_forward` from now on, if it has any."""
+    for module in model.modules():
+        if _has_interface(module):
+            _register()
+            _set(module.config, NAME)
+
+
+def _register() -> None:
+    # the module that a model's experts come from is imported already
+    sys.modules["transformers.integrations.moe"].ExpertsInterface.register(NAME, dense_experts_forward)
 
 
 def _has_interface(module: Any) -> bool:
@@ -86,6 +98,9 @@ def dense_experts_forward(
 
 def _linear(experts: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     weight = getattr(experts, name)
+    if isinstance(weight, torch.nn.Module):  # a quantized layer in place of the parameter, `load_checkpoint` has put it
+        quantized: torch.Tensor = weight(x)
+        return quantized
     if experts.is_transposed:
         weight = weight.transpose(-1, -2)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None

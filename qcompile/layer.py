@@ -1,4 +1,4 @@
-"""One quantized linear layer outside of a graph: its codes and scales, as checkpoints hold them and frontends find them.
+"""One quantized linear layer outside of a graph: its codes and scales, as checkpoints and other tools hold them.
 
 All scales multiply: `weight = codes * scale`, under `global_scale` where the format has two levels. Checkpoint formats
 that divide convert on their way in and out.
@@ -6,6 +6,7 @@ that divide convert on their way in and out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ class QuantizedWeight:
 
 def measured_global_scale(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """`amax / fmt.global_max` of a tensor in fp32: the scale of the scales of its blocks. Zeros have that of 1."""
-    amax = x.abs().amax().float()
+    amax = x.abs().amax(tuple(range(x.ndim))).float()  # ONNX wants the axes
     return torch.where(amax > 0, amax, 1.0) / fmt.global_max
 
 
@@ -105,6 +106,16 @@ class QuantizedLinear(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         else:
             self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        """`to`, `half` and their like move codes and scales, and convert the bias alone."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., N]`; of experts `[E or 1, M, K]` -> `[E, M, N]`."""

@@ -18,6 +18,7 @@ from qcompile.cli.demo import demo
 from qcompile.cli.export import export
 from qcompile.cli.inspect import inspect
 from qcompile.cli.recipes import recipes
+from qcompile.cli.repair import repair
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
 
 GOOD, FALLS_SHORT, WRONG_USAGE, INTERNAL = 0, 1, 2, 3
@@ -29,6 +30,10 @@ _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine,
     qcompile export ./vit-base -o vit.onnx --recipe fp8 --calibration images.safetensors \\
         --engine vit.engine --target sm89 --report vit.json
     qcompile inspect vit.json
+
+**From a Hugging Face directory to a quantized one**, for vLLM, SGLang and transformers
+
+    qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
 
 **Without a model at hand**: `qcompile demo` trains a small one on real images and shows the whole route.
 
@@ -47,6 +52,7 @@ app = App(
 app.command(export)
 app.command(build)
 app.command(inspect)
+app.command(repair)
 app.command(recipes)
 app.command(demo)
 

@@ -1,4 +1,4 @@
-"""`qcompile export`: from a model to a verified ONNX file and, on request, an engine."""
+"""`qcompile export`: from a model to a verified ONNX file and, on request, an engine; or to a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from qcompile.cli.build import Several, build_and_show
+from qcompile.cli.checkpoint import write_checkpoint
 from qcompile.cli.console import check_writable, out, step, write_json
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
 from qcompile.cli.tables import show_export
@@ -17,6 +18,7 @@ _MODEL = Parameter(group=Group("Model", sort_key=2))
 _QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
 _ONNX = Parameter(group=Group("ONNX file", sort_key=4))
 _ENGINE = Parameter(group=Group("Engine", sort_key=5))
+_CHECKPOINT = Parameter(group=Group("Checkpoint", sort_key=6))
 _NO = Parameter(negative="", show_default=False)
 
 
@@ -24,7 +26,7 @@ def export(
     source: str,
     /,
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"))],
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     report: Path | None = None,
     random_weights: Annotated[int | None, _MODEL] = None,
     batch: Annotated[int, _MODEL] = 1,
@@ -39,13 +41,18 @@ def export(
     save_program: Annotated[Path | None, _QUANTIZATION] = None,
     onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
     opset: Annotated[int | None, _ONNX] = None,
+    block_fp8: Annotated[Literal["k_split", "per_channel"], _ONNX] = "k_split",
     compare: Annotated[bool, _ONNX] = True,
     engine: Annotated[Path | None, _ENGINE] = None,
     target: Annotated[str | None, _ENGINE] = None,
     profile: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
     expect: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
+    to_checkpoint: Annotated[Path | None, _CHECKPOINT] = None,
+    format: Annotated[Literal["fp8", "modelopt", "compressed-tensors"] | None, _CHECKPOINT] = None,
 ) -> int:
     """Quantize a model and export it to an ONNX file, checked and compared; build an engine from it on request.
+
+    Or quantize a Hugging Face directory to another one, for vLLM, SGLang and transformers.
 
     ```
     qcompile export ./vit-base -o vit.onnx --calibration images.safetensors --engine vit.engine --target sm89
@@ -53,6 +60,8 @@ def export(
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
     qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration ids.safetensors --target sm120
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
+    qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
+    qcompile export ./llama --to-checkpoint ./llama-fp4 --format modelopt --recipe nvfp4 --calibration ids.safetensors
     ```
 
     Nothing is written but the files that are named, and each only when it is complete and good.
@@ -61,9 +70,12 @@ def export(
     ----------
     source:
         A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
-        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]).
+        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]). What is quantized
+        already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
+        and scales, and takes no recipe.
     output:
-        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.data.
+        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.data. Not needed with
+        --to-checkpoint.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
     random_weights:
@@ -97,6 +109,10 @@ def export(
         tensorrt: the forms that fuse best there; portable: standard operators only.
     opset:
         ONNX opset, 19 to 23. Default: 21, or 23 for NVFP4, which needs it.
+    block_fp8:
+        How weights in blocks of 128 x 128 (fp8_block) are multiplied. k_split: block by block, which is exact and
+        writes the products of all blocks to memory; per_channel: quantized once more, with one scale for each channel
+        of the weight and each token.
     compare:
         Compare the file with the program, layer by layer, on one batch.
     engine:
@@ -110,7 +126,33 @@ def export(
     expect:
         What the engine must reach, as key=count: attention_fp8, attention, gemm_fp8, gemm_fp4 and gemm_int8 are least
         counts, kernels is a largest one. A shortfall is exit code 1.
+    to_checkpoint:
+        Write a quantized checkpoint to this directory, which is new or empty. The source is a Hugging Face directory;
+        it is read one tensor at a time and may be larger than memory. Recipes with static activations (fp8, nvfp4) need
+        --calibration, which loads the model in float32; recipes for weights or with dynamic activations need none.
+    format:
+        Of the checkpoint. fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default
+        then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, and blocks beside NVFP4.
+        Default: fp8.
     """
+    if to_checkpoint is not None:
+        others: dict[str, object] = {"--output": output, "--random-weights": random_weights is not None}
+        others |= {"--submodule": submodule}
+        others |= {"--dynamic": dynamic, "--dynamic-batch": dynamic_batch, "--dtype": dtype}
+        others |= {"--save-program": save_program, "--onnx-target": onnx_target != "tensorrt", "--opset": opset}
+        others |= {"--block-fp8": block_fp8 != "k_split", "--no-compare": not compare}
+        others |= {"--engine": engine, "--target": target, "--profile": profile, "--expect": expect}
+        if given := [name for name, value in others.items() if value]:
+            raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
+        check_writable(report)
+        written = write_checkpoint(source, to_checkpoint, format, recipe, set_, calibration, batch, sequence)
+        if report is not None:
+            write_json(report, {"source": source, "checkpoint": written})
+        return 0
+    if output is None:
+        raise UsageError("say what to write: --output FILE for an ONNX file, --to-checkpoint DIR for a checkpoint")
+    if format is not None:
+        raise UsageError("--format is for a checkpoint: give --to-checkpoint DIR, too")
     check_writable(output, report, engine, save_program)
     profiles, expected = parse_profiles(profile), parse_expect(expect)
     builds = engine is not None or target is not None or expected is not None
@@ -120,7 +162,8 @@ def export(
     import torch
 
     import qcompile
-    from qcompile.cli.quantize import MADE_UP, quantized, save
+    from qcompile.cli.quantize import MADE_UP, imported, quantized, save
+    from qcompile.importing import is_quantized
     from qcompile.source import load_source, with_dynamic_shapes
 
     chosen = qcompile.load_recipe(recipe or "fp8", set_)
@@ -130,18 +173,21 @@ def export(
     loaded = with_dynamic_shapes(loaded, dynamic, batch=dynamic_batch)
     if builds:
         require_profile(loaded.dims, profiles)
-    if loaded.program is not None and loaded.is_quantized:
-        if recipe or set_ or calibration or dtype:
-            raise UsageError(f"{source} is quantized already: leave out --recipe, --set, --calibration and --dtype")
-        program, first = loaded.program, None
+    compute_dtype = getattr(torch, dtype) if dtype else None
+    if is_quantized(loaded.model):
+        if recipe or set_ or calibration:
+            raise UsageError(f"{source} is quantized already: leave out --recipe, --set and --calibration")
+        program, first = imported(loaded, compute_dtype), None
     else:
-        program, first = quantized(loaded, chosen, calibration, getattr(torch, dtype) if dtype else None)
+        program, first = quantized(loaded, chosen, calibration, compute_dtype)
     if save_program is not None:
         save(program, save_program)
     step(f"exporting to {output}")
     batch_to_compare = (first if first is not None else loaded.example_batch) if compare else None
-    written = qcompile.export_onnx(program, output, target=onnx_target, opset=opset, compare=batch_to_compare)
-    data: dict[str, Any] = {"source": loaded.name, "export": json.loads(written.to_json()), "engine": None}
+    exported = qcompile.export_onnx(
+        program, output, target=onnx_target, opset=opset, block_fp8=block_fp8, compare=batch_to_compare
+    )
+    data: dict[str, Any] = {"source": loaded.name, "export": json.loads(exported.to_json()), "engine": None}
     if calibration == "random":
         data["export"]["notices"].insert(0, MADE_UP)
     show_export(out(), data["export"])

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qcompile.cli.console import out
 from qcompile.cli.options import UsageError
-from qcompile.cli.tables import add, show_checks, show_engine, show_export, show_rows, size, table
+from qcompile.cli.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
 
 
 def inspect(file: Path, /) -> int:
@@ -52,11 +52,14 @@ def _report(console: Console, data: dict[str, Any], file: Path) -> int:
     """A report by `export` (which may hold that of an engine), or by `build`, or by the Python API."""
     export = data.get("export", data if data.get("kind") == "export" else None)
     engine = data.get("engine", data if "layers" in data else None)
-    if not export and not engine:
+    checkpoint = data.get("checkpoint", data if data.get("kind") == "checkpoint" else None)
+    if not export and not engine and not checkpoint:
         raise UsageError(f"{file} is not a report of qcompile")
     try:
         if data.get("source"):
             console.print(Text(str(data["source"]), style="bold"))
+        if checkpoint:
+            show_checkpoint(console, checkpoint)
         if export:
             show_export(console, export)
         if engine:

@@ -12,7 +12,9 @@ from torch.export import ExportedProgram
 
 import qcompile
 from qcompile.cli.console import interactive, step, warn
+from qcompile.cli.options import UsageError
 from qcompile.errors import CalibrationError, CaptureError
+from qcompile.importing import is_finished
 from qcompile.source import Source, load_calibration
 
 MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"
@@ -28,12 +30,12 @@ def quantized(
         if calibration == "random":
             warn(MADE_UP)
     step(f"quantizing with the recipe {recipe.metadata.name}")
-    is_program = isinstance(source.model, ExportedProgram)  # which brings its inputs along
+    args, kwargs = _inputs(source)
     try:
         program = qcompile.quantize(
             source.model,
-            () if is_program else source.args,
-            None if is_program else source.kwargs,
+            args,
+            kwargs,
             recipe=recipe,
             calibration=batches,
             dynamic_shapes=source.dynamic_shapes,
@@ -51,6 +53,24 @@ def quantized(
         hint = "On the command line: --calibration FILE, or --calibration random to try out without data"
         raise CalibrationError(f"{error}\n{hint}") from error
     return program, first
+
+
+def imported(source: Source, dtype: torch.dtype | None) -> ExportedProgram:
+    """The program of a model that is quantized already.
+
+    Raises UsageError for a program that is finished, which `dtype` comes too late for.
+    """
+    if source.program is not None and is_finished(source.program):
+        if dtype is not None:
+            raise UsageError(f"{source.name} is a finished program: leave out --dtype")
+        return source.program
+    step("reading what is quantized")
+    return qcompile.import_quantized(source.model, *_inputs(source), dynamic_shapes=source.dynamic_shapes, dtype=dtype)
+
+
+def _inputs(source: Source) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
+    """Example inputs; none of a program, which brings its own along."""
+    return (source.args, source.kwargs) if source.program is None else ((), None)
 
 
 def save(program: ExportedProgram, path: Path) -> None:

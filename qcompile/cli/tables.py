@@ -73,6 +73,22 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         show_comparison(console, report["comparison"])
 
 
+def show_checkpoint(console: Console, report: Mapping[str, Any], directory: object = "") -> None:
+    """The report of `qcompile.save_checkpoint`, as `CheckpointReport.to_json` writes it."""
+    head = f"Checkpoint {directory}".rstrip() + f": {size(report['bytes'])} in {len(report['files'])} files"
+    recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
+    console.print(Text(f"{head}; format {report['format']}{recipe}, {report['seconds']:.1f} s", style="bold"))
+    coverage = table("Layers", "", "layers", numbers=("layers",))
+    for scheme, count in Counter(report["quantized"].values()).most_common():
+        add(coverage, scheme, count)
+    if report["kv_cache"]:
+        add(coverage, "key/value cache in FP8", "")
+    add(coverage, "not quantized", len(report["unquantized"]))
+    console.print(coverage)
+    show_rows(console, "Not quantized", ("layer",), [(name,) for name in report["unquantized"]])
+    show_notices(console, report["notices"])
+
+
 def show_declines(console: Console, declined: Sequence[Mapping[str, Any]]) -> None:
     """What passes left as it was, one row for each reason."""
     places: dict[tuple[str, str], list[str]] = {}

@@ -11,8 +11,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from passes.graph import is_call
-from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from qcompile.errors import SourceError
 
 
@@ -69,12 +67,6 @@ class Source:
     def program(self) -> ExportedProgram | None:
         """The model if it is a program that was exported already."""
         return self.model if isinstance(self.model, ExportedProgram) else None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether this is a program with quantize or dequantize operators in it."""
-        nodes = self.model.graph.nodes if isinstance(self.model, ExportedProgram) else ()
-        return any(is_call(node, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION) for node in nodes)
 
     def _dynamic_axes(self) -> dict[str, dict[int, Any]]:
         """Input -> what `dynamic_shapes` says of its axes; its tree is that of the arguments by parameter."""

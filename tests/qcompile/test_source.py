@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import qcompile
-from qcompile.errors import CalibrationError, SourceError
+from qcompile.errors import CalibrationError, CheckpointError, SourceError
+from qcompile.importing import is_quantized
 from qcompile.source import Source, load_calibration, load_source, with_dynamic_shapes
 
 transformers = pytest.importorskip("transformers")
@@ -163,7 +164,7 @@ def test_directory_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_source(directory)
 
 
-def test_a_checkpoint_that_lacks_a_weight_or_is_quantized_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lacks_a_weight_or_is_not_quantized_as_it_says_is_refused(tmp_path: Path) -> None:
     model = transformers.BertModel(transformers.BertConfig(**BERT))
     model.save_pretrained(tmp_path)
     state = {k: v.clone() for k, v in model.state_dict().items() if k != "pooler.dense.weight"}
@@ -173,7 +174,7 @@ def test_a_checkpoint_that_lacks_a_weight_or_is_quantized_is_refused(tmp_path: P
     config = transformers.BertConfig(**BERT)
     config.quantization_config = {"quant_method": "fp8"}
     config_only(tmp_path, config, "BertModel")
-    with pytest.raises(SourceError, match=r"already quantized \(fp8\)"):
+    with pytest.raises(CheckpointError, match=r"output\.dense\.weight has dtype float32, expected float8"):
         load_source(str(tmp_path))
 
 
@@ -184,7 +185,7 @@ def test_program_file(tmp_path: Path) -> None:
     path = tmp_path / "two.pt2"
     torch.export.save(torch.export.export(Two(), (torch.ones(2, 8),), {"ids": torch.ones(2)}), path)
     source = load_source(str(path))
-    assert isinstance(source.model, ExportedProgram) and not source.is_quantized
+    assert isinstance(source.model, ExportedProgram) and not is_quantized(source.model)
     assert source.dims == {"x": [2, 8], "ids": [2]}
 
 
@@ -196,7 +197,10 @@ def test_quantized_program_of_a_transformers_model(tmp_path: Path) -> None:
     model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL))
     program = qcompile.quantize(model, (torch.randn(1, 3, 32, 32),), recipe="fp8_per_channel_per_token", progress=False)
     torch.export.save(program, path)
-    code = f"from qcompile.source import load_source as l; s = l({str(path)!r}); print(s.is_quantized, s.dims)"
+    code = (
+        "from qcompile.importing import is_quantized; from qcompile.source import load_source; "
+        f"s = load_source({str(path)!r}); print(is_quantized(s.model), s.dims)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split(maxsplit=1)[0] == "True" and "[1, 3, 32, 32]" in result.stdout
 

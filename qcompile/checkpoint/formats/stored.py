@@ -111,6 +111,8 @@ class StoredLayer:
         if len(fmt.sizes) == 2:
             rows, columns = fmt.blocks([n, k])
             spellings = {(rows, columns): [rows, columns], (rows, 1, columns, 1): [rows, columns]}
+            if rows == columns == 1:  # as Model Optimizer squeezes it
+                spellings |= {(): [1, 1], (1,): [1, 1]}
         elif fmt.sizes:
             spellings = {(n, k // fmt.sizes[0]): [n, k // fmt.sizes[0]]}
         else:

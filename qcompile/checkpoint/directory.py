@@ -1,0 +1,116 @@
+"""The directory that a checkpoint is written to: complete, or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompile.checkpoint.headers import INDEX, read_json
+from qcompile.errors import CheckpointError
+
+_MARKER = ".qcompile-partial"
+_WRITTEN_HERE = ("config.json", "hf_quant_config.json", INDEX)
+# weights in any form, and what a trainer leaves behind
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx*")
+_LEFT = (*_WEIGHTS, "*.ot", "*.npz", "*.nemo", "*.tflite", "*.mlmodel", "*.index.json", "*.part", "*.incomplete", ".*")
+_DIRECTORIES = ("additional_chat_templates",)  # tokenizers read it
+_LARGEST = 100_000_000
+
+
+def check_new(directory: Path) -> None:
+    """Refuse a directory that is not empty, or that cannot be made."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} is not empty: name a new directory, or delete what is in it")
+    if not directory.absolute().parent.is_dir():
+        raise CheckpointError(f"cannot write {directory}: there is no directory {directory.absolute().parent}")
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """`<directory>.partial` to write into, renamed to `directory` when the body ends without an error.
+
+    After an error it is removed, and `directory` is as it was. What a killed run left is removed by the next.
+
+    Raises:
+        CheckpointError: `directory` is a file or not empty, has no parent, or another process is writing it.
+    """
+    check_new(directory)
+    partial = directory.with_name(f"{directory.name}.partial")
+    with _locked(partial):
+        try:
+            yield partial
+            if sys.platform == "win32" and directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
+        except OSError as error:
+            raise CheckpointError(f"writing {partial} failed: {error}; nothing was left behind") from error
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+    (directory / _MARKER).unlink()
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """An empty `partial`, marked as this process's own for as long as it lives."""
+    if partial.exists() and not (partial / _MARKER).is_file():
+        raise CheckpointError(f"{partial} is in the way, and qcompile did not make it: move it, or delete it")
+    partial.mkdir(exist_ok=True)
+    with (partial / _MARKER).open("a") as marker:
+        if sys.platform != "win32":  # there a file that another process has open cannot be removed, which says the same
+            import fcntl
+
+            try:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"another process is writing {partial}: wait for it, or stop it") from None
+        for left in partial.iterdir():
+            if left.name != _MARKER:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
+def carry_over(source: Path, target: Path) -> tuple[list[str], list[str]]:
+    """Copy the tokenizer and the other small files of `source`; returns what was copied, and what was left.
+
+    Left are weights in any form, the files that are written anew, hidden files, files above 100 MB, and directories
+    other than additional_chat_templates.
+    """
+    copied, left = [], []
+    for path in sorted(source.iterdir()):
+        if path.name in _WRITTEN_HERE or path.name.startswith("."):
+            continue
+        if path.is_dir() and path.name in _DIRECTORIES:
+            shutil.copytree(path, target / path.name)
+        elif path.is_dir() or any(path.match(glob) for glob in _LEFT) or path.stat().st_size > _LARGEST:
+            if not path.match("*.safetensors"):
+                left.append(path.name)
+            continue
+        else:
+            shutil.copyfile(path, target / path.name)
+        copied.append(path.name)
+    return copied, left
+
+
+def write_configs(target: Path, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write the JSON files of a format, config.json last; returns their names.
+
+    Args:
+        config: that of the source.
+        files: what is to be merged into each, config.json or a file that `carry_over` may have put there.
+    """
+    for name, content in files.items():
+        if name != "config.json":
+            before = read_json(target / name) if (target / name).is_file() else {}
+            _write(target / name, {**before, **content})
+    _write(target / "config.json", {**config, **files.get("config.json", {})})
+    return [*(name for name in files if name != "config.json"), "config.json"]
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

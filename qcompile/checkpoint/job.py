@@ -1,0 +1,99 @@
+"""What `save_checkpoint` is to write, put together from its arguments before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompile.checkpoint.formats import format_called
+from qcompile.checkpoint.formats.merged import some
+from qcompile.checkpoint.layout import Part
+from qcompile.checkpoint.origin import Origin, open_origin
+from qcompile.checkpoint.plan import Plan, contents_of, plan_program, plan_recipe, sibling_groups, unwritten_notice
+from qcompile.checkpoint.program import ProgramWeights, read_program
+from qcompile.errors import CheckpointError
+from qcompile.recipe import Recipe, load_recipe
+from qcompile.record import record_of
+
+DEFAULT_RECIPES = {"fp8": "fp8_block"}  # the one thing that this format holds
+
+
+@dataclass
+class Job:
+    """What to write.
+
+    Attributes:
+        origin: the model before it was quantized.
+        recipe: its name.
+        power_of_two: scales are rounded up to one.
+        weights: of a program; None where weights are quantized here.
+        kv_scales: name of an attention on the hub -> fp32 (k, v) scales.
+    """
+
+    origin: Origin
+    plan: Plan
+    recipe: str
+    power_of_two: bool = False
+    weights: ProgramWeights | None = None
+    kv_scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Layers that share a scale for which all of them are read first."""
+        return [] if self.weights else sibling_groups(self.plan.schemes, self.plan.configs)
+
+    def parts(self, layer: str) -> tuple[Part, ...]:
+        return self.origin.hub.layers[layer].parts
+
+
+def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
+    """What `save_checkpoint` was asked for; the arguments and errors are its own."""
+    if not isinstance(model, ExportedProgram):
+        if source is not None:
+            raise CheckpointError("source= is for a program: a directory or a model is its own")
+        if recipe is None and format not in DEFAULT_RECIPES:
+            raise CheckpointError(
+                f"format {format} holds many schemes: say which with recipe=, such as nvfp4_weight_only"
+            )
+        chosen = load_recipe(recipe if recipe is not None else DEFAULT_RECIPES[format])
+        origin = open_origin(model)
+        plan = plan_recipe(chosen, origin.hub)
+        return Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+    if source is None:
+        raise CheckpointError("a program needs source=, the directory or the model that it was made from")
+    if recipe is not None:
+        raise CheckpointError("a program is quantized already: leave out recipe=")
+    weights = read_program(model)
+    origin = open_origin(source)
+    plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
+    plan.notices = [*map(str, record_of(model).notices), *plan.notices, *weights.notices]
+    job = Job(origin, plan, record_of(model).recipe, weights=weights)
+    job.kv_scales = _kv_scales(job, weights)
+    plan.kv_cache = bool(job.kv_scales)
+    return job
+
+
+def check_names(source: str, format: str, recipe: Recipe) -> None:
+    """Refuse, before a model is loaded and calibrated, what the checkpoint could not hold after it."""
+    hub = open_origin(source).hub
+    contents, shapes = contents_of(plan_recipe(recipe, hub, calibrated=True), hub)
+    format_called(format).check(contents, shapes)
+
+
+def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name of an attention on the hub -> its scales, of those that have a key/value cache."""
+    attentions, notices = job.origin.hub.attentions, job.plan.notices
+    if weights.fused:
+        notices.append(unwritten_notice("q_bmm_quantizer and softmax_bmm_quantizer"))
+    if strange := [path for path in weights.kv_scales if path not in attentions]:
+        raise CheckpointError(f"the program quantizes the attention {strange[0]}, and the source has none of that name")
+    found = {path: scales for path, scales in weights.kv_scales.items() if attentions[path].cached}
+    if len(found) < len(weights.kv_scales):
+        count = len(weights.kv_scales) - len(found)
+        notices.append(f"the scales of k and v of {count} attentions are not written: they keep no keys and values")
+    if left := [path for path, attention in attentions.items() if found and attention.cached and path not in found]:
+        notices.append(f"{some(left)} without scales for the key/value cache: servers take 1")
+    return {attentions[path].name: scales for path, scales in found.items()}

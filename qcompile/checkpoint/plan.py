@@ -1,0 +1,215 @@
+"""What a recipe does to a checkpoint, decided from names alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from passes.formats import Format
+from qcompile.checkpoint.formats import Contents
+from qcompile.checkpoint.formats.merged import some
+from qcompile.checkpoint.layout import Hub, Layer, Part
+from qcompile.errors import CheckpointError, RecipeError
+from qcompile.layer import Scheme
+from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, resolve, unsupported
+from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
+from qcompile.scales import format_of, has_constant
+
+_OUTPUT = "output_quantizer"
+_K, _V = "k_bmm_quantizer", "v_bmm_quantizer"
+HOW_TO_CALIBRATE = (
+    "program = qcompile.quantize(model, ..., recipe=..., calibration=batches, dtype=torch.float32), then"
+    " save_checkpoint(program, directory, format=..., source=the directory of the model); on the command line add"
+    " --calibration"
+)
+
+# Linear layers of one module that read the same tensor. `quantize` sees it in the graph; here their names tell.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
+)
+_GROUP_OF = {name: group[0] for group in _SIBLINGS for name in group}
+
+
+@dataclass
+class Plan:
+    """Which layers are quantized, and how.
+
+    Attributes:
+        schemes: layer of the model -> its scheme.
+        configs: layer -> what the recipe says of its weight.
+        kv_cache: keys and values are quantized, and the model has a cache of them.
+        notices: what the reader of the report should know.
+        left: why layers stay in floating point although they were to be quantized -> those layers.
+    """
+
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    configs: dict[str, QuantizerConfig] = field(default_factory=dict)
+    kv_cache: bool = False
+    notices: list[str] = field(default_factory=list)
+    left: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def all_notices(self) -> list[str]:
+        """`notices`, and one for each reason that layers were left for."""
+        return self.notices + [
+            f"{some(names)} stay{'' if names[1:] else 's'} in floating point: {reason}"
+            for reason, names in self.left.items()
+        ]
+
+
+def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
+    """What `recipe` does to the model of `hub` without looking at a value.
+
+    Args:
+        calibrated: there will be calibration, so scales may be static.
+
+    Raises:
+        RecipeError: a rule does not fit the model, or is not supported yet.
+        CheckpointError: a rule asks for what needs calibration, or what no checkpoint can say.
+    """
+    resolution = resolve(recipe, list(_quantizers(hub)))
+    for name, config in resolution.configs.items():
+        if reason := unsupported(config):
+            raise RecipeError(f"{name}: {reason}")
+    plan = Plan(notices=[str(notice) for notice in resolution.notices])
+    if not calibrated:
+        _check_static(resolution.configs, hub)
+    cached = (path for path, attention in hub.attentions.items() if attention.cached)
+    plan.kv_cache = any(f"{path}.{_K}" in resolution.configs for path in cached)
+    for layer in hub.layers.values():
+        weight = resolution.configs.get(f"{layer.name}.{WEIGHT}")
+        x = resolution.configs.get(f"{layer.name}.{INPUT}")
+        if weight is not None and _fits(layer, format_of(weight), plan):
+            refuse_rotation(layer.name, weight.rotate)
+            per_channel = weight.granularity == "per_channel"
+            plan.schemes[layer.name] = Scheme(format_of(weight), format_of(x) if x else None, per_channel)
+            plan.configs[layer.name] = weight
+        elif weight is None and x is not None and not layer.stays:
+            raise CheckpointError(
+                f"{layer.name}: the recipe quantizes its input ({x.source}) and not its weight, which no checkpoint"
+                " says: give the weight a format, or switch the input off"
+            )
+    plan.notices += _operand_notices(resolution.configs)
+    return plan
+
+
+def plan_program(schemes: Mapping[str, Scheme], hub: Hub) -> Plan:
+    """What a quantized program says. Raises `CheckpointError` for a layer that the source does not have."""
+    plan = Plan()
+    for name, scheme in schemes.items():
+        if name not in hub.layers:
+            known = ", ".join(list(hub.layers)[:3])
+            raise CheckpointError(
+                f"the program quantizes {name}, and the source has no such layer (it has {known}, ...): give the"
+                " directory or the module that the program was made from, not a part of it or a wrapper around it"
+            )
+        if _fits(hub.layers[name], scheme.weight, plan):
+            plan.schemes[name] = scheme
+    return plan
+
+
+def refuse_rotation(module: str, rotated: bool) -> None:
+    if rotated:
+        raise CheckpointError(
+            f"{module} is rotated (`rotate: true`), which no checkpoint format says, so servers would multiply rotated"
+            " weights with inputs that are not: leave out the rotation"
+        )
+
+
+def _quantizers(hub: Hub) -> Iterator[QuantizerName]:
+    for layer in hub.layers.values():
+        for kind in (INPUT, WEIGHT, _OUTPUT):
+            yield QuantizerName(f"{layer.name}.{kind}".lstrip("."), layer.module_class)
+    for path, attention in hub.attentions.items():
+        for kind in ATTENTION:
+            yield QuantizerName(f"{path}.{kind}", attention.module_class)
+    for path, owner in hub.norms.items():
+        yield QuantizerName(f"{path}.{_OUTPUT}", owner)
+
+
+def _check_static(configs: Mapping[str, QuantizerConfig], hub: Hub) -> None:
+    """Scales of activations that are not found at run time come from calibration, and none of it is here."""
+    static = []
+    for name, config in configs.items():
+        path, _, kind = name.rpartition(".")
+        layer = hub.layers.get(path)
+        written = layer is not None and not layer.stays if kind == INPUT else kind in (_K, _V)
+        if written and has_constant(config):
+            static.append(name)
+    if static:
+        more = f" and {len(static) - 1} more" if len(static) > 1 else ""
+        raise CheckpointError(
+            f"the recipe gives a static scale to {static[0]}{more}, which needs calibration data: {HOW_TO_CALIBRATE}."
+            " Recipes with dynamic activations (fp8_per_channel_per_token) or for weights only (nvfp4_weight_only) need"
+            " none"
+        )
+
+
+def _fits(layer: Layer, fmt: Format, plan: Plan) -> bool:
+    """Whether the layer can be quantized; notes why not."""
+    if layer.refusal:
+        raise CheckpointError(
+            f"{layer.name} cannot be quantized in a checkpoint: {layer.refusal}; leave it out of the recipe, by a rule"
+            f' such as {{quantizer: "{layer.name}.*", enable: false}}'
+        )
+    reason = layer.stays
+    if not reason and fmt.packed and (ragged := [p for p in layer.parts if p.shape[1] % fmt.sizes[-1]]):
+        reason = f"{fmt.name} has blocks of {fmt.sizes[-1]} elements, and the reduction axis has {ragged[0].shape[1]}"
+    if reason:
+        plan.left.setdefault(reason, []).append(layer.name)
+    return not reason
+
+
+def _operand_notices(configs: Mapping[str, QuantizerConfig]) -> list[str]:
+    kinds = {name.rpartition(".")[2] for name in configs}
+    return [unwritten_notice(kind) for kind in ("q_bmm_quantizer", "softmax_bmm_quantizer", _OUTPUT) if kind in kinds]
+
+
+def unwritten_notice(kind: str) -> str:
+    """Why quantizers of that kind have no place in a checkpoint."""
+    if kind == _OUTPUT:
+        return f"{kind}: not written, checkpoints hold scales of weights, of inputs and of the key/value cache"
+    return f"{kind}: not written, the attention kernel of the server decides how it computes"
+
+
+def sibling_groups(layers: Iterable[str], configs: Mapping[str, QuantizerConfig]) -> list[list[str]]:
+    """The layers of each scale: those with one (global) scale each that read the same tensor share it."""
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in layers:
+        parent, _, last = name.rpartition(".")
+        if configs[name].granularity != "per_channel" and has_constant(configs[name]):
+            groups[parent, _GROUP_OF.get(last, last), configs[name].format].append(name)
+    return list(groups.values())
+
+
+def contents_of(plan: Plan, hub: Hub) -> tuple[Contents, dict[str, tuple[int, int]]]:
+    """What the checkpoint will hold, by names of the hub, and the shapes of the weights that are quantized."""
+    schemes: dict[str, Scheme] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    floating: list[str] = []
+    for layer in hub.layers.values():
+        for part in layer.parts:
+            if layer.name in plan.schemes:
+                schemes[part.name], shapes[part.name] = plan.schemes[layer.name], part.shape
+            else:
+                floating.append(part.name)
+    for dropped, kept in hub.tied.items():  # the other name of a quantized weight is quantized, too
+        if kept in schemes:
+            schemes[dropped], shapes[dropped] = schemes[kept], shapes[kept]
+    floating += [key.removesuffix(".weight") for key in hub.unknown if key.endswith(".weight")]
+    unquantized = [name for name in dict.fromkeys(floating) if name not in schemes]
+    return Contents(schemes, unquantized, plan.kv_cache, hub.tied), shapes
+
+
+def parts_by_key(plan: Plan, hub: Hub) -> dict[str, tuple[Layer, Part]]:
+    """Key in the source -> what it is, for the weights that are quantized."""
+    return {part.key: (hub.layers[name], part) for name in plan.schemes for part in hub.layers[name].parts}

@@ -1,0 +1,150 @@
+"""Codes and scales of the linear layers of a quantized program, and the scales of its key/value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from passes.constants import constant
+from passes.formats import FP8, get_format
+from passes.graph import aten, calls, is_call, module_path
+from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
+from passes.place.rotate import FACTOR
+from passes.program import unlift
+from passes.quantize.sites import linear_name
+from passes.sdpa import SDPA
+from qcompile.checkpoint.layout import Part
+from qcompile.checkpoint.plan import refuse_rotation
+from qcompile.errors import CheckpointError
+from qcompile.layer import QuantizedWeight, Scheme
+
+
+@dataclass
+class ProgramWeights:
+    """What a program holds for a checkpoint.
+
+    Attributes:
+        layers: name -> codes and scales; of fused experts `[E, N, K]`.
+        kv_scales: module path of an attention -> fp32 (k, v) scales.
+        fused: there are attentions whose probabilities are quantized.
+        notices: what the reader of the report should know.
+    """
+
+    layers: dict[str, QuantizedWeight] = field(default_factory=dict)
+    kv_scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    fused: bool = False
+    notices: list[str] = field(default_factory=list)
+
+
+def read_program(program: ExportedProgram) -> ProgramWeights:
+    """What `program`, which `qcompile.quantize` or `import_quantized` returned, holds. Nothing is computed anew.
+
+    Raises:
+        CheckpointError: nothing in it is quantized, or something in a way that no checkpoint says.
+    """
+    gm, found = unlift(program), ProgramWeights()
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if str(node.target).startswith(FACTOR):
+            refuse_rotation(module_path(next(iter(node.users))) or "the model", True)
+    for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
+        if not is_call(node.args[1], DEQUANTIZE):
+            continue
+        name = linear_name(node)
+        weight = _weight(gm, node, name)
+        found.layers[name] = _joined(name, found.layers[name], weight, found) if name in found.layers else weight
+    for node in calls(gm.graph, SDPA, ATTENTION):
+        found.fused = found.fused or node.target is ATTENTION
+        k, v = (_static_scale(gm, operand) for operand in node.args[1:3])
+        if (k is None) != (v is None):
+            raise CheckpointError(f"{module_path(node)}: one of k and v is quantized, and a key/value cache holds both")
+        if k is not None and v is not None:
+            found.kv_scales[module_path(node)] = k, v
+    if not found.layers:
+        raise CheckpointError("no linear layer of this program is quantized: give what qcompile.quantize returned")
+    return found
+
+
+def _weight(gm: GraphModule, linear: Node, name: str) -> QuantizedWeight:
+    x, node = linear.args[:2]
+    assert isinstance(node, Node)
+    fmt = get_format(str(node.kwargs["format"]))
+    codes, (scale, global_scale) = constant(gm, node.args[0]), _scales(gm, node)
+    if codes is None or scale is None:
+        raise CheckpointError(f"{name}: the codes or scales of its weight are computed when the program runs")
+    input_format, input_scale = None, None
+    if is_call(x, DEQUANTIZE):
+        assert isinstance(x, Node)
+        input_format = get_format(str(x.kwargs["format"]))
+        own, above = _scales(gm, x)
+        input_scale = own if above is None else above
+    scheme = Scheme(fmt, input_format, per_channel=not fmt.block and scale.ndim > 1 and scale.shape[-2] > 1)
+    if scheme.has_input_scale and input_scale is None:
+        raise CheckpointError(
+            f"{name}: its input has a scale per tensor that is found at run time, which no format says"
+        )
+    return QuantizedWeight(scheme, codes, scale, global_scale, input_scale if scheme.has_input_scale else None)
+
+
+def _scales(gm: GraphModule, dequantize: Node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(scale, global scale) of a dequantize, each None if it is no constant; plain numbers come in fp32."""
+    scale = dequantize.args[1]
+    if isinstance(scale, Node) and is_call(scale, DEQUANTIZE):  # two levels
+        return constant(gm, scale.args[0]), _fp32(constant(gm, scale.args[1]))
+    return _fp32(constant(gm, scale)), None
+
+
+def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
+def _static_scale(gm: GraphModule, operand: object) -> torch.Tensor | None:
+    """The scale of an operand of an attention, if it is quantized to FP8 with a constant one."""
+    if not isinstance(operand, Node) or not is_call(operand, DEQUANTIZE) or operand.kwargs["format"] != FP8.name:
+        return None
+    scale = _scales(gm, operand)[0] if is_call(operand.args[0], QUANTIZE) else None
+    if scale is None or scale.numel() != 1:
+        raise CheckpointError(f"{module_path(operand)}: a key/value cache has one constant scale, and this has not")
+    return scale.reshape(())
+
+
+def _joined(name: str, first: QuantizedWeight, second: QuantizedWeight, found: ProgramWeights) -> QuantizedWeight:
+    """One weight that is used twice; its inputs may differ in range."""
+    if first.scheme != second.scheme:
+        raise CheckpointError(f"{name} is used more than once, and its inputs are quantized in different ways")
+    if first.input_scale is not None and second.input_scale is not None and first.input_scale != second.input_scale:
+        first.input_scale = torch.maximum(first.input_scale, second.input_scale)
+        found.notices.append(f"{name} is used more than once: the largest scale of its inputs is written")
+    return first
+
+
+def slice_weight(weight: QuantizedWeight, part: Part) -> QuantizedWeight:
+    """The codes and scales of one linear layer of the hub. Raises `CheckpointError` where a block would be cut."""
+    fmt, total = weight.scheme.weight, weight.codes.shape[-2]
+    scale, global_scale = _of_expert(weight.scale, part), weight.global_scale
+    if global_scale is not None:
+        global_scale = _of_expert(global_scale, part).reshape(())
+    if scale.numel() == 1 and not fmt.sizes and not weight.scheme.per_channel:
+        scale = scale.reshape(())
+    if part.expert is None:
+        return QuantizedWeight(weight.scheme, weight.codes.detach(), scale.detach(), global_scale, weight.input_scale)
+    codes = weight.codes.detach()[part.expert, part.rows]
+    if scale.ndim:
+        high = fmt.sizes[0] if len(fmt.sizes) == 2 else 1
+        start, stop = part.rows.start, part.rows.stop
+        if start % high or (stop % high and stop != total):
+            raise CheckpointError(
+                f"{part.name}: its {part.shape[0]} rows end within a block of {high} rows of the weight of all experts,"
+                " so it has no blocks of its own: save the checkpoint from the model instead of a program"
+            )
+        scale = scale[start // high : -(-stop // high)]
+    return QuantizedWeight(weight.scheme, codes, scale.detach(), global_scale, weight.input_scale)
+
+
+def _of_expert(scale: torch.Tensor, part: Part) -> torch.Tensor:
+    """What belongs to one expert of `[E, ...]`, or to all of `[1, ...]`."""
+    if part.expert is None or scale.ndim < 3:
+        return scale
+    return scale[part.expert if scale.shape[0] > 1 else 0]

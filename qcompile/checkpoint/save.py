@@ -1,0 +1,165 @@
+"""`qcompile.save_checkpoint`: a model, or a quantized program of it, to a directory that servers load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.export import ExportedProgram
+
+from qcompile.checkpoint.codes import Advance, largest_magnitude, quantize_weight
+from qcompile.checkpoint.directory import carry_over, check_new, new_directory, write_configs
+from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
+from qcompile.checkpoint.formats.merged import describe
+from qcompile.checkpoint.job import Job, read_job
+from qcompile.checkpoint.layout import Layer, Part
+from qcompile.checkpoint.origin import Origin
+from qcompile.checkpoint.plan import contents_of, parts_by_key
+from qcompile.checkpoint.program import slice_weight
+from qcompile.checkpoint.report import CheckpointReport
+from qcompile.checkpoint.shards import ShardWriter, parse_size
+from qcompile.errors import CheckpointError
+from qcompile.layer import QuantizedWeight
+from qcompile.recipe import Recipe
+from qcompile.scales import scale_of
+
+FormatName = Literal["fp8", "modelopt", "compressed-tensors"]
+
+
+def save_checkpoint(
+    model: str | os.PathLike[str] | torch.nn.Module | ExportedProgram,
+    directory: str | os.PathLike[str],
+    *,
+    format: FormatName = "fp8",
+    recipe: str | Recipe | Mapping[str, Any] | None = None,
+    source: str | os.PathLike[str] | torch.nn.Module | None = None,
+    max_shard_size: int | str = "1GB",
+    progress: bool = True,
+) -> CheckpointReport:
+    """Write a quantized checkpoint that vLLM, SGLang and transformers load.
+
+    Args:
+        model: a Hugging Face directory, which is read one tensor and written one shard at a time, so that it may be
+            larger than memory, with no forward pass; a `PreTrainedModel` in memory; or what `qcompile.quantize`
+            returned, whose codes and scales are taken bit by bit. Codes made here are those of
+            `qcompile.quantize(..., dtype=torch.float32)`.
+        directory: where to write; it must not exist, or be empty. Everything is written to `<directory>.partial`,
+            which is renamed when it is complete, and removed after an error. A second run starts clean. The tokenizer
+            and other small files of a source directory go along; weights in other forms, hidden files and
+            subdirectories (but additional_chat_templates) do not, and a notice lists them.
+        format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt" or "compressed-tensors".
+        recipe: as of `quantize`, for weights only or with dynamic activations; static ones need calibration, which is
+            what `quantize` is for. None is fp8_block for the format fp8. Not with a program.
+        source: the directory or the model that a program was made from: its configuration, its other tensors, each in
+            its own dtype, and its tokenizer. Only with a program.
+        max_shard_size: of one file, as a number of bytes or "1GB"; a larger tensor has a file of its own. The codes of
+            one shard are kept in memory.
+        progress: show a bar on stderr.
+
+    Returns:
+        What was quantized, what was not, and which files there are.
+
+    Raises:
+        CheckpointError: names the file, tensor or layer that is wrong, or that the format cannot say. RecipeError.
+    """
+    start = time.perf_counter()
+    chosen, largest = format_called(format), parse_size(max_shard_size)
+    check_new(Path(directory))
+    job = read_job(model, source, recipe, format)
+    contents, shapes = contents_of(job.plan, job.origin.hub)
+    chosen.check(contents, shapes)
+    with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:
+        writer = ShardWriter(partial, largest)
+        _write_tensors(job, chosen, writer, advance)
+        writer.close()
+        notices = job.plan.all_notices + _write_rest(job.origin, chosen, contents, partial)
+        files = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
+    stays = [name for name in job.origin.hub.layers if name not in job.plan.schemes]
+    quantized = {name: describe(scheme) for name, scheme in job.plan.schemes.items()}
+    seconds = time.perf_counter() - start
+    return CheckpointReport(
+        format, job.recipe, quantized, stays, contents.kv_cache, notices, files, writer.bytes, seconds
+    )
+
+
+def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, advance: Advance) -> None:
+    stored, parts = job.origin.stored, parts_by_key(job.plan, job.origin.hub)
+    scales = _shared_scales(job, advance)
+    for key, tensor in stored.items():
+        if key in job.origin.hub.dropped:
+            continue
+        if key in parts:
+            layer, part = parts[key]
+            writer.add(chosen.tensors(part.name, _quantized(job, layer, part, scales, advance), tensor.dtype))
+        else:
+            writer.add({key: tensor})
+            advance(tensor.nbytes)
+    for attention, (k_scale, v_scale) in job.kv_scales.items():
+        writer.add(chosen.kv_tensors(attention, k_scale, v_scale))
+
+
+def _shared_scales(job: Job, advance: Advance) -> dict[str, torch.Tensor]:
+    """Layer -> the one (global) scale of its weight, from the largest magnitude in all that share it."""
+    found: dict[str, torch.Tensor] = {}
+    for group in job.groups:
+        keys = [part.key for name in group for part in job.parts(name)]
+        amax = torch.stack([largest_magnitude(job.origin.stored[key], advance) for key in keys]).amax()
+        scale = scale_of(amax, job.plan.configs[group[0]], job.power_of_two)
+        found.update(dict.fromkeys(group, scale))
+    return found
+
+
+def _quantized(
+    job: Job, layer: Layer, part: Part, scales: Mapping[str, torch.Tensor], advance: Advance
+) -> QuantizedWeight:
+    tensor = job.origin.stored[part.key]
+    if job.weights is not None:
+        weight = slice_weight(job.weights.layers[layer.name], part)
+        columns = weight.codes.shape[1] * (2 if weight.scheme.weight.packed else 1)
+        if (weight.codes.shape[0], columns) != tensor.shape:
+            raise CheckpointError(
+                f"{layer.name} is {[weight.codes.shape[0], columns]} in the program and {tensor.where} is"
+                f" {list(tensor.shape)}: give the directory or the model that the program was made from"
+            )
+        advance(tensor.nbytes)
+        return weight
+    scheme, config = job.plan.schemes[layer.name], job.plan.configs[layer.name]
+    return quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+
+
+def _write_rest(origin: Origin, chosen: CheckpointFormat, contents: Contents, partial: Path) -> list[str]:
+    """All files but the weights; config.json comes last. Returns notices."""
+    notices = []
+    files = dict(chosen.files(contents))
+    if origin.directory is not None:
+        _, left = carry_over(origin.directory, partial)
+        if left:
+            notices.append(f"not carried over from {origin.directory}: {', '.join(left)}")
+    else:
+        notices.append("made from a model in memory: the tokenizer is to be saved beside it")
+        if origin.generation is not None:
+            files["generation_config.json"] = dict(origin.generation)
+    if origin.hub.unknown:
+        count = f"{len(origin.hub.unknown)} tensors ({origin.hub.unknown[0]}, ...)"
+        notices.append(f"{count} belong to no module that transformers makes: they are copied as they are")
+    write_configs(partial, origin.config, files)
+    return notices
+
+
+@contextmanager
+def _bar(job: Job, show: bool) -> Iterator[Advance]:
+    """A progress bar over the bytes that are read."""
+    stored = job.origin.stored
+    again = sum(stored[part.key].nbytes for group in job.groups for name in group for part in job.parts(name))
+    total = again + sum(tensor.nbytes for key, tensor in stored.items() if key not in job.origin.hub.dropped)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task("writing the checkpoint", total=total)
+        yield lambda count: bar.advance(task, count)

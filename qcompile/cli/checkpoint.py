@@ -1,0 +1,64 @@
+"""The checkpoint part of `qcompile export`: from a Hugging Face directory to a quantized one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcompile.cli.console import interactive, out, step
+from qcompile.cli.options import UsageError
+from qcompile.cli.tables import show_checkpoint
+
+_DEFAULT_FORMAT = "fp8"
+
+
+def write_checkpoint(
+    source: str,
+    target: Path,
+    format: str | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    calibration: str | None,
+    batch: int,
+    sequence: int | None,
+) -> dict[str, Any]:
+    """Write the checkpoint and show its report, which is returned as JSON data."""
+    import torch
+
+    import qcompile
+    from qcompile.checkpoint.directory import check_new
+    from qcompile.checkpoint.job import DEFAULT_RECIPES, check_names
+    from qcompile.checkpoint.save import save_checkpoint
+
+    if not Path(source).is_dir():
+        raise UsageError(f"a checkpoint is made from a Hugging Face directory, and {source} is none")
+    chosen_format: Any = format or _DEFAULT_FORMAT
+    name = recipe or DEFAULT_RECIPES.get(chosen_format)
+    if name is None:
+        raise UsageError(
+            f"--format {chosen_format} holds many schemes: say which with --recipe, such as nvfp4_weight_only, or fp8"
+            " with --calibration"
+        )
+    chosen = qcompile.load_recipe(name, overrides)
+    check_new(target)
+    notices = []
+    if calibration is None:
+        step(f"writing {target} with the recipe {chosen.metadata.name}")
+        report = save_checkpoint(source, target, format=chosen_format, recipe=chosen, progress=interactive())
+    else:
+        from qcompile.cli.quantize import MADE_UP, quantized
+        from qcompile.source import load_source
+
+        check_names(source, chosen_format, chosen)
+        step(f"loading {source}")
+        loaded = load_source(source, batch=batch, sequence=sequence)
+        program, _ = quantized(loaded, chosen, calibration, torch.float32)  # in half, scales would be rounded to it
+        step(f"writing {target}")
+        report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
+        notices = [MADE_UP] if calibration == "random" else []
+    data: dict[str, Any] = json.loads(report.to_json())
+    data["notices"] = [*notices, *data["notices"]]
+    show_checkpoint(out(), data, target)
+    return data

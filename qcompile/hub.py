@@ -1,0 +1,65 @@
+"""What config.json of a Hugging Face directory says: the transformers config, and the class of the model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qcompile.errors import QCompileError
+
+
+def import_transformers(error: type[QCompileError]) -> Any:
+    """The package, silenced. Raises `error` where it is not installed."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as cause:
+        raise error(
+            "reading a Hugging Face directory needs transformers: pip install 'qcompile[transformers]'"
+        ) from cause
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
+    """The content of config.json in the directory `path`. Raises `error` if there is none, or it is no JSON object."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise error(f"{path} has no config.json, so it is no Hugging Face model directory")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as cause:
+        raise error(f"{file} cannot be read: {first_line(cause)}") from cause
+    if not isinstance(content, dict):
+        raise error(f"{file} holds a {type(content).__name__} and no object")
+    return content
+
+
+def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> Any:
+    """The config object that transformers makes of the directory. Raises `error` with its reason."""
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
+        raise error(f"{path / 'config.json'}: transformers cannot use it: {first_line(cause)}") from cause
+
+
+def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
+    """The class that the config names, AutoModel if it names none. Raises `error` for one that is not known."""
+    names = list(getattr(config, "architectures", None) or [])
+    for name in names:
+        if (found := getattr(transformers, name, None)) is not None:
+            return name, found
+    if names:
+        raise error(
+            f"transformers {transformers.__version__} has no {names[0]}; a model with its own code is given as"
+            " package.module:factory"
+        )
+    return f"{config.model_type} AutoModel", transformers.AutoModel
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
