@@ -24,6 +24,7 @@ class Case:
         dtype: what the program computes in.
         recipe: the shipped recipe.
         targets: what engines are built for.
+        fp8_attention: the recipe quantizes attention.
         gemms: what the engine has to multiply the linear layers in: module path as a glob -> type, later ones win.
         per_block: most kernels that one more block may cost; None is no bar.
         beats_half: whether the engine must, at full depth, have fewer kernels than that of the unquantized model.
@@ -37,6 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float16
     recipe: str = "fp8"
     targets: tuple[str, ...] = ("sm89", "sm120")
+    fp8_attention: bool = True
     gemms: Mapping[str, str] = field(default_factory=lambda: {"*": "fp8"})
     per_block: int | None = None
     beats_half: bool = False
@@ -83,6 +85,10 @@ def _mixed(name: str, make: Callable[[Size], Example]) -> Case:
     return Case(name, make, *sizes, recipe=recipe, targets=("sm120",), gemms=gemms, excluded=_LLAMA_WIDE)
 
 
+def _dynamic_scales(name: str, recipe: str, make: Callable[[Size], Example], full: Size, tiny: Size) -> Case:
+    return Case(name, make, full, tiny, recipe=recipe, fp8_attention=False, excluded=_LLAMA_WIDE)
+
+
 CASES = (
     _vit("vit", models.vit),
     _vit("vit-wrapped", partial(models.vit, wrapped=True)),
@@ -110,6 +116,9 @@ CASES = (
     ),
     _mixed("llama-mixed", models.llama),
     _mixed("llama-mixed-dynamic", partial(models.llama, dynamic=True)),
+    _dynamic_scales("vit-fp8-block", "fp8_block", models.vit, models.VIT_BASE, models.VIT_TINY),
+    _dynamic_scales("llama-fp8-block", "fp8_block", models.llama, models.LLAMA, models.LLAMA_TINY),
+    _dynamic_scales("llama-per-token", "fp8_per_channel_per_token", models.llama, models.LLAMA, models.LLAMA_TINY),
     Case("bert", models.bert, models.BERT_BASE, models.BERT_TINY),
     Case("bert-dynamic", partial(models.bert, dynamic=True), models.BERT_BASE, models.BERT_TINY),
     Case("minilm", models.minilm, models.MINILM, models.MINILM_TINY),

@@ -32,7 +32,7 @@ print(make(Path(sys.argv[1]), float(sys.argv[2])))
 """
 _CHILD = """
 import json, sys, time
-from qcompile.checkpoint.save import save_checkpoint
+from qcompile.checkpoint.write.save import save_checkpoint
 from benchmarks.export_worker import peak_mb
 source, target, format, recipe = sys.argv[1:]
 imports, start = peak_mb(), time.perf_counter()

@@ -128,9 +128,10 @@ def judge(
     wide = [gap for gap in gaps if gap.kind != "attention"]
     gemm_fp8 = built.gemms["fp8"] + built.convolutions["fp8"]
     other = {m: p for m, p in built.precisions.items() if not case.is_excluded(m) and p != case.wanted(m)}
-    bars, misses = [f"{layers} attentions", "all GEMMs"], []
-    if built.attention.fp8 != layers or built.attention.total != layers:
-        misses.append(f"{built.attention.fp8} of {built.attention.total} attentions in FP8, not {layers}")
+    attentions = layers if case.fp8_attention else 0
+    bars, misses = [f"{attentions} attentions", "all GEMMs"], []
+    if built.attention.fp8 != attentions or built.attention.total != layers:
+        misses.append(f"{built.attention.fp8} of {built.attention.total} attentions in FP8, not {attentions}")
     if other:
         misses.append(f"GEMMs in another type: {', '.join(f'{m} in {p}' for m, p in other.items())}")
     if case.per_block is not None and per_block is not None:

@@ -108,6 +108,12 @@ def module_path(node: Node) -> str:
     return stack[-1][0] if stack else ""
 
 
+def name_in_module(node: Node, name: str) -> str:
+    """`name` below the innermost module around `node`, for a constant that belongs to it: `layers.0.q_proj.name`."""
+    path = module_path(node)
+    return f"{path}.{name}" if path else name
+
+
 def module_class(node: Node) -> str | None:
     """Qualified class name of the innermost module around `node`."""
     stack = module_stack(node)

@@ -14,7 +14,11 @@ import torch
 from torch.fx import Node
 
 from passes.base import Pass
+from passes.canonicalize.attention_operands import MoveQuantizersToAttention
+from passes.canonicalize.modelopt import ModeloptToQdq
+from passes.canonicalize.pt2e import Pt2eToQdq
 from passes.canonicalize.share import ShareQuantizers
+from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.fold.constants import FoldConstants
 from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
@@ -26,7 +30,7 @@ from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.k_split import SplitK
-from passes.legalize.per_token import PerTokenToStatic
+from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
@@ -49,7 +53,7 @@ from passes.quantize.sites import Site
 
 Pipeline = tuple[Callable[[], Pass], ...]
 
-CANONICALIZE: Pipeline = ()
+CANONICALIZE: Pipeline = (ModeloptToQdq, Pt2eToQdq)
 """Quantized graphs of other tools become the IR."""
 
 NORMALIZE: Pipeline = (
@@ -81,7 +85,14 @@ def quantize_pipeline(
 
 def import_pipeline(source: torch.dtype, target: torch.dtype) -> Pipeline:
     """What another tool has quantized, as if `quantize_pipeline` had: attention gets the quantizer of its softmax."""
-    return (ShareQuantizers, PlaceAttentionScale, FuseAttentionQdq, *_settle(source, target))
+    return (
+        MoveZeroPoints,
+        MoveQuantizersToAttention,
+        ShareQuantizers,
+        PlaceAttentionScale,
+        FuseAttentionQdq,
+        *_settle(source, target),
+    )
 
 
 def _settle(source: torch.dtype, target: torch.dtype) -> Pipeline:
@@ -102,7 +113,7 @@ TENSORRT: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
     SplitPackedHeads,
     MergeParallelLinears,
-    PerTokenToStatic,
+    MeasuredToConstant,
     SplitK,
     SpellOutBlockActivations,
     FlattenRows,
@@ -115,7 +126,7 @@ TENSORRT: Pipeline = (
 
 PORTABLE: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
-    PerTokenToStatic,
+    MeasuredToConstant,
     SplitK,
     SpellOutBlockActivations,
     SpellOutBlockScales,

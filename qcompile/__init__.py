@@ -10,9 +10,14 @@ from __future__ import annotations
 import warnings
 
 from qcompile.api import build_engine
+from qcompile.checkpoint.write.report import CheckpointReport
+from qcompile.checkpoint.write.save import save_checkpoint
 from qcompile.engine import EngineReport
 from qcompile.errors import QCompileError
+from qcompile.frontends.checkpoint import load_checkpoint
+from qcompile.importing import import_quantized
 from qcompile.onnx.export import export_onnx
+from qcompile.onnx.repair import RepairReport, repair_onnx
 from qcompile.onnx.session import onnx_session
 from qcompile.quantization import quantize
 from qcompile.recipe import Recipe, list_recipes, load_recipe
@@ -23,14 +28,20 @@ from qcompile.report import Report
 warnings.filterwarnings("ignore", message="No complete tensor found in the group")
 
 __all__ = [
+    "CheckpointReport",
     "EngineReport",
     "QCompileError",
     "Recipe",
+    "RepairReport",
     "Report",
     "build_engine",
     "export_onnx",
+    "import_quantized",
     "list_recipes",
+    "load_checkpoint",
     "load_recipe",
     "onnx_session",
     "quantize",
+    "repair_onnx",
+    "save_checkpoint",
 ]

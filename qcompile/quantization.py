@@ -66,12 +66,13 @@ def quantize(
         CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where.
     """
     chosen_recipe = load_recipe(recipe)
-    if dtype not in (None, *COMPUTE_DTYPES):
-        raise QCompileError(f"cannot compute in {dtype}; known: {', '.join(map(str, COMPUTE_DTYPES))}")
+    compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     if any(calls(gm.graph, QUANTIZE, DEQUANTIZE)):
-        raise QCompileError("this program is quantized already; quantize the model that it was made from")
+        raise QCompileError(
+            "this model is quantized already: give it to qcompile.import_quantized, or quantize what it was made from"
+        )
     needed = input_dependence(gm)
     log = run_pipeline(NORMALIZE, gm)
 
@@ -88,7 +89,7 @@ def quantize(
     run_pipeline((partial(PlaceAttentionScale, planned), partial(RotateLinears, rotated)), gm, log)
 
     source = model_dtype(gm)
-    target = dtype or (source if source in (torch.float16, torch.bfloat16) else torch.float16)
+    target = compute_dtype(dtype, source)
     amax = weight_amax(gm, configs) | activation_amax(gm, program, configs, calibration, progress)
     _check_range(amax, target)
     power_of_two = chosen_recipe.calibration.power_of_two
@@ -103,7 +104,7 @@ def quantize(
         if site.operand == "softmax"
     }
     run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, log)
-    _check_dependence(needed, input_dependence(gm))
+    check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
     record(quantized, QuantizeRecord(chosen_recipe.metadata.name, log.fired, log.declined, resolution.notices))
     return quantized
@@ -118,7 +119,14 @@ def model_dtype(gm: GraphModule) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__) if sizes else torch.float32
 
 
-def _check_dependence(needed: list[set[str]], found: list[set[str]]) -> None:
+def compute_dtype(asked: torch.dtype | None, source: torch.dtype) -> torch.dtype:
+    """What a program computes in: what was `asked` for, else the model's own half precision, float16 for others."""
+    if asked not in (None, *COMPUTE_DTYPES):
+        raise QCompileError(f"cannot compute in {asked}; known: {', '.join(map(str, COMPUTE_DTYPES))}")
+    return asked or (source if source in (torch.float16, torch.bfloat16) else torch.float16)
+
+
+def check_dependence(needed: list[set[str]], found: list[set[str]]) -> None:
     """No output may have lost an input on the way, baked into a constant or cut off by a rewrite."""
     for index, lost in enumerate(before - after for before, after in zip(needed, found, strict=True)):
         if lost:

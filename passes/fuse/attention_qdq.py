@@ -75,7 +75,6 @@ class FuseAttentionQdq(Pass):
         mask = argument(node, "attn_mask")
         if mask is not None:
             mask = _additive(mask, dtype(query), masks, emit)
-        prefix = f"{module_path(node)}." if module_path(node) else ""
         softmax_scale = torch.tensor(1.0 / get_format(fmt).max) if self.softmax is None else self.softmax[node]
         scale = add_constant(gm, f"{prefix}softmax_scale", softmax_scale, node)
         causal = bool(argument(node, "is_causal"))

@@ -9,8 +9,9 @@ from passes.base import Pass
 from passes.constants import add_constant, constant, delete_constant, evaluate_constant, root_constants
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import Emitter, aten, calls, dtype, is_call
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, dequantize, quantize
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize, quantize
 from passes.legalize.unit_blocks import block_weight, measured_blocks, scale_rows
+from passes.pairs import measured_pair
 
 _ROWS = 1024  # are requantized at a time, so that the float32 values of a whole weight are nowhere
 
@@ -50,20 +51,15 @@ class BlocksToPerChannel(Pass):
                 assert isinstance(source, Node)
                 if (dynamic := measured_blocks(source)) is not None:
                     if source not in tokens:
-                        tokens[source] = _per_token(source, dynamic)
+                        x = dynamic.args[0]
+                        assert isinstance(x, Node)
+                        tokens[source] = measured_pair(x, FP8_PER_TOKEN, Emitter(dynamic))
                     linear.update_arg(0, tokens[source])
                 self.fire()
 
 
 def _is_quantized_otherwise(linear: Node) -> bool:
     return is_call(linear.args[0], DEQUANTIZE) and measured_blocks(linear.args[0]) is None
-
-
-def _per_token(source: Node, dynamic: Node) -> Node:
-    emit = Emitter(dynamic)
-    quantized = emit(DYNAMIC_QUANTIZE, dynamic.args[0], None, format=FP8_PER_TOKEN.name)
-    codes, scale = emit.getitem(quantized, 0), emit.getitem(quantized, 1)
-    return emit(DEQUANTIZE, codes, scale, format=FP8_PER_TOKEN.name, dtype=dtype(source))
 
 
 def _requantize(gm: GraphModule, weight: Node, linears: list[Node]) -> None:

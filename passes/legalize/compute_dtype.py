@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.constants import is_constant_expression
-from passes.graph import Emitter, aten, fake_call, fake_mode, following, is_call, val
+from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.choices import choices
 from passes.legalize.positions import is_periodic, positions
@@ -46,11 +46,12 @@ class ConvertComputeDtype(Pass):
 
     Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; `RemoveNoOps` did, so that no
         assertion of a dtype is left to fail; the source dtype is the model's.
-    Ensures: inputs and outputs of the program keep their dtype. A float value that depends on no floating-point input
-        and no parameter stays as it was up to where it meets one; so do sines, cosines and what leads to them or to a
-        cast to integers (`passes.legalize.positions`), and the scores of routers (`passes.legalize.choices`), if the
-        target has fewer digits than the source. A weight that is quantized stays in the source dtype, so its codes
-        come from the original numbers. Casts of constants are left to `FoldConstants`.
+    Ensures: inputs and outputs of the program keep their dtype, and so do global scales that are measured at run time.
+        A float value that depends on no floating-point input and no parameter stays as it was up to where it meets one;
+        so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), and the
+        scores of routers (`passes.legalize.choices`), if the target has fewer digits than the source. A weight that is
+        quantized stays in the source dtype, so its codes come from the original numbers. Casts of constants are left to
+        `FoldConstants`.
     Declines when: never.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
         timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
@@ -71,6 +72,7 @@ class ConvertComputeDtype(Pass):
         exact: set[Node] = set()
         if torch.finfo(self.target).eps > torch.finfo(self.source).eps:
             exact = positions(gm.graph, _dependents(gm, parameters), self.source) | choices(gm.graph)
+        exact |= _global_scales(gm, self.source)
         data = _dependents(gm, inputs | parameters, {node for node in exact if is_periodic(node)})
         reached = _dependents(gm, inputs | parameters)
         self.computed = {node for node in gm.graph.nodes if node.op == "call_function" and node not in reached}
@@ -159,6 +161,20 @@ class ConvertComputeDtype(Pass):
 def _is_block_scale(node: Node) -> bool:
     """Whether `node` makes the scales of blocks for another dequantize: a half could not hold them."""
     return is_call(node, DEQUANTIZE) and any(is_call(u, DEQUANTIZE) and u.args[1] is node for u in node.users)
+
+
+def _global_scales(gm: GraphModule, source: torch.dtype) -> set[Node]:
+    """What turns an amax that is measured at run time into a global scale, in float32: a half would round it to 0."""
+    found: set[Node] = set()
+    pending = [node.args[1] for node in calls(gm.graph, DYNAMIC_QUANTIZE)]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, Node) or node.op != "call_function" or is_call(node, aten.amax.default):
+            continue
+        if val(node).dtype == source and not val(node).ndim:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _may_mask(operand: Node, user: Node, computed: bool) -> bool:

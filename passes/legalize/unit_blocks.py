@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import add_constant, evaluate_constant, is_constant_expression
 from passes.formats import FP8, FP8_1X128, FP8_128X128
-from passes.graph import Emitter, aten, dtype, is_call, module_path, shape
+from passes.graph import Emitter, aten, dtype, is_call, name_in_module, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 BLOCK = FP8_1X128.sizes[0]
@@ -67,9 +67,8 @@ def unit_blocks(gm: GraphModule, dynamic: Node) -> tuple[Node, Node]:
     amax = emit(aten.amax.default, emit(aten.abs.default, blocks), [-1], True)
     # amax / 448 * 2^8, rounded as amax / 448 is: a factor of 4 / 7 would round ties of half-precision tensors otherwise
     size = emit(aten.div.Tensor, emit(aten.clamp_min.default, amax, _LEAST_AMAX), FP8.max * UNIT)
-    prefix = f"{module_path(dynamic)}." if module_path(dynamic) else ""
-    wide = add_constant(gm, f"{prefix}input_unit_float32", torch.tensor(UNIT), dynamic)
-    unit = add_constant(gm, f"{prefix}input_unit", torch.tensor(UNIT, dtype=to), dynamic)
+    wide = add_constant(gm, name_in_module(dynamic, "input_unit_float32"), torch.tensor(UNIT), dynamic)
+    unit = add_constant(gm, name_in_module(dynamic, "input_unit"), torch.tensor(UNIT, dtype=to), dynamic)
     codes = emit(QUANTIZE, emit(aten.div.Tensor, blocks, size), wide, format=FP8.name)
     return emit(DEQUANTIZE, codes, unit, format=FP8.name, dtype=to), size
 

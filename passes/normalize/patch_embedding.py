@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import is_constant_expression
+from passes.constants import add_constant, constant, is_constant_expression
 from passes.graph import Emitter, argument, aten, calls, is_call, only_user, shape
+from passes.ir import DEQUANTIZE, QUANTIZE
 
 
 class PatchEmbeddingToLinear(Pass):
@@ -20,8 +21,8 @@ class PatchEmbeddingToLinear(Pass):
         z = linear(patches, view(w, [N,C*p*q]), bias)                     # [B,L,N]
         y = view(transpose(z, 1, 2), [B,N,H/p,W/q])                       # for other users only
 
-    Requires: weights as `get_attr`; `ViewsToReshape` ran.
-    Ensures: the same sums of products, in another order.
+    Requires: weights as `get_attr`, or behind a quantizer with a scale for all or each channel; `ViewsToReshape` ran.
+    Ensures: the same sums of products, in another order. Quantizers of one scale move behind the rearrangement.
     Declines when: the image is not a whole number of patches, or its height or width is dynamic. Convolutions whose
         windows overlap, and those of single pixels, which belong to convolutional networks, are not looked at.
     Why: TensorRT runs a convolution of three channels in half precision and this form as an FP8 GEMM (the shape of the
@@ -31,7 +32,7 @@ class PatchEmbeddingToLinear(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.conv2d.default, aten.conv2d.padding):
             x, weight = argument(node, "input"), argument(node, "weight")
-            if not is_constant_expression(weight) or not _is_patchwise(node, weight):
+            if not is_constant_expression(_quantized_from(weight)) or not _is_patchwise(node, weight):
                 continue
             height, width = shape(x)[-2:]
             kernel = shape(weight)[-2:]
@@ -42,18 +43,23 @@ class PatchEmbeddingToLinear(Pass):
                     f"an image of {height}x{width} is not a whole number of {kernel[0]}x{kernel[1]} patches", node
                 )
             else:
-                self._rewrite(node, x, weight)
+                self._rewrite(gm, node, x, weight)
                 self.fire()
 
-    def _rewrite(self, node: Node, x: Node, weight: Node) -> None:
+    def _rewrite(self, gm: GraphModule, node: Node, x: Node, weight: Node) -> None:
         emit = Emitter(node)
         batch, channels = emit.sizes(x)[:2]
         features, _, p, q = shape(weight)
         rows, columns = shape(x)[-2] // p, shape(x)[-1] // q
-        split = emit(aten.reshape.default, x, [batch, channels, rows, p, columns, q])
+        pixels = _quantized_from(x) if _is_per_tensor(x) else x
+        split = emit(aten.reshape.default, pixels, [batch, channels, rows, p, columns, q])
         ordered = emit(aten.permute.default, split, [0, 2, 4, 1, 3, 5])
         patches = emit(aten.reshape.default, ordered, [batch, rows * columns, shape(weight)[1:].numel()])
-        matrix = emit(aten.reshape.default, weight, [features, shape(weight)[1:].numel()])
+        if pixels is not x:
+            patches = _quantized_like(gm, x, patches, emit)
+        matrix = emit(aten.reshape.default, _quantized_from(weight), [features, shape(weight)[1:].numel()])
+        if is_call(weight, DEQUANTIZE):
+            matrix = _quantized_like(gm, weight, matrix, emit)
         tokens = emit(aten.linear.default, patches, matrix, argument(node, "bias"))
         for flat in list(node.users):
             transpose = only_user(flat)
@@ -64,6 +70,33 @@ class PatchEmbeddingToLinear(Pass):
         if node.users:
             image = emit(aten.transpose.int, tokens, 1, 2)
             node.replace_all_uses_with(emit(aten.reshape.default, image, [batch, features, rows, columns]))
+
+
+def _quantized_from(node: Node) -> Node:
+    """What `node` is the dequantized form of: a float tensor, or codes that are stored; `node` itself if of nothing."""
+    if not is_call(node, DEQUANTIZE):
+        return node
+    codes = node.args[0]
+    source = codes.args[0] if is_call(codes, QUANTIZE) else codes  # type: ignore[union-attr]
+    assert isinstance(source, Node)
+    return source
+
+
+def _is_per_tensor(node: Node) -> bool:
+    return is_call(node, DEQUANTIZE) and is_call(node.args[0], QUANTIZE) and not shape(node.args[1])  # type: ignore[arg-type]
+
+
+def _quantized_like(gm: GraphModule, pair: Node, source: Node, emit: Emitter) -> Node:
+    """`source`, rearranged from what `pair` quantizes, quantized as there; scales of channels are `[N, 1]` now."""
+    codes, scale_node = pair.args
+    assert isinstance(codes, Node) and isinstance(scale_node, Node)
+    scale = constant(gm, scale_node)
+    assert scale is not None
+    if scale.ndim:
+        scale_node = add_constant(gm, str(scale_node.target), scale.reshape(-1, 1), emit.before)
+    if is_call(codes, QUANTIZE):
+        source = emit(QUANTIZE, source, scale_node, **codes.kwargs)
+    return emit(DEQUANTIZE, source, scale_node, **pair.kwargs)
 
 
 def _is_patchwise(node: Node, weight: Node) -> bool:

@@ -53,8 +53,10 @@ class MergeParallelLinears(Pass):
             return
         views = [only_user(linear.node) for linear in group]
         to_heads = all(_splits_into_heads(view, views[0]) for view in views)
-        reason = _mismatch(gm, group)
-        if reason is None and not to_heads and len({linear.width for linear in group}) > 1:
+        reason = None
+        if len({(linear.weight.kwargs["format"], val(linear.scale).ndim) for linear in group}) > 1:
+            reason = "their weights are quantized to different formats or granularities"
+        elif not to_heads and len({linear.width for linear in group}) > 1:
             reason = "these linear layers differ in width and are not all split into heads"
         if reason is not None:
             self.decline(reason, *(linear.node for linear in group))
@@ -109,13 +111,6 @@ class _Linear:
     @property
     def width(self) -> int:
         return int(shape(self.node)[-1])
-
-
-def _mismatch(gm: GraphModule, group: list[_Linear]) -> str | None:
-    """Why the weights of `group` cannot share one dequantize, or None."""
-    if len({(linear.weight.kwargs["format"], val(linear.scale).ndim) for linear in group}) > 1:
-        return "their weights are quantized to different formats or granularities"
-    return None
 
 
 def _scales_differ(gm: GraphModule, group: list[_Linear]) -> bool:

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints of quantized models: written (`save`), and read (`qcompile.frontends.checkpoint`)."""
+"""Quantized Hugging Face checkpoints: `formats` spells them, `write` and `read` go from and to models."""

@@ -28,9 +28,9 @@ def write_checkpoint(
     import torch
 
     import qcompile
-    from qcompile.checkpoint.directory import check_new
-    from qcompile.checkpoint.job import DEFAULT_RECIPES, check_names
-    from qcompile.checkpoint.save import save_checkpoint
+    from qcompile.checkpoint.files.directory import check_new
+    from qcompile.checkpoint.write.job import DEFAULT_RECIPES, check_names
+    from qcompile.checkpoint.write.save import save_checkpoint
 
     if not Path(source).is_dir():
         raise UsageError(f"a checkpoint is made from a Hugging Face directory, and {source} is none")

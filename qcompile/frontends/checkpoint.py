@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,18 @@ import torch
 
 from qcompile import experts
 from qcompile.checkpoint.formats import reader_of
-from qcompile.checkpoint.kv_cache import attach_kv_scales
-from qcompile.checkpoint.quantized_parts import QuantizedParts, read_quantized_parts
-from qcompile.checkpoint.store import FLOATS, TensorStore
+from qcompile.checkpoint.hub.config import (
+    auto_config,
+    first_line,
+    import_transformers,
+    meta_model,
+    model_class,
+    read_config,
+)
+from qcompile.checkpoint.read.kv_cache import attach_kv_scales
+from qcompile.checkpoint.read.quantized_parts import QuantizedParts, read_quantized_parts
+from qcompile.checkpoint.read.store import FLOATS, TensorStore
 from qcompile.errors import CheckpointError, QCompileError
-from qcompile.hub import auto_config, first_line, import_transformers, model_class, read_config
 
 __all__ = ["is_quantized_checkpoint", "load_checkpoint"]
 
@@ -56,7 +62,7 @@ def load_checkpoint(directory: str | Path) -> torch.nn.Module:
     reader = reader_of(content, path)
     store = TensorStore(path)
     config = _unquantized(auto_config(transformers, path, CheckpointError))
-    model = _on_meta(*model_class(transformers, config, CheckpointError), config, path)
+    model = meta_model(*model_class(transformers, config, CheckpointError), config, path, CheckpointError)
     parts = read_quantized_parts(model, reader, store)
     if not parts.modules:
         raise CheckpointError(f"{path}: the configuration speaks of quantized weights, and the files hold none")
@@ -76,15 +82,6 @@ def _unquantized(config: Any) -> Any:
             with contextlib.suppress(AttributeError):
                 delattr(part, key)
     return config
-
-
-def _on_meta(name: str, found: Any, config: Any, path: Path) -> Any:
-    make: Callable[[Any], Any] = found.from_config if not hasattr(found, "_from_config") else found._from_config
-    try:
-        with torch.device("meta"):
-            return make(config)
-    except Exception as error:  # whatever the sizes in the config lead to
-        raise CheckpointError(f"{path}: {name} cannot be built from config.json: {first_line(error)}") from error
 
 
 def _check_floats(parts: QuantizedParts, store: TensorStore) -> None:

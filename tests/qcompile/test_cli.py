@@ -149,6 +149,14 @@ def test_wrong_usage_is_one_message_and_writes_nothing(
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == before
 
 
+@pytest.mark.parametrize(("choice", "words"), [("k_split", "K-split products"), ("per_channel", "quantized once more")])
+def test_blocks_of_fp8_are_multiplied_as_asked(here: Path, choice: str, words: str) -> None:
+    options = ("--recipe", "fp8_block", "--block-fp8", choice, "--report", "report.json", "--no-compare")
+    assert run(*EXPORT[:4], *options) == 0
+    notices = json.loads((here / "report.json").read_text())["export"]["notices"]
+    assert any(words in notice for notice in notices)
+
+
 def test_a_file_that_fails_its_checks_is_exit_code_1(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*EXPORT, "--no-compare") == 0
     model = onnx.load("model.onnx")

@@ -16,7 +16,7 @@ from passes.formats import FP8, FP8_1X128, FP8_PER_TOKEN
 from passes.graph import calls
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
-from passes.legalize.per_token import PerTokenToStatic
+from passes.legalize.measured_scales import MeasuredToConstant
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import INPUT, Array, block_graph, error, in_blocks
 from tests.passes.legalize.test_k_split import Experts, Shared
@@ -54,7 +54,7 @@ def test_codes_of_the_dequantized_blocks(width: int, bias: bool) -> None:
     assert {n.kwargs["format"] for n in calls(gm.graph, DEQUANTIZE)} == {"fp8", "fp8_per_token"}
     assert set(dict(gm.named_parameters())) >= {"weight"} and gm.get_parameter("weight").shape == (200, width)
     assert error(weight_of(gm), per_channel(in_blocks(module.weight.detach().numpy(), 128))) <= 1e-6
-    PerTokenToStatic()(gm)
+    MeasuredToConstant()(gm)
     assert count(gm, DYNAMIC_QUANTIZE) == 0
 
 

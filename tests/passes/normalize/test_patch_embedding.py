@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from passes.graph import aten
+from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
@@ -119,3 +120,27 @@ def test_a_convolution_with_a_computed_weight_stays() -> None:
     assert (
         declines(PatchEmbeddingToLinear, captured(Computed(), torch.randn(2, 3, 8, 8), w=torch.randn(5, 3, 4, 4))) == []
     )
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_quantizers_of_another_tool_move_with_what_they_quantize(per_channel: bool) -> None:
+    class Quantized(Patches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("x_scale", torch.tensor(0.01))
+            amax = self.projection.weight.detach().abs().amax((1, 2, 3), keepdim=True)
+            self.register_buffer("w_scale", amax / 448 if per_channel else amax.max() / 448)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def pair(y: Tensor, scale: Any) -> Tensor:
+                result: Tensor = DEQUANTIZE(QUANTIZE(y, scale, format="fp8"), scale, format="fp8", dtype=y.dtype)
+                return result
+
+            weight = pair(self.projection.weight, self.w_scale)
+            y = nn.functional.conv2d(pair(x, self.x_scale), weight, self.projection.bias, 4)
+            return y.flatten(2).transpose(1, 2)
+
+    gm = captured(Quantized(), torch.randn(2, 3, 8, 12))
+    rewrites(PatchEmbeddingToLinear, gm, torch.randn(2, 3, 8, 12), **TOLERANCE)
+    linear = only_call(gm, aten.linear.default)
+    assert all(operand.target is DEQUANTIZE for operand in linear.args[:2])

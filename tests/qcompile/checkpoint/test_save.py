@@ -12,8 +12,8 @@ import transformers
 
 import qcompile
 from passes.ir import DEQUANTIZE
-from qcompile.checkpoint.report import CheckpointReport
-from qcompile.checkpoint.save import save_checkpoint
+from qcompile.checkpoint.write.report import CheckpointReport
+from qcompile.checkpoint.write.save import save_checkpoint
 from tests.qcompile.checkpoint.models import batch, program, read, same, save, tiny
 
 CASES = [

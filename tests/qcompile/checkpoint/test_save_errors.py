@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qcompile
-from qcompile.checkpoint import shards
-from qcompile.checkpoint.directory import new_directory
-from qcompile.checkpoint.save import save_checkpoint
+from qcompile.checkpoint.files import shards
+from qcompile.checkpoint.files.directory import new_directory
+from qcompile.checkpoint.write.save import save_checkpoint
 from qcompile.errors import CheckpointError
 from tests.qcompile.checkpoint.models import program, read, save, tiny
 

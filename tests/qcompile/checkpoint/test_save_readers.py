@@ -13,7 +13,7 @@ import transformers
 
 import qcompile
 from passes.ir import DEQUANTIZE
-from qcompile.checkpoint.save import save_checkpoint
+from qcompile.checkpoint.write.save import save_checkpoint
 from tests.qcompile.checkpoint.models import batch, read, same, save, tiny
 
 SLOW = pytest.mark.slow

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qcompile.capture import capture
-from qcompile.checkpoint.fused_experts import StackedLinears
+from qcompile.checkpoint.read.fused_experts import StackedLinears
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
+from qcompile.importing import is_quantized
 from qcompile.layer import (
     FP8_BLOCK,
     FP8_CHANNEL_TOKEN,
@@ -284,7 +285,7 @@ def test_a_directory_is_a_source(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tiny_model("llama"), "modelopt", FP8_TENSOR)
     assert is_quantized_checkpoint(tmp_path)
     source = load_source(str(tmp_path), sequence=8)
-    assert source.is_quantized and source.program is None
+    assert is_quantized(source.model) and source.program is None
     assert source.inputs["input_ids"].shape == (1, 8)
 
 

@@ -1,4 +1,4 @@
-"""What config.json of a Hugging Face directory says: the transformers config, and the class of the model."""
+"""What config.json of a Hugging Face directory says: the transformers config, the class of the model, its modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qcompile.errors import QCompileError
 
@@ -57,6 +59,15 @@ def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> t
             " package.module:factory"
         )
     return f"{config.model_type} AutoModel", transformers.AutoModel
+
+
+def meta_model(name: str, found: Any, config: Any, path: Path, error: type[QCompileError]) -> Any:
+    """A model of the class `found`, without memory for its weights. Raises `error` with the reason of transformers."""
+    try:
+        with torch.device("meta"):
+            return found._from_config(config) if hasattr(found, "_from_config") else found.from_config(config)
+    except Exception as cause:  # whatever the sizes in the config lead to
+        raise error(f"{path}: {name} cannot be built from config.json: {first_line(cause)}") from cause
 
 
 def first_line(error: BaseException) -> str:

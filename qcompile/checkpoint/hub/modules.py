@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from qcompile.checkpoint.layout import Attention, Layer, Part
-from qcompile.checkpoint.names import Place
-from qcompile.checkpoint.stored import Stored
+from qcompile.checkpoint.files.tensors import Stored
+from qcompile.checkpoint.hub.layout import Attention, Layer, Part
+from qcompile.checkpoint.hub.names import Place
 
 Held = dict[str, list[tuple[str, Place]]]
 """Parameter -> its tensors on the hub, with their places in it."""

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.export import ExportedProgram
 
-from qcompile.checkpoint.codes import Advance, largest_magnitude, quantize_weight
-from qcompile.checkpoint.directory import carry_over, check_new, new_directory, write_configs
+from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
+from qcompile.checkpoint.files.shards import ShardWriter, parse_size
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
-from qcompile.checkpoint.job import Job, read_job
-from qcompile.checkpoint.layout import Layer, Part
-from qcompile.checkpoint.origin import Origin
-from qcompile.checkpoint.plan import contents_of, parts_by_key
-from qcompile.checkpoint.program import slice_weight
-from qcompile.checkpoint.report import CheckpointReport
-from qcompile.checkpoint.shards import ShardWriter, parse_size
+from qcompile.checkpoint.hub.layout import Layer, Part
+from qcompile.checkpoint.hub.origin import Origin
+from qcompile.checkpoint.write.codes import Advance, largest_magnitude, quantize_weight
+from qcompile.checkpoint.write.job import Job, read_job
+from qcompile.checkpoint.write.plan import contents_of, parts_by_key
+from qcompile.checkpoint.write.program import slice_weight
+from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight
 from qcompile.recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompile.checkpoint.stored import DTYPES, FileTensor
+from qcompile.checkpoint.files.tensors import DTYPES, FileTensor
 from qcompile.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,8 +12,8 @@ import torch
 from passes.formats import FP8
 from passes.ir import DEQUANTIZE, QUANTIZE
 from qcompile.checkpoint.formats import SchemeReader
-from qcompile.checkpoint.names import HubNames
-from qcompile.checkpoint.store import TensorStore
+from qcompile.checkpoint.hub.names import HubNames
+from qcompile.checkpoint.read.store import TensorStore
 from qcompile.errors import CheckpointError
 
 NAME = "qcompile_fp8_kv"

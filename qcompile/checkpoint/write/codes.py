@@ -8,7 +8,7 @@ import torch
 
 from passes.formats import Format
 from passes.ir import dynamic_quantize, quantize
-from qcompile.checkpoint.stored import Stored
+from qcompile.checkpoint.files.tensors import Stored
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
 from qcompile.recipe import QuantizerConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.headers import open_directory
-from qcompile.checkpoint.stored import FileTensor
+from qcompile.checkpoint.files.headers import open_directory
+from qcompile.checkpoint.files.tensors import FileTensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

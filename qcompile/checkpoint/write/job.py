@@ -10,10 +10,17 @@ from torch.export import ExportedProgram
 
 from qcompile.checkpoint.formats import format_called
 from qcompile.checkpoint.formats.merged import some
-from qcompile.checkpoint.layout import Part
-from qcompile.checkpoint.origin import Origin, open_origin
-from qcompile.checkpoint.plan import Plan, contents_of, plan_program, plan_recipe, sibling_groups, unwritten_notice
-from qcompile.checkpoint.program import ProgramWeights, read_program
+from qcompile.checkpoint.hub.layout import Part
+from qcompile.checkpoint.hub.origin import Origin, open_origin
+from qcompile.checkpoint.write.plan import (
+    Plan,
+    contents_of,
+    plan_program,
+    plan_recipe,
+    sibling_groups,
+    unwritten_notice,
+)
+from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.errors import CheckpointError
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.record import record_of

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from qcompile.checkpoint.headers import INDEX, WEIGHTS
-from qcompile.checkpoint.stored import DTYPES, HeldTensor, Stored
+from qcompile.checkpoint.files.headers import INDEX, WEIGHTS
+from qcompile.checkpoint.files.tensors import DTYPES, HeldTensor, Stored
 from qcompile.errors import CheckpointError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

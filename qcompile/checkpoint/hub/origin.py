@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.headers import open_directory, read_json
-from qcompile.checkpoint.hub import read_hub
-from qcompile.checkpoint.layout import Hub
-from qcompile.checkpoint.stored import HeldTensor, Stored
+from qcompile.checkpoint.files.headers import open_directory
+from qcompile.checkpoint.files.tensors import HeldTensor, Stored
+from qcompile.checkpoint.hub.config import auto_config, import_transformers, meta_model, model_class, read_config
+from qcompile.checkpoint.hub.layout import Hub
+from qcompile.checkpoint.hub.match import read_hub
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedLinear
 
@@ -49,39 +50,22 @@ def open_origin(source: str | os.PathLike[str] | torch.nn.Module) -> Origin:
     directory = Path(source)
     if not directory.is_dir():
         raise CheckpointError(f"there is no directory {directory}")
-    model = _meta_model(directory)
+    content = read_config(directory, CheckpointError)
+    model = _unquantized_model(directory, content)
     stored: dict[str, Stored] = dict(open_directory(directory))
-    return Origin(read_hub(model, stored, str(directory)), stored, read_json(directory / "config.json"), directory)
+    return Origin(read_hub(model, stored, str(directory)), stored, content, directory)
 
 
-def _meta_model(directory: Path) -> Any:
-    """The model that config.json of `directory` describes, without memory for its weights.
-
-    Raises:
-        CheckpointError: there is no config.json, it is quantized already, or transformers does not know the model.
-    """
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json, so it is no Hugging Face model directory")
-    content = read_json(directory / "config.json")
+def _unquantized_model(directory: Path, content: Mapping[str, Any]) -> Any:
+    """The model that config.json of `directory` describes, without memory for its weights."""
     if (section := content.get("quantization_config")) or (directory / "hf_quant_config.json").is_file():
         method = section.get("quant_method") if isinstance(section, dict) else None
         raise CheckpointError(
             f"{directory} is quantized already ({method or 'hf_quant_config.json'}): save what it was made from"
         )
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise CheckpointError("checkpoints need transformers: pip install 'qcompile[transformers]'") from error
-    names = content.get("architectures") or []
-    found = next((cls for name in names if (cls := getattr(transformers, name, None)) is not None), None)
-    if names and found is None:
-        raise CheckpointError(f"{directory / 'config.json'}: transformers {transformers.__version__} has no {names[0]}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModel.from_config(config) if found is None else found._from_config(config)
-    except Exception as error:  # OSError, ValueError, KeyError ...: all mean a config it cannot use
-        raise CheckpointError(f"{directory / 'config.json'}: transformers cannot use it: {error}") from error
+    transformers = import_transformers(CheckpointError)
+    config = auto_config(transformers, directory, CheckpointError)
+    return meta_model(*model_class(transformers, config, CheckpointError), config, directory, CheckpointError)
 
 
 def _in_memory(model: Any) -> Origin:

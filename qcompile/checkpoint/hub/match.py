@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.layout import Hub
-from qcompile.checkpoint.modules import Held, Modules, class_name
-from qcompile.checkpoint.names import HubNames, Place
-from qcompile.checkpoint.stored import Stored
+from qcompile.checkpoint.files.tensors import Stored
+from qcompile.checkpoint.hub.layout import Hub
+from qcompile.checkpoint.hub.modules import Held, Modules, class_name
+from qcompile.checkpoint.hub.names import HubNames, Place
 from qcompile.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from passes.formats import Format
 from qcompile.checkpoint.formats import Contents
 from qcompile.checkpoint.formats.merged import some
-from qcompile.checkpoint.layout import Hub, Layer, Part
+from qcompile.checkpoint.hub.layout import Hub, Layer, Part
 from qcompile.errors import CheckpointError, RecipeError
 from qcompile.layer import Scheme
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, resolve, unsupported

@@ -1,4 +1,4 @@
-"""Per-token scales outside, a constant one inside."""
+"""Scales that are measured at run time, for each token or for the tensor, with a constant one inside."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.testing import FileCheck
 
-from passes.formats import FP8_PER_TOKEN
-from passes.graph import aten
-from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE
-from passes.legalize.per_token import PerTokenToStatic
+from passes.canonicalize.share import ShareQuantizers
+from passes.fold.weights import FoldWeights
+from passes.formats import FP8, FP8_PER_TOKEN, INT8, NVFP4, Format
+from passes.graph import aten, calls
+from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize
+from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.measured_scales import MeasuredToConstant
+from passes.normalize.noops import RemoveNoOps
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
+from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
@@ -45,7 +50,7 @@ def test_linear_layers_share_the_division(bias: bool, half: bool) -> None:
     module = Readers(bias=bias).to(dtype)
     gm = per_token(module, torch.randn(2, 8, dtype=dtype), dynamic_shapes=({0: DYNAMIC},))
     # x / amax is rounded before it is quantized: codes at a tie move by one step of 1/16
-    rewrites(PerTokenToStatic, gm, torch.randn(5, 8, dtype=dtype), rtol=0.1, atol=0.1)
+    rewrites(MeasuredToConstant, gm, torch.randn(5, 8, dtype=dtype), rtol=0.1, atol=0.1)
     assert (count(gm, DYNAMIC_QUANTIZE), count(gm, QUANTIZE), count(gm, aten.div.Tensor)) == (0, 1, 1)
     FileCheck().check("aten.amax").check("aten.maximum").check("aten.div").check("quantize").check("linear").check(
         "mul"
@@ -55,14 +60,14 @@ def test_linear_layers_share_the_division(bias: bool, half: bool) -> None:
 def test_a_layer_without_bias_that_the_float_user_does_not_see() -> None:
     x = torch.randn(2, 8)
     gm = per_token(Readers(), x)
-    PerTokenToStatic()(gm)
+    MeasuredToConstant()(gm)
     assert torch.equal(run(gm, x)[2], x.sin())
 
 
 def test_another_reader_is_declined() -> None:
     """An output quantizer gives the quantized tensor to whoever reads it."""
     gm = per_token(nn.Sequential(nn.LayerNorm(8), nn.ReLU()), torch.randn(2, 8), operand="output")
-    assert declines(PerTokenToStatic, gm) == [
+    assert declines(MeasuredToConstant, gm) == [
         "a per-token quantized tensor is read by something else than linear layers"
     ]
 
@@ -74,7 +79,7 @@ def both() -> tuple[GraphModule, GraphModule]:
         return per_token(nn.Linear(8, 4), torch.randn(2, 8), dynamic_shapes=({0: DYNAMIC},))
 
     static = make()
-    PerTokenToStatic()(static)
+    MeasuredToConstant()(static)
     return make(), static
 
 
@@ -98,8 +103,68 @@ def test_zeros_tiny_and_large_tokens_in_half_precision(dtype: torch.dtype) -> No
     module = nn.Linear(4, 4).to(dtype)
     x = torch.tensor([[0.0] * 4, [1e-7, 0, 0, 1e-6], [6e4, -6e4, 1, 0], [1, 2, 3, 4]]).to(dtype)
     gm = per_token(module, x)
-    PerTokenToStatic()(gm)
+    MeasuredToConstant()(gm)
     (got,) = run(gm, x)
     assert torch.equal(got[0], module.bias.detach())
     assert got.isfinite().all()
     torch.testing.assert_close(got[[0, 1, 3]], module(x).detach()[[0, 1, 3]], rtol=0.1, atol=0.2)
+
+
+class Layers(nn.Module):
+    """Two layers with codes that read one tensor."""
+
+    def __init__(self, fmt: Format) -> None:
+        super().__init__()
+        two_levels = fmt.scale is not None
+        for name in ("a", "b"):
+            weight = torch.randn(24, 32)
+            scale = weight.abs().amax() / fmt.global_max
+            if two_levels:
+                codes, blocks = dynamic_quantize(weight, scale, format=fmt.name)
+                values = QuantizedWeight(Scheme(fmt, fmt, measured=True), codes, blocks, scale)
+            else:
+                values = QuantizedWeight(Scheme(fmt, fmt, measured=True), fmt.encode(weight / scale), scale)
+            setattr(self, name, QuantizedLinear(values, torch.randn(24)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+def shared(fmt: Format, x: Tensor) -> GraphModule:
+    gm = graph_of(Layers(fmt), x, dynamic_shapes=({0: DYNAMIC},))
+    RemoveNoOps()(gm)
+    ShareQuantizers()(gm)
+    return gm
+
+
+@pytest.mark.parametrize("fmt", [FP8, INT8, NVFP4], ids=lambda fmt: fmt.name)
+def test_the_amax_is_divided_out_and_multiplied_back(fmt: Format) -> None:
+    x = torch.randn(4, 32)
+    gm = shared(fmt, x)
+    assert count(gm, DYNAMIC_QUANTIZE) == 1
+    tolerance = 0.3 if fmt is NVFP4 else 0.05  # a code at a tie
+    rewrites(MeasuredToConstant, gm, torch.randn(7, 32), rtol=0, atol=tolerance)
+    assert count(gm, aten.amax.default) == count(gm, aten.div.Tensor) == 1
+    assert (count(gm, QUANTIZE), count(gm, DYNAMIC_QUANTIZE)) == ((0, 1) if fmt is NVFP4 else (1, 0))
+
+
+@pytest.mark.parametrize("fmt", [FP8, INT8, NVFP4], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 200.0])
+def test_tensors_of_every_size_in_half_precision(fmt: Format, size: float) -> None:
+    x = torch.randn(4, 32) * size
+    module = Layers(fmt)
+    gm = graph_of(module, x)
+    RemoveNoOps()(gm)
+    ShareQuantizers()(gm)
+    ConvertComputeDtype(torch.float32, torch.float16)(gm)
+    FoldWeights()(gm)
+    if fmt is NVFP4:
+        (dynamic,) = calls(gm.graph, DYNAMIC_QUANTIZE)
+        assert dynamic.args[1].meta["val"].dtype == torch.float32  # type: ignore[union-attr]
+    (before, _), want = run(gm, x), module(x)[0]
+    MeasuredToConstant()(gm)
+    (after, _) = run(gm, x)
+    assert before.isfinite().all()
+    assert after.isfinite().all()
+    limit = 0.02 * max(1.0, size) * 6 + 0.02
+    assert float((after - want).abs().max()) < (limit * 4 if fmt is NVFP4 else limit)

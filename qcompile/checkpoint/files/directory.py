@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompile.checkpoint.headers import INDEX, read_json
+from qcompile.checkpoint.files.headers import INDEX, read_json
 from qcompile.errors import CheckpointError
 
 _MARKER = ".qcompile-partial"

@@ -16,8 +16,8 @@ from passes.place.rotate import FACTOR
 from passes.program import unlift
 from passes.quantize.sites import linear_name
 from passes.sdpa import SDPA
-from qcompile.checkpoint.layout import Part
-from qcompile.checkpoint.plan import refuse_rotation
+from qcompile.checkpoint.hub.layout import Part
+from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
 

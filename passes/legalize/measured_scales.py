@@ -1,0 +1,95 @@
+"""Scales that are measured at run time, for each token or for the tensor, become constants."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.constants import add_constant, constant
+from passes.formats import FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, get_format
+from passes.graph import Emitter, aten, calls, dtype, is_call, name_in_module, shape
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE
+from passes.pairs import constant_pair
+
+# What is measured -> the format with the constant scale that takes its place.
+_CONSTANT = {FP8_PER_TOKEN: FP8, INT8_PER_TOKEN: INT8, FP8: FP8, INT8: INT8, NVFP4: NVFP4}
+
+
+class MeasuredToConstant(Pass):
+    """Divide by what is measured, quantize the quotient with a constant, and multiply the product by what was measured.
+
+    Before:
+        q, s = dynamic_quantize(x, None, format=fp8_per_token)      # s[..., 1] = amax(|x|) / 448
+        y = linear(dequantize(q, s), w, bias)
+    After:
+        a = maximum(amax(abs(x), -1, keepdim), eps)
+        y = add(mul(linear(dequantize(quantize(div(x, a), 1/448), 1/448), w), a), bias)
+
+    The same for one scale for the tensor, with a scalar `a`: FP8, INT8 (1/127), and the global scale of NVFP4 where
+    that is computed at run time, which becomes 1/2688.
+
+    Requires: weights in their linear layers (before `StoreWeightsTransposed`).
+    Ensures: the same codes up to the rounding of `x / a` in the compute dtype.
+    Declines when: something else than linear layers reads the dequantized tensor.
+    Why: TensorRT has no FP8 GEMM with a scale that is computed at run time, and this form is one, in three kernels that
+        join the norm before it (a scale of 1 and quotients up to 448 would overflow float16).
+    """
+
+    def rewrite(self, gm: GraphModule) -> None:
+        for node in calls(gm.graph, DEQUANTIZE):
+            dynamic = _measured(gm, node)
+            if dynamic is None:
+                continue
+            readers = list(node.users)
+            if not all(is_call(user, aten.linear.default, BATCHED_LINEAR) and user.args[0] is node for user in readers):
+                granularity = "per-token" if get_format(str(node.kwargs["format"])).block == (None,) else "dynamically"
+                self.decline(f"a {granularity} quantized tensor is read by something else than linear layers", node)
+                continue
+            self._rewrite(gm, node, dynamic, readers)
+            self.fire()
+
+    def _rewrite(self, gm: GraphModule, node: Node, dynamic: Node, readers: list[Node]) -> None:
+        fmt = get_format(str(node.kwargs["format"]))
+        static, x = _CONSTANT[fmt], dynamic.args[0]
+        assert isinstance(x, Node)
+        emit = Emitter(dynamic)
+        # the smallest normal float16: below it the quotient itself would overflow
+        tiny = torch.tensor(torch.finfo(torch.float16).tiny, dtype=dtype(x))
+        over = ([-1], True) if fmt.block == (None,) else (list(range(len(shape(x)))),)
+        largest = emit(aten.amax.default, emit(aten.abs.default, x), *over)
+        least = add_constant(gm, name_in_module(dynamic, "least_amax"), tiny, dynamic)
+        amax = emit(aten.maximum.default, largest, least)
+        scaled = emit(aten.div.Tensor, x, amax)
+        scale = torch.tensor(1 / static.global_max, dtype=torch.float32 if static.scale else dtype(x))
+        source = constant_pair(gm, scaled, scale, static, name_in_module(dynamic, "input_scale"), emit)
+        for linear in readers:
+            _multiply_after(linear, source, amax)
+
+
+def _measured(gm: GraphModule, node: Node) -> Node | None:
+    """The dynamic quantize that `node` dequantizes, if it measures a scale for each token or for the tensor."""
+    codes = node.args[0]
+    if not is_call(codes, operator.getitem) or codes.args[1] != 0:  # type: ignore[union-attr]
+        return None  # the scales of blocks, if anything
+    dynamic = codes.args[0]  # type: ignore[union-attr]
+    if not is_call(dynamic, DYNAMIC_QUANTIZE) or get_format(str(node.kwargs["format"])) not in _CONSTANT:
+        return None
+    assert isinstance(dynamic, Node)
+    known = dynamic.args[1] is not None and constant(gm, dynamic.args[1]) is not None
+    return None if known else dynamic
+
+
+def _multiply_after(linear: Node, source: Node, amax: Node) -> None:
+    """Let `linear` read `source`, and multiply its product by `amax` before the bias is added."""
+    after = Emitter(linear)
+    assert callable(linear.target)
+    result = after(aten.mul.Tensor, after(linear.target, source, linear.args[1]), amax)
+    if len(linear.args) > 2 and linear.args[2] is not None:
+        bias = linear.args[2]
+        if linear.target is BATCHED_LINEAR:  # [E, N], for [E, M, N]
+            bias = after(aten.unsqueeze.default, bias, 1)
+        result = after(aten.add.Tensor, result, bias)
+    linear.replace_all_uses_with(result)

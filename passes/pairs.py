@@ -1,0 +1,42 @@
+"""Quantize/dequantize pairs around a tensor of the graph, for the passes that add them."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.constants import add_constant
+from passes.errors import PassError
+from passes.formats import Format
+from passes.graph import Emitter, dtype
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+
+
+def checked(scale: torch.Tensor, name: str) -> torch.Tensor:
+    """`scale` in float32. Raises `PassError` for a NaN, an infinity or a number that is not positive."""
+    result = scale.detach().float()
+    if not bool((torch.isfinite(result) & (result > 0)).all()):
+        raise PassError(f"{name} holds {float(result.min()):.3g} to {float(result.max()):.3g}: scales are positive")
+    return result
+
+
+def constant_pair(gm: GraphModule, x: Node, scale: torch.Tensor, fmt: Format, name: str, emit: Emitter) -> Node:
+    """`dequantize(quantize(x))` with a constant scale called `name`; `global_` comes before it in two levels."""
+    checked(scale, name)
+    if fmt.scale is not None:
+        return measured_pair(x, fmt, emit, add_constant(gm, _of_levels(name), scale, emit.before))
+    node = add_constant(gm, name, scale, emit.before)
+    return emit(DEQUANTIZE, emit(QUANTIZE, x, node, format=fmt.name), node, format=fmt.name, dtype=dtype(x))
+
+
+def measured_pair(x: Node, fmt: Format, emit: Emitter, global_scale: Node | None = None) -> Node:
+    """`dequantize(dynamic_quantize(x))`: scales are measured at run time, of two levels under `global_scale`."""
+    pair = emit(DYNAMIC_QUANTIZE, x, global_scale, format=fmt.name)
+    codes, scale = emit.getitem(pair, 0), emit.getitem(pair, 1)
+    if fmt.scale is not None:
+        scale = emit(DEQUANTIZE, scale, global_scale, format=fmt.scale.name, dtype=torch.float32)
+    return emit(DEQUANTIZE, codes, scale, format=fmt.name, dtype=dtype(x))
+
+
+def _of_levels(name: str) -> str:
+    return f"{name.removesuffix('scale')}global_scale"

@@ -1,0 +1,1 @@
+"""From a quantized checkpoint to modules that run on its codes."""

@@ -1,0 +1,83 @@
+"""Models of nvidia-modelopt: `modelopt.torch.quantization.quantize`, captured in its export mode."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qcompile.errors import CaptureError
+
+__all__ = ["capture_ready", "is_quantized"]
+
+_QUANTIZER = "modelopt.torch.quantization.nn.modules.tensor_quantizer"
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether `model` has quantizers of nvidia-modelopt that are switched on."""
+    return any(not getattr(quantizer, "_disabled", False) for _, quantizer in _quantizers(model))
+
+
+@contextlib.contextmanager
+def capture_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Let torch.export see `model` with modelopt's operators; everything is put back on the way out.
+
+    Raises:
+        CaptureError: weights that `mtq.compress` stored as codes, or a quantizer that is still calibrating.
+    """
+    for name, quantizer in _quantizers(model):
+        if getattr(quantizer, "_disabled", False):
+            continue
+        if getattr(quantizer, "_if_calib", False) and not getattr(quantizer, "_dynamic", False):
+            raise CaptureError(f"{name} is still calibrating: let modelopt.torch.quantization.quantize finish")
+        if not getattr(quantizer, "_fake_quant", True):
+            raise CaptureError(
+                f"{name}: weights compressed by nvidia-modelopt have no floating-point values to capture; capture"
+                " before mtq.compress, or export a checkpoint and give it to qcompile.load_checkpoint"
+            )
+    utils = importlib.import_module("modelopt.torch.quantization.utils")
+    quantizer_module: Any = importlib.import_module(_QUANTIZER)
+    original = quantizer_module.fake_tensor_quant
+    quantizer_module.fake_tensor_quant = _integer_operator
+    try:
+        with utils.export_torch_mode(), _attributes_kept(model):
+            yield model
+    finally:
+        quantizer_module.fake_tensor_quant = original
+
+
+def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The quantizers of `model`, found by the name of their class, so that modelopt is not imported for it."""
+    for name, module in model.named_modules():
+        if any(base.__module__ == _QUANTIZER and base.__name__ == "TensorQuantizer" for base in type(module).__mro__):
+            yield name, module
+
+
+def _integer_operator(
+    inputs: torch.Tensor,
+    amax: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    *_: Any,
+) -> torch.Tensor:
+    """Integer fake quantization as one operator: what modelopt runs on a CPU branches on values, so it has no graph."""
+    shifted = inputs if bias is None else inputs - bias
+    result: torch.Tensor = torch.ops.tensorrt.quantize_op(shifted, amax, num_bits, 0, unsigned, narrow_range)
+    return result if bias is None else result + bias
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Quantizers note what they see (dtypes, shapes of blocks): fake values must not stay behind."""
+    kept = [(quantizer, dict(quantizer.__dict__)) for _, quantizer in _quantizers(model)]
+    try:
+        yield
+    finally:
+        for quantizer, attributes in kept:
+            quantizer.__dict__.clear()
+            quantizer.__dict__.update(attributes)

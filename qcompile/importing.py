@@ -1,0 +1,92 @@
+"""`qcompile.import_quantized`: a model that another tool has quantized in, a quantized ExportedProgram out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from passes.base import run_pipeline
+from passes.graph import calls, input_dependence
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.pipelines import CANONICALIZE, NORMALIZE, import_pipeline
+from passes.program import lift, unlift
+from qcompile.capture import capture
+from qcompile.errors import QCompileError
+from qcompile.frontends import modelopt, pt2e, torchao
+from qcompile.layer import QuantizedLinear
+from qcompile.quantization import check_dependence, compute_dtype, model_dtype
+from qcompile.record import QuantizeRecord, record
+
+_TOOLS = (modelopt, torchao, pt2e)
+
+
+def import_quantized(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dtype: torch.dtype | None = None,
+) -> ExportedProgram:
+    """Capture a model that is quantized already, with the codes and scales that it has.
+
+    Args:
+        model: what `qcompile.load_checkpoint` returned; a module that `modelopt.torch.quantization.quantize` or
+            torchao's `quantize_` worked on; the graph of a pt2e quantizer, converted; or a program with their
+            operators, or with those of `passes.ir`. It is not changed.
+        args, kwargs, dynamic_shapes: as of `qcompile.quantize`.
+        dtype: what is not quantized is computed in this type; None as of `qcompile.quantize`. Codes stay as they are; a
+            scale for a whole tensor or channel is rounded to it.
+
+    Returns:
+        A program like that of `qcompile.quantize`, for the same back ends. Attention whose q, k and v are quantized
+        gets a quantizer for its softmax, without which no kernel runs it in FP8.
+
+    Raises:
+        CaptureError, PassError; QCompileError if nothing in the model is quantized.
+    """
+    with contextlib.ExitStack() as stack:
+        for tool in _TOOLS:
+            if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
+                model = stack.enter_context(tool.capture_ready(model))
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    gm = unlift(program)
+    needed = input_dependence(gm)
+    log = run_pipeline((*CANONICALIZE, *NORMALIZE), gm)
+    _check_quantized(gm)
+    source = model_dtype(gm)
+    run_pipeline(import_pipeline(source, compute_dtype(dtype, source)), gm, log)
+    check_dependence(needed, input_dependence(gm))
+    quantized = lift(gm, program)
+    record(quantized, QuantizeRecord("as imported", log.fired, log.declined))
+    return quantized
+
+
+def is_quantized(model: torch.nn.Module | ExportedProgram) -> bool:
+    """Whether `model` is something for `import_quantized`: quantized by one of the tools, or by `qcompile.quantize`."""
+    if isinstance(model, torch.nn.Module):
+        by_tool = any(tool.is_quantized(model) for tool in _TOOLS)
+        return by_tool or any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return is_finished(model) or any(
+        getattr(node.target, "namespace", None) in ("quantized_decomposed", "tensorrt") for node in model.graph.nodes
+    )
+
+
+def is_finished(model: torch.nn.Module | ExportedProgram) -> bool:
+    """Whether `model` is a program with the operators of the IR, as `quantize` and `import_quantized` return it."""
+    return isinstance(model, ExportedProgram) and any(
+        calls(model.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)
+    )
+
+
+def _check_quantized(gm: GraphModule) -> None:
+    if not any(calls(gm.graph, DEQUANTIZE)):
+        raise QCompileError(
+            "nothing in this model is quantized: qcompile.quantize does that; import_quantized is for checkpoints of"
+            " load_checkpoint and for models of nvidia-modelopt, torchao and pt2e"
+        )

@@ -1,0 +1,39 @@
+"""Quantizers that sit before the rearrangement of an attention's operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from passes.canonicalize.attention_operands import MoveQuantizersToAttention
+from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.sdpa import SDPA
+from tests.passes.support import DYNAMIC, declines, graph_of, only_call, rewrites
+
+
+class Packed(nn.Module):
+    """Keys are quantized as `[B, S, H * D]`, and another reader wants them so."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        keys = DEQUANTIZE(QUANTIZE(k, self.scale, format="fp8"), self.scale, format="fp8", dtype=k.dtype)
+        heads = keys.reshape(k.shape[0], k.shape[1], 2, 8).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, heads, heads), keys.sin()
+
+
+def test_the_pair_moves_behind_reshape_and_transpose() -> None:
+    gm = graph_of(
+        Packed(torch.tensor(0.01)), torch.randn(2, 2, 6, 8), torch.randn(2, 6, 16),
+        dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}),
+    )  # fmt: skip
+    rewrites(MoveQuantizersToAttention, gm, torch.randn(3, 2, 5, 8), torch.randn(3, 5, 16), fired=2)
+    attention = only_call(gm, SDPA)
+    assert all(operand.target is DEQUANTIZE for operand in attention.args[1:3])
+
+
+def test_a_scale_for_each_channel_stays() -> None:
+    gm = graph_of(Packed(torch.full((16,), 0.01)), torch.randn(2, 2, 6, 8), torch.randn(2, 6, 16))
+    assert declines(MoveQuantizersToAttention, gm) == []

@@ -1,0 +1,202 @@
+"""Operators of nvidia-modelopt, against what they compute themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from passes.canonicalize.modelopt import ModeloptToQdq
+from passes.errors import PassError
+from passes.fold.weights import FoldWeights
+from passes.formats import NVFP4
+from passes.graph import aten
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.quantize.insert import InsertQdq, Quantizer
+from passes.quantize.sites import find_sites
+from tests.passes.support import count, graph_of, only_call, run
+
+tensor_quant: Any = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
+
+
+class Quantized(nn.Module):
+    """A linear layer whose input and weight go through `op(x, amax, *options)`, and that has modelopt's buffers."""
+
+    def __init__(
+        self, input_amax: Tensor, weight_amax: Tensor, options: tuple[Any, ...] = (8, 4, False, False)
+    ) -> None:
+        super().__init__()
+        self.linear, self.options = nn.Linear(32, 24), options
+        self.register_buffer("input_amax", input_amax)
+        self.register_buffer("weight_amax", weight_amax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = torch.ops.tensorrt.quantize_op
+        weight = op(self.linear.weight, self.weight_amax.detach(), *self.options)
+        return nn.functional.linear(op(x, self.input_amax.detach(), *self.options), weight, self.linear.bias)
+
+
+def per_row(weight: Tensor) -> Tensor:
+    return weight.detach().abs().amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_fp8_computes_what_the_operator_does(per_channel: bool) -> None:
+    module = Quantized(torch.tensor(3.0), torch.tensor(0.2))
+    if per_channel:
+        module.weight_amax = per_row(module.linear.weight)
+    x = torch.randn(4, 32)
+    gm = graph_of(module, x)
+    ModeloptToQdq()(gm)
+    assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (2, 2)
+    torch.testing.assert_close(run(gm, x)[0], module(x).detach(), rtol=1e-5, atol=1e-6)
+    assert not ModeloptToQdq()(gm).modified
+    FoldWeights()(gm)
+    assert gm.state_dict()["linear.weight"].dtype == torch.float8_e4m3fn
+
+
+@settings(max_examples=5)
+@given(
+    values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=30, max_size=30),
+    amax=st.floats(2.0**-20, 2.0**40, width=32),
+    form=st.sampled_from([(4, False, False), (0, False, False), (0, False, True), (0, True, False)]),
+)
+def test_every_number(values: list[float], amax: float, form: tuple[int, bool, bool]) -> None:
+    exponent, unsigned, narrow = form
+    x = torch.tensor(values).abs() if unsigned else torch.tensor(values)
+    if exponent:
+        want = tensor_quant.fp8_eager(x, torch.tensor(amax))
+    else:
+        want = tensor_quant._tensor_quant(x, torch.tensor(amax), 8, unsigned, narrow)
+    got = _quantized(x, (8, exponent, unsigned, narrow), amax)
+    # one code apart at ties, and where a zero point is added
+    step = torch.full_like(want, amax / 127) if not exponent else (want.abs() / 14).clamp_min(amax / 448 / 256)
+    assert bool(((got - want).abs() <= step * 1.01).all())
+
+
+def _quantized(x: Tensor, options: tuple[Any, ...], amax: float) -> Tensor:
+    """What the pass makes of a quantizer, on `x`."""
+
+    class Activation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("amax", torch.tensor(amax))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.ops.tensorrt.quantize_op(x, self.amax, *options)
+            return result
+
+    gm = graph_of(Activation(), x)
+    ModeloptToQdq()(gm)
+    return run(gm, x)[0]
+
+
+@pytest.mark.parametrize("options", [(8, 0, False, False), (8, 0, False, True), (8, 0, True, False)])
+def test_int8_computes_what_the_operator_does(options: tuple[Any, ...]) -> None:
+    x = torch.randn(400).abs() if options[2] else torch.randn(400)
+    got = _quantized(x, options, 2.0)
+    want = tensor_quant._tensor_quant(x, torch.tensor(2.0), 8, *options[2:])
+    assert float(((got - want).abs() > 1e-5).float().mean()) < 0.01
+    assert (got - want).abs().max() < 2.01 / 127
+
+
+def test_an_amax_of_zero_stands_for_one() -> None:
+    x = torch.randn(50)
+    got = _quantized(x, (8, 4, False, False), 0.0)
+    torch.testing.assert_close(got, tensor_quant.fp8_eager(x, torch.tensor(0.0)), rtol=1e-6, atol=0)
+
+
+def test_nvfp4_is_the_chain_that_quantize_makes() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 24)
+            self.register_buffer("amax", torch.tensor([2.5]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            op = torch.ops.tensorrt.dynamic_block_quantize_op
+            weight = op(self.linear.weight, 16, self.amax.detach(), 4, 2, 8, 4)
+            return nn.functional.linear(op(x, 16, self.amax.detach(), 4, 2, 8, 4), weight, self.linear.bias)
+
+    x = torch.randn(4, 32)
+    module = Layer()
+    gm = graph_of(module, x)
+    ModeloptToQdq()(gm)
+    own = graph_of(module.linear, x)
+    scale = torch.tensor(2.5 / (6 * 448))
+    InsertQdq({s: Quantizer(NVFP4, scale) for s in find_sites(own) if s.operand in ("input", "weight")})(own)
+    assert torch.equal(run(gm, x)[0], run(own, x)[0])
+    assert count(gm, DYNAMIC_QUANTIZE) == count(own, DYNAMIC_QUANTIZE) == 2
+
+
+@pytest.mark.parametrize(("axes", "format"), [([0, 1], "fp8"), ([1], "fp8_per_token")])
+def test_what_is_measured_stays_measured(axes: list[int], format: str) -> None:
+    class Dynamic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            amax = torch.maximum(x.amax(axes, True).abs(), x.amin(axes, True).abs()).detach()
+            result: Tensor = torch.ops.tensorrt.quantize_op(x, amax, 8, 4, False, False)
+            return result
+
+    x = torch.randn(4, 32)
+    gm = graph_of(Dynamic(), x)
+    want = Dynamic()(x)
+    ModeloptToQdq()(gm)
+    assert only_call(gm, DYNAMIC_QUANTIZE).kwargs["format"] == format
+    assert not count(gm, aten.amax.default)
+    torch.testing.assert_close(run(gm, x)[0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [256, 200])
+def test_weights_in_blocks(rows: int) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(128, rows)
+            self.register_buffer("amax", torch.tensor([0.05, 0.1]).reshape(2, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = nn.functional.pad(self.linear.weight, (0, 0, 0, 256 - rows)) if rows < 256 else self.linear.weight
+            blocks = torch.ops.tensorrt.quantize_op(
+                weight.reshape(2, 128, 1, 128), self.amax.detach(), 8, 4, False, False
+            )
+            weight = blocks.reshape(256, 128)
+            return nn.functional.linear(x, weight[:rows] if rows < 256 else weight, self.linear.bias)
+
+    x, module = torch.randn(3, 128), Blocks()
+    gm = graph_of(module, x)
+    ModeloptToQdq()(gm)
+    weight = only_call(gm, aten.linear.default).args[1]
+    assert weight.kwargs["format"] == "fp8_128x128"  # type: ignore[union-attr]
+    assert gm.state_dict()["linear.weight"].dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(run(gm, x)[0], module(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_quantizer_of_a_softmax_goes() -> None:
+    class Probabilities(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.ops.tensorrt.quantize_op(x.softmax(-1), torch.tensor(0.9), 8, 4, False, False)
+            return result
+
+    x = torch.randn(4, 32)
+    gm = graph_of(Probabilities(), x)
+    ModeloptToQdq()(gm)
+    assert torch.equal(run(gm, x)[0], x.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Quantized(torch.tensor(1.0), torch.tensor(1.0), (4, 0, False, False)), "4 bits, 0 of them"),
+        (Quantized(torch.tensor(1.0), torch.tensor(1.0), (8, 5, False, False)), "8 bits, 5 of them"),
+        (Quantized(torch.ones(1, 32), torch.tensor(1.0)), "neither per tensor"),
+        (Quantized(torch.tensor(torch.nan), torch.tensor(1.0)), "scales are positive"),
+    ],
+    ids=["int4", "e5m2", "channels", "nan"],
+)
+def test_other_formats_are_errors(module: nn.Module, reason: str) -> None:
+    with pytest.raises(PassError, match=reason):
+        ModeloptToQdq()(graph_of(module, torch.randn(4, 32)))
