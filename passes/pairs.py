@@ -21,10 +21,14 @@ def checked(scale: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def constant_pair(gm: GraphModule, x: Node, scale: torch.Tensor, fmt: Format, name: str, emit: Emitter) -> Node:
-    """`dequantize(quantize(x))` with a constant scale called `name`; `global_` comes before it in two levels."""
+    """`dequantize(quantize(x))` with the constant `scale`, called `name`: `x.input_scale`.
+
+    In a format of two levels it is the global one, called `x.input_global_scale`.
+    """
     checked(scale, name)
     if fmt.scale is not None:
-        return measured_pair(x, fmt, emit, add_constant(gm, _of_levels(name), scale, emit.before))
+        name = f"{name.removesuffix('scale')}global_scale"
+        return measured_pair(x, fmt, emit, add_constant(gm, name, scale, emit.before))
     node = add_constant(gm, name, scale, emit.before)
     return emit(DEQUANTIZE, emit(QUANTIZE, x, node, format=fmt.name), node, format=fmt.name, dtype=dtype(x))
 
@@ -36,7 +40,3 @@ def measured_pair(x: Node, fmt: Format, emit: Emitter, global_scale: Node | None
     if fmt.scale is not None:
         scale = emit(DEQUANTIZE, scale, global_scale, format=fmt.scale.name, dtype=torch.float32)
     return emit(DEQUANTIZE, codes, scale, format=fmt.name, dtype=dtype(x))
-
-
-def _of_levels(name: str) -> str:
-    return f"{name.removesuffix('scale')}global_scale"

@@ -1,6 +1,8 @@
-"""The exceptions a user can meet, one tree under `QCompileError`."""
+"""The exceptions a user can meet, one tree under `QCompileError`, and what their messages have in common."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from passes.errors import PassError, QCompileError
 
@@ -17,6 +19,8 @@ __all__ = [
     "RepairError",
     "SourceError",
     "VerificationError",
+    "first_line",
+    "some",
 ]
 
 
@@ -58,3 +62,14 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from passes.constants import ConstantRows, is_constant_expression
 from passes.formats import FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8_PER_TOKEN, Format, get_format
 from passes.quantize.sites import Site
 from qcompile.calibrate import observe_amax
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, some
 from qcompile.recipe import QuantizerConfig
 
 # What one name in a recipe is in the IR, by granularity and block shape; a format whose name says it all is not here.
@@ -78,11 +78,9 @@ def activation_amax(
             f' {{quantizer: "{name.rpartition(".")[0]}.*", enable: false}}'
         )
     if calibration is None:
-        names = ", ".join(site.name for site in static[:3])
-        more = f" and {len(static) - 3} more" if len(static) > 3 else ""
         raise CalibrationError(
-            f"the recipe gives static scales to {names}{more}, which need calibration data: pass calibration=batches,"
-            " or use a recipe with dynamic activations such as fp8_per_channel_per_token"
+            f"the recipe gives static scales to {some([site.name for site in static])}, which need calibration data:"
+            " pass calibration=batches, or use a recipe with dynamic activations such as fp8_per_channel_per_token"
         )
     observed = observe_amax(gm, program, {s.tensor: s.name for s in static}, calibration, progress=progress)
     return {site: observed[site.tensor] for site in static}

@@ -43,7 +43,9 @@ class MoveZeroPoints(Pass):
             correction = -offset * sums
             if isinstance(bias, Node):
                 correction += evaluate_constant(gm, bias).double()
-            name = str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else name_in_module(linear, "bias")
+            name = (
+                str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else name_in_module(linear, "bias")
+            )
             corrected = torch.nn.Parameter(correction.to(val(linear).dtype), requires_grad=False)
             linear.args = (dequantized, linear.args[1], add_constant(gm, name, corrected, linear))
             self.fire()

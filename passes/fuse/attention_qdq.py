@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant, is_constant_expression
 from passes.formats import get_format
-from passes.graph import Emitter, argument, aten, calls, dtype, is_call, module_path, shape, val
+from passes.graph import Emitter, argument, aten, calls, dtype, is_call, name_in_module, shape, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, attention_scale
 
@@ -76,7 +76,7 @@ class FuseAttentionQdq(Pass):
         if mask is not None:
             mask = _additive(mask, dtype(query), masks, emit)
         softmax_scale = torch.tensor(1.0 / get_format(fmt).max) if self.softmax is None else self.softmax[node]
-        scale = add_constant(gm, f"{prefix}softmax_scale", softmax_scale, node)
+        scale = add_constant(gm, name_in_module(node, "softmax_scale"), softmax_scale, node)
         causal = bool(argument(node, "is_causal"))
         fused = emit(ATTENTION, query, key, value, mask, scale, is_causal=causal, format=fmt)
         node.replace_all_uses_with(fused)

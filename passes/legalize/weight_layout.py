@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
@@ -21,11 +22,12 @@ class StoreWeightsTransposed(Pass):
         y = add(matmul(x, dequantize(transpose(codes)[K,N], s)), bias)
         y = add(matmul(x, transpose(dequantize(codes[N,K/2], s))), bias)    # blocks along K, two codes a byte
         y = add(matmul(x, transpose(dequantize(codes[N,K], rows(s)))), bias)    # FP8 in blocks, rows(s)[N,K/128]
-        y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s per channel [E,N,1]
+        y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s[E,N,1] or [E,1,1]
+        z = mul(matmul(x, transpose(dequantize(codes, dequantize(b, max(g))))), g / max(g))     # two levels, g[E,1,1]
 
     Requires: `FoldWeights` ran; `FoldConstants` follows and stores the transposed codes.
-    Ensures: the same product and scale, with the bias added after it; of experts with a scale per channel the product
-        within the rounding of one more multiplication.
+    Ensures: the same product and scale, with the bias added after it; of experts with a scale each, or one per channel,
+        the product within the rounding of one more multiplication.
     Declines when: never; a weight that is not quantized stays in its linear layer.
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
         node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
@@ -67,21 +69,27 @@ def _transposed(gm: GraphModule, weight: Node, before: Node) -> tuple[Node, Node
     if fmt is FP8_128X128:
         rows = add_constant(gm, str(scale.target), scale_rows(gm, weight), before)
         weight = like(DEQUANTIZE, codes, rows, format=FP8_1X128.name, dtype=weight.kwargs["dtype"])
-    if fmt.sizes:
-        return like(aten.transpose.int, weight, -1, -2), None
-    codes = emit(aten.transpose.int, codes, -1, -2)
     factor = None
+    if is_call(scale, DEQUANTIZE) and val(scale.args[1]).ndim == 3:  # type: ignore[arg-type]
+        blocks, global_scale = scale.args
+        assert isinstance(global_scale, Node)
+        global_scale, factor = _factored(gm, global_scale, before, val(weight).dtype)
+        scale = Emitter(before, like=scale)(DEQUANTIZE, blocks, global_scale, **scale.kwargs)
+        weight = like(DEQUANTIZE, codes, scale, **weight.kwargs)
+    if fmt.sizes:
+        return like(aten.transpose.int, weight, -1, -2), factor
+    codes = emit(aten.transpose.int, codes, -1, -2)
     if val(scale).ndim == 3:
-        scale, factor = _factored(gm, scale, before)
+        scale, factor = _factored(gm, scale, before, val(scale).dtype)
     elif val(scale).ndim == 2:
         scale = emit(aten.transpose.int, scale, -1, -2)
     return like(DEQUANTIZE, codes, scale, **weight.kwargs), factor
 
 
-def _factored(gm: GraphModule, scale: Node, before: Node) -> tuple[Node, Node]:
-    """Scales `[E, N, 1]` as the largest of them and its quotients `[E, 1, N]`."""
+def _factored(gm: GraphModule, scale: Node, before: Node, dtype: torch.dtype) -> tuple[Node, Node]:
+    """Scales `[E, N, 1]` as the largest of them, and its quotients `[E, 1, N]` in `dtype`."""
     values = constant(gm, scale)
     assert values is not None
     name, largest = str(scale.target), values.max()
-    quotients = (values.float() / largest.float()).to(values.dtype).transpose(-1, -2).contiguous()
+    quotients = (values.float() / largest.float()).to(dtype).transpose(-1, -2).contiguous()
     return add_constant(gm, name, largest, before), add_constant(gm, f"{name}_quotients", quotients, before)

@@ -136,12 +136,23 @@ def export(
         Default: fp8.
     """
     if to_checkpoint is not None:
-        others: dict[str, object] = {"--output": output, "--random-weights": random_weights is not None}
-        others |= {"--submodule": submodule}
-        others |= {"--dynamic": dynamic, "--dynamic-batch": dynamic_batch, "--dtype": dtype}
-        others |= {"--save-program": save_program, "--onnx-target": onnx_target != "tensorrt", "--opset": opset}
-        others |= {"--block-fp8": block_fp8 != "k_split", "--no-compare": not compare}
-        others |= {"--engine": engine, "--target": target, "--profile": profile, "--expect": expect}
+        others = {
+            "--output": output,
+            "--random-weights": random_weights is not None,
+            "--submodule": submodule,
+            "--dynamic": dynamic,
+            "--dynamic-batch": dynamic_batch,
+            "--dtype": dtype,
+            "--save-program": save_program,
+            "--onnx-target": onnx_target != "tensorrt",
+            "--opset": opset,
+            "--block-fp8": block_fp8 != "k_split",
+            "--no-compare": not compare,
+            "--engine": engine,
+            "--target": target,
+            "--profile": profile,
+            "--expect": expect,
+        }
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
         check_writable(report)

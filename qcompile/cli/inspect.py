@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qcompile.cli.console import out
 from qcompile.cli.options import UsageError
+from qcompile.cli.repair import show_repair
 from qcompile.cli.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
 
 
@@ -29,7 +30,7 @@ def inspect(file: Path, /) -> int:
     Parameters
     ----------
     file:
-        An ONNX file, by whichever tool; or a JSON report of `export --report` or `build --report`.
+        An ONNX file, by whichever tool; or a JSON report of `export --report`, `build --report` or `repair --report`.
     """
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
@@ -49,24 +50,27 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _report(console: Console, data: dict[str, Any], file: Path) -> int:
-    """A report by `export` (which may hold that of an engine), or by `build`, or by the Python API."""
+    """A report by `export` (which may hold that of an engine), `build`, `repair`, or by the Python API."""
     export = data.get("export", data if data.get("kind") == "export" else None)
     engine = data.get("engine", data if "layers" in data else None)
     checkpoint = data.get("checkpoint", data if data.get("kind") == "checkpoint" else None)
-    if not export and not engine and not checkpoint:
+    repair = data.get("repair", data if data.get("kind") == "repair" else None)
+    if not export and not engine and not checkpoint and not repair:
         raise UsageError(f"{file} is not a report of qcompile")
     try:
         if data.get("source"):
             console.print(Text(str(data["source"]), style="bold"))
         if checkpoint:
             show_checkpoint(console, checkpoint)
+        if repair:
+            show_repair(console, repair)
         if export:
             show_export(console, export)
         if engine:
             show_engine(console, engine)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a whole report of this version: {type(error).__name__} {error}") from error
-    return 0 if not export or all(check["passed"] for check in export["checks"]) else 1
+    return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
 
 
 def _onnx(console: Console, file: Path) -> int:

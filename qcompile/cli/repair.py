@@ -56,7 +56,7 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     return 0
 
 
-def show_repair(console: Console, report: Mapping[str, Any], new: Path) -> None:
+def show_repair(console: Console, report: Mapping[str, Any], new: object = "the new file") -> None:
     """The report of `qcompile.repair_onnx`, as `RepairReport.to_json` writes it."""
     before, after = report["bytes"]
     head = f"{new}: {size(after)}, opset {report['opset'][1]}"

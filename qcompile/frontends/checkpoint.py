@@ -14,19 +14,20 @@ from typing import Any
 import torch
 
 from qcompile import experts
+from qcompile.checkpoint.files.tensors import FLOATS
 from qcompile.checkpoint.formats import reader_of
 from qcompile.checkpoint.hub.config import (
     auto_config,
-    first_line,
     import_transformers,
+    is_quantized,
     meta_model,
     model_class,
     read_config,
 )
 from qcompile.checkpoint.read.kv_cache import attach_kv_scales
 from qcompile.checkpoint.read.quantized_parts import QuantizedParts, read_quantized_parts
-from qcompile.checkpoint.read.store import FLOATS, TensorStore
-from qcompile.errors import CheckpointError, QCompileError
+from qcompile.checkpoint.read.store import TensorStore
+from qcompile.errors import CheckpointError, QCompileError, first_line, some
 
 __all__ = ["is_quantized_checkpoint", "load_checkpoint"]
 
@@ -38,8 +39,7 @@ _OF_QUANTIZERS = ("scale", "scale_inv", "packed", "zero_point", "g_idx", "amax")
 def is_quantized_checkpoint(directory: str | Path) -> bool:
     """Whether config.json, or the file that Model Optimizer writes beside it, says that the weights are quantized."""
     path = Path(directory)
-    config = read_config(path, CheckpointError)
-    return bool(config.get("quantization_config")) or (path / "hf_quant_config.json").is_file()
+    return is_quantized(path, read_config(path, CheckpointError))
 
 
 def load_checkpoint(directory: str | Path) -> torch.nn.Module:
@@ -147,9 +147,8 @@ def _first_float(store: TensorStore) -> torch.dtype:
 def _check_loaded(info: dict[str, Any], parts: QuantizedParts, store: TensorStore) -> None:
     """Every parameter was in the files in its shape, and every tensor of a quantizer in the files was read."""
     if missing := sorted(info.get("missing_keys") or []):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
-            f"{store.directory}: no file holds {', '.join(missing[:3])}{more}, which {type(parts.model).__name__} needs"
+            f"{store.directory}: no file holds {some(missing)}, which {type(parts.model).__name__} needs"
         )
     for name, found, wanted in info.get("mismatched_keys") or []:
         raise CheckpointError(

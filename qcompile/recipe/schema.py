@@ -1,8 +1,8 @@
 """What a recipe file may say: pydantic models, and the JSON schema that editors use.
 
 A file is a `RecipeFile` or a `Fragment`, whose rules may import other fragments; a `Recipe` is what all of that comes
-to. The schema carries every format and granularity of the plan (MXFP8 and blocks of FP8, too); `match.unsupported`
-tells what this version cannot run yet. Nothing here reads a file or knows a model.
+to. The schema carries more formats and granularities than are multiplied (MXFP8, blocks of any size);
+`match.unsupported` tells what this version cannot run yet. Nothing here reads a file or knows a model.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.hub.config import auto_config, first_line, import_transformers, model_class, read_config
-from qcompile.errors import SourceError
+from qcompile.checkpoint.hub.config import auto_config, import_transformers, model_class, read_config
+from qcompile.errors import SourceError, first_line, some
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
 from qcompile.source.examples import example_inputs
 from qcompile.source.model import Source
@@ -70,10 +70,9 @@ def _with_weights(model_class: Any, path: Path) -> torch.nn.Module:
         raise SourceError(f"{path}: the weights cannot be loaded: {first_line(error)}") from error
     missing = sorted(info.get("missing_keys") or [])
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SourceError(
-            f"{path}: the checkpoint lacks {shown}, which {type(model).__name__} needs; name the class that was saved"
-            ' in config.json ("architectures")'
+            f"{path}: the checkpoint lacks {some(missing)}, which {type(model).__name__} needs; name the class that was"
+            ' saved in config.json ("architectures")'
         )
     assert isinstance(model, torch.nn.Module)
     return model

@@ -31,6 +31,8 @@ def test_repair(old: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in said
     data = json.loads(Path("repair.json").read_text())
     assert data["source"] == old and data["repair"]["kind"] == "repair" and data["repair"]["shapes"] == 3
+    assert main(["inspect", "repair.json"]) == 0
+    assert "weight [24, 40] float32" in capsys.readouterr().out
     onnx.checker.check_model("new.onnx", full_check=True)
     assert main(["repair", "new.onnx", "again.onnx"]) == 0
     assert "standard already" in capsys.readouterr().out

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompile.checkpoint.files.headers import INDEX, read_json
+from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, INDEX, read_json
 from qcompile.errors import CheckpointError
 
 _MARKER = ".qcompile-partial"
-_WRITTEN_HERE = ("config.json", "hf_quant_config.json", INDEX)
+_WRITTEN_HERE = (CONFIG, HF_QUANT_CONFIG, INDEX)
 # weights in any form, and what a trainer leaves behind
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx*")
 _LEFT = (*_WEIGHTS, "*.ot", "*.npz", "*.nemo", "*.tflite", "*.mlmodel", "*.index.json", "*.part", "*.incomplete", ".*")
@@ -75,13 +75,13 @@ def _locked(partial: Path) -> Iterator[None]:
         yield
 
 
-def carry_over(source: Path, target: Path) -> tuple[list[str], list[str]]:
-    """Copy the tokenizer and the other small files of `source`; returns what was copied, and what was left.
+def carry_over(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer and the other small files of `source`; returns the names of what was left.
 
     Left are weights in any form, the files that are written anew, hidden files, files above 100 MB, and directories
     other than additional_chat_templates.
     """
-    copied, left = [], []
+    left = []
     for path in sorted(source.iterdir()):
         if path.name in _WRITTEN_HERE or path.name.startswith("."):
             continue
@@ -90,26 +90,23 @@ def carry_over(source: Path, target: Path) -> tuple[list[str], list[str]]:
         elif path.is_dir() or any(path.match(glob) for glob in _LEFT) or path.stat().st_size > _LARGEST:
             if not path.match("*.safetensors"):
                 left.append(path.name)
-            continue
         else:
             shutil.copyfile(path, target / path.name)
-        copied.append(path.name)
-    return copied, left
+    return left
 
 
-def write_configs(target: Path, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Write the JSON files of a format, config.json last; returns their names.
+def write_configs(target: Path, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the JSON files of a format, config.json last.
 
     Args:
         config: that of the source.
         files: what is to be merged into each, config.json or a file that `carry_over` may have put there.
     """
     for name, content in files.items():
-        if name != "config.json":
+        if name != CONFIG:
             before = read_json(target / name) if (target / name).is_file() else {}
             _write(target / name, {**before, **content})
-    _write(target / "config.json", {**config, **files.get("config.json", {})})
-    return [*(name for name in files if name != "config.json"), "config.json"]
+    _write(target / CONFIG, {**config, **files.get(CONFIG, {})})
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qcompile.checkpoint.files.json_files import INDEX, read_json
 from qcompile.checkpoint.files.tensors import DTYPES, FileTensor
 from qcompile.errors import CheckpointError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # as safetensors has it
 
 
@@ -79,14 +79,3 @@ def _entry(path: Path, name: str, entry: Any, size: int, data: int) -> FileTenso
     if data + stop > size:
         raise CheckpointError(f"{path} is truncated: {name} ends at byte {data + stop}, the file at {size}")
     return tensor
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises `CheckpointError` for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return dict(content)

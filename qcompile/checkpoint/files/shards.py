@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from qcompile.checkpoint.files.headers import INDEX, WEIGHTS
+from qcompile.checkpoint.files.headers import WEIGHTS
+from qcompile.checkpoint.files.json_files import INDEX
 from qcompile.checkpoint.files.tensors import DTYPES, HeldTensor, Stored
 from qcompile.errors import CheckpointError
 

@@ -34,6 +34,7 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights and scales are stored in
 _CHUNK = 1 << 24  # bytes
 
 

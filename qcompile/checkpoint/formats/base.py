@@ -54,12 +54,11 @@ class CheckpointFormat(ABC):
         """
 
     @abstractmethod
-    def tensors(self, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The tensors that stand for the weight of the linear layer called `name`.
 
         Args:
             weight: of one expert where the layer has several, so its codes have two axes.
-            dtype: the model's.
 
         Returns:
             Full hub name -> tensor, contiguous and with storage of its own.
@@ -104,10 +103,6 @@ class SchemeReader(ABC):
         """
 
     @abstractmethod
-    def tensor_names(self, name: str, scheme: Scheme) -> list[str]:
-        """The full names that have to be in the files for the layer."""
-
-    @abstractmethod
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
         """Codes and scales of the layer `[N, K] = shape`, checked.
 
@@ -119,3 +114,8 @@ class SchemeReader(ABC):
     @abstractmethod
     def kv_scales(self, attention: str, get: Get) -> tuple[torch.Tensor, torch.Tensor] | None:
         """fp32 scalars `(k_scale, v_scale)` of the FP8 key/value cache of an attention; None where there are none."""
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy with storage of its own: safetensors writes no two tensors that share theirs."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
-from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader
+from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
 from qcompile.checkpoint.formats.compressed_tensors_reader import MIXED, CompressedTensorsReader
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, group_of
 from qcompile.checkpoint.formats.skip import skipped_names
-from qcompile.checkpoint.formats.tensors import owned
 from qcompile.layer import QuantizedWeight, Scheme
 
 _INPUTS: dict[Format, tuple[Format | None, ...]] = {
@@ -48,7 +47,7 @@ class CompressedTensors(CheckpointFormat):
     def check(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> None:
         check_contents(self.name, contents, shapes, _refusal)
 
-    def tensors(self, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Scales are float32 whatever the dtype of the model, see above."""
         if weight.global_scale is not None:
             result = {
@@ -97,7 +96,7 @@ class CompressedTensors(CheckpointFormat):
         return CompressedTensorsReader(quantization_config)
 
 
-def _refusal(name: str, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme.input in _INPUTS.get(scheme.weight, ()):
         return None
     known = ", ".join(

@@ -47,13 +47,6 @@ class CompressedTensorsReader(SchemeReader):
                     return scheme
         return None
 
-    def tensor_names(self, name: str, scheme: Scheme) -> list[str]:
-        two_levels = scheme.weight.scale is not None
-        keys = ["weight_packed", "weight_scale", "weight_global_scale"] if two_levels else ["weight", "weight_scale"]
-        if scheme.has_input_scale:
-            keys.append("input_global_scale" if two_levels else "input_scale")
-        return [f"{name}.{key}" for key in keys]
-
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
         two_levels = scheme.weight.scale is not None
         return StoredLayer(name, get, shape).weight(

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from passes.formats import FP8, FP8_PER_TOKEN
-from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, Get, SchemeReader
+from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, Get, SchemeReader, owned
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.skip import is_skipped, skipped_names
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
-from qcompile.checkpoint.formats.tensors import owned, stored_names
 from qcompile.errors import CheckpointError
 from qcompile.layer import FP8_BLOCK, FP8_TENSOR, QuantizedWeight, Scheme
 
@@ -48,7 +47,7 @@ class BlockFp8(CheckpointFormat):
                 "or a recipe that leaves attention alone"
             )
 
-    def tensors(self, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": owned(weight.codes), f"{name}.weight_scale_inv": owned(weight.scale.float())}
 
     def kv_tensors(self, attention: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -67,10 +66,10 @@ class BlockFp8(CheckpointFormat):
         return {"config.json": {"quantization_config": section}}
 
     def reader(self, quantization_config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> SchemeReader:
-        return Fp8Reader(quantization_config, files)
+        return Fp8Reader(quantization_config)
 
 
-def _refusal(name: str, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme == FP8_BLOCK:
         return None
     better = "modelopt or compressed-tensors" if scheme == FP8_TENSOR else "compressed-tensors"
@@ -80,23 +79,14 @@ def _refusal(name: str, scheme: Scheme, shape: tuple[int, int]) -> str | None:
 class Fp8Reader(SchemeReader):
     """Reads block FP8, and FP8 with one scale per tensor."""
 
-    def __init__(self, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self._scheme = _scheme_of(config)
         lists = [config[key] for key in ("modules_to_not_convert", "ignored_layers") if config.get(key) is not None]
         self._skipped = [name for names in lists for name in names] if lists else list(_NEVER_QUANTIZED)
-        self._stored = stored_names(files)
         self.kv_cache = bool(config.get("kv_cache_scheme"))
 
     def scheme(self, name: str) -> Scheme | None:
         return None if is_skipped(name, self._skipped) else self._scheme
-
-    def tensor_names(self, name: str, scheme: Scheme) -> list[str]:
-        scales = _WEIGHT_SCALE if scheme == FP8_BLOCK else _WEIGHT_SCALE[::-1]
-        wanted = [("weight",), scales, *([_INPUT_SCALE] if scheme.has_input_scale else [])]
-        return [
-            next((f"{name}.{s}" for s in suffixes if f"{name}.{s}" in self._stored), f"{name}.{suffixes[0]}")
-            for suffixes in wanted
-        ]
 
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
         scales = _WEIGHT_SCALE if scheme == FP8_BLOCK else _WEIGHT_SCALE[::-1]

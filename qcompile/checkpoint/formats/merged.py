@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from qcompile.checkpoint.formats.base import Contents
-from qcompile.errors import CheckpointError
+from qcompile.errors import CheckpointError, some
 from qcompile.layer import Scheme
 
-# What vLLM and SGLang merge (their `packed_modules_mapping`), by the last part of the name.
-_MERGED = (
+MERGED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
-_GROUP_OF = {part: parts for parts in _MERGED for part in parts}
+"""What vLLM and SGLang merge (their `packed_modules_mapping`), by the last part of the name."""
+
+_GROUP_OF = {part: parts for parts in MERGED for part in parts}
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
@@ -36,16 +37,11 @@ def describe(scheme: Scheme | None) -> str:
     return f"{scheme.weight.name} weight{per}, {f'{scheme.input.name} input' if scheme.input else 'weight-only'}"
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def check_contents(
     format_name: str,
     contents: Contents,
     shapes: Mapping[str, tuple[int, int]],
-    refusal: Callable[[str, Scheme, tuple[int, int]], str | None],
+    refusal: Callable[[Scheme, tuple[int, int]], str | None],
 ) -> None:
     """Everything that a format refuses, in one error.
 
@@ -59,7 +55,7 @@ def check_contents(
         raise CheckpointError(f"format {format_name}: no linear layer of the model is quantized, nothing to write")
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, scheme in contents.schemes.items():
-        if reason := refusal(name, scheme, shapes[name]) or _packed(scheme, shapes[name]):
+        if reason := refusal(scheme, shapes[name]) or _packed(scheme, shapes[name]):
             reasons[reason].append(name)
     problems = [f"{some(names)}: {reason}" for reason, names in reasons.items()]
     problems += _unequal(contents) + _tied(contents)

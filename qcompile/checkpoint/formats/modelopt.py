@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from passes.formats import FP8_128X128, NVFP4
-from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader
-from qcompile.checkpoint.formats.merged import check_contents, describe, expert_container, some
-from qcompile.checkpoint.formats.modelopt_reader import CONFIG, HF_QUANT_CONFIG, MIXED, SCHEMES, ModelOptReader, newest
+from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
+from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
+from qcompile.checkpoint.formats.merged import check_contents, describe, expert_container
+from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
-from qcompile.checkpoint.formats.tensors import owned
-from qcompile.errors import CheckpointError
+from qcompile.errors import CheckpointError, some
 from qcompile.layer import FP8_BLOCK, QuantizedWeight, Scheme
 
 # Servers tell the tool by this name and pick their reader by it; the version is the one whose export this follows.
@@ -60,7 +60,7 @@ class ModelOpt(CheckpointFormat):
                 f"{', '.join(unmixable)}; use the format compressed-tensors"
             )
 
-    def tensors(self, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """All scales are float32 (block scales of NVFP4 aside), whatever the dtype of the model."""
         scale = weight.scale
         if weight.scheme.weight == FP8_128X128:
@@ -103,7 +103,7 @@ class ModelOpt(CheckpointFormat):
         return ModelOptReader(*newest(quantization_config, files))
 
 
-def _refusal(name: str, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme == FP8_BLOCK:
         return (
             f"{describe(scheme)}: the format has no label for it, FP8_PB_WO means weight-only; use the format fp8 or "

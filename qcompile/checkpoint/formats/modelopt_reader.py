@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from passes.formats import FP8_128X128, NVFP4
+from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import Get, SchemeReader
 from qcompile.checkpoint.formats.skip import is_skipped
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
@@ -15,7 +16,6 @@ from qcompile.errors import CheckpointError
 from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, QuantizedWeight, Scheme
 
 MIXED = "MIXED_PRECISION"
-CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
 
 SCHEMES = {
     "FP8": FP8_TENSOR,
@@ -61,11 +61,6 @@ class ModelOptReader(SchemeReader):
         parts = name.split(".")
         owners = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
         return next((self._layers[owner] for owner in owners if owner in self._layers), None)
-
-    def tensor_names(self, name: str, scheme: Scheme) -> list[str]:
-        scale = "weight_scale_inv" if scheme == FP8_BLOCK else "weight_scale"
-        keys = ["weight", scale, *(["weight_scale_2"] if scheme.weight.scale else [])]
-        return [f"{name}.{key}" for key in [*keys, *(["input_scale"] if scheme.has_input_scale else [])]]
 
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
         return StoredLayer(name, get, shape).weight(

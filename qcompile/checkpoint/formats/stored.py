@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 
 from passes.formats import Format
+from qcompile.checkpoint.files.tensors import FLOATS
 from qcompile.checkpoint.formats.base import Get
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
 
 # Tools store scales in float32 or in the dtype of the model; e8m0 holds powers of two, so float32 has all of them.
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu)
+_SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 
 class StoredLayer:
@@ -64,7 +65,7 @@ class StoredLayer:
         """A float32 scalar, positive and finite; `(1,)` is as good as `()`."""
         name, tensor = self._find(suffixes)
         if tensor.dtype not in _SCALE_DTYPES:
-            raise self._wrong(name, f"has dtype {_dtype(tensor)}, expected float32")
+            raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected float32")
         if tensor.numel() != 1:
             raise self._wrong(name, f"has the shape {list(tensor.shape)}, expected one number")
         value = tensor.reshape(()).float()
@@ -78,10 +79,10 @@ class StoredLayer:
         if tensor.dtype != fmt.storage:
             hint = (
                 "; the configuration says that the layer is quantized, its skip list may lack it"
-                if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+                if tensor.dtype in FLOATS
                 else ""
             )
-            raise self._wrong(name, f"has dtype {_dtype(tensor)}, expected {_dtype_name(fmt.storage)}{hint}")
+            raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected {_dtype_name(fmt.storage)}{hint}")
         n, k = self._shape
         expected = [n, k // 2 if fmt.packed else k]
         if list(tensor.shape) != expected:
@@ -93,9 +94,9 @@ class StoredLayer:
     def _scale(self, suffixes: tuple[str, ...], scheme: Scheme) -> torch.Tensor:
         fmt = scheme.weight
         name, tensor = self._find(suffixes)
-        expected_dtypes = (fmt.scale.storage,) if fmt.scale else _SCALE_DTYPES
-        if tensor.dtype not in expected_dtypes:
-            raise self._wrong(name, f"has dtype {_dtype(tensor)}, expected {_dtype_name(expected_dtypes[0])}")
+        if tensor.dtype not in ((fmt.scale.storage,) if fmt.scale else _SCALE_DTYPES):
+            expected = _dtype_name(fmt.scale.storage) if fmt.scale else "float32"
+            raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected {expected}")
         shape = self._scale_shape(name, tensor, scheme)
         values = tensor.float()
         if not torch.isfinite(values).all():
@@ -184,10 +185,6 @@ def _without_zero_scales(codes: torch.Tensor, scale: torch.Tensor, fmt: Format) 
         per_code = fmt.per_element(zero, codes.shape) if fmt.sizes else zero
     codes = bytes_of.masked_fill(per_code, 0).view(codes.dtype)
     return codes, torch.where(zero, 1.0, scale.float()).to(scale.dtype)
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return _dtype_name(tensor.dtype)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

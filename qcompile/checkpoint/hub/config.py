@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qcompile.errors import QCompileError
+from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
+from qcompile.errors import QCompileError, first_line
 
 
 def import_transformers(error: type[QCompileError]) -> Any:
@@ -27,16 +28,19 @@ def import_transformers(error: type[QCompileError]) -> Any:
 
 def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
     """The content of config.json in the directory `path`. Raises `error` if there is none, or it is no JSON object."""
-    file = path / "config.json"
-    if not file.is_file():
+    if not (path / CONFIG).is_file():
         raise error(f"{path} has no config.json, so it is no Hugging Face model directory")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise error(f"{file} cannot be read: {first_line(cause)}") from cause
-    if not isinstance(content, dict):
-        raise error(f"{file} holds a {type(content).__name__} and no object")
-    return content
+    return read_json(path / CONFIG, error)
+
+
+def quantization_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """That section of config.json, which multimodal models have one level down now and then; empty without one."""
+    return content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config") or {}
+
+
+def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
+    """Whether config.json, or the file that Model Optimizer writes beside it, says that the weights are quantized."""
+    return bool(quantization_config(content)) or (path / HF_QUANT_CONFIG).is_file()
 
 
 def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> Any:
@@ -44,7 +48,7 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
-        raise error(f"{path / 'config.json'}: transformers cannot use it: {first_line(cause)}") from cause
+        raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
 
 
 def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
@@ -68,9 +72,3 @@ def meta_model(name: str, found: Any, config: Any, path: Path, error: type[QComp
             return found._from_config(config) if hasattr(found, "_from_config") else found.from_config(config)
     except Exception as cause:  # whatever the sizes in the config lead to
         raise error(f"{path}: {name} cannot be built from config.json: {first_line(cause)}") from cause
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another package says, in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -13,8 +13,17 @@ from typing import Any
 import torch
 
 from qcompile.checkpoint.files.headers import open_directory
+from qcompile.checkpoint.files.json_files import HF_QUANT_CONFIG
 from qcompile.checkpoint.files.tensors import HeldTensor, Stored
-from qcompile.checkpoint.hub.config import auto_config, import_transformers, meta_model, model_class, read_config
+from qcompile.checkpoint.hub.config import (
+    auto_config,
+    import_transformers,
+    is_quantized,
+    meta_model,
+    model_class,
+    quantization_config,
+    read_config,
+)
 from qcompile.checkpoint.hub.layout import Hub
 from qcompile.checkpoint.hub.match import read_hub
 from qcompile.errors import CheckpointError
@@ -58,11 +67,9 @@ def open_origin(source: str | os.PathLike[str] | torch.nn.Module) -> Origin:
 
 def _unquantized_model(directory: Path, content: Mapping[str, Any]) -> Any:
     """The model that config.json of `directory` describes, without memory for its weights."""
-    if (section := content.get("quantization_config")) or (directory / "hf_quant_config.json").is_file():
-        method = section.get("quant_method") if isinstance(section, dict) else None
-        raise CheckpointError(
-            f"{directory} is quantized already ({method or 'hf_quant_config.json'}): save what it was made from"
-        )
+    if is_quantized(directory, content):
+        method = quantization_config(content).get("quant_method") or HF_QUANT_CONFIG
+        raise CheckpointError(f"{directory} is quantized already ({method}): save what it was made from")
     transformers = import_transformers(CheckpointError)
     config = auto_config(transformers, directory, CheckpointError)
     return meta_model(*model_class(transformers, config, CheckpointError), config, directory, CheckpointError)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from qcompile.checkpoint.files.tensors import FLOATS
 from qcompile.checkpoint.formats import SchemeReader
 from qcompile.checkpoint.hub.names import HubNames, Place
 from qcompile.checkpoint.read.fused_experts import fuse_experts
 from qcompile.checkpoint.read.kv_cache import Scales, read_kv_scales
-from qcompile.checkpoint.read.store import FLOATS, TensorStore
+from qcompile.checkpoint.read.store import TensorStore
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
 

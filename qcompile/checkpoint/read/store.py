@@ -11,8 +11,6 @@ import torch
 from qcompile.checkpoint.files.headers import open_directory
 from qcompile.checkpoint.files.tensors import FileTensor
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
 
 class TensorStore:
     """What `open_directory` finds, to be read whole.

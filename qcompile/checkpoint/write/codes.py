@@ -8,14 +8,13 @@ import torch
 
 from passes.formats import Format
 from passes.ir import dynamic_quantize, quantize
-from qcompile.checkpoint.files.tensors import Stored
+from qcompile.checkpoint.files.tensors import FLOATS, Stored
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
 from qcompile.recipe import QuantizerConfig
 from qcompile.scales import scale_of
 
 _CHUNK = 1 << 22  # elements; their fp32 intermediates are what matters
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Advance = Callable[[int], None]
 """Told how many bytes were read."""
 
@@ -84,7 +83,7 @@ def _room(fmt: Format, scheme: Scheme, rows: int, columns: int) -> torch.Tensor 
 
 def _pieces(tensor: Stored, multiple: int, advance: Advance) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, rows) of a matrix; `multiple` rows belong together."""
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise CheckpointError(f"{tensor.where} is {tensor.dtype}: a weight to quantize is float16, bfloat16 or float32")
     rows, columns = tensor.shape
     step = max(1, _CHUNK // max(1, columns) // multiple) * multiple

@@ -9,7 +9,6 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.checkpoint.formats import format_called
-from qcompile.checkpoint.formats.merged import some
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.write.plan import (
@@ -21,7 +20,7 @@ from qcompile.checkpoint.write.plan import (
     unwritten_notice,
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
-from qcompile.errors import CheckpointError
+from qcompile.errors import CheckpointError, some
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.record import record_of
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from passes.formats import Format
 from qcompile.checkpoint.formats import Contents
-from qcompile.checkpoint.formats.merged import some
+from qcompile.checkpoint.formats.merged import MERGED
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
-from qcompile.errors import CheckpointError, RecipeError
+from qcompile.errors import CheckpointError, RecipeError, some
 from qcompile.layer import Scheme
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
@@ -26,13 +26,9 @@ HOW_TO_CALIBRATE = (
 
 # Linear layers of one module that read the same tensor. `quantize` sees it in the graph; here their names tell.
 _SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
+    *MERGED,
     ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
     ("wi_0", "wi_1"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     ("in_proj_qkvz", "in_proj_ba"),
 )
@@ -118,6 +114,7 @@ def plan_program(schemes: Mapping[str, Scheme], hub: Hub) -> Plan:
 
 
 def refuse_rotation(module: str, rotated: bool) -> None:
+    """Raise `CheckpointError` for a layer in whose weight a Hadamard rotation is."""
     if rotated:
         raise CheckpointError(
             f"{module} is rotated (`rotate: true`), which no checkpoint format says, so servers would multiply rotated"
@@ -146,9 +143,8 @@ def _check_static(configs: Mapping[str, QuantizerConfig], hub: Hub) -> None:
         if written and has_constant(config):
             static.append(name)
     if static:
-        more = f" and {len(static) - 1} more" if len(static) > 1 else ""
         raise CheckpointError(
-            f"the recipe gives a static scale to {static[0]}{more}, which needs calibration data: {HOW_TO_CALIBRATE}."
+            f"the recipe gives a static scale to {some(static)}, which needs calibration data: {HOW_TO_CALIBRATE}."
             " Recipes with dynamic activations (fp8_per_channel_per_token) or for weights only (nvfp4_weight_only) need"
             " none"
         )

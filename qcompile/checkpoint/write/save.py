@@ -97,7 +97,7 @@ def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, adva
             continue
         if key in parts:
             layer, part = parts[key]
-            writer.add(chosen.tensors(part.name, _quantized(job, layer, part, scales, advance), tensor.dtype))
+            writer.add(chosen.tensors(part.name, _quantized(job, layer, part, scales, advance)))
         else:
             writer.add({key: tensor})
             advance(tensor.nbytes)
@@ -139,8 +139,7 @@ def _write_rest(origin: Origin, chosen: CheckpointFormat, contents: Contents, pa
     notices = []
     files = dict(chosen.files(contents))
     if origin.directory is not None:
-        _, left = carry_over(origin.directory, partial)
-        if left:
+        if left := carry_over(origin.directory, partial):
             notices.append(f"not carried over from {origin.directory}: {', '.join(left)}")
     else:
         notices.append("made from a model in memory: the tokenizer is to be saved beside it")

@@ -25,7 +25,7 @@ from qcompile.onnx.repair.state import State
 _GEMMS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Path = list[ir.Node]  # from the DQ to the operand
-Made = dict[tuple[ir.Node, ir.DataType], ir.Value]
+Made = dict[tuple[ir.Node, ir.DataType], ir.Value]  # the copy of a node in a type
 
 
 def remove_casts(state: State) -> None:
@@ -79,9 +79,7 @@ def _scale_type(node: ir.Node) -> ir.DataType | None:
     return scale.dtype if scale is not None else None
 
 
-def _rebuilt(
-    state: State, path: Path, dtype: ir.DataType, made: dict[tuple[ir.Node, ir.DataType], ir.Value]
-) -> ir.Value:
+def _rebuilt(state: State, path: Path, dtype: ir.DataType, made: Made) -> ir.Value:
     """The operand in `dtype` without Casts: copies of the DQ and of the moves, as others may read the old ones."""
     value: ir.Value | None = None
     for node in path:

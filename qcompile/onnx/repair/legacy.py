@@ -34,6 +34,7 @@ def is_legacy(node: ir.Node | onnx.NodeProto, functions: Collection[tuple[str, s
 
 
 def is_standard(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether `node` is one of the standard operators `op_types`."""
     return node is not None and node.op_type in op_types and node.domain in STANDARD_DOMAINS
 
 
@@ -41,6 +42,17 @@ def is_blocked(node: ir.Node) -> bool:
     """Scales for blocks along an axis: another scheme, which nothing here rewrites."""
     block = node.attributes.get("block_size")
     return block is not None and block.as_int() != 0
+
+
+def channel_axis(node: ir.Node) -> int:
+    """The axis of a quantizer with one scale for each channel; it may count from the back."""
+    axis = node.attributes.get("axis")
+    return 1 if axis is None else axis.as_int()
+
+
+def zero_point_of(node: ir.Node) -> ir.Value | None:
+    """The zero point of a quantizer, which may leave it out."""
+    return node.inputs[2] if len(node.inputs) > 2 else None
 
 
 def is_opaque(node: ir.Node, model: ir.Model) -> bool:

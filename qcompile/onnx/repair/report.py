@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from qcompile.onnx.verify import Check
 
@@ -47,5 +46,5 @@ class RepairReport:
     kind: str = field(default="repair", init=False)
 
     def to_json(self) -> str:
-        data: dict[str, Any] = dataclasses.asdict(self)
-        return json.dumps(data, indent=2)
+        """The report as JSON text; `qcompile inspect` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)

@@ -26,10 +26,12 @@ from qcompile.onnx.repair.legacy import (
     FP8_NAMES,
     MOVES,
     QUANTIZE,
+    channel_axis,
     describe,
     is_blocked,
     is_legacy,
     is_standard,
+    zero_point_of,
 )
 from qcompile.onnx.repair.state import Array, State
 
@@ -48,7 +50,7 @@ def _standardize(state: State, node: ir.Node) -> None:
     where, old = describe(node), f"{node.domain}::{node.op_type}".removeprefix("::")
     if len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
         raise RepairError(f"{where} has no scale: write the file again with the tool that made it")
-    fp8 = node.op_type in FP8_NAMES or (not is_blocked(node) and _says_fp8(state, node))
+    fp8 = node.op_type in FP8_NAMES or (not is_blocked(node) and _says_fp8(node))
     node.op_type, node.domain = FP8_NAMES.get(node.op_type, node.op_type), ""
     state.changes.standardized[old] += 1
     state.converted.add(node)
@@ -65,9 +67,9 @@ def _standardize(state: State, node: ir.Node) -> None:
     _zero_point(state, node, where)
 
 
-def _says_fp8(state: State, node: ir.Node) -> bool:
+def _says_fp8(node: ir.Node) -> bool:
     """Whether a quantizer with a standard name is FP8, from its zero point, its codes, or `output_dtype`."""
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    zero = zero_point_of(node)
     if zero is not None and zero.dtype is not None:
         return zero.dtype is FP8
     if node.op_type == DEQUANTIZE:
@@ -104,8 +106,8 @@ def _codes(state: State, value: ir.Value | None, where: str) -> ir.Value | None:
     if array is None or value.dtype not in (None, *_BYTES):
         found = value.dtype.name if value.dtype is not None else "of an unknown type"
         raise RepairError(f"{where} reads '{value.name}', which is {found} and not the output of an FP8 quantizer")
-    make = state.recipe(value)
-    return state.lazy_weight(f"{value.name}_fp8", tuple(array.shape), lambda: _as_fp8(make()))
+    evaluate = state.evaluator(value)
+    return state.lazy_weight(f"{value.name}_fp8", tuple(array.shape), lambda: _as_fp8(evaluate()))
 
 
 def _as_fp8(array: Array) -> Array:
@@ -148,13 +150,12 @@ def _granularity(node: ir.Node, scale: Array, where: str) -> tuple[Array, int | 
         raise RepairError(f"{where}: a scale of shape {list(scale.shape)} is neither per tensor nor per channel")
     if scale.ndim > 1:
         return scale.reshape(-1), axes[0]
-    axis = node.attributes.get("axis")
-    return scale, 1 if axis is None else axis.as_int()
+    return scale, channel_axis(node)
 
 
 def _zero_point(state: State, node: ir.Node, where: str) -> None:
     """FP8, of the scale's shape; one that is not 0 stays and is written out by `zero_points`."""
-    value = node.inputs[2] if len(node.inputs) > 2 else None
+    value = zero_point_of(node)
     scale = state.constant(node.inputs[1])
     assert scale is not None
     zero: Array = np.zeros(scale.shape, ml_dtypes.float8_e4m3fn)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8, QUANTIZE, is_blocked, is_standard
+from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8, QUANTIZE, is_blocked, is_standard, zero_point_of
 from qcompile.onnx.view import STANDARD_DOMAINS
 
 Array = npt.NDArray[Any]
@@ -55,7 +55,7 @@ class State:
         for node in self.nodes():
             if is_standard(node, *(op_types or (QUANTIZE, DEQUANTIZE))) and not is_blocked(node):
                 codes = node.outputs[0] if node.op_type == QUANTIZE else node.inputs[0]
-                zero = node.inputs[2] if len(node.inputs) > 2 else None
+                zero = zero_point_of(node)
                 if FP8 in (zero.dtype if zero is not None else None, codes.dtype if codes is not None else None):
                     yield node
 
@@ -93,9 +93,9 @@ class State:
 
     def constant(self, value: ir.Value | None) -> Array | None:
         """The value of a tensor that no input can change, computed by `onnx.reference` where it is not stored."""
-        return self.recipe(value)() if value is not None and self.is_constant(value) else None
+        return self.evaluator(value)() if value is not None and self.is_constant(value) else None
 
-    def recipe(self, value: ir.Value) -> Callable[[], Array]:
+    def evaluator(self, value: ir.Value) -> Callable[[], Array]:
         """What computes constant `value`; it outlives the nodes that it was read off."""
         if value.const_value is not None:
             return partial(_stored, value.const_value)
@@ -104,7 +104,7 @@ class State:
         if node.op_type in ("Constant", "Shape"):
             stored = _constant_node(node) if node.op_type == "Constant" else _shape_node(node)
             return lambda: stored
-        inputs = {str(used.name): self.recipe(used) for used in node.inputs if used is not None}
+        inputs = {str(used.name): self.evaluator(used) for used in node.inputs if used is not None}
         imports = [helper.make_opsetid("", self.model.opset_imports.get("", 21))]
         nodes = [ir.serde.serialize_node(node)]
         function = helper.make_function("", "c", list(inputs), [str(value.name)], nodes, imports)

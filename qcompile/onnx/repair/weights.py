@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
-from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, QUANTIZE, describe, is_standard
+from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, QUANTIZE, channel_axis, describe, is_standard
 from qcompile.onnx.repair.state import Array, State
 
 FP8_MAX = 448.0
@@ -63,11 +63,6 @@ def _is_weight(state: State, node: ir.Node) -> bool:
     return state.is_constant(x) and state.is_constant(scale) and not node.outputs[0].is_graph_output()
 
 
-def _axis(node: ir.Node) -> int:
-    entry = node.attributes.get("axis")
-    return 1 if entry is None else entry.as_int()
-
-
 def _fold(state: State, node: ir.Node, known: Known) -> None:
     x, scale, where = node.inputs[0], state.constant(node.inputs[1]), describe(node)
     zero_point = state.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), ml_dtypes.float8_e4m3fn)
@@ -77,12 +72,12 @@ def _fold(state: State, node: ir.Node, known: Known) -> None:
         raise RepairError(f"{where}: its zero point is computed at run time; give a constant")
     if not np.issubdtype(weight.dtype, np.floating) and weight.dtype != ml_dtypes.bfloat16:
         raise RepairError(f"{where} quantizes '{x.name}', which is {weight.dtype} and no floating-point weight")
-    axis = _channels(weight.shape, scale, _axis(node), where)
+    axis = _channels(weight.shape, scale, channel_axis(node), where)
     saturate = node.attributes["saturate"].as_int() != 0 if "saturate" in node.attributes else True
     key = (x, scale.tobytes(), zero_point.tobytes(), axis, saturate)
     if key not in known:
         source = _source(x)
-        make = partial(_quantize_later, state.recipe(x), scale, zero_point, axis, saturate)
+        make = partial(_quantize_later, state.evaluator(x), scale, zero_point, axis, saturate)
         known[key] = state.lazy_weight(f"{source}_fp8", weight.shape, make)
         per = "per tensor" if axis is None else f"per channel, axis {axis}"
         state.changes.folded[str(known[key].name)] = f"{source} {list(weight.shape)} {weight.dtype}, {per}"
@@ -126,7 +121,7 @@ def _store_where_it_is_read(state: State, node: ir.Node, known: Known) -> None:
     if array is not None and array.dtype == ml_dtypes.float8_e4m3fn:
         if (value,) not in known:
             name = f"{_source(value)}_stored"
-            known[(value,)] = state.lazy_weight(name, array.shape, state.recipe(value))
+            known[(value,)] = state.lazy_weight(name, array.shape, state.evaluator(value))
         node.replace_input_with(0, known[(value,)])
 
 
@@ -151,7 +146,7 @@ def _store_as_it_is_read(state: State, node: ir.Node, known: Known) -> None:
         state.changes.folded[str(stored.name)] = f"{state.changes.folded[str(codes.name)]}, stored as {list(shape)}"
     scale = state.constant(node.inputs[1])
     if scale is not None and scale.ndim:
-        node.attributes["axis"] = ir.AttrInt64("axis", perm.index(_axis(node) % rank))
+        node.attributes["axis"] = ir.AttrInt64("axis", perm.index(channel_axis(node) % rank))
     for reader in readers:
         reader.outputs[0].replace_all_uses_with(output)
     output.shape = None

@@ -16,14 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
-from qcompile.onnx.repair.legacy import QUANTIZE, describe
+from qcompile.onnx.repair.legacy import QUANTIZE, channel_axis, describe, zero_point_of
 from qcompile.onnx.repair.state import Array, State, insert
 
 
 def write_out_zero_points(state: State) -> None:
     """*Requires*: weights are folded, ranks inferred."""
     for node in list(state.fp8_nodes()):
-        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        zero = zero_point_of(node)
         values = state.constant(zero)
         if zero is None or values is None or not values.astype(np.float32).any():
             continue
@@ -46,9 +46,7 @@ def _shaped(node: ir.Node, values: Array) -> Array:
     values = values.astype(np.float32)
     if values.size == 1:
         return values.reshape(())
-    entry = node.attributes.get("axis")
-    axis = 1 if entry is None else entry.as_int()
-    x = node.inputs[0]
+    axis, x = channel_axis(node), node.inputs[0]
     assert x is not None
     if axis >= 0 and x.shape is None:
         raise RepairError(

@@ -11,7 +11,7 @@ from passes.fold.constants import FoldConstants
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8, NVFP4, Format
 from passes.graph import aten, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dynamic_quantize
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from tests.passes.blocks import block_graph
 from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites
@@ -49,6 +49,34 @@ def test_packed_codes_stay_and_their_values_are_transposed(bias: bool) -> None:
     assert transpose.target is aten.transpose.int and transpose.args[0].target is DEQUANTIZE  # type: ignore[union-attr]
     assert gm.get_parameter("weight").shape == (6, 16)
     assert count(gm, aten.add.Tensor) == bias
+
+
+class ExpertsWithScales(nn.Module):
+    """NVFP4 codes of three experts with a global scale each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(3, 6, 32) * torch.tensor([1.0, 0.01, 30.0]).view(3, 1, 1)
+        self.register_buffer("scale", weight.abs().amax((1, 2), keepdim=True) / NVFP4.global_max)
+        parts = [dynamic_quantize(w, g.reshape(()), format="nvfp4") for w, g in zip(weight, self.scale, strict=True)]
+        self.weight = nn.Parameter(torch.stack([codes for codes, _ in parts]), requires_grad=False)
+        self.blocks = nn.Parameter(torch.stack([blocks for _, blocks in parts]), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = DEQUANTIZE(self.blocks, self.scale, format="fp8", dtype=torch.float32)
+        weight = DEQUANTIZE(self.weight, scale, format="nvfp4", dtype=x.dtype)
+        return torch.ops.qcompile.batched_linear(x, weight, self.bias)
+
+
+def test_a_global_scale_for_each_expert_moves_behind_the_product() -> None:
+    gm = graph_of(ExpertsWithScales(), torch.randn(3, 4, 32), dynamic_shapes=({1: DYNAMIC},))
+    rewrites(StoreWeightsTransposed, gm, torch.randn(3, 7, 32), rtol=1e-4, atol=1e-4)
+    product = only_call(gm, aten.matmul.default)
+    weight = product.args[1].args[0]  # type: ignore[union-attr]
+    assert shape(weight.args[1].args[1]) == ()  # type: ignore[union-attr,arg-type]
+    (factor,) = product.users
+    assert factor.target is aten.mul.Tensor and shape(factor.args[1]) == (3, 1, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("experts", [1, 3], ids=["same rows", "own rows"])

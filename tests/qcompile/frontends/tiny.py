@@ -87,7 +87,7 @@ def write_checkpoint(
                 tensors[key] = tensor
                 continue
             written[name] = change(name, quantized(found, tensor.float()))
-            tensors |= FORMATS[fmt].tensors(name, written[name], tensor.dtype)
+            tensors |= FORMATS[fmt].tensors(name, written[name])
             if kv and name.endswith("self_attn.k_proj"):
                 attentions.add(name.removesuffix(".k_proj"))
                 scales = [torch.tensor(value) for value in kv]

@@ -63,7 +63,7 @@ def test_schemes_are_its_presets(preset: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", HELD["compressed-tensors"])
 def test_its_compressor_reads_the_tensors(scheme: Scheme) -> None:
     weight = quantized(scheme, torch.randn(256, 384, generator=torch.Generator().manual_seed(0)))
-    stored = FORMAT.tensors(NAME, weight, torch.bfloat16)
+    stored = FORMAT.tensors(NAME, weight)
     (group,) = section_of(Contents({NAME: scheme}))["config_groups"].values()
     args = QuantizationScheme.model_validate(group)
     local = {key.removeprefix(f"{NAME}."): tensor for key, tensor in stored.items()}
@@ -119,7 +119,6 @@ def test_what_its_compressor_writes_is_read(preset: str, dtype: torch.dtype) -> 
     found = reader.scheme(NAME)
     assert found is not None
     files = {f"{NAME}.{key}": tensor for key, tensor in stored.items()}
-    assert set(reader.tensor_names(NAME, found)) == set(files)
     result = dequantized(reader.weight(NAME, found, files.__getitem__, (n, k)))
     # its decompressor rounds to the dtype of the scale, and NVFP4 to bfloat16
     rtol = 2**-7 if args.num_bits == 4 or dtype == torch.bfloat16 else 0

@@ -174,9 +174,8 @@ def test_tensors_are_written_as_they_were_read(export: tuple[str, Export]) -> No
     fmt.check(contents, written.linears)
     again: dict[str, torch.Tensor] = {}
     for name, scheme in contents.schemes.items():
-        assert set(written.reader.tensor_names(name, scheme)) <= set(written.tensors)
         weight = written.reader.weight(name, scheme, written.tensors.__getitem__, written.linears[name])
-        again |= fmt.tensors(name, weight, torch.float32)
+        again |= fmt.tensors(name, weight)
     for i in range(2):
         attention = f"model.layers.{i}.self_attn"
         scales = written.reader.kv_scales(attention, written.tensors.__getitem__)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, NVFP4
@@ -35,7 +34,7 @@ def weight_of(scheme: Scheme, shape: tuple[int, int] = SHAPE) -> Any:
 
 
 def stored(format_name: str, scheme: Scheme, shape: tuple[int, int] = SHAPE) -> dict[str, torch.Tensor]:
-    return FORMATS[format_name].tensors(NAME, weight_of(scheme, shape), torch.float32)
+    return FORMATS[format_name].tensors(NAME, weight_of(scheme, shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -92,10 +91,8 @@ def test_fp8_of_a_tensor(activations: str, names: tuple[str, str]) -> None:
     if weight.input_scale is not None:
         tensors[f"{NAME}.{names[1]}"] = weight.input_scale
     section = {"quant_method": "fp8", "activation_scheme": activations, "ignored_layers": ["lm_head"]}
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    reader = FORMATS["fp8"].reader(section, {"model.safetensors.index.json": index})
+    reader = FORMATS["fp8"].reader(section, {})
     assert reader.scheme(NAME) == scheme
-    assert set(reader.tensor_names(NAME, scheme)) == set(tensors)
     back = reader.weight(NAME, scheme, tensors.__getitem__, SHAPE)
     assert_same_bits(back.codes, weight.codes)
     assert_same_bits(back.scale, weight.scale)
@@ -303,19 +300,10 @@ def test_a_float_checkpoint_says_so(tmp_path: Path) -> None:
         reader_of({"model_type": "llama"}, tmp_path)
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json cannot be read"):
         reader_of({}, tmp_path)
-    (tmp_path / "hf_quant_config.json").unlink()
-    tensors = stored("fp8", FP8_BLOCK)
-    data = safetensors.torch.save(tensors)
-    (tmp_path / "model.safetensors").write_bytes(data)
-    reader = reader_of({"quantization_config": FP8_SECTION}, tmp_path)
-    assert set(reader.tensor_names(NAME, FP8_BLOCK)) == set(tensors)
-    (tmp_path / "model.safetensors").write_bytes(data[:60])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read.*truncated"):
-        reader_of({"quantization_config": FP8_SECTION}, tmp_path)
 
 
 def test_block_scales_of_tensorrt_llm() -> None:
@@ -324,5 +312,4 @@ def test_block_scales_of_tensorrt_llm() -> None:
     scheme = reader.scheme(NAME)
     assert scheme == FP8_BLOCK
     tensors = stored("fp8", FP8_BLOCK)
-    assert set(reader.tensor_names(NAME, FP8_BLOCK)) == set(tensors)
     assert reader.weight(NAME, FP8_BLOCK, tensors.__getitem__, SHAPE).scheme.weight == FP8_128X128

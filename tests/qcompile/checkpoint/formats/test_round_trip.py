@@ -34,10 +34,9 @@ def test_codes_and_scales_come_back(name: str, scheme: Scheme, n: int, k: int, r
     fmt.check(contents, {NAME: (n, k)})
     weight = quantized(scheme, torch.randn(n, k, generator=torch.Generator().manual_seed(seed)))
 
-    tensors = through_file(fmt.tensors(NAME, weight, torch.bfloat16))
+    tensors = through_file(fmt.tensors(NAME, weight))
     reader = reader_for(fmt, contents)
     assert reader.scheme(NAME) == scheme
-    assert sorted(reader.tensor_names(NAME, scheme)) == sorted(tensors)
 
     back = reader.weight(NAME, scheme, tensors.__getitem__, (n, k))
     assert back.scheme == scheme
@@ -70,7 +69,7 @@ def test_tensors_own_their_storage(name: str) -> None:
     for scheme in HELD[name]:
         weight = quantized(scheme, torch.randn(128, 128))
         given_ones = {t.data_ptr() for t in vars(weight).values() if isinstance(t, torch.Tensor)}
-        for tensor in FORMATS[name].tensors(NAME, weight, torch.float16).values():
+        for tensor in FORMATS[name].tensors(NAME, weight).values():
             assert tensor.is_contiguous()
             assert tensor.data_ptr() not in given_ones
             assert tensor.untyped_storage().nbytes() == tensor.nbytes

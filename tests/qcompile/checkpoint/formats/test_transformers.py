@@ -66,7 +66,7 @@ def test_weights_are_what_the_codes_stand_for(name: str, scheme: Scheme, tmp_pat
     for layer in names:
         weight = quantized(scheme, tensors.pop(f"{layer}.weight").float())
         expected[layer] = values(weight)
-        tensors |= FORMATS[name].tensors(layer, weight, torch.bfloat16)
+        tensors |= FORMATS[name].tensors(layer, weight)
     contents = Contents(dict.fromkeys(names, scheme), tied={"lm_head": "model.embed_tokens"})
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     files: dict[str, Any] = FORMATS[name].files(contents)
