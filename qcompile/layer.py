@@ -41,6 +41,7 @@ class Scheme:
         return self.input is not None and not self.measured and (self.input.scale is not None or not self.input.block)
 
 
+# The schemes that servers and other tools have a name for.
 FP8_TENSOR = Scheme(FP8, FP8)
 FP8_CHANNEL_TOKEN = Scheme(FP8, FP8_PER_TOKEN, per_channel=True)
 FP8_BLOCK = Scheme(FP8_128X128, FP8_1X128)

@@ -354,7 +354,7 @@ def test_random_data_stays_in_the_range_of_the_example() -> None:
         ({"x": torch.ones(4), "ids": torch.arange(4)}, r"x is \[4\], but the model takes \[2, 8\]"),
         ({"x": torch.ones(4, 8), "ids": torch.arange(6)}, "different numbers of samples: x has 4, ids has 6"),
         ({"x": torch.ones(1, 8), "ids": torch.arange(1)}, "1 samples, fewer than one batch of 2"),
-        (3, "holds no JSON object"),
+        (3, "holds a int"),
     ],
 )
 def test_calibration_errors(tmp_path: Path, data: Any, message: str) -> None:

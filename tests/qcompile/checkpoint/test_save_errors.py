@@ -192,7 +192,7 @@ def test_directories_that_are_in_the_way(source: Path) -> None:
         write(source, directory=source.parent / "nowhere" / "out")
 
 
-STATIC = r"static scale to \S+ and \d+ more, which needs calibration data: program = qcompile.quantize"
+STATIC = r"static scale to .+ and \d+ more, which needs calibration data: program = qcompile.quantize"
 REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"recipe": "fp8"}, STATIC),
     ({"recipe": "nvfp4"}, STATIC),
