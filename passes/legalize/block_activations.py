@@ -6,9 +6,10 @@ import torch
 from torch.fx import GraphModule
 
 from passes.base import Pass
+from passes.blocks import measured_blocks
 from passes.graph import Emitter, aten, calls, dtype, shape
 from passes.ir import DEQUANTIZE
-from passes.legalize.unit_blocks import measured_blocks, unit_blocks
+from passes.legalize.unit_blocks import unit_blocks
 
 
 class SpellOutBlockActivations(Pass):

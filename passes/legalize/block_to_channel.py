@@ -6,11 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.blocks import block_weight, measured_blocks, scale_rows
 from passes.constants import add_constant, constant, delete_constant, evaluate_constant, root_constants
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import Emitter, aten, calls, dtype, is_call
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize, quantize
-from passes.legalize.unit_blocks import block_weight, measured_blocks, scale_rows
 from passes.pairs import measured_pair
 
 _ROWS = 1024  # are requantized at a time, so that the float32 values of a whole weight are nowhere

@@ -6,19 +6,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.blocks import block_weight, measured_blocks, scale_rows
 from passes.constants import add_constant
 from passes.formats import FP8
 from passes.graph import Emitter, aten, calls, dtype, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
-from passes.legalize.unit_blocks import (
-    BLOCK,
-    UNIT,
-    block_weight,
-    measured_blocks,
-    product_dtype,
-    scale_rows,
-    unit_blocks,
-)
+from passes.legalize.unit_blocks import BLOCK, UNIT, product_dtype, unit_blocks
 
 K_SPLIT = "k_split"  # key in the metadata of the products, for the report
 

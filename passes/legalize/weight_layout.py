@@ -6,11 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.blocks import scale_rows
 from passes.constants import add_constant, constant, is_constant_expression
 from passes.formats import FP8_1X128, FP8_128X128, get_format
 from passes.graph import Emitter, aten, calls, is_call, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
-from passes.legalize.unit_blocks import scale_rows
 
 
 class StoreWeightsTransposed(Pass):

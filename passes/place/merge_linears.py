@@ -9,11 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.blocks import scale_rows
 from passes.constants import add_constant, constant, constant_before
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
 from passes.ir import DEQUANTIZE
-from passes.legalize.unit_blocks import scale_rows
 from passes.quantize.sites import linear_name
 
 

@@ -26,8 +26,14 @@ def check_new(directory: Path) -> None:
     """Refuse a directory that is not empty, or that cannot be made."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty: name a new directory, or delete what is in it")
-    if not directory.absolute().parent.is_dir():
-        raise CheckpointError(f"cannot write {directory}: there is no directory {directory.absolute().parent}")
+    whole = directory.resolve()  # the other end of a link, too
+    if whole == Path.cwd() or whole.is_mount():
+        raise CheckpointError(
+            f"{directory} is the current directory or a mount point, which a complete one cannot take the place of: name"
+            " a directory in it"
+        )
+    if not whole.parent.is_dir():
+        raise CheckpointError(f"cannot write {directory}: there is no directory {whole.parent}")
 
 
 @contextlib.contextmanager
@@ -40,19 +46,21 @@ def new_directory(directory: Path) -> Iterator[Path]:
         CheckpointError: `directory` is a file or not empty, has no parent, or another process is writing it.
     """
     check_new(directory)
+    directory = directory.resolve()
     partial = directory.with_name(f"{directory.name}.partial")
-    with _locked(partial):
-        try:
-            yield partial
-            if sys.platform == "win32" and directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
-        except OSError as error:
-            raise CheckpointError(f"writing {partial} failed: {error}; nothing was left behind") from error
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial, ignore_errors=True)
-    (directory / _MARKER).unlink()
+    try:
+        with _locked(partial):
+            try:
+                yield partial
+                if sys.platform == "win32" and directory.exists():
+                    directory.rmdir()
+                partial.rename(directory)
+            finally:
+                if partial.exists():
+                    shutil.rmtree(partial, ignore_errors=True)
+        (directory / _MARKER).unlink()
+    except OSError as error:
+        raise CheckpointError(f"writing {partial} failed: {error}; nothing was left behind") from error
 
 
 @contextlib.contextmanager
@@ -78,8 +86,8 @@ def _locked(partial: Path) -> Iterator[None]:
 def carry_over(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer and the other small files of `source`; returns the names of what was left.
 
-    Left are weights in any form, the files that are written anew, hidden files, files above 100 MB, and directories
-    other than additional_chat_templates.
+    Left are weights in any form, the files that are written anew, hidden files, files above 100 MB, directories other
+    than additional_chat_templates, and links to nowhere.
     """
     left = []
     for path in sorted(source.iterdir()):
@@ -87,7 +95,7 @@ def carry_over(source: Path, target: Path) -> list[str]:
             continue
         if path.is_dir() and path.name in _DIRECTORIES:
             shutil.copytree(path, target / path.name)
-        elif path.is_dir() or any(path.match(glob) for glob in _LEFT) or path.stat().st_size > _LARGEST:
+        elif not path.is_file() or any(path.match(glob) for glob in _LEFT) or path.stat().st_size > _LARGEST:
             if not path.match("*.safetensors"):
                 left.append(path.name)
         else:

@@ -1,0 +1,76 @@
+"""The zero point of a linear layer's input in its bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from passes.canonicalize.zero_points import MoveZeroPoints
+from passes.graph import aten
+from passes.ir import DEQUANTIZE, QUANTIZE
+from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+
+
+class Shifted(nn.Module):
+    """A linear layer on `dequantize(...) - offset`, as `Pt2eToQdq` writes a zero point."""
+
+    def __init__(self, offset: float, *, bias: bool = True, weight: str = "float", second: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4, bias=bias)
+        self.offset, self.weight, self.second = offset, weight, second
+        self.register_buffer("scale", torch.tensor(0.05))
+        self.register_buffer("rows", torch.full((4, 1), 0.01))
+
+    def forward(self, x: Tensor) -> Any:
+        codes = QUANTIZE(x + self.offset, self.scale, format="int8")
+        shifted = DEQUANTIZE(codes, self.scale, format="int8", dtype=x.dtype) - self.offset
+        weight = self.linear.weight
+        if self.weight == "quantized":
+            weight = DEQUANTIZE(QUANTIZE(weight, self.rows, format="int8"), self.rows, format="int8", dtype=x.dtype)
+        elif self.weight == "computed":
+            weight = weight * x.mean()
+        result = nn.functional.linear(shifted, weight, self.linear.bias)
+        return (result, shifted) if self.second else result
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("weight", ["float", "quantized"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC},)])
+def test_the_offset_moves_behind_the_product(weight: str, bias: bool, dynamic: Any) -> None:
+    gm = graph_of(Shifted(0.7, bias=bias, weight=weight), X, dynamic_shapes=dynamic)
+    rewrites(MoveZeroPoints, gm, X, **CLOSE)
+    assert count(gm, aten.sub.Tensor) == 0 and count(gm, aten.linear.default) == 1
+
+
+def test_another_reader_keeps_the_shifted_values() -> None:
+    gm = graph_of(Shifted(0.7, second=True), X)
+    rewrites(MoveZeroPoints, gm, X, **CLOSE)
+    assert count(gm, aten.sub.Tensor) == 1
+
+
+def test_a_weight_that_is_computed_is_left() -> None:
+    (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight="computed"), X))
+    assert "computed at run time" in reason
+
+
+def test_a_layer_without_a_zero_point_is_left() -> None:
+    assert declines(MoveZeroPoints, graph_of(nn.Linear(8, 4), X)) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(offset=st.floats(-100, 100, allow_nan=False, width=32), rows=st.integers(1, 4))
+def test_any_offset(offset: float, rows: int) -> None:
+    if not offset:
+        return
+    torch.manual_seed(rows)
+    gm = graph_of(Shifted(offset, weight="quantized"), X[:rows])
+    rewrites(MoveZeroPoints, gm, X[:rows], rtol=1e-4, atol=1e-5 * (1 + abs(offset)))
