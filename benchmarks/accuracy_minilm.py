@@ -54,6 +54,7 @@ CASES = (
     Case("fp8", mean=BAR),
     Case("fp8_gemm", mean=BAR),
     Case("fp8_per_channel_per_token", mean=BAR),
+    Case("fp8_block", mean=BAR),
     Case("int8"),  # one scale per activation tensor
     Case("nvfp4", mean=0.965, spearman=0.94),
     Case("nvfp4", (_ROTATE,)),

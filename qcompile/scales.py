@@ -106,4 +106,5 @@ def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) ->
     scale = amax / get_format(config.format).global_max
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    # of numbers that small, too: what divides by the scale, as files of compressed-tensors do, must not be infinite
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))

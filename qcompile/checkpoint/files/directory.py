@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,10 +28,10 @@ def check_new(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty: name a new directory, or delete what is in it")
     whole = directory.resolve()  # the other end of a link, too
-    if whole == Path.cwd() or whole.is_mount():
+    if whole == Path.cwd() or os.path.ismount(whole):
         raise CheckpointError(
-            f"{directory} is the current directory or a mount point, which a complete one cannot take the place of: name"
-            " a directory in it"
+            f"{directory} is the current directory or a mount point, which a complete one cannot take the place of:"
+            " name a directory in it"
         )
     if not whole.parent.is_dir():
         raise CheckpointError(f"cannot write {directory}: there is no directory {whole.parent}")

@@ -44,6 +44,8 @@ def reader_of(config: Mapping[str, Any], directory: Path) -> SchemeReader:
             f"{directory}: neither config.json has a quantization_config nor is there a {HF_QUANT_CONFIG}: the "
             "checkpoint is not quantized; load it as a float model and give it a recipe"
         )
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"{directory / CONFIG}: quantization_config is a {type(section).__name__} and no object")
     # Model Optimizer's own section has no quant_method where it was copied from hf_quant_config.json
     named_by_producer = "modelopt" if not section or "producer" in section else None
     method = str(section.get("quant_method") or named_by_producer)
@@ -54,4 +56,9 @@ def reader_of(config: Mapping[str, Any], directory: Path) -> SchemeReader:
             f"{directory / CONFIG}: quantization_config has quant_method {section.get('quant_method')!r}; "
             f"known: {', '.join(FORMATS)}"
         )
-    return FORMATS[name].reader(section, files)
+    try:
+        return FORMATS[name].reader(section, files)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"{directory / CONFIG}: quantization_config cannot be read: {type(e).__name__}: {e}"
+        ) from e

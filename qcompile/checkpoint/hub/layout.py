@@ -55,11 +55,13 @@ class Attention:
     Attributes:
         name: on the hub.
         cached: it is of a decoder, which keeps its keys and values.
+        latent: what it keeps is what keys and values are made of (multi-head latent attention).
     """
 
     name: str
     module_class: str
     cached: bool
+    latent: bool = False
 
 
 @dataclass

@@ -40,7 +40,8 @@ class Modules:
         if name is None:
             return None
         # a place in the cache goes by layer_idx, which vision towers have not
-        return Attention(name, class_name(module), self.caches and getattr(module, "layer_idx", None) is not None)
+        cached = self.caches and getattr(module, "layer_idx", None) is not None
+        return Attention(name, class_name(module), cached, latent=hasattr(module, "kv_lora_rank"))
 
     def layers(self, path: str, module: torch.nn.Module) -> Iterator[Layer]:
         """The weights of the module itself that have rows and columns."""

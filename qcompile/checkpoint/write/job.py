@@ -16,6 +16,7 @@ from qcompile.checkpoint.write.plan import (
     contents_of,
     plan_program,
     plan_recipe,
+    refuse_latent,
     sibling_groups,
     unwritten_notice,
 )
@@ -97,6 +98,7 @@ def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tenso
     if strange := [path for path in weights.kv_scales if path not in attentions]:
         raise CheckpointError(f"the program quantizes the attention {strange[0]}, and the source has none of that name")
     found = {path: scales for path, scales in weights.kv_scales.items() if attentions[path].cached}
+    refuse_latent(found, job.origin.hub)
     if len(found) < len(weights.kv_scales):
         count = len(weights.kv_scales) - len(found)
         notices.append(f"the scales of k and v of {count} attentions are not written: they keep no keys and values")

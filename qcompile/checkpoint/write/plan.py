@@ -56,7 +56,12 @@ class Plan:
     @property
     def all_notices(self) -> list[str]:
         """`notices`, and one for each reason that layers were left for."""
-        return self.notices + [
+        return self.notices + self.reasons
+
+    @property
+    def reasons(self) -> list[str]:
+        """One for each reason that layers were left for."""
+        return [
             f"{some(names)} stay{'' if names[1:] else 's'} in floating point: {reason}"
             for reason, names in self.left.items()
         ]
@@ -79,8 +84,9 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
     plan = Plan(notices=[str(notice) for notice in resolution.notices])
     if not calibrated:
         _check_static(resolution.configs, hub)
-    cached = (path for path, attention in hub.attentions.items() if attention.cached)
-    plan.kv_cache = any(f"{path}.{_K}" in resolution.configs for path in cached)
+    cached = [path for path in hub.attentions if hub.attentions[path].cached and f"{path}.{_K}" in resolution.configs]
+    refuse_latent(cached, hub)
+    plan.kv_cache = bool(cached)
     for layer in hub.layers.values():
         weight = resolution.configs.get(f"{layer.name}.{WEIGHT}")
         x = resolution.configs.get(f"{layer.name}.{INPUT}")
@@ -119,6 +125,15 @@ def refuse_rotation(module: str, rotated: bool) -> None:
         raise CheckpointError(
             f"{module} is rotated (`rotate: true`), which no checkpoint format says, so servers would multiply rotated"
             " weights with inputs that are not: leave out the rotation"
+        )
+
+
+def refuse_latent(paths: Iterable[str], hub: Hub) -> None:
+    if latent := [path for path in paths if hub.attentions[path].latent]:
+        raise CheckpointError(
+            f"{some(latent)}: k and v are quantized, and the cache holds what they are made of (multi-head latent"
+            " attention), so servers would scale it with numbers that are not its own: leave them out, by a rule such"
+            ' as {quantizer: "*.[qkv]_bmm_quantizer", enable: false}, or take the recipe fp8_gemm'
         )
 
 
@@ -188,7 +203,12 @@ def sibling_groups(layers: Iterable[str], configs: Mapping[str, QuantizerConfig]
 
 
 def contents_of(plan: Plan, hub: Hub) -> tuple[Contents, dict[str, tuple[int, int]]]:
-    """What the checkpoint will hold, by names of the hub, and the shapes of the weights that are quantized."""
+    """What the checkpoint will hold, by names of the hub, and the shapes of the weights that are quantized.
+
+    Raises `CheckpointError` if each layer that was to be quantized stays in floating point, with the reasons.
+    """
+    if plan.left and not plan.schemes:
+        raise CheckpointError("no linear layer is quantized, nothing to write:\n  " + "\n  ".join(plan.reasons))
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
     floating: list[str] = []

@@ -75,6 +75,7 @@ def save_checkpoint(
     job = read_job(model, source, recipe, format)
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
+    _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:
         writer = ShardWriter(partial, largest)
         _write_tensors(job, chosen, writer, advance)
@@ -87,6 +88,25 @@ def save_checkpoint(
     return CheckpointReport(
         format, job.recipe, quantized, stays, contents.kv_cache, notices, files, writer.bytes, seconds
     )
+
+
+def _check_ties(origin: Origin) -> None:
+    """What is dropped as tied has to be the same: transformers unties weights that differ, and says so in its log."""
+    stored = origin.stored
+    for dropped, kept in origin.hub.tied.items():
+        pair = [
+            next((stored[key] for key in (f"{name}.weight", name) if key in stored), None) for name in (dropped, kept)
+        ]
+        first, second = pair
+        if first is None or second is None:
+            continue
+        if (first.dtype, first.shape) != (second.dtype, second.shape) or any(
+            a != b for a, b in zip(first.chunks(), second.chunks(), strict=True)
+        ):
+            raise CheckpointError(
+                f"{first.where} is not {second.where}, to which config.json ties it: put"
+                ' "tie_word_embeddings": false into config.json, or take one of them out of the files'
+            )
 
 
 def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, advance: Advance) -> None:

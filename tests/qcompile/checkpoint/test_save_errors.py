@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import qcompile
 from qcompile.checkpoint.files import shards
 from qcompile.checkpoint.files.directory import new_directory
+from qcompile.checkpoint.write.job import check_names
 from qcompile.checkpoint.write.save import save_checkpoint
 from qcompile.errors import CheckpointError
 from tests.qcompile.checkpoint.models import program, read, save, tiny
@@ -190,6 +191,52 @@ def test_directories_that_are_in_the_way(source: Path) -> None:
         write(source)
     with pytest.raises(CheckpointError, match=r"there is no directory .*nowhere"):
         write(source, directory=source.parent / "nowhere" / "out")
+
+
+def test_directories_that_can_only_be_replaced(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, link = source.with_name("here"), source.with_name("link")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(CheckpointError, match=r"\. is the current directory or a mount point"):
+        write(source, directory=Path())
+    monkeypatch.chdir(source.parent)
+    link.symlink_to("here", target_is_directory=True)
+    (source / "dangling.json").symlink_to("nowhere")
+    report = write(source, directory=link)
+    assert link.is_symlink() and (here / "config.json").is_file() and not (here / "dangling.json").exists()
+    assert any("dangling.json" in notice for notice in report.notices)
+    assert {path.name for path in source.parent.iterdir()} == {"source", "here", "link"}
+    with pytest.raises(CheckpointError, match=r"partial failed: .*File name too long"):
+        write(source, directory=source.with_name("x" * 250))
+
+
+def test_scales_of_k_and_v_are_not_those_of_a_latent_cache(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96}
+    heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    config = transformers.DeepseekV3Config(**sizes, **heads, num_attention_heads=4, num_key_value_heads=4)
+    source = save(transformers.DeepseekV3ForCausalLM(config), tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"0.self_attn: k and v are quantized, .* take the recipe fp8_gemm"):
+        check_names(str(source), "modelopt", qcompile.load_recipe("fp8"))
+    check_names(str(source), "modelopt", qcompile.load_recipe("fp8_gemm"))
+
+
+def test_tied_weights_that_differ(tmp_path: Path) -> None:
+    source = save(tiny("qwen3", num_hidden_layers=1), tmp_path / "source", shard="1GB")
+    embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    edit(source / "model.safetensors", lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    write(source)
+    assert "lm_head.weight" not in read(tmp_path / "out")
+    edit(source / "model.safetensors", lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight is not .*embed_tokens.weight, to which config.json ties"
+    ):
+        write(source, directory=tmp_path / "again")
+
+
+def test_why_nothing_is_left_to_quantize(tmp_path: Path) -> None:
+    source = save(tiny("llama", hidden_size=40, intermediate_size=56, head_dim=10), tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"nothing to write:\n.*blocks of 16 elements.*reduction axis has 40"):
+        write(source)
 
 
 STATIC = r"static scale to .+ and \d+ more, which needs calibration data: program = qcompile.quantize"

@@ -254,6 +254,9 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        (["fp8"], "quantization_config is a list and no object"),
+        ({**FP8_SECTION, "weight_block_size": 128}, "quantization_config cannot be read: TypeError"),
+        ({**CT, "config_groups": {"g": 1}}, "quantization_config cannot be read: AttributeError"),
         ({"quant_method": "gptq"}, "'gptq'; known: fp8, modelopt, compressed-tensors"),
         ({**FP8_SECTION, "weight_block_size": [1, 128]}, r"\[1, 128\].*known: \[128, 128\]"),
         ({**FP8_SECTION, "activation_scheme": "none"}, "activation_scheme 'none', known: 'static', 'dynamic'"),
@@ -290,7 +293,7 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         ),
     ],
 )
-def test_unknown_configurations_are_named(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unknown_configurations_are_named(section: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         reader_of({"quantization_config": section}, tmp_path)
 
