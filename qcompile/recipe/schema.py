@@ -37,7 +37,7 @@ class Calibration(Model):
     """`max`: the largest magnitude seen in the calibration data."""
     power_of_two: bool = False
     """Round every constant scale up to a power of two: division by it is then exact, so that all runtimes make the same
-    codes in any precision, at the price of up to one bit of range."""
+    codes in any precision, at the price of up to one bit of range. Scales of blocks stay what their blocks measure."""
 
 
 class Import(Model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,20 @@ def reader_of(config: Mapping[str, Any], directory: Path) -> SchemeReader:
             f"known: {', '.join(FORMATS)}"
         )
     try:
+        _check_names(section)
         return FORMATS[name].reader(section, files)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as e:
         raise CheckpointError(
             f"{directory / CONFIG}: quantization_config cannot be read: {type(e).__name__}: {e}"
         ) from e
+
+
+def _check_names(section: Mapping[str, Any]) -> None:
+    """Names of modules are strings, and regular expressions among them compile; raises what is wrong with one."""
+    lists = [section.get(key) for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")]
+    lists += [group.get("targets") for group in (section.get("config_groups") or {}).values()]
+    for name in (name for names in lists for name in names or ()):
+        if not isinstance(name, str):
+            raise TypeError(f"{name!r} is no name of a module")
+        if name.startswith("re:"):
+            re.compile(name.removeprefix("re:"))
