@@ -1,7 +1,7 @@
 """The pipelines: each reads from top to bottom, and there is no other order.
 
 capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
-of another tool's: capture -> CANONICALIZE -> NORMALIZE -> import_pipeline -> the same
+of another tool's: capture -> CANONICALIZE -> [calibration] -> quantize_pipeline -> the same
         -> tensorrt_pipeline | portable_pipeline -> lowering
 """
 
@@ -45,16 +45,12 @@ from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.views import ViewsToReshape
-from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
 
 Pipeline = tuple[Callable[[], Pass], ...]
-
-CANONICALIZE: Pipeline = (ModeloptToQdq, Pt2eToQdq)
-"""Quantized graphs of other tools become the IR."""
 
 NORMALIZE: Pipeline = (
     ViewsToReshape,
@@ -71,33 +67,28 @@ NORMALIZE: Pipeline = (
 )
 """What models write in many ways gets one form."""
 
+CANONICALIZE: Pipeline = (
+    ModeloptToQdq,
+    Pt2eToQdq,
+    *NORMALIZE,
+    MoveZeroPoints,
+    MoveQuantizersToAttention,
+    ShareQuantizers,
+)
+"""`NORMALIZE` for graphs that other tools have quantized: their operators become the IR, in the places of our own."""
+
 
 def quantize_pipeline(
-    quantizers: Mapping[Site, Quantizer], softmax: Mapping[Node, torch.Tensor], source: torch.dtype, target: torch.dtype
+    quantizers: Mapping[Site, Quantizer],
+    softmax: Mapping[Node, torch.Tensor] | None,
+    source: torch.dtype,
+    target: torch.dtype,
 ) -> Pipeline:
-    """Q/DQ at `quantizers`, attention fused where `softmax` has a scale, computing in `target`, weights as codes."""
+    """Q/DQ at `quantizers`, attention fused where `softmax` has a scale (everywhere if it is None), computing in
+    `target`, weights as codes."""
     return (
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
-        *_settle(source, target),
-    )
-
-
-def import_pipeline(source: torch.dtype, target: torch.dtype) -> Pipeline:
-    """What another tool has quantized, as if `quantize_pipeline` had: attention gets the quantizer of its softmax."""
-    return (
-        MoveZeroPoints,
-        MoveQuantizersToAttention,
-        ShareQuantizers,
-        PlaceAttentionScale,
-        FuseAttentionQdq,
-        *_settle(source, target),
-    )
-
-
-def _settle(source: torch.dtype, target: torch.dtype) -> Pipeline:
-    """Compute in `target`, with weights as codes."""
-    return (
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
         FoldMasks,
         RoundScales,

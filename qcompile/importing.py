@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
-from passes.graph import calls, input_dependence
+from passes.formats import FP8
+from passes.graph import calls, input_dependence, is_call
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.pipelines import CANONICALIZE, NORMALIZE, import_pipeline
+from passes.pipelines import CANONICALIZE, quantize_pipeline
+from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
+from passes.quantize.insert import Quantizer
+from passes.quantize.sites import Site, find_sites
+from qcompile.calibrate import observe_amax
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, pt2e, torchao
 from qcompile.layer import QuantizedLinear
 from qcompile.quantization import check_dependence, compute_dtype, model_dtype
+from qcompile.recipe import QuantizerConfig
 from qcompile.record import QuantizeRecord, record
+from qcompile.scales import scale_of
 
 _TOOLS = (modelopt, torchao, pt2e)
 
@@ -31,7 +39,9 @@ def import_quantized(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    calibration: Iterable[Any] | None = None,
     dtype: torch.dtype | None = None,
+    progress: bool = True,
 ) -> ExportedProgram:
     """Capture a model that is quantized already, with the codes and scales that it has.
 
@@ -40,8 +50,12 @@ def import_quantized(
             torchao's `quantize_` worked on; the graph of a pt2e quantizer, converted; or a program with their
             operators, or with those of `passes.ir`. It is not changed.
         args, kwargs, dynamic_shapes: as of `qcompile.quantize`.
+        calibration: batches, as of `qcompile.quantize`, for what the model does not say: the range of q in an attention
+            whose k and v are quantized, as in checkpoints with an FP8 key/value cache. Without it such an attention
+            runs in half precision.
         dtype: what is not quantized is computed in this type; None as of `qcompile.quantize`. Codes stay as they are; a
             scale for a whole tensor or channel is rounded to it.
+        progress: show a bar while calibrating.
 
     Returns:
         A program like that of `qcompile.quantize`, for the same back ends. Attention whose q, k and v are quantized
@@ -57,14 +71,30 @@ def import_quantized(
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     needed = input_dependence(gm)
-    log = run_pipeline((*CANONICALIZE, *NORMALIZE), gm)
+    log = run_pipeline(CANONICALIZE, gm)
     _check_quantized(gm)
+    queries = [] if calibration is None else _unquantized_queries(gm)
+    run_pipeline((partial(PlaceAttentionScale, {site.consumer for site in queries}),), gm, log)
+    quantizers: dict[Site, Quantizer] = {}
+    if calibration is not None and queries:
+        amax = observe_amax(gm, program, {s.tensor: s.name for s in queries}, calibration, progress=progress)
+        quantizers = {s: Quantizer(FP8, scale_of(amax[s.tensor], QuantizerConfig(FP8.name), False)) for s in queries}
     source = model_dtype(gm)
-    run_pipeline(import_pipeline(source, compute_dtype(dtype, source)), gm, log)
+    run_pipeline(quantize_pipeline(quantizers, None, source, compute_dtype(dtype, source)), gm, log)
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
     record(quantized, QuantizeRecord("as imported", log.fired, log.declined))
     return quantized
+
+
+def _unquantized_queries(gm: GraphModule) -> list[Site]:
+    """The queries of attentions whose keys and values are in FP8."""
+    sites = (site for site in find_sites(gm) if site.operand == "q")
+    return [s for s in sites if [_is_fp8(operand) for operand in s.consumer.args[:3]] == [False, True, True]]
+
+
+def _is_fp8(operand: object) -> bool:
+    return isinstance(operand, Node) and is_call(operand, DEQUANTIZE) and operand.kwargs["format"] == FP8.name
 
 
 def is_quantized(model: torch.nn.Module | ExportedProgram) -> bool:

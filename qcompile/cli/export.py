@@ -72,7 +72,7 @@ def export(
         A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
         package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]). What is quantized
         already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
-        and scales, and takes no recipe.
+        and scales, and takes no recipe; calibration data is for the q of attentions whose k and v it has in FP8.
     output:
         Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.data. Not needed with
         --to-checkpoint.
@@ -186,9 +186,9 @@ def export(
         require_profile(loaded.dims, profiles)
     compute_dtype = getattr(torch, dtype) if dtype else None
     if is_quantized(loaded.model):
-        if recipe or set_ or calibration:
-            raise UsageError(f"{source} is quantized already: leave out --recipe, --set and --calibration")
-        program, first = imported(loaded, compute_dtype), None
+        if recipe or set_:
+            raise UsageError(f"{source} is quantized already: leave out --recipe and --set")
+        program, first = imported(loaded, calibration, compute_dtype)
     else:
         program, first = quantized(loaded, chosen, calibration, compute_dtype)
     if save_program is not None:

@@ -24,11 +24,7 @@ def quantized(
     source: Source, recipe: qcompile.Recipe, calibration: str | None, dtype: torch.dtype | None
 ) -> tuple[ExportedProgram, Any]:
     """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
-    batches, first = None, None
-    if calibration is not None:
-        batches, first = _peek(load_calibration(calibration, source))
-        if calibration == "random":
-            warn(MADE_UP)
+    batches, first = _calibration(calibration, source)
     step(f"quantizing with the recipe {recipe.metadata.name}")
     args, kwargs = _inputs(source)
     try:
@@ -55,17 +51,26 @@ def quantized(
     return program, first
 
 
-def imported(source: Source, dtype: torch.dtype | None) -> ExportedProgram:
-    """The program of a model that is quantized already.
+def imported(source: Source, calibration: str | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:
+    """The program of a model that is quantized already, and the first batch of the calibration data.
 
-    Raises UsageError for a program that is finished, which `dtype` comes too late for.
+    Raises UsageError for a program that is finished, which calibration and `dtype` come too late for.
     """
     if source.program is not None and is_finished(source.program):
-        if dtype is not None:
-            raise UsageError(f"{source.name} is a finished program: leave out --dtype")
-        return source.program
+        if calibration is not None or dtype is not None:
+            raise UsageError(f"{source.name} is quantized already, and finished: leave out --calibration and --dtype")
+        return source.program, None
+    batches, first = _calibration(calibration, source)
     step("reading what is quantized")
-    return qcompile.import_quantized(source.model, *_inputs(source), dynamic_shapes=source.dynamic_shapes, dtype=dtype)
+    program = qcompile.import_quantized(
+        source.model,
+        *_inputs(source),
+        calibration=batches,
+        dynamic_shapes=source.dynamic_shapes,
+        dtype=dtype,
+        progress=interactive(),
+    )
+    return program, first
 
 
 def _inputs(source: Source) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
@@ -81,6 +86,15 @@ def save(program: ExportedProgram, path: Path) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _calibration(text: str | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
+    """The calibration data that `--calibration` names, and its first batch."""
+    if text is None:
+        return None, None
+    if text == "random":
+        warn(MADE_UP)
+    return _peek(load_calibration(text, source))
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:

@@ -99,22 +99,42 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.uint8) if tensor.ndim else tensor.detach().reshape(1)
 
 
+class Attention(nn.Module):
+    """Attention whose keys and values are in FP8, and its queries if `query` says so."""
+
+    def __init__(self, *, query: bool) -> None:
+        super().__init__()
+        self.query = query
+        self.register_buffer("s", torch.tensor(0.01))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def qdq(x: Tensor) -> Tensor:
+            return DEQUANTIZE(QUANTIZE(x, self.s, format="fp8"), self.s, format="fp8", dtype=x.dtype)
+
+        return nn.functional.scaled_dot_product_attention(qdq(q) if self.query else q, qdq(k), qdq(v))
+
+
+QKV = tuple(torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+
 def test_attention_gets_the_quantizer_of_its_softmax() -> None:
-    class WithScales(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("s", torch.tensor(0.01))
-
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (
-                DEQUANTIZE(QUANTIZE(x, self.s, format="fp8"), self.s, format="fp8", dtype=x.dtype) for x in (q, k, v)
-            )
-            return nn.functional.scaled_dot_product_attention(q, k, v)
-
-    q = torch.randn(1, 2, 40, 16)
-    program = qcompile.import_quantized(WithScales(), (q, q, q))
+    program = qcompile.import_quantized(Attention(query=True), QKV)
     assert sum(1 for _ in calls(program.graph, ATTENTION)) == 1
     assert not any(calls(program.graph, aten.scaled_dot_product_attention.default))
+
+
+def test_a_query_is_calibrated_where_only_keys_and_values_are_quantized() -> None:
+    model = Attention(query=False)
+    half = qcompile.import_quantized(model, QKV, dtype=torch.float32)
+    assert not any(calls(half.graph, ATTENTION))
+    program = qcompile.import_quantized(
+        model, QKV, calibration=[QKV, tuple(2 * x for x in QKV)], dtype=torch.float32, progress=False
+    )
+    assert sum(1 for _ in calls(program.graph, ATTENTION)) == 1
+    expected = 2 * QKV[0].abs().max() / 4 / 448  # the attention scale, 1 / 4, is in front of the quantizer
+    (scale,) = (value for name, value in program.state_dict.items() if name.endswith("q_scale"))
+    torch.testing.assert_close(scale, expected)
+    torch.testing.assert_close(program.module()(*QKV), half.module()(*QKV), rtol=0.1, atol=0.05)
 
 
 def test_what_is_not_quantized_is_an_error() -> None:
