@@ -1,8 +1,11 @@
-"""qcompile: quantized PyTorch programs for TensorRT and ONNX Runtime, with proof of what fused.
+"""qcompile: quantized PyTorch programs for TensorRT, ONNX Runtime and Hugging Face servers, with proof of what fused.
 
 >>> program = qcompile.quantize(model, args, recipe="fp8", calibration=batches)
 >>> report = qcompile.export_onnx(program, "model.onnx", target="tensorrt")
 >>> engine = qcompile.build_engine("model.onnx", "model.engine", target="sm89")
+
+>>> qcompile.save_checkpoint("./llama", "./llama-fp8", format="fp8")
+>>> program = qcompile.import_quantized(qcompile.load_checkpoint("./llama-fp8"), kwargs=inputs)
 """
 
 from __future__ import annotations

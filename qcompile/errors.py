@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from passes.errors import PassError, QCompileError
 
 __all__ = [
@@ -19,8 +17,6 @@ __all__ = [
     "RepairError",
     "SourceError",
     "VerificationError",
-    "first_line",
-    "some",
 ]
 
 
@@ -62,14 +58,3 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another package says, in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,8 @@ from passes.constants import ConstantRows, is_constant_expression
 from passes.formats import FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8_PER_TOKEN, Format, get_format
 from passes.quantize.sites import Site
 from qcompile.calibrate import observe_amax
-from qcompile.errors import CalibrationError, some
+from qcompile.errors import CalibrationError
+from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig
 
 # What one name in a recipe is in the IR, by granularity and block shape; a format whose name says it all is not here.

@@ -103,14 +103,17 @@ def _some(modules: Sequence[str], shown: int = 2) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
+_IDLE = ("matches nothing in this model", "is wholly overridden by")
+
+
 def show_notices(console: Console, notices: Sequence[str]) -> None:
     """One line each; but a shipped recipe names the heads of many models, and most of them are not in this one."""
-    idle = [n for n in notices if n.startswith(_SHIPPED) and n.endswith("matches nothing in this model")]
+    idle = [n for n in notices if n.startswith(_SHIPPED) and any(reason in n for reason in _IDLE)]
     for notice in notices:
         if notice not in idle:
             console.print(Text(f"notice: {notice}", style="yellow"), soft_wrap=True)
     if idle:
-        console.print(Text(f"{len(idle)} rules of the shipped recipe match nothing in this model", style="dim"))
+        console.print(Text(f"{len(idle)} rules of the shipped recipe have no effect on this model", style="dim"))
 
 
 def show_checks(console: Console, checks: Sequence[Mapping[str, Any]]) -> None:

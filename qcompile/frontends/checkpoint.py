@@ -27,7 +27,8 @@ from qcompile.checkpoint.hub.config import (
 from qcompile.checkpoint.read.kv_cache import attach_kv_scales
 from qcompile.checkpoint.read.quantized_parts import QuantizedParts, read_quantized_parts
 from qcompile.checkpoint.read.store import TensorStore
-from qcompile.errors import CheckpointError, QCompileError, first_line, some
+from qcompile.errors import CheckpointError, QCompileError
+from qcompile.messages import first_line, some
 
 __all__ = ["is_quantized_checkpoint", "load_checkpoint"]
 

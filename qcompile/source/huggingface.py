@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from qcompile.checkpoint.hub.config import auto_config, import_transformers, model_class, read_config
-from qcompile.errors import SourceError, first_line, some
+from qcompile.errors import SourceError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
+from qcompile.messages import first_line, some
 from qcompile.source.examples import example_inputs
 from qcompile.source.model import Source
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcompile.errors import CheckpointError, QCompileError, first_line
+from qcompile.errors import CheckpointError, QCompileError
+from qcompile.messages import first_line
 
 CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from qcompile.checkpoint.formats.base import Contents
-from qcompile.errors import CheckpointError, some
+from qcompile.errors import CheckpointError
 from qcompile.layer import Scheme
+from qcompile.messages import some
 
 MERGED = (
     ("q_proj", "k_proj", "v_proj"),

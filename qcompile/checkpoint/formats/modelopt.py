@@ -24,8 +24,9 @@ from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeR
 from qcompile.checkpoint.formats.merged import check_contents, describe, expert_container
 from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
-from qcompile.errors import CheckpointError, some
+from qcompile.errors import CheckpointError
 from qcompile.layer import FP8_BLOCK, QuantizedWeight, Scheme
+from qcompile.messages import some
 
 # Servers tell the tool by this name and pick their reader by it; the version is the one whose export this follows.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
-from qcompile.errors import QCompileError, first_line
+from qcompile.errors import QCompileError
+from qcompile.messages import first_line
 
 
 def import_transformers(error: type[QCompileError]) -> Any:

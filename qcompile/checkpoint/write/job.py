@@ -21,7 +21,8 @@ from qcompile.checkpoint.write.plan import (
     unwritten_notice,
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
-from qcompile.errors import CheckpointError, some
+from qcompile.errors import CheckpointError
+from qcompile.messages import some
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.record import record_of
 

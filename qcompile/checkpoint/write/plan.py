@@ -10,8 +10,9 @@ from passes.formats import Format
 from qcompile.checkpoint.formats import Contents
 from qcompile.checkpoint.formats.merged import MERGED
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
-from qcompile.errors import CheckpointError, RecipeError, some
+from qcompile.errors import CheckpointError, RecipeError
 from qcompile.layer import Scheme
+from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
 from qcompile.scales import format_of, has_constant
