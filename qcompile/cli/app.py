@@ -21,6 +21,8 @@ from qcompile.cli.recipes import recipes
 from qcompile.cli.repair import repair
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
 
+# "torchvision is not installed", and what torchao says of its own extensions when transformers imports it
+_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
 GOOD, FALLS_SHORT, WRONG_USAGE, INTERNAL = 0, 1, 2, 3
 
 _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine, and prove what fused.
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only local files are read, and the hub's retries take minutes
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|onnx\w*|copyreg)\b.*")
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "torchvision is not ..."
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     tokens = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in tokens or bool(os.environ.get("QCOMPILE_DEBUG"))
     try:
