@@ -106,16 +106,7 @@ def measure(model: Model, recipe: str, *, dynamic: bool, targets: Sequence[str] 
 
 def _compile(model: Model, row: Row, folder: Path, targets: Sequence[str]) -> None:
     example = model.example(dynamic=row.dynamic)
-    program = qcompile.quantize(
-        example.model,
-        example.args,
-        example.kwargs,
-        recipe=row.recipe,
-        calibration=example.calibration,
-        dynamic_shapes=example.dynamic_shapes,
-        dtype=model.dtype,
-        progress=False,
-    )
+    program = example.quantized(recipe=row.recipe, dtype=model.dtype)
     batch = None
     if model.dtype is torch.bfloat16:
         row.not_compared = "ONNX Runtime has no bfloat16 kernels on the CPU"

@@ -69,17 +69,7 @@ class Row:
 
 def compile_case(case: Case, example: Example, path: Path) -> qcompile.Report:
     """Quantize and export `example` to `path`."""
-    program = qcompile.quantize(
-        example.model,
-        example.args,
-        example.kwargs,
-        recipe=case.recipe,
-        calibration=example.calibration,
-        dynamic_shapes=example.dynamic_shapes,
-        dtype=case.dtype,
-        progress=False,
-    )
-    return qcompile.export_onnx(program, path)
+    return qcompile.export_onnx(example.quantized(recipe=case.recipe, dtype=case.dtype), path)
 
 
 def export_unquantized(case: Case, example: Example, path: Path) -> None:

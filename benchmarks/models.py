@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; the hub's r
 
 import torch
 import transformers
+from torch.export import ExportedProgram
 
 from benchmarks.timm_vit import TimmViT
 
@@ -65,6 +66,20 @@ class Example:
     calibration: list[Any]
     dynamic_shapes: Any = None
     profiles: dict[str, Any] | None = None
+
+    def quantized(self, **options: Any) -> ExportedProgram:
+        """The quantized program; `options` are those of `qcompile.quantize`: recipe, dtype."""
+        import qcompile  # here, as the rival that `export_cost` measures runs without it
+
+        return qcompile.quantize(
+            self.model,
+            self.args,
+            self.kwargs,
+            calibration=self.calibration,
+            dynamic_shapes=self.dynamic_shapes,
+            progress=False,
+            **options,
+        )
 
 
 class Wrapper(torch.nn.Module):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.constants import evaluate_constant, is_constant_expression
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import aten, is_call, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.pairs import measured_by
 
 
 def measured_blocks(node: object) -> Node | None:
     """The dynamic quantize in blocks of 1 x 128 that `node` is the dequantize of; None if it is anything else."""
-    if not isinstance(node, Node) or not is_call(node, DEQUANTIZE) or node.kwargs["format"] != FP8_1X128.name:
-        return None
-    codes = node.args[0]
-    if not isinstance(codes, Node) or not is_call(codes, operator.getitem):
-        return None
-    return codes.all_input_nodes[0] if is_call(codes.args[0], DYNAMIC_QUANTIZE) else None
+    dynamic = measured_by(node)
+    return dynamic if dynamic is not None and dynamic.kwargs["format"] == FP8_1X128.name else None
 
 
 def block_weight(node: Node) -> Node | None:

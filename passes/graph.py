@@ -108,6 +108,11 @@ def module_path(node: Node) -> str:
     return stack[-1][0] if stack else ""
 
 
+def place_of(node: Node) -> str:
+    """What messages call `node`: the path of its module, its own name at the root."""
+    return module_path(node) or node.name
+
+
 def name_in_module(node: Node, name: str) -> str:
     """`name` below the innermost module around `node`, for a constant that belongs to it: `layers.0.q_proj.name`."""
     path = module_path(node)

@@ -1,6 +1,8 @@
-"""Quantize/dequantize pairs around a tensor of the graph, for the passes that add them."""
+"""Quantize/dequantize pairs around a tensor of the graph: how they are added, and how they are recognised."""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -8,7 +10,7 @@ from torch.fx import GraphModule, Node
 from passes.constants import add_constant
 from passes.errors import PassError
 from passes.formats import Format
-from passes.graph import Emitter, dtype
+from passes.graph import Emitter, dtype, is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 
@@ -25,7 +27,6 @@ def constant_pair(gm: GraphModule, x: Node, scale: torch.Tensor, fmt: Format, na
 
     In a format of two levels it is the global one, called `x.input_global_scale`.
     """
-    checked(scale, name)
     if fmt.scale is not None:
         name = f"{name.removesuffix('scale')}global_scale"
         return measured_pair(x, fmt, emit, add_constant(gm, name, scale, emit.before))
@@ -40,3 +41,20 @@ def measured_pair(x: Node, fmt: Format, emit: Emitter, global_scale: Node | None
     if fmt.scale is not None:
         scale = emit(DEQUANTIZE, scale, global_scale, format=fmt.scale.name, dtype=torch.float32)
     return emit(DEQUANTIZE, codes, scale, format=fmt.name, dtype=dtype(x))
+
+
+def measured_by(pair: object) -> Node | None:
+    """The dynamic quantize whose codes `pair` dequantizes; None if it is anything else."""
+    codes = pair.args[0] if isinstance(pair, Node) and is_call(pair, DEQUANTIZE) else None
+    if not isinstance(codes, Node) or not is_call(codes, operator.getitem) or codes.args[1] != 0:
+        return None
+    (source,) = codes.all_input_nodes
+    return source if is_call(source, DYNAMIC_QUANTIZE) else None
+
+
+def name_quantizer(pair: Node, name: str) -> None:
+    """Note on both halves of `pair` which quantizer they are."""
+    quantize = measured_by(pair) or pair.args[0]
+    for node in (pair, quantize):
+        assert isinstance(node, Node)
+        node.meta["custom"] = {**node.meta.get("custom", {}), "quantizer": name}

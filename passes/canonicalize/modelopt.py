@@ -7,12 +7,12 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.canonicalize.symmetric import from_symmetric, to_symmetric
-from passes.constants import add_constant, constant, evaluate_constant, is_constant_expression
+from passes.constants import add_constant, constant, delete_constant, evaluate_constant, is_constant_expression
 from passes.errors import PassError
 from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
-from passes.graph import Emitter, argument, aten, is_call, module_path, only_user, shape, strip, val
+from passes.graph import Emitter, argument, aten, is_call, module_path, only_user, place_of, shape, strip, val
 from passes.ir import DEQUANTIZE, quantize
-from passes.pairs import checked, constant_pair, measured_pair
+from passes.pairs import checked, constant_pair, measured_pair, name_quantizer
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _STATIC, _BLOCKS = "tensorrt::quantize_op", "tensorrt::dynamic_block_quantize_op"
@@ -72,9 +72,7 @@ class ModeloptToQdq(Pass):
                 f"{path or node.name}: an amax of shape {tuple(amax.shape)} for {tuple(shape(x))} elements is neither"
                 " per tensor, nor per output channel of a weight, nor for 128 x 128 blocks of one"
             )
-        for made in (pair, pair.args[0]):
-            if isinstance(made, Node):
-                made.meta["custom"] = {**made.meta.get("custom", {}), "quantizer": path}
+        name_quantizer(pair, path)
         return pair
 
 
@@ -105,7 +103,7 @@ def _format(node: Node, schema: str) -> Format:
         blocks = f" in blocks of {size} with scales of {scale[0]} bits, {scale[1]} of them exponent"
     if found is None:
         raise PassError(
-            f"{module_path(node) or node.name}: nvidia-modelopt quantizes to {bits[0]} bits, {bits[1]} of them exponent"
+            f"{place_of(node)}: nvidia-modelopt quantizes to {bits[0]} bits, {bits[1]} of them exponent"
             f"{blocks}; qcompile knows FP8 (E4M3), INT8 and NVFP4. Choose one of those, or disable this quantizer"
         )
     return found
@@ -115,7 +113,7 @@ def _amax(gm: GraphModule, node: Node, x: Node) -> torch.Tensor | None:
     """The calibrated amax in fp32, that of a weight measured here; None if it is measured at run time."""
     operand = argument(node, "amax")
     assert isinstance(operand, Node)
-    where = f"amax of {module_path(node) or node.name}"
+    where = f"amax of {place_of(node)}"
     if is_constant_expression(operand):
         amax = evaluate_constant(gm, operand).float()
     elif is_constant_expression(x):
@@ -152,7 +150,7 @@ def _measured(node: Node, x: Node, fmt: Format, emit: Emitter) -> Node:
     if fmt in _PER_TOKEN and tuple(shape(amax)) == (*shape(x)[:-1], 1):
         return measured_pair(x, _PER_TOKEN[fmt], emit)
     raise PassError(
-        f"{module_path(node) or node.name}: the amax is measured at run time with shape {tuple(shape(amax))}, which is"
+        f"{place_of(node)}: the amax is measured at run time with shape {tuple(shape(amax))}, which is"
         " neither for the tensor nor for each token"
     )
 
@@ -172,13 +170,12 @@ def _blocks(gm: GraphModule, node: Node, weight: Node, amax: torch.Tensor, emit:
     """
     fmt, sizes = FP8_128X128, shape(node)
     if _format(node, _STATIC) is not FP8 or (sizes[1], sizes[3]) != fmt.sizes:
-        raise PassError(f"{module_path(node) or node.name}: weights in blocks are FP8 in 128 x 128; these are {sizes}")
+        raise PassError(f"{place_of(node)}: weights in blocks are FP8 in 128 x 128; these are {sizes}")
     scale = (amax / fmt.max).reshape(amax.shape[0], amax.shape[2])
     codes = quantize(evaluate_constant(gm, weight), scale, format=fmt.name)
     name = str(weight.target) if weight.op == "get_attr" else _scale_name(module_path(node)).removesuffix("_scale")
     if constant(gm, weight) is not None and only_user(weight) is not None:
-        owner, _, leaf = name.rpartition(".")
-        delattr(gm.get_submodule(owner), leaf)
+        delete_constant(gm, name)
     stored = add_constant(gm, name, torch.nn.Parameter(codes, requires_grad=False), node)
     scales = add_constant(gm, f"{name}_scale", torch.nn.Parameter(scale, requires_grad=False), node)
     last = node

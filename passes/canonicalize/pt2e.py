@@ -21,7 +21,7 @@ from passes.constants import (
 )
 from passes.errors import PassError
 from passes.formats import INT8, INT8_PER_TOKEN, Format
-from passes.graph import Emitter, argument, aten, dtype, is_call, module_path, name_in_module, shape
+from passes.graph import Emitter, argument, aten, dtype, is_call, module_path, name_in_module, place_of, shape
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pairs import checked, measured_pair
 
@@ -73,7 +73,7 @@ class Pt2eToQdq(Pass):
             kind, _, granularity = name.partition("_")
             if kind not in ("quantize", "dequantize") or granularity not in _PAIRED:
                 raise PassError(
-                    f"{module_path(node) or node.name}: {node.target} is not a form that qcompile reads; known are per"
+                    f"{place_of(node)}: {node.target} is not a form that qcompile reads; known are per"
                     " tensor, per channel and per token"
                 )
             if kind == "dequantize":
@@ -89,9 +89,7 @@ class Pt2eToQdq(Pass):
         measured = _measured(node)
         if measured is not None:
             if not _is_quantize(codes):
-                raise PassError(
-                    f"{module_path(node) or node.name}: codes with a run-time scale come from {codes.target}"
-                )
+                raise PassError(f"{place_of(node)}: codes with a run-time scale come from {codes.target}")
             source = codes.args[0]
             assert isinstance(source, Node)
             result = measured_pair(source, measured, emit)
@@ -122,7 +120,7 @@ class Pt2eToQdq(Pass):
 
     def _quantize(self, gm: GraphModule, node: Node) -> None:
         if others := [user for user in node.users if not is_call(user, DEQUANTIZE)]:
-            raise PassError(f"{module_path(node) or node.name}: {others[0].target} reads codes; only dequantize may")
+            raise PassError(f"{place_of(node)}: {others[0].target} reads codes; only dequantize may")
         x, affine = node.args[0], _affine(gm, node)
         assert isinstance(x, Node)
         user = next(iter(node.users))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -17,8 +15,9 @@ from passes.constants import (
     root_constants,
 )
 from passes.formats import get_format
-from passes.graph import aten, calls, is_call, val
-from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
+from passes.graph import aten, calls, val
+from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
+from passes.pairs import measured_by
 from passes.quantize.sites import linear_name
 
 
@@ -114,17 +113,9 @@ def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
     """Quantize of a weight with blocks -> those of all layers of its module that read the same tensor, in order."""
     groups: dict[tuple[object, ...], list[Node]] = {}
     for linear in calls(gm.graph, aten.linear.default):
-        quantize = _quantize_of(linear.args[1])
+        quantize = measured_by(linear.args[1])
         if quantize is not None and quantize not in {node for group in groups.values() for node in group}:
             owner = linear_name(linear).rpartition(".")[0]
             key = (linear.args[0], owner, quantize.kwargs["format"], quantize.meta["val"][0].shape[1:])
             groups.setdefault(key, []).append(quantize)
     return {node: group for group in groups.values() for node in group}
-
-
-def _quantize_of(weight: object) -> Node | None:
-    """The dynamic quantize that a dequantized weight comes from; None if it is anything else."""
-    codes = weight.args[0] if isinstance(weight, Node) and is_call(weight, DEQUANTIZE) else None
-    if not isinstance(codes, Node) or not is_call(codes, operator.getitem):
-        return None
-    return codes.all_input_nodes[0]

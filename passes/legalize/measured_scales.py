@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -11,8 +9,8 @@ from passes.base import Pass
 from passes.constants import add_constant, constant
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, get_format
 from passes.graph import Emitter, aten, calls, dtype, is_call, name_in_module, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE
-from passes.pairs import constant_pair
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.pairs import constant_pair, measured_by
 
 # What is measured -> the format with the constant scale that takes its place.
 _CONSTANT = {FP8_PER_TOKEN: FP8, INT8_PER_TOKEN: INT8, FP8: FP8, INT8: INT8, NVFP4: NVFP4}
@@ -71,15 +69,10 @@ class MeasuredToConstant(Pass):
 
 def _measured(gm: GraphModule, node: Node) -> Node | None:
     """The dynamic quantize that `node` dequantizes, if it measures a scale for each token or for the tensor."""
-    codes = node.args[0]
-    if not is_call(codes, operator.getitem) or codes.args[1] != 0:  # type: ignore[union-attr]
-        return None  # the scales of blocks, if anything
-    dynamic = codes.args[0]  # type: ignore[union-attr]
-    if not is_call(dynamic, DYNAMIC_QUANTIZE) or get_format(str(node.kwargs["format"])) not in _CONSTANT:
+    dynamic = measured_by(node)
+    if dynamic is None or get_format(str(node.kwargs["format"])) not in _CONSTANT:
         return None
-    assert isinstance(dynamic, Node)
-    known = dynamic.args[1] is not None and constant(gm, dynamic.args[1]) is not None
-    return None if known else dynamic
+    return dynamic if constant(gm, dynamic.args[1]) is None else None
 
 
 def _multiply_after(linear: Node, source: Node, amax: Node) -> None:

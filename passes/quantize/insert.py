@@ -9,10 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import add_constant
 from passes.formats import Format
-from passes.graph import Emitter, dtype, following, is_call, shape
+from passes.graph import Emitter, following, is_call, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.pairs import constant_pair, measured_pair, name_quantizer
 from passes.quantize.sites import Site
 
 
@@ -83,24 +83,12 @@ class InsertQdq(Pass):
     def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)
         emit = Emitter(anchor, like=site.consumer)
-        name, result = quantizer.format.name, dtype(source)
-        prefix = f"{site.module}." if site.module else ""
-        block_format = quantizer.format.scale
-        constant = None
-        if quantizer.scale is not None:
-            kind = "global_scale" if block_format else "scale"
-            constant = add_constant(gm, f"{prefix}{site.operand}_{kind}", quantizer.scale, anchor)
-        if constant is None or block_format:
-            quantize = emit(DYNAMIC_QUANTIZE, source, constant, format=name)
-            codes, scale = emit.getitem(quantize, 0), emit.getitem(quantize, 1)
-            if block_format:
-                scale = emit(DEQUANTIZE, scale, constant, format=block_format.name, dtype=torch.float32)
+        if quantizer.scale is None:
+            pair = measured_pair(source, quantizer.format, emit)
         else:
-            codes, scale = emit(QUANTIZE, source, constant, format=name), constant
-            quantize = codes
-        pair = emit(DEQUANTIZE, codes, scale, format=name, dtype=result)
-        for node in (quantize, pair):
-            node.meta["custom"] = {**node.meta.get("custom", {}), "quantizer": site.name}
+            name = f"{site.module}.{site.operand}_scale".lstrip(".")
+            pair = constant_pair(gm, source, quantizer.scale, quantizer.format, name, emit)
+        name_quantizer(pair, site.name)
         return pair
 
 

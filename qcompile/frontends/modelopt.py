@@ -11,7 +11,10 @@ import torch
 
 from qcompile.errors import CaptureError
 
-__all__ = ["capture_ready", "is_quantized"]
+__all__ = ["NAMESPACE", "capture_ready", "is_quantized"]
+
+NAMESPACE = "tensorrt"
+"""Of the operators in graphs that were captured in its export mode."""
 
 _QUANTIZER = "modelopt.torch.quantization.nn.modules.tensor_quantizer"
 

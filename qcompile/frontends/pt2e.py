@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-__all__ = ["capture_ready", "is_quantized"]
+__all__ = ["NAMESPACE", "capture_ready", "is_quantized"]
+
+NAMESPACE = "quantized_decomposed"
+"""Of the operators in its graphs."""
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether `model` is a graph with operators of `quantized_decomposed`."""
     return isinstance(model, GraphModule) and any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "quantized_decomposed"
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
         for node in model.graph.nodes
     )
 

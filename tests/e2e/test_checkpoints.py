@@ -34,15 +34,7 @@ from benchmarks.zoo import ZOO
 def test_same_codes_and_same_kernels(name: str, recipe: str, format: str, tmp_path: Path) -> None:
     model = next(model for model in ZOO if model.name == name)
     example = model.example(dynamic=False)
-    straight = qcompile.quantize(
-        example.model,
-        example.args,
-        example.kwargs,
-        recipe=recipe,
-        calibration=example.calibration,
-        dtype=model.dtype,
-        progress=False,
-    )
+    straight = example.quantized(recipe=recipe, dtype=model.dtype)
     report = qcompile.save_checkpoint(
         straight, tmp_path / "checkpoint", format=format, source=example.model, progress=False
     )

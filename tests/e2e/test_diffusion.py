@@ -31,16 +31,7 @@ MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear", "_modulatio
 
 
 def quantize(example: Example, dtype: torch.dtype = torch.float16, **options: Any) -> ExportedProgram:
-    return qcompile.quantize(
-        example.model,
-        example.args,
-        example.kwargs,
-        calibration=example.calibration,
-        dynamic_shapes=example.dynamic_shapes,
-        dtype=dtype,
-        progress=False,
-        **options,
-    )
+    return example.quantized(dtype=dtype, **options)
 
 
 def make(name: str, dynamic: bool = False) -> Example:

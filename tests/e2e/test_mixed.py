@@ -23,15 +23,7 @@ TYPES = {"*.mlp.gate": "float", "lm_head": "half", "*.mlp.*": "fp4", "*.self_att
 def test_projections_are_fp8_and_mlps_are_nvfp4(name: str, tmp_path: Path) -> None:
     model = next(model for model in ZOO if model.name == name)
     example = model.example(dynamic=False)
-    program = qcompile.quantize(
-        example.model,
-        example.args,
-        example.kwargs,
-        recipe="fp8_qkvo-nvfp4_mlp",
-        calibration=example.calibration,
-        dtype=model.dtype,
-        progress=False,
-    )
+    program = example.quantized(recipe="fp8_qkvo-nvfp4_mlp", dtype=model.dtype)
     report = qcompile.export_onnx(program, tmp_path / "model.onnx")
     engine = qcompile.build_engine(tmp_path / "model.onnx", target="sm120", progress=False)
     assert (engine.attention.fp8, engine.attention.total) == (model.attentions, model.attentions)

@@ -25,10 +25,7 @@ MODELS = [moe_models.qwen3_moe, partial(moe_models.deepseek_v3, dynamic=True), m
 @pytest.mark.parametrize("make", MODELS, ids=["qwen3_moe", "deepseek_v3-dynamic", "gpt_oss"])
 def test_every_expert_is_quantized_and_the_file_agrees(make: Any, tmp_path: Path) -> None:
     example = make()
-    program = qcompile.quantize(
-        example.model, (), example.kwargs, calibration=example.calibration, dynamic_shapes=example.dynamic_shapes,
-        dtype=torch.float32, progress=False,
-    )  # fmt: skip
+    program = example.quantized(dtype=torch.float32)
     report = qcompile.export_onnx(program, tmp_path / "m.onnx")
     done, total = report.coverage["experts"]
     assert done == total >= 2

@@ -20,10 +20,7 @@ BY_NAME = {model.name: model for model in ZOO}
 
 def export(model: Model, path: Path, **options: Any) -> qcompile.Report:
     example = model.example(dynamic=False)
-    program = qcompile.quantize(
-        example.model, example.args, example.kwargs, calibration=example.calibration, dtype=model.dtype, progress=False
-    )
-    return qcompile.export_onnx(program, path, **options)
+    return qcompile.export_onnx(example.quantized(dtype=model.dtype), path, **options)
 
 
 @pytest.mark.parametrize("name", EVERYDAY)
