@@ -34,7 +34,9 @@ from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
+from passes.normalize.autocast import MaterializeAutocast
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
@@ -66,6 +68,9 @@ NORMALIZE: Pipeline = (
     UnexpandGroupedQuery,
 )
 """What models write in many ways gets one form."""
+
+DYNAMO: Pipeline = (MaterializeAutocast,)
+"""In front of the others for graphs that Dynamo captured."""
 
 CANONICALIZE: Pipeline = (
     ModeloptToQdq,
@@ -126,3 +131,8 @@ PORTABLE: Pipeline = (
     FoldConstants,
 )
 """Standard operators only, in the shape of the model."""
+
+
+def torch_pipeline(device: Device) -> Pipeline:
+    """The IR as operators that torch runs on `device`, for Inductor to compile."""
+    return ()

@@ -15,6 +15,7 @@ import warnings
 from qcompile.api import build_engine
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.save import save_checkpoint
+from qcompile.dynamo.explain import CompileReport, Explanation, explain
 from qcompile.engine import EngineReport
 from qcompile.errors import QCompileError
 from qcompile.frontends.checkpoint import load_checkpoint
@@ -22,7 +23,7 @@ from qcompile.importing import import_quantized
 from qcompile.onnx.export import export_onnx
 from qcompile.onnx.repair import RepairReport, repair_onnx
 from qcompile.onnx.session import onnx_session
-from qcompile.quantization import quantize
+from qcompile.quantization import calibrate, quantize
 from qcompile.recipe import Recipe, list_recipes, load_recipe
 from qcompile.report import Report
 
@@ -32,12 +33,16 @@ warnings.filterwarnings("ignore", message="No complete tensor found in the group
 
 __all__ = [
     "CheckpointReport",
+    "CompileReport",
     "EngineReport",
+    "Explanation",
     "QCompileError",
     "Recipe",
     "RepairReport",
     "Report",
     "build_engine",
+    "calibrate",
+    "explain",
     "export_onnx",
     "import_quantized",
     "list_recipes",

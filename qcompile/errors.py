@@ -58,3 +58,7 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
+
+
+class CompileError(QCompileError):
+    """What `torch.compile(backend="qcompile")` was given, or captured, cannot be compiled."""

@@ -1,10 +1,11 @@
-"""`qcompile.quantize`: a model in, a quantized ExportedProgram out."""
+"""`qcompile.quantize`: a model in, a quantized ExportedProgram out; `qcompile.calibrate`: the ranges it needs."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from passes.base import run_pipeline
+from passes.base import PassLog, run_pipeline
 from passes.errors import PassError
-from passes.graph import calls, input_dependence
+from passes.graph import calls, input_dependence, val
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
@@ -25,6 +26,7 @@ from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
+from qcompile.recipe.notices import Notice
 from qcompile.record import QuantizeRecord, record
 from qcompile.scales import activation_amax, format_of, has_constant, scale_of, weight_amax
 
@@ -39,7 +41,7 @@ def quantize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     recipe: str | Recipe | Mapping[str, Any] = "fp8",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Mapping[str, torch.Tensor] | None = None,
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -51,7 +53,8 @@ def quantize(
         args, kwargs: example inputs of a module.
         recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
         calibration: representative batches, as argument tuples, keyword dicts or single tensors; needed by recipes
-            with static activations. They are run through the captured graph in the model's own dtype.
+            with static activations. They are run through the captured graph in the model's own dtype. Or what
+            `calibrate` returned.
         dynamic_shapes: as in `torch.export.export`.
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
             model's own and gives a float32 model float16, as TensorRT fuses no FP8 attention in float32. Inputs and
@@ -69,45 +72,114 @@ def quantize(
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
+    needed = input_dependence(gm)
+    plan = planned(gm, chosen_recipe)
+    amax = activation_amax(gm, program, plan.configs, calibration, progress)
+    source = model_dtype(gm)
+    quantize_graph(gm, plan, amax, source, compute_dtype(dtype, source))
+    check_dependence(needed, input_dependence(gm))
+    quantized = lift(gm, program)
+    record(quantized, QuantizeRecord(chosen_recipe.metadata.name, plan.log.fired, plan.log.declined, plan.notices))
+    return quantized
+
+
+def calibrate(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe | Mapping[str, Any] = "fp8",
+    calibration: Iterable[Any],
+    dynamic_shapes: Any = None,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """The ranges of activations that `recipe` gives constant scales to, for a model that is quantized later.
+
+    Args: as of `quantize`.
+
+    Returns:
+        Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar. It is the
+        `calibration` of `quantize`, of any model with these modules, and that of `torch.compile(backend="qcompile")`;
+        `torch.save` and safetensors keep it.
+
+    Raises:
+        CaptureError, RecipeError, CalibrationError: each names what is wrong and where.
+    """
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    gm = unlift(program)
+    plan = planned(gm, load_recipe(recipe))
+    amax = activation_amax(gm, program, plan.configs, calibration, progress)
+    return {site.name: value for site, value in amax.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe wants of a normalized graph.
+
+    Attributes:
+        recipe: the recipe.
+        configs: the quantizers that are switched on.
+        notices: rules of the recipe that had no effect, or that say why they are there.
+        log: what the passes did so far.
+    """
+
+    recipe: Recipe
+    configs: Mapping[Site, QuantizerConfig]
+    notices: list[Notice]
+    log: PassLog
+
+
+def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan:
+    """Normalize `gm`, find what `recipe` quantizes, and put attention scales and rotations where quantizers see them.
+
+    Raises:
+        QCompileError: the graph is quantized already. RecipeError: what the recipe wants is not supported.
+    """
     if any(calls(gm.graph, QUANTIZE, DEQUANTIZE)):
         raise QCompileError(
             "this model is quantized already: give it to qcompile.import_quantized, or quantize what it was made from"
         )
-    needed = input_dependence(gm)
-    log = run_pipeline(NORMALIZE, gm)
-
+    log = run_pipeline(NORMALIZE, gm, log)
     sites = find_sites(gm)
-    resolution = resolve(chosen_recipe, [QuantizerName(site.name, site.module_class) for site in sites])
+    resolution = resolve(recipe, [QuantizerName(site.name, site.module_class) for site in sites])
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
     for notice in resolution.notices:
         logger.info("%s", notice)
 
-    planned = {site.consumer for site in configs if site.operand == "q"}
+    queries = {site.consumer for site in configs if site.operand == "q"}
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
     rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, format_of(config))}
-    run_pipeline((partial(PlaceAttentionScale, planned), partial(RotateLinears, rotated)), gm, log)
+    run_pipeline((partial(PlaceAttentionScale, queries), partial(RotateLinears, rotated)), gm, log)
+    return Plan(recipe, configs, resolution.notices, log)
 
-    source = model_dtype(gm)
-    target = compute_dtype(dtype, source)
-    amax = weight_amax(gm, configs) | activation_amax(gm, program, configs, calibration, progress)
+
+def quantize_graph(
+    gm: GraphModule,
+    plan: Plan,
+    activations: Mapping[Site, torch.Tensor],
+    source: torch.dtype,
+    target: torch.dtype,
+) -> None:
+    """Carry `plan` out on its graph, with the ranges of activations that have constant scales.
+
+    Args:
+        source: the dtype that the model computes in. target: the one that the result computes in.
+    """
+    amax = {**weight_amax(gm, plan.configs), **activations}
     _check_range(amax, target)
-    power_of_two = chosen_recipe.calibration.power_of_two
+
+    def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
+        largest = amax.get(site, torch.tensor(1.0))  # probabilities are at most 1
+        return scale_of(largest, config, plan.recipe.calibration.power_of_two).to(val(site.tensor).device)
+
     quantizers = {
-        site: Quantizer(format_of(config), scale_of(amax[site], config, power_of_two) if has_constant(config) else None)
-        for site, config in configs.items()
+        site: Quantizer(format_of(config), scale(site, config) if has_constant(config) else None)
+        for site, config in plan.configs.items()
         if site.operand != "softmax"
     }
-    softmax = {
-        site.consumer: scale_of(torch.tensor(1.0), config, power_of_two)
-        for site, config in configs.items()
-        if site.operand == "softmax"
-    }
-    run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, log)
-    check_dependence(needed, input_dependence(gm))
-    quantized = lift(gm, program)
-    record(quantized, QuantizeRecord(chosen_recipe.metadata.name, log.fired, log.declined, resolution.notices))
-    return quantized
+    softmax = {site.consumer: scale(site, config) for site, config in plan.configs.items() if site.operand == "softmax"}
+    run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, plan.log)
 
 
 def model_dtype(gm: GraphModule) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.export import ExportedProgram
@@ -64,13 +64,15 @@ def activation_amax(
     gm: GraphModule,
     program: ExportedProgram,
     configs: Mapping[Site, QuantizerConfig],
-    calibration: Iterable[Any] | None,
+    calibration: Iterable[Any] | Mapping[str, torch.Tensor] | None,
     progress: bool,
 ) -> dict[Site, torch.Tensor]:
     """Calibrated largest magnitude of each tensor that is quantized with a constant, if only global, scale."""
-    static = [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and has_constant(config)]
+    static = static_sites(configs)
     if not static:
         return {}
+    if is_state(calibration):
+        return known_amax(configs, calibration)
     constants = [site for site in static if is_constant_expression(site.tensor)]
     if constants:
         name = constants[0].name
@@ -85,6 +87,34 @@ def activation_amax(
         )
     observed = observe_amax(gm, program, {s.tensor: s.name for s in static}, calibration, progress=progress)
     return {site: observed[site.tensor] for site in static}
+
+
+def static_sites(configs: Mapping[Site, QuantizerConfig]) -> list[Site]:
+    """The activations with a constant scale, if only a global one, that calibration has to find."""
+    return [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and has_constant(config)]
+
+
+def is_state(calibration: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
+    """Whether `calibration` is what `qcompile.calibrate` returned, not data to calibrate with."""
+    return isinstance(calibration, Mapping) and all(str(name).endswith("_quantizer") for name in calibration)
+
+
+def known_amax(configs: Mapping[Site, QuantizerConfig], state: Mapping[str, torch.Tensor]) -> dict[Site, torch.Tensor]:
+    """The largest magnitude of each activation with a constant scale, from what `qcompile.calibrate` returned.
+
+    Raises:
+        CalibrationError: names the quantizers that `state` lacks, or one whose range is no finite number.
+    """
+    static = static_sites(configs)
+    if missing := [site.name for site in static if site.name not in state]:
+        raise CalibrationError(
+            f"the calibrated state has no range for {some(missing)}; calibrate with the same recipe and module names"
+        )
+    for site in static:
+        amax = state[site.name]
+        if amax.numel() != 1 or not bool(torch.isfinite(amax).all()) or float(amax) < 0:
+            raise CalibrationError(f"{site.name}: the calibrated state holds {amax}, which is no range")
+    return {site: state[site.name].detach().float().reshape(()).cpu() for site in static}
 
 
 def has_constant(config: QuantizerConfig) -> bool:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from qcompile.cli.console import check_writable, interactive, out, write_json
 from qcompile.cli.options import Profile, parse_expect, parse_profiles, require_profile
-from qcompile.cli.tables import show_engine
+from qcompile.tables import show_engine
 
 Several = Parameter(consume_multiple=True, negative="", show_default=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.cli.console import interactive, out, step
 from qcompile.cli.options import UsageError
-from qcompile.cli.tables import show_checkpoint
+from qcompile.tables import show_checkpoint
 
 _DEFAULT_FORMAT = "fp8"
 

@@ -12,7 +12,7 @@ from qcompile.cli.build import Several, build_and_show
 from qcompile.cli.checkpoint import write_checkpoint
 from qcompile.cli.console import check_writable, out, step, write_json
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
-from qcompile.cli.tables import show_export
+from qcompile.tables import show_export
 
 _MODEL = Parameter(group=Group("Model", sort_key=2))
 _QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))

@@ -14,7 +14,7 @@ from rich.text import Text
 from qcompile.cli.console import out
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
-from qcompile.cli.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
+from qcompile.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
 
 
 def inspect(file: Path, /) -> int:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qcompile.cli.console import check_writable, out, step, warn, write_json
-from qcompile.cli.tables import add, show_checks, show_rows, size, table
+from qcompile.tables import add, show_checks, show_rows, size, table
 
 
 def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:

@@ -1,0 +1,187 @@
+"""`qcompile.explain`: what `torch.compile(backend="qcompile")` made of a model, as tables and as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from passes.base import Decline
+from passes.graph import place_of
+from passes.lower.device import Device
+from qcompile.dynamo.compiled import CompiledGraph
+from qcompile.dynamo.inputs import Main
+from qcompile.dynamo.middle import Lowered
+from qcompile.dynamo.options import Options
+from qcompile.errors import CompileError
+from qcompile.tables import add, show_declines, show_notices, show_rows, size, table
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What became of one graph.
+
+    Attributes:
+        recipe, target, device: what it was compiled with and for.
+        quantized, unquantized, coverage: as in `qcompile.Report`.
+        kernels: module path -> what a quantized linear layer runs as.
+        declined: places that a pass looked at and left, with the reason.
+        fired: pass -> number of rewrites.
+        notices: of the recipe.
+        weight_bytes: what the compiled graph reads of weights, codes and scales.
+        seconds: of passes (codes included) and of the target's compiler.
+    """
+
+    recipe: str
+    target: str
+    device: str
+    quantized: Mapping[str, str]
+    unquantized: Mapping[str, str]
+    coverage: Mapping[str, tuple[int, int]]
+    kernels: Mapping[str, str]
+    declined: Sequence[Decline]
+    fired: Mapping[str, int]
+    notices: Sequence[str]
+    weight_bytes: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `qcompile.explain` returns; printed, it is a table.
+
+    Attributes:
+        graphs: one report for each graph that was compiled, in that order: graph breaks and recompiles make several.
+    """
+
+    graphs: Sequence[CompileReport]
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """Module path -> format, over all graphs."""
+        return {path: form for graph in self.graphs for path, form in graph.quantized.items()}
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Module path -> what its product runs as, over all graphs."""
+        return {path: kernel for graph in self.graphs for path, kernel in graph.kernels.items()}
+
+    @property
+    def declined(self) -> list[Decline]:
+        """Places that passes looked at and left, over all graphs."""
+        return [decline for graph in self.graphs for decline in graph.declined]
+
+    def to_json(self) -> str:
+        """The reports as JSON text."""
+        return json.dumps([dataclasses.asdict(graph) for graph in self.graphs], indent=2)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=120)
+        for index, graph in enumerate(self.graphs):
+            _show(console, index, graph)
+        return text.getvalue().rstrip()
+
+
+def explain(compiled: Callable[..., Any] | None = None) -> Explanation:
+    """What the graphs of a compiled model or function were made into.
+
+    Args:
+        compiled: what `torch.compile(..., backend="qcompile")` returned, called at least once; a module or function
+            that it was made of; None for all that this process has compiled.
+
+    Raises:
+        CompileError: nothing was compiled for it yet.
+    """
+    known = [(graph, *entry) for graph, entry in sorted(_KNOWN.items(), key=lambda item: item[1][0])]
+    if compiled is not None:
+        wanted = set(map(id, _tensors(compiled)))
+        known = [k for k in known if any(id(weight()) in wanted for weight in k[3])]
+    if not known:
+        raise CompileError(
+            "nothing was compiled by backend='qcompile' for this: call it once first; a function is found by the"
+            " modules that it refers to"
+        )
+    return Explanation([report for _, _, reports, _ in known for report in reports])
+
+
+# graph that Dynamo can call -> (order, its reports, its weights)
+_Entry = tuple[int, list[CompileReport], list["weakref.ref[torch.Tensor]"]]
+_KNOWN: weakref.WeakKeyDictionary[CompiledGraph, _Entry] = weakref.WeakKeyDictionary()
+_count = 0
+
+
+def remember(graph: CompiledGraph, reports: list[CompileReport], weights: Sequence[torch.Tensor]) -> None:
+    """Keep what `explain` finds for as long as Dynamo keeps the graph."""
+    global _count
+    _count += 1
+    _KNOWN[graph] = (_count, reports, [weakref.ref(weight) for weight in weights])
+
+
+def report_of(
+    lowered: Lowered, main: Main, options: Options, device: Device, seconds: Mapping[str, float]
+) -> CompileReport:
+    """The report of a graph that was compiled."""
+    fakes = [f for f, _ in zip(reversed(main.fakes), main.constants, strict=False)]
+    capability = "" if device.capability is None else f" {device.capability[0]}.{device.capability[1]}"
+    return CompileReport(
+        recipe=options.recipe.metadata.name if options.recipe else "",
+        target=options.target,
+        device=device.type + capability,
+        quantized=lowered.quantized,
+        unquantized=lowered.unquantized,
+        coverage=lowered.coverage,
+        kernels=dict(_kernels(lowered)),
+        declined=lowered.log.declined,
+        fired=lowered.log.fired,
+        notices=[str(notice) for notice in lowered.notices],
+        weight_bytes=sum(fake.numel() * fake.itemsize for fake in fakes),
+        seconds=seconds,
+    )
+
+
+def _kernels(lowered: Lowered) -> Iterator[tuple[str, str]]:
+    for node in lowered.gm.graph.nodes:
+        if kernel := node.meta.get("custom", {}).get("kernel"):
+            yield place_of(node), kernel
+
+
+def _tensors(compiled: Any) -> Iterator[torch.Tensor]:
+    """The parameters and buffers of a module, or of the modules that a function refers to."""
+    original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    if isinstance(original, torch.nn.Module):
+        modules = [original]
+    else:
+        found = inspect.getclosurevars(inspect.unwrap(original))
+        values = [*found.nonlocals.values(), *found.globals.values(), getattr(original, "__self__", None)]
+        modules = [value for value in values if isinstance(value, torch.nn.Module)]
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def _show(console: Console, index: int, graph: CompileReport) -> None:
+    head = ", ".join(filter(None, (graph.recipe and f"recipe {graph.recipe}", f"target {graph.target}", graph.device)))
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
+    console.print(Text(f"Graph {index}: {head}; weights {size(graph.weight_bytes)}; {times}", style="bold"))
+    covered = table("Coverage", "", "modules", numbers=("modules",))
+    for kind, (count, total) in graph.coverage.items():
+        add(covered, f"{kind}, quantized", f"{count} of {total}")
+    for form, count in Counter(graph.quantized.values()).most_common():
+        add(covered, form, count)
+    for kernel, count in Counter(graph.kernels.values()).most_common():
+        add(covered, f"runs as {kernel}", count)
+    console.print(covered)
+    show_rows(console, "Not quantized", ("module", "what"), list(graph.unquantized.items()))
+    show_declines(console, [dataclasses.asdict(decline) for decline in graph.declined])
+    show_notices(console, graph.notices)

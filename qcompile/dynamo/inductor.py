@@ -1,0 +1,73 @@
+"""Target `inductor`: the graph with weights as inputs, compiled by Inductor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+
+import passes
+from passes import ir
+from qcompile.dynamo.options import Options
+
+_REFERENCES: dict[Any, Callable[..., Any]] = {
+    ir.QUANTIZE: ir.quantize,
+    ir.DEQUANTIZE: ir.dequantize,
+    ir.DYNAMIC_QUANTIZE: ir.dynamic_quantize,
+    ir.ATTENTION: ir.attention,
+    ir.BATCHED_LINEAR: ir.batched_linear,
+}
+
+
+def compile_inductor(
+    gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode, options: Options
+) -> Callable[..., Any]:
+    """`gm` as a function of its placeholders.
+
+    Args:
+        gm: without `get_attr`; placeholders that do not move between calls are marked by `static_placeholder`.
+        fakes: a fake tensor or a symbolic size for each placeholder.
+        fake_mode: what those live in.
+    """
+    settings = {_SLOT: _Fingerprint(), **_mode_settings(options.mode), **options.inductor}
+    with tracing(TracingContext(fake_mode)):
+        compiled: Any = compile_fx(
+            gm, list(fakes), config_patches=settings, decompositions={**select_decomp_table(), **_REFERENCES}
+        )
+    return compiled  # type: ignore[no-any-return]
+
+
+def _mode_settings(mode: str | None) -> dict[str, Any]:
+    return dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+
+
+_SLOT = "post_grad_custom_pre_pass"
+
+
+class _Fingerprint(CustomGraphPass):
+    """Does nothing; Inductor's caches take its `uuid` into their keys.
+
+    The decompositions of our operators are no part of the graph that the key is made of otherwise.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        pass
+
+    def uuid(self) -> bytes:
+        return fingerprint()
+
+
+@functools.cache
+def fingerprint() -> bytes:
+    """A hash of all passes, their order and the reference of each operator: of the files that hold them."""
+    root = Path(passes.__file__).parent
+    return get_hash_for_files(tuple(sorted(map(str, root.rglob("*.py")))))

@@ -1,0 +1,97 @@
+"""A graph with weights as `get_attr` becomes a function of them."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from passes.constants import constant
+from qcompile.dynamo.trace import Traced
+
+
+@dataclass(frozen=True)
+class Main:
+    """A graph without tensors of its own.
+
+    Attributes:
+        gm: placeholders are the user's inputs, then the constants.
+        fakes: a fake tensor or a symbolic size for each placeholder.
+        constants: a tensor that passes made, or the position of a weight among Dynamo's arguments.
+        structure: equal for graphs that one compiled function serves.
+    """
+
+    gm: GraphModule
+    fakes: Sequence[Any]
+    constants: Sequence[torch.Tensor | int]
+    structure: object
+
+
+# (weights of a graph, name) -> what passes made: Dynamo compiles a frame again for other sizes or without gradients,
+# and codes of the same weights are kept once
+_MADE: weakref.WeakValueDictionary[tuple[tuple[int, ...], str], torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def weights_as_inputs(
+    gm: GraphModule, traced: Traced, weights: Mapping[str, torch.Tensor], fake_mode: FakeTensorMode
+) -> Main:
+    """`gm` with a placeholder for each of its tensors, behind those of the user."""
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        copied[node] = graph.node_copy(node)
+    inputs = list(copied.values())
+    constants: dict[str, torch.Tensor | int] = {}
+    owners: dict[str, Node] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        name, tensor = str(node.target), constant(gm, node)
+        if tensor is None:
+            continue  # the graph of a control-flow operator
+        if name not in owners:
+            owners[name] = graph.placeholder(f"c_{name.replace('.', '_')}")
+            owners[name].meta = copy.copy(node.meta)
+            is_weight = name in weights and tensor is weights[name]
+            constants[name] = traced.weights[name] if is_weight else _shared(tensor.detach(), name, weights)
+        copied[node] = owners[name]
+    for node in gm.graph.nodes:
+        if node not in copied:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    subgraphs = {n: getattr(gm, n) for n in (str(g.target) for g in graph.find_nodes(op="get_attr"))}
+    main = GraphModule(subgraphs, graph)
+    tensors = [weights[n] if isinstance(c, int) else c for n, c in constants.items()]
+    fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in tensors]
+    for node, fake in zip(owners.values(), fakes, strict=True):
+        node.meta["val"] = fake
+        _mark_static(node)
+    shapes = tuple(map(_layout, tensors))
+    return Main(main, [n.meta["val"] for n in inputs] + fakes, list(constants.values()), (main.code, shapes))
+
+
+def _shared(tensor: torch.Tensor, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`tensor`, or one with the same numbers that another graph of the same weights has."""
+    key = (tuple(map(id, weights.values())), name)
+    known = _MADE.get(key)
+    if known is not None and _layout(known) == _layout(tensor) and torch.equal(_bytes(known), _bytes(tensor)):
+        return known
+    _MADE[key] = tensor
+    return tensor
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of `tensor`, of which NaN and the formats that torch does not compare are equal, too."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _mark_static(node: Node) -> None:
+    """Say as Dynamo does that the tensor behind a placeholder stays where it is: CUDA graphs do not copy it then."""
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -1,0 +1,95 @@
+"""Between the trace and the back end: the passes of `qcompile.quantize` or `import_quantized`, then the lowering."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import PassLog, run_pipeline
+from passes.graph import calls
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.lower.device import Device
+from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
+from qcompile.coverage import coverage, quantized_modules
+from qcompile.dynamo.options import Options
+from qcompile.dynamo.trace import Traced
+from qcompile.errors import CalibrationError, ExpectationError
+from qcompile.frontends import modelopt, pt2e
+from qcompile.messages import some
+from qcompile.quantization import model_dtype, planned, quantize_graph
+from qcompile.recipe import Notice
+from qcompile.scales import known_amax, static_sites
+
+logger = logging.getLogger("qcompile")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph for the back end, and what was done to it.
+
+    Attributes:
+        gm: weights, codes and scales as `get_attr`.
+        quantized, unquantized, coverage: as in `qcompile.Report`, before the lowering.
+        log: what passes did and declined.
+        notices: of the recipe.
+    """
+
+    gm: GraphModule
+    quantized: Mapping[str, str]
+    unquantized: Mapping[str, str]
+    coverage: Mapping[str, tuple[int, int]]
+    log: PassLog
+    notices: list[Notice]
+
+
+def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options, device: Device) -> Lowered:
+    """Quantize the graph, or read how it is quantized already, and write it in what `options.target` runs on `device`.
+
+    Raises:
+        CalibrationError, RecipeError, PassError: what `qcompile.quantize` raises. ExpectationError: `options.expect`.
+    """
+    gm = traced.with_weights(weights)
+    log = run_pipeline(DYNAMO, gm) if traced.autocast else PassLog()
+    notices: list[Notice] = []
+    dtype = model_dtype(gm)
+    if _is_quantized(gm):
+        # a program of `quantize` has its softmax quantized where its recipe wants that, and nowhere else
+        softmax: Mapping[Node, torch.Tensor] | None = None if _is_foreign(gm) else {}
+        run_pipeline((*CANONICALIZE, *quantize_pipeline({}, softmax, dtype, dtype)), gm, log)
+    elif options.recipe is not None:
+        plan = planned(gm, options.recipe, log)
+        if options.calibration is None and (static := static_sites(plan.configs)):
+            raise CalibrationError(
+                f"the recipe gives static scales to {some([site.name for site in static])}: pass"
+                " options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a"
+                " recipe with dynamic activations such as fp8_per_channel_per_token"
+            )
+        quantize_graph(gm, plan, known_amax(plan.configs, options.calibration or {}), dtype, dtype)
+        notices = plan.notices
+    quantized, unquantized = quantized_modules(gm)
+    counts = coverage(gm, unquantized)
+    _check_expected(counts, options.expect)
+    if quantized and options.target == "inductor":
+        run_pipeline(torch_pipeline(device), gm, log)
+    return Lowered(gm, quantized, unquantized, counts, log, notices)
+
+
+def _is_quantized(gm: GraphModule) -> bool:
+    return any(calls(gm.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)) or _is_foreign(gm)
+
+
+def _is_foreign(gm: GraphModule) -> bool:
+    """Whether another tool quantized the model."""
+    tools = (modelopt.NAMESPACE, pt2e.NAMESPACE)
+    return any(getattr(node.target, "namespace", None) in tools for node in gm.graph.nodes)
+
+
+def _check_expected(counts: Mapping[str, tuple[int, int]], expected: Mapping[str, int]) -> None:
+    for kind, least in expected.items():
+        found, total = counts.get(kind, (0, 0))
+        if found < least:
+            raise ExpectationError(f"{found} of {total} {kind} are quantized, and {least} are expected")

@@ -1,0 +1,245 @@
+"""Dynamo's graph as the functional ATen graph that passes read: linear and attention whole, weights as `get_attr`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+from passes.graph import aten
+
+# What is recorded of the contexts that a model enters; the graph is for inference, and casts say what autocast did.
+_CONTEXTS = (torch._C._set_grad_enabled, _enter_autocast, _exit_autocast)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph that reads its weights by name, and where its arguments are among those that Dynamo calls with.
+
+    Attributes:
+        graph: functional but for `copy_` into inputs at its end; a weight is a `get_attr`.
+        constants: tensors that the graph itself holds, by name.
+        weights: name of a parameter or buffer -> position.
+        inputs: position of each placeholder of `graph`: the inputs of the user, and sizes.
+        autocast: whether fake values have dtypes that only autocast gives them.
+    """
+
+    graph: Graph
+    constants: Mapping[str, Any]
+    weights: Mapping[str, int]
+    inputs: Sequence[int]
+    autocast: bool
+
+    def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> GraphModule:
+        """A copy of the graph that passes can edit, with these weights."""
+        graph = Graph()
+        copied: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+        return GraphModule({**self.constants, **tensors}, graph)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What Dynamo hands to a back end.
+
+    Attributes:
+        gm: torch functions and methods; parameters and buffers are placeholders.
+        fakes: for each placeholder a fake tensor, a symbolic size, or the real tensor that holds a Python number.
+        scalars: positions of such numbers.
+        fake_mode: what the fake tensors live in.
+    """
+
+    gm: GraphModule
+    fakes: Sequence[Any]
+    scalars: Sequence[int]
+    fake_mode: FakeTensorMode
+
+    @classmethod
+    def read(cls, gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
+        """Has to be called while Dynamo waits for the back end: only then its symbols are known."""
+        context = TracingContext.get()
+        assert context.fake_mode is not None
+        nodes = gm.graph.find_nodes(op="placeholder")
+        scalars = [i for i, node in enumerate(nodes) if _is_scalar(node, example_inputs[i])]
+        fakes = [v if i in scalars else _fake(v, context) for i, v in enumerate(example_inputs)]
+        return cls(gm, fakes, scalars, context.fake_mode)
+
+
+def trace(captured: Captured, numbers: Sequence[Any]) -> Traced:
+    """What Dynamo captured, as ATen operators before they are dispatched.
+
+    AOTAutograd would split linear and attention, so tracing happens here, in Dynamo's own fake mode: symbolic sizes
+    and module paths stay. Writing to tensors becomes functional; what is written to an input is copied to it at the
+    end.
+
+    Args:
+        numbers: the value of each of `captured.scalars`.
+    """
+    known = dict(zip(captured.scalars, map(_Number, numbers), strict=True))
+    arguments = [i for i in range(len(captured.fakes)) if i not in known]
+
+    def run(*values: Any) -> Any:
+        given = {**dict(zip(arguments, values, strict=True)), **known}
+        return _functional(captured.gm, [given[i] for i in range(len(given))])
+
+    with captured.fake_mode, preserve_node_meta(), torch.no_grad():
+        traced = make_fx(run, pre_dispatch=True)(*(captured.fakes[i] for i in arguments))
+    return _read(traced, captured, arguments)
+
+
+class _Number:
+    """A Python number that Dynamo hands over as a tensor, to be read by `item()`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def item(self) -> Any:
+        return self.value
+
+
+def _is_scalar(node: Node, value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == 0
+        and value.device.type == "cpu"
+        and bool(node.users)
+        and all(user.op == "call_method" and user.target == "item" for user in node.users)
+    )
+
+
+def _fake(value: Any, context: TracingContext) -> Any:
+    """`value` in the fake mode of `context`, with the symbols that Dynamo gave to its sizes."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    assert context.fake_mode is not None
+    symbols = context.tensor_to_context.get(value)
+    if symbols is None:
+        return context.fake_mode.from_tensor(value, static_shapes=True)
+    source = getattr(symbols, "tensor_source", None)
+    return context.fake_mode.from_tensor(value, symbolic_context=symbols, source=source)
+
+
+class _Run(Interpreter):
+    """Runs Dynamo's graph, entering autocast where the model does: when traced, that would only be noted."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _enter_autocast:
+            context: Any = autocast(*args, **kwargs)
+            context.__enter__()
+            return context
+        if target is _exit_autocast:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
+
+
+def _functional(gm: GraphModule, arguments: Sequence[Any]) -> Any:
+    """The results of `gm`, without an operation in place but the last ones, into `arguments`."""
+    with FunctionalTensorMode(pre_dispatch=True, export=True):  # for torch.export composite operators stay whole
+        wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, list(arguments))
+        results = pytree.tree_map_only(FunctionalTensor, _unwrapped, _Run(gm).run(*wrapped))
+        after = pytree.tree_map_only(FunctionalTensor, _unwrapped, wrapped)
+    for before, new in zip(arguments, after, strict=True):
+        if isinstance(before, torch.Tensor) and new is not before:
+            before.copy_(new)
+    return results
+
+
+def _unwrapped(tensor: FunctionalTensor) -> torch.Tensor:
+    torch._functionalize_sync(tensor.elem)  # type: ignore[attr-defined]
+    result: torch.Tensor = torch._from_functional_tensor(tensor.elem)
+    return result
+
+
+def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> Traced:
+    """`traced` with its weights as `get_attr` nodes of their dotted names."""
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    roots = _roots(placeholders, traced.graph)
+    names = _weight_names(placeholders, captured.fakes, roots)
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    weights: dict[str, int] = {}
+    inputs: list[int] = []
+    for index, node in zip(arguments, traced.graph.find_nodes(op="placeholder"), strict=True):
+        if index in names and not _is_written(node):
+            weights[names[index]] = index
+            copied[node] = graph.get_attr(names[index])
+        else:
+            inputs.append(index)
+            copied[node] = graph.placeholder(placeholders[index].name)
+        copied[node].meta = copy.copy(node.meta)
+    constants: dict[str, Any] = {}
+    for node in traced.graph.nodes:
+        if node in copied or node.target in _CONTEXTS:
+            continue
+        if node.op == "get_attr":
+            constants[str(node.target)] = getattr(traced, str(node.target))
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+        _clean_stack(copied[node], roots)
+    device = next((f.device.type for f in captured.fakes if isinstance(f, torch.Tensor)), "cpu")
+    autocast_on = torch.is_autocast_enabled(device) or any(
+        node.target is _enter_autocast for node in traced.graph.nodes
+    )
+    return Traced(graph, constants, weights, inputs, autocast_on)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether the model writes to this input: a key/value cache, say, is no constant."""
+    return any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
+
+
+def _roots(placeholders: Sequence[Node], graph: Graph) -> set[str]:
+    """The variables of the user's code that hold modules: `self`, as a rule."""
+    sources = {_source(node).partition(".")[0] for node in placeholders if _is_static(node)}
+    stacks = (node.meta.get("nn_module_stack", {}) for node in graph.nodes)
+    return sources | {_dotted(path).partition(".")[0] for stack in stacks for path, _ in stack.values()}
+
+
+def _weight_names(placeholders: Sequence[Node], fakes: Sequence[Any], roots: set[str]) -> dict[int, str]:
+    """Position -> dotted name, of parameters and buffers."""
+    names: dict[int, str] = {}
+    for index, (node, value) in enumerate(zip(placeholders, fakes, strict=True)):
+        if isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.Tensor) and _is_static(node)):
+            name = _below_root(_source(node), roots) or _source(node)
+            names[index] = name if name not in names.values() else f"{name}_{index}"
+    return names
+
+
+def _is_static(node: Node) -> bool:
+    """Whether Dynamo says that an input belongs to a module."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def _source(node: Node) -> str:
+    """Where Dynamo found an input: `self.layers.0.fc.weight` for `L['self']._modules['layers']...`."""
+    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    return _dotted(name() if callable(name) else name)
+
+
+def _dotted(source: str) -> str:
+    dotted = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", source)
+    return re.sub(r"^[LG]\.", "", re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", dotted))
+
+
+def _below_root(path: str, roots: set[str]) -> str:
+    """`path` without the variable that holds the model, if there is only one."""
+    root, _, rest = path.partition(".")
+    return rest if len(roots) == 1 or root == "self" else path
+
+
+def _clean_stack(node: Node, roots: set[str]) -> None:
+    """Write the paths of modules as torch.export does: `layers.0.fc`, not `L['self'].layers[0].fc`."""
+    if stack := node.meta.get("nn_module_stack"):
+        node.meta["nn_module_stack"] = {k: (_below_root(_dotted(p), roots), kind) for k, (p, kind) in stack.items()}

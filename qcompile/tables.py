@@ -1,0 +1,161 @@
+"""Reports as tables: what was quantized, what was left and why, the checks, and the engine's kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_ROWS = 20
+_SHIPPED = "qcompile/recipe/builtin/"
+
+
+def table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    """An empty table; the columns in `numbers` are set flush right."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        result.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return result
+
+
+def add(to: Table, *cells: object) -> None:
+    """A row of plain text: module paths may hold what rich would take for markup."""
+    to.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+
+
+def show_rows(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table of at most `_ROWS` rows, nothing if there are none."""
+    if not rows:
+        return
+    found = table(f"{title} ({len(rows)})", *columns)
+    for row in rows[:_ROWS]:
+        add(found, *row)
+    if len(rows) > _ROWS:
+        add(found, f"... and {len(rows) - _ROWS} more", *("" for _ in columns[1:]))
+    console.print(found)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def verdict(passed: bool) -> Text:
+    return Text("passed", style="green") if passed else Text("FAILED", style="bold red")
+
+
+def show_export(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
+    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
+    console.print(Text(f"ONNX file: {size(report['bytes'])}; {head}", style="bold"))
+    coverage = table("Coverage", "", "modules", numbers=("modules",))
+    for kind, (count, total) in report.get("coverage", {}).items():
+        add(coverage, f"{kind}, quantized", f"{count} of {total}")
+    for form, count in Counter(report["quantized"].values()).most_common():
+        add(coverage, form, count)
+    for kind, count in Counter(report["unquantized"].values()).most_common():
+        add(coverage, f"{kind}, not quantized", count)
+    console.print(coverage)
+    show_rows(console, "Not quantized", ("module", "what"), list(report["unquantized"].items()))
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+    show_checks(console, report["checks"])
+    if report.get("comparison"):
+        show_comparison(console, report["comparison"])
+
+
+def show_checkpoint(console: Console, report: Mapping[str, Any], directory: object = "") -> None:
+    """The report of `qcompile.save_checkpoint`, as `CheckpointReport.to_json` writes it."""
+    head = f"Checkpoint {directory}".rstrip() + f": {size(report['bytes'])} in {len(report['files'])} files"
+    recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
+    console.print(Text(f"{head}; format {report['format']}{recipe}, {report['seconds']:.1f} s", style="bold"))
+    coverage = table("Layers", "", "layers", numbers=("layers",))
+    for scheme, count in Counter(report["quantized"].values()).most_common():
+        add(coverage, scheme, count)
+    if report["kv_cache"]:
+        add(coverage, "key/value cache in FP8", "")
+    add(coverage, "not quantized", len(report["unquantized"]))
+    console.print(coverage)
+    show_rows(console, "Not quantized", ("layer",), [(name,) for name in report["unquantized"]])
+    show_notices(console, report["notices"])
+
+
+def show_declines(console: Console, declined: Sequence[Mapping[str, Any]]) -> None:
+    """What passes left as it was, one row for each reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for decline in declined:
+        places.setdefault((decline["pass_name"], decline["reason"]), []).append(decline["module"])
+    rows = [(name, reason, len(found), _some(found)) for (name, reason), found in places.items()]
+    show_rows(console, "Declined", ("pass", "reason", "places", "modules"), rows)
+
+
+def _some(modules: Sequence[str], shown: int = 2) -> str:
+    names = list(dict.fromkeys(module or "the root" for module in modules))
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+_IDLE = ("matches nothing in this model", "is wholly overridden by")
+
+
+def show_notices(console: Console, notices: Sequence[str]) -> None:
+    """One line each; but a shipped recipe names the heads of many models, and most of them are not in this one."""
+    idle = [n for n in notices if n.startswith(_SHIPPED) and any(reason in n for reason in _IDLE)]
+    for notice in notices:
+        if notice not in idle:
+            console.print(Text(f"notice: {notice}", style="yellow"), soft_wrap=True)
+    if idle:
+        console.print(Text(f"{len(idle)} rules of the shipped recipe have no effect on this model", style="dim"))
+
+
+def show_checks(console: Console, checks: Sequence[Mapping[str, Any]]) -> None:
+    found = table("Checks of the file", "check", "", "detail")
+    for check in checks:
+        add(found, check["name"], verdict(check["passed"]), check["detail"])
+    console.print(found)
+
+
+def show_comparison(console: Console, comparison: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
+    """The layers of the file that are furthest from the program, each run on the program's own values."""
+
+    def badness(entry: Mapping[str, Any]) -> float:
+        bad = entry["problem"] or entry["nonfinite_unequal"]
+        return float("inf") if bad else float(entry["relative_l2"])
+
+    worst = sorted(comparison, key=badness, reverse=True)[:shown]
+    found = table(
+        f"File against the program, layer by layer: worst {len(worst)} of {len(comparison)}",
+        *("module", "tensor", "relative error", "largest error", "codes that differ", "problem"),
+        numbers=("relative error", "largest error", "codes that differ"),
+    )
+    for entry in worst:
+        codes = "" if entry["unequal"] is None else f"{entry['unequal']:.2%}"
+        problem = entry["problem"] or (f"{entry['nonfinite_unequal']} not finite" if entry["nonfinite_unequal"] else "")
+        errors = f"{float(entry['relative_l2']):.2e}", f"{float(entry['max_abs']):.2e}"
+        add(found, entry["module"], entry["name"], *errors, codes, problem)
+    console.print(found)
+
+
+def show_engine(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.build_engine`, as `EngineReport.to_json` writes it."""
+    attention = report["attention"]
+    found = table(f"Engine for {report['target']} ({report['builder']})", "", "")
+    add(found, "size, build time", f"{size(report['bytes'])}, {report['seconds']:.1f} s")
+    add(found, "kernels", report["kernels"])
+    add(found, "attentions", f"{attention['total']}: {attention['fused']} fused, {attention['fp8']} of them in FP8")
+    for kind in ("gemms", "convolutions"):
+        counts = ", ".join(f"{count} {precision}" for precision, count in report[kind].items() if count)
+        add(found, kind, counts or "none")
+    console.print(found)
+    show_rows(
+        console, "Not in low precision", ("kind", "module", "why"), [tuple(gap) for gap in report["not_low_precision"]]
+    )
+    show_notices(console, report["notices"])
