@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qcompile.cli.tables import add, size, table
+from qcompile.tables import add, size, table
 from qcompile.demo.measure import Accuracy
 from qcompile.engine import EngineReport
 
