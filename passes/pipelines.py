@@ -34,6 +34,8 @@ from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.lower.cpu import cpu_pipeline
+from passes.lower.cuda import cuda_pipeline
 from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.autocast import MaterializeAutocast
@@ -133,6 +135,9 @@ PORTABLE: Pipeline = (
 """Standard operators only, in the shape of the model."""
 
 
-def torch_pipeline(device: Device) -> Pipeline:
-    """The IR as operators that torch runs on `device`, for Inductor to compile."""
-    return ()
+def torch_pipeline(device: Device, *, fast_accumulation: bool = True) -> Pipeline:
+    """The IR as operators that torch runs on `device`, for Inductor to compile.
+
+    What is left of the IR is for its references in plain ATen. `fast_accumulation` is that of `cuda_pipeline`.
+    """
+    return cpu_pipeline(device) if device.type == "cpu" else cuda_pipeline(device, fast_accumulation=fast_accumulation)

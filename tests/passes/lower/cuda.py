@@ -168,8 +168,8 @@ def _on_cuda(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 
-def trace(gm: GraphModule, *inputs: Tensor) -> list[Tensor]:
+def trace(gm: GraphModule, *inputs: Tensor | None) -> list[Tensor]:
     """The fake outputs of `gm` on a CUDA device, with the checks that torch makes of shapes, strides and dtypes."""
     with FakeTensorMode(), torch.no_grad():
-        results = _OnCuda(gm).run(*(_on_cuda(x) for x in inputs))
+        results = _OnCuda(gm).run(*(None if x is None else _on_cuda(x) for x in inputs))
     return [result for result in torch.utils._pytree.tree_leaves(results) if isinstance(result, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, NVFP4
 from passes.graph import aten
 from passes.ir import DEQUANTIZE
-from passes.lower.cpu_float import ONEDNN_LINEAR, OneDnnLinears
+from passes.lower.cpu_float import OneDnnLinears
 from passes.lower.kernels import kernels
+from passes.lower.onednn import ONEDNN_LINEAR
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
@@ -72,8 +74,6 @@ def test_float16_is_summed_in_float32() -> None:
 
 def _returning(gm: GraphModule, node: Any) -> GraphModule:
     """`gm` as far as `node`."""
-    import copy
-
     result = copy.deepcopy(gm)
     (same,) = (n for n in result.graph.nodes if n.name == node.name)
     result.graph.output_node().args = ((same,),)

@@ -16,6 +16,7 @@ from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE
 from passes.lower.cuda import cuda_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
+from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import INPUT, WEIGHT, error
 from tests.passes.lower.cuda import ADA, AMPERE, BLACKWELL, HOPPER, emulated, quantized, trace
@@ -31,6 +32,7 @@ RECIPES = {
     "nvfp4": (Quantizer(NVFP4, torch.tensor(1e-4)), Quantizer(NVFP4, torch.tensor(2e-3))),
     "int8": (Quantizer(INT8, torch.tensor(0.002)), Quantizer(INT8, torch.tensor(0.02))),
     "weights": (Quantizer(FP8, torch.tensor(0.002)), None),
+    "fp4 weights": (Quantizer(NVFP4, torch.tensor(1e-4)), None),
 }
 FORMS = {
     "fp8": ("mm", "scaled_mm", "scaled_mm", "scaled_mm"),
@@ -39,7 +41,10 @@ FORMS = {
     "nvfp4": ("mm", "mm", "mm", "scaled_mm"),
     "int8": ("int_mm", "int_mm", "int_mm", "int_mm"),
     "weights": ("mm", "mm", "mm", "mm"),
+    "fp4 weights": ("mm", "mm", "mm", "mm"),
 }
+# codes of the second layer can differ by one where the first is rounded once and not twice
+ROUNDING = dict.fromkeys(RECIPES, 0.01) | {"nvfp4": 0.03}
 DEVICES = (AMPERE, ADA, HOPPER, BLACKWELL)
 
 
@@ -64,6 +69,7 @@ def block(name: str) -> tuple[GraphModule, Tensor]:
     weight, input = RECIPES[name]
     shapes = ({0: DYNAMIC, 1: DYNAMIC},)
     gm = quantized(Block().to(BF16).eval(), x, weight=weight, input=input, dynamic_shapes=shapes)
+    ViewsToReshape()(gm)  # attention's output lies in memory otherwise on a GPU
     return gm, torch.randn(3, 9, 128).to(BF16)
 
 
@@ -75,12 +81,12 @@ def test_every_recipe_on_every_device(name: str, device: Device) -> None:
     (want,) = run(gm, x)
     log = run_pipeline(cuda_pipeline(device), gm, PassLog())
     (got,) = run(gm, x)
-    assert error(got, want.double().numpy()) <= (0.08 if any(k.dropped for k in kernels(gm)) else 0.01)
+    assert error(got, want.double().numpy()) <= (0.08 if any(k.dropped for k in kernels(gm)) else ROUNDING[name])
     form = FORMS[name][DEVICES.index(device)]
     layers = [f"attention.{p}_proj" for p in "qkv"] + ["out", "up", "down"]
     assert [k.layer for k in kernels(gm)] == layers
     assert Counter(k.kernel.split(",")[0].split(" ")[0] for k in kernels(gm)) == Counter([form] * 6)
-    assert len(log.declined) in (0, 6) and bool(log.declined) == (form == "mm" and name != "weights")
+    assert len(log.declined) in (0, 6) and bool(log.declined) == (form == "mm" and "weights" not in name)
     (fake,) = trace(gm, x)
     assert fake.shape == x.shape and fake.dtype == BF16
     code = gm.code
@@ -102,6 +108,7 @@ def test_attention_and_linear_layers_together() -> None:
     module = Block().to(BF16).eval()
     module.attention.options["scale"] = 1.0
     gm = quantized(module, x, weight=RECIPES["fp8"][0], input=RECIPES["fp8"][1])
+    ViewsToReshape()(gm)
     insert(gm, dict.fromkeys("qkv", torch.tensor(0.02)))
     assert FuseAttentionQdq()(gm).modified
     run_pipeline(cuda_pipeline(HOPPER), gm)

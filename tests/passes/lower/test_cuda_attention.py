@@ -48,10 +48,17 @@ def check(gm: GraphModule, before: GraphModule, *inputs: Any, fired: int = 1) ->
     assert not AttentionToSdpa()(gm).modified and gm.code == code
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("fuse", [False, True], ids=["sdpa", "fused"])
+@pytest.mark.parametrize(
+    ("causal", "kv_heads", "scale", "fuse"),
+    [
+        (False, 4, None, True),
+        (True, 4, 0.3, True),
+        (True, 2, None, True),
+        (False, 1, 0.3, True),
+        (False, 4, None, False),
+        (True, 2, 0.3, False),
+    ],
+)
 def test_it_is_the_attention_before(causal: bool, kv_heads: int, scale: float | None, fuse: bool) -> None:
     module = Attention(4, 8, kv_heads, scale=scale, is_causal=causal)
     shapes = {"x": {0: DYNAMIC, 1: DYNAMIC}, "mask": None}
@@ -64,7 +71,7 @@ def test_it_is_the_attention_before(causal: bool, kv_heads: int, scale: float | 
     assert arguments.scale == pytest.approx(8**-0.5 if scale is None else scale)
     (kernel,) = kernels(gm)
     assert kernel.kernel == "scaled_dot_product_attention" and "not quantized" in kernel.dropped
-    trace(gm, torch.randn(3, 7, 32), None)  # type: ignore[arg-type]
+    trace(gm, torch.randn(3, 7, 32), None)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -111,6 +118,7 @@ def test_another_user_keeps_the_dequantized_tensor() -> None:
 def test_declines_a_mask_that_is_causal_too() -> None:
     gm, _ = fused(Attention(), torch.randn(2, 5, 16), torch.randn(1, 1, 5, 5))
     only_call(gm, ATTENTION).update_kwarg("is_causal", True)
+    gm.recompile()
     assert declines(AttentionToSdpa, gm) == ["torch's attention takes no mask where it is causal"]
 
 

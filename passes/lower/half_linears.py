@@ -1,0 +1,118 @@
+"""Linear layers whose codes no kernel of the device multiplies run in the model's own precision."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Pass
+from passes.constants import add_constant, evaluate_constant, root_constants
+from passes.formats import FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4, Format, get_format
+from passes.graph import aten, calls, dtype, is_call
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize
+from passes.lower.attention import source_of
+from passes.lower.device import Device
+from passes.lower.int_mm import INT8_UNITS
+from passes.lower.kernels import is_noted, note_kernel
+from passes.lower.nvfp4_mm import FP4_UNITS
+from passes.lower.operands import constants_read, forget_unread, has_constant_codes
+from passes.lower.scaled_mm import FP8_UNITS
+from passes.quantize.sites import linear_name
+
+
+class LinearsInHalfPrecision(Pass):
+    """Give linear layers that were not lowered the form that costs least.
+
+    Before:
+        y = linear(dequantize(quantize(x)), dequantize(w_codes, t), bias)
+        z = linear(u, dequantize(v_codes, s), bias)                     # only the weight is quantized
+    After:
+        y = linear(dequantize(quantize(x)), w, bias)                    # the shape of this layer does not fit
+        y = linear(x, w, bias)                                          # the device has no kernel for the format
+        z = linear(u, dequantize(v_codes, s), bias)                     # as it was, if the device reads the codes
+
+    Requires: the other lowerings of linear layers ran, and have declined these.
+    Ensures: `w` is a constant, exactly the dequantized codes. The result is that of the quantized program, but where
+        the device has no kernel for the format of the input at all: there the input is not quantized, which
+        `passes.lower.kernels` says of the layer.
+    Declines when: never.
+    Why: to dequantize a weight in each call writes and reads it once more, which costs more than reading it in half
+        precision, unless the product does it while it reads; Inductor's does with `max_autotune` (or, for one row,
+        with coordinate descent tuning), so a program in which only weights are quantized, for their memory, keeps them.
+        Where a whole format has no kernel (FP8 before 8.9, where Triton cannot even convert it; NVFP4 before 10.0),
+        Q/DQ of the input would be pure cost, and what is left is the plain model.
+    """
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def rewrite(self, gm: GraphModule) -> None:
+        before, fired = constants_read(gm), self.log.fired[self.name]
+        stored: dict[Node, Node] = {}
+        for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
+            weight = node.args[1]
+            if is_noted(node) or not has_constant_codes(weight):
+                continue
+            assert isinstance(weight, Node)
+            layer, precision = linear_name(node), str(dtype(node)).removeprefix("torch.")
+            source, fmt = source_of(node.args[0]), get_format(str(weight.kwargs["format"]))
+            if source is None and can_convert(self.device, fmt):
+                note_kernel(node, f"mm in {precision} of the weight dequantized in each call", layer)
+                continue
+            if weight not in stored:
+                stored[weight] = _store(gm, weight)
+            node.update_arg(1, stored[weight])
+            note_kernel(node, f"mm in {precision}", layer, self._drop(node, source))
+            self.fire()
+        if self.log.fired[self.name] > fired:
+            forget_unread(gm, before)
+
+    def _drop(self, node: Node, source: Node | None) -> str:
+        """Take Q/DQ off the input of `node` if the device has no kernel for its format; what was dropped."""
+        quantized = node.args[0]
+        if source is None or dtype(source) != dtype(node):
+            return ""
+        assert isinstance(quantized, Node)
+        fmt = get_format(str(quantized.kwargs["format"]))
+        if has_kernel(self.device, fmt):
+            return ""
+        node.update_arg(0, source)
+        return f"the input is not quantized: the device has no {fmt.name}"
+
+
+def has_kernel(device: Device, fmt: Format) -> bool:
+    """Whether some matrix product of `device` takes codes of `fmt`."""
+    if fmt in (INT8, INT8_PER_TOKEN):
+        return device.has(INT8_UNITS)
+    if fmt == NVFP4:
+        return device.has(FP4_UNITS)
+    if fmt in (FP8_1X128, FP8_128X128):
+        return device.has((9, 0)) and not device.has((10, 0))
+    return device.has(FP8_UNITS)
+
+
+def can_convert(device: Device, fmt: Format) -> bool:
+    """Whether Triton converts codes or scales of `fmt` on `device`: e4m3 it does from 8.9 on."""
+    return fmt in (INT8, INT8_PER_TOKEN) or device.has(FP8_UNITS)
+
+
+def _store(gm: GraphModule, weight: Node) -> Node:
+    """What `weight` dequantizes to, as a constant."""
+    assert isinstance(weight.args[0], Node)
+    name = str(root_constants(weight.args[0])[0].target)
+    return add_constant(gm, f"{name}_dequantized", _dequantized(gm, weight), weight)
+
+
+def _dequantized(gm: GraphModule, node: Node) -> torch.Tensor:
+    """The value of a dequantize of constants, or of a constant."""
+    if not is_call(node, DEQUANTIZE):
+        return evaluate_constant(gm, node)
+    codes, scale = node.args
+    assert isinstance(codes, Node) and isinstance(scale, Node)
+    return dequantize(
+        evaluate_constant(gm, codes),
+        _dequantized(gm, scale),
+        format=str(node.kwargs["format"]),
+        dtype=dtype(node),
+    )

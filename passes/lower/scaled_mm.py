@@ -1,0 +1,160 @@
+"""FP8 linear layers with a scale for the tensor or for each row become scaled matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.constants import add_constant
+from passes.formats import FP8, FP8_PER_TOKEN
+from passes.graph import Emitter, aten, dtype, name_in_module, shape, val
+from passes.lower.device import Device
+from passes.lower.linears import LinearLowering
+from passes.lower.operands import (
+    QuantizedLinear,
+    add_bias,
+    as_rows,
+    constant_like,
+    float32_scale,
+    is_one_scale,
+    is_row_scale,
+    like_input,
+    misaligned,
+    runs_along_k,
+)
+
+FP8_UNITS = (8, 9)  # the first compute capability whose matrix units take FP8
+SCALED_MM = aten._scaled_mm.default
+
+
+class LinearsToScaledMm(LinearLowering):
+    """Multiply FP8 codes, and let the product apply the scales.
+
+    Before:
+        y = linear(dequantize(q, s), dequantize(w_codes, t), bias)      # q = quantize(x, s) or of dynamic_quantize(x)
+    After:
+        y = reshape(_scaled_mm(reshape(q, [M,K]), t(w_codes), s, t, bias, None, dtype, True), [...,N])
+        # a scale for each row of x or of w: s is [M,1] and t a new constant [1,N]; the one that is a number, expanded
+        # where the device has that not in `dtype`: z = _scaled_mm(q, t(w_codes), 1, 1, dtype=float32); y = z * s * t
+
+    Requires: weights as codes. The device is the one that the graph will run on.
+    Ensures: the same codes; the products are added in float32 (on Hopper with `fast_accumulation`, in fewer digits
+        between two roundings) and are scaled before they are rounded to the dtype. The quantize of x stays as it is,
+        and so does the dequantize for its other users.
+    Declines when: the device has no FP8 matrix units; K or N is no multiple of 16; a scale runs along K.
+    Why: `_scaled_mm` and not `_scaled_mm_v2`, which `torch.nn.functional.scaled_mm` calls: both reach the same kernels,
+        but Inductor 2.11 tunes only the first, and 2.13 hands the second on to the first. Scales for rows come in
+        cuBLAS with float16 and float32 results on Hopper only, and elsewhere from CUTLASS with bfloat16 (float16 from
+        10.0 on).
+    """
+
+    def __init__(self, device: Device, *, fast_accumulation: bool = True) -> None:
+        super().__init__(device)
+        self.fast = fast_accumulation
+
+    def takes(self, linear: QuantizedLinear) -> bool:
+        return linear.format in (FP8, FP8_PER_TOKEN) and linear.weight_format == FP8
+
+    def reason(self, linear: QuantizedLinear) -> str | None:
+        return fp8_reason(self.device, linear) or misaligned(linear, 16, 16)
+
+    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+        emit = Emitter(linear.node)
+        rows = as_rows(emit, linear.codes)
+        product = scaled_after if needs_scales_after(self.device, linear) else fp8_product
+        result, kernel = product(gm, emit, linear, rows, linear.weight_codes, linear.bias, fast=self.fast)
+        return like_input(emit, result, linear.codes), kernel
+
+
+def fp8_reason(device: Device, linear: QuantizedLinear) -> str | None:
+    """Why FP8 codes with the scales of `linear` cannot be multiplied on `device`, or None."""
+    if not device.has(FP8_UNITS):
+        return f"{describe(device)} has no FP8 matrix units"
+    return unscalable(linear)
+
+
+def unscalable(linear: QuantizedLinear) -> str | None:
+    """Why the scales of `linear` cannot be applied to the products of codes, or None."""
+    if runs_along_k(linear.weight_scale):
+        return "the weight has scales along the reduction axis"
+    if not is_one_scale(linear.scale) and not is_row_scale(linear.scale, linear.input):
+        return "the input has neither one scale nor one for each row"
+    return None
+
+
+def describe(device: Device) -> str:
+    """`device` in messages."""
+    if device.capability is None:
+        return f"a {device.type} device"
+    return f"compute capability {device.capability[0]}.{device.capability[1]}"
+
+
+def fp8_product(
+    gm: GraphModule, emit: Emitter, linear: QuantizedLinear, rows: Node, weight: Node, bias: Node | None, *, fast: bool
+) -> tuple[Node, str]:
+    """Codes `rows` `[M,K]` times those of `weight` `[N,K]`, with the scales of `linear` and `bias` `[N]`.
+
+    Returns `[M,N]` and the kernel's name.
+    """
+    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.scale)
+    to = linear.dtype
+    inside = bias if bias is not None and dtype(bias) == to != torch.float32 else None
+    outside = None if inside is not None else bias
+    if is_one_scale(linear.scale) and is_one_scale(linear.weight_scale):
+        weight_scale = float32_scale(gm, emit, linear.weight_scale)
+        product = emit(SCALED_MM, rows, codes, scale, weight_scale, inside, None, to, fast)
+        return add_bias(emit, product, outside, to), "scaled_mm, one scale"
+    weight_scale = constant_like(gm, linear.node, linear.weight_scale, in_columns(linear))
+    if is_one_scale(linear.scale):
+        count, *_ = emit.sizes(rows)
+        scale = emit(aten.expand.default, emit(aten.reshape.default, scale, [1, 1]), [count, 1])
+        scale = emit(aten.clone.default, scale, memory_format=torch.contiguous_format)  # the product wants strides
+    else:
+        scale = emit(aten.reshape.default, scale, [-1, 1])
+    product = emit(SCALED_MM, rows, codes, scale, weight_scale, inside, None, to, fast)
+    return add_bias(emit, product, outside, to), "scaled_mm, scales of rows"
+
+
+def scaled_after(
+    gm: GraphModule, emit: Emitter, linear: QuantizedLinear, rows: Node, weight: Node, bias: Node | None, *, fast: bool
+) -> tuple[Node, str]:
+    """`fp8_product` for devices that have no product with scales for rows in the dtype of `linear`."""
+    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.scale)
+    unit = add_constant(
+        gm, name_in_module(linear.node, "unit_scale"), torch.ones((), device=val(codes).device), linear.node
+    )
+    product = emit(SCALED_MM, rows, codes, unit, unit, None, None, torch.float32, fast)
+    product = scale_product(gm, emit, linear, product, scale)
+    return add_bias(emit, product, bias, linear.dtype), "scaled_mm, scales of rows after it"
+
+
+def scale_product(gm: GraphModule, emit: Emitter, linear: QuantizedLinear, product: Node, scale: Node) -> Node:
+    """The float32 sums `[M,N]` of products of codes times the `scale` of the input and that of the weight."""
+    if not is_one_scale(linear.scale):
+        scale = emit(aten.reshape.default, scale, [-1, 1])
+    weight_scale = constant_like(gm, linear.node, linear.weight_scale, in_columns(linear))
+    return emit(aten.mul.Tensor, emit(aten.mul.Tensor, product, scale), weight_scale)
+
+
+def in_columns(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes `[1, N]` in float32 of the weight's scale: one, or one for each row; of experts `[1, E*N]`."""
+    lead = [int(size) for size in shape(linear.weight)[:-1]]
+
+    def convert(scale: torch.Tensor) -> torch.Tensor:
+        scale = scale.float() if scale.ndim else scale.float().reshape(1)
+        return scale.squeeze(-1).expand(lead).reshape(1, -1).contiguous()
+
+    return convert
+
+
+def needs_scales_after(device: Device, linear: QuantizedLinear) -> bool:
+    """Whether `linear` has scales for rows, and `device` no product with those in its dtype."""
+    in_one = is_one_scale(linear.scale) and is_one_scale(linear.weight_scale)
+    return not in_one and not _has_row_scales(device, linear.dtype)
+
+
+def _has_row_scales(device: Device, to: torch.dtype) -> bool:
+    hopper = device.has((9, 0)) and not device.has((10, 0))
+    return hopper or to == torch.bfloat16 or (to == torch.float16 and device.has((10, 0)))
