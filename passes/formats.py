@@ -71,8 +71,8 @@ class Format:
     def per_element(self, scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """`scale` with one value for each element of a tensor of `shape`, if it has one for each block.
 
-        Where a block is cut, by an index that is no integer division: Inductor 2.11 and 2.13 split a loop at the divisor
-        on a CPU, and leave out what is behind the last whole block.
+        Where a block is cut, by an index that is no integer division: at that, Inductor 2.11 and 2.13 split a loop for
+        a CPU, and leave out what is behind the last whole block.
         """
         for axis, size in enumerate(self.sizes, -len(self.sizes)):
             if shape[axis] % size == 0:

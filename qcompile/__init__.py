@@ -16,6 +16,7 @@ from qcompile.api import build_engine
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.save import save_checkpoint
 from qcompile.dynamo.explain import CompileReport, Explanation, explain
+from qcompile.dynamo.registry import refresh
 from qcompile.engine import EngineReport
 from qcompile.errors import QCompileError
 from qcompile.frontends.checkpoint import load_checkpoint
@@ -50,6 +51,7 @@ __all__ = [
     "load_recipe",
     "onnx_session",
     "quantize",
+    "refresh",
     "repair_onnx",
     "save_checkpoint",
 ]

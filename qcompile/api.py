@@ -12,9 +12,11 @@ from torch.export import ExportedProgram
 
 from qcompile.engine import EngineReport
 from qcompile.engine import build_engine as build_engine_from_file
+from qcompile.engine.build import build_network
 from qcompile.engine.profiles import Profile
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
+from qcompile.torch_tensorrt import ProgramNetwork
 
 
 def build_engine(
@@ -23,7 +25,7 @@ def build_engine(
     *,
     target: str | None = None,
     profiles: Profile | Sequence[Profile] | None = None,
-    route: Literal["onnx"] = "onnx",
+    route: Literal["onnx", "torch_tensorrt"] = "onnx",
     block_fp8: BlockFp8 = "k_split",
     expect: Mapping[str, int] | None = None,
     progress: bool = True,
@@ -35,7 +37,8 @@ def build_engine(
         output: where to write the engine; None builds and reports only.
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
         profiles: for dynamic shapes, {input name: (min, opt, max)} with whole shapes, or several of those.
-        route: "onnx".
+        route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
+            file; it has to be installed, and needs a GPU to load.
         block_fp8: of a program, as in `export_onnx`.
         expect: what the engine must reach, such as {"attention_fp8": 12, "gemm_fp8": 49, "kernels": 149}: counts of
             attentions and GEMMs are least counts, `kernels` is a largest one.
@@ -44,10 +47,15 @@ def build_engine(
     Raises:
         EngineError: the file, target or profile cannot be built. ExpectationError: the engine falls short.
     """
-    if route != "onnx":
-        raise EngineError(f"route {route!r} is not supported by this version; use route='onnx'")
+    if route not in ("onnx", "torch_tensorrt"):
+        raise EngineError(f"unknown route {route!r}; known: onnx, torch_tensorrt")
     if not isinstance(model, (str, os.PathLike, ExportedProgram)):
         raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
+    if route == "torch_tensorrt":
+        if not isinstance(model, ExportedProgram):
+            raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
+        network = ProgramNetwork(model, block_fp8)
+        return build_network(network, output, target=target, profiles=profiles, expect=expect, progress=progress)
     if not isinstance(model, ExportedProgram):
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:

@@ -103,7 +103,7 @@ def is_quantized(model: torch.nn.Module | ExportedProgram) -> bool:
         by_tool = any(tool.is_quantized(model) for tool in _TOOLS)
         return by_tool or any(isinstance(module, QuantizedLinear) for module in model.modules())
     return is_finished(model) or any(
-        getattr(node.target, "namespace", None) in (modelopt.NAMESPACE, pt2e.NAMESPACE) for node in model.graph.nodes
+        getattr(node.target, "namespace", None) in (*modelopt.NAMESPACES, pt2e.NAMESPACE) for node in model.graph.nodes
     )
 
 

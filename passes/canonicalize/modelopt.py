@@ -15,7 +15,8 @@ from passes.ir import DEQUANTIZE, quantize
 from passes.pairs import checked, constant_pair, measured_pair, name_quantizer
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_STATIC, _BLOCKS = "tensorrt::quantize_op", "tensorrt::dynamic_block_quantize_op"
+_STATIC = ("tensorrt::quantize_op", "qcompile_modelopt::quantize_op")  # the latter of integers under Dynamo
+_BLOCKS = "tensorrt::dynamic_block_quantize_op"
 _FORMATS = {(8, 4): FP8, (8, 0): INT8}  # bits, bits of the exponent
 _PER_TOKEN = {FP8: FP8_PER_TOKEN, INT8: INT8_PER_TOKEN}
 _NO_AMAX = 2.0**-24  # modelopt takes this and less for zero, and 1 in its place
@@ -29,18 +30,19 @@ class ModeloptToQdq(Pass):
     After:
         y = linear(dequantize(quantize(x, amax / 448), amax / 448), <the two-level chain of w under amax / 2688>)
 
-    Requires: a graph captured in modelopt's export mode (`qcompile.frontends.modelopt`). Operators are found by name,
-        so the package need not be installed.
+    Requires: a graph captured in modelopt's export mode or by Dynamo (`qcompile.frontends.modelopt`). Operators are
+        found by name, so the package need not be installed.
     Ensures: fp32 models get modelopt's codes, up to ties that x * (448 / amax) and x / (amax / 448) round apart. What
         modelopt measures at run time (per token, per tensor) stays measured. The quantizer of a softmax goes:
         `FuseAttentionQdq` gives every attention its own, as a scale of 1/448 needs no calibration.
-    Declines when: never; raises `PassError` naming the quantizer whose format the IR does not carry.
+    Declines when: never; raises `PassError` naming the quantizer whose format the IR does not carry, or whose amax is
+        in another graph.
     Why: one graph, whoever put the quantizers there; weights stay floating point until `FoldWeights`, as in our own.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in list(gm.graph.nodes):
-            if (schema := _schema(node)) in (_STATIC, _BLOCKS):
+            if (schema := _schema(node)) in (*_STATIC, _BLOCKS):
                 replacement = self._replacement(gm, node, _format(node, schema))
                 node.replace_all_uses_with(replacement)
                 gm.graph.erase_node(node)
@@ -61,10 +63,10 @@ class ModeloptToQdq(Pass):
         name = _scale_name(path)
         if amax is None:
             pair = _measured(node, x, fmt, emit)
+        elif (weight := _blocked_weight(x)) is not None:  # of one block, perhaps
+            return _blocks(gm, node, weight, amax.expand(shape(x)[0], 1, shape(x)[2], 1), emit)
         elif amax.numel() == 1:
             pair = _per_tensor(gm, node, x, amax.reshape(()), fmt, name, emit)
-        elif (weight := _blocked_weight(x)) is not None:
-            return _blocks(gm, node, weight, amax, emit)
         elif is_constant_expression(x) and fmt.scale is None and amax.shape[0] == amax.numel():
             pair = constant_pair(gm, x, amax / fmt.max, fmt, name, emit)
         else:
@@ -94,7 +96,7 @@ def _scale_name(path: str) -> str:
 def _format(node: Node, schema: str) -> Format:
     """The format of a quantizer. Raises `PassError` if the IR has none for its bits."""
     bits = (argument(node, "num_bits"), argument(node, "exponent_bits"))
-    if schema == _STATIC:
+    if schema in _STATIC:
         found, blocks = _FORMATS.get(bits), ""
     else:
         size = argument(node, "block_size")
@@ -140,6 +142,12 @@ def _per_tensor(
 def _measured(node: Node, x: Node, fmt: Format, emit: Emitter) -> Node:
     """An amax that is computed from `x` at run time, for the tensor or for each token."""
     amax = argument(node, "amax")
+    if _sources(amax).isdisjoint(_sources(x)):
+        raise PassError(
+            f"{place_of(node)}: the amax comes from outside of this graph. If torch.compile ran in this process before"
+            " nvidia-modelopt was imported, call torch._dynamo.reset() and run the compiled model again; if not, look"
+            " for a graph break inside of the quantizer (TORCH_LOGS=graph_breaks)"
+        )
     if val(amax).numel() == 1:
         if fmt.scale is None:
             return measured_pair(x, fmt, emit)
@@ -153,6 +161,15 @@ def _measured(node: Node, x: Node, fmt: Format, emit: Emitter) -> Node:
         f"{place_of(node)}: the amax is measured at run time with shape {tuple(shape(amax))}, which is"
         " neither for the tensor nor for each token"
     )
+
+
+def _sources(node: Node) -> set[Node]:
+    """`node` and what it is computed from, constants aside."""
+    found, reached = {node}, [node]
+    while reached:
+        reached = [i for n in reached for i in n.all_input_nodes if i not in found and i.op != "get_attr"]
+        found.update(reached)
+    return found
 
 
 def _blocked_weight(x: Node) -> Node | None:
@@ -169,7 +186,7 @@ def _blocks(gm: GraphModule, node: Node, weight: Node, amax: torch.Tensor, emit:
     rounds the scales of blocks later.
     """
     fmt, sizes = FP8_128X128, shape(node)
-    if _format(node, _STATIC) is not FP8 or (sizes[1], sizes[3]) != fmt.sizes:
+    if _format(node, _STATIC[0]) is not FP8 or (sizes[1], sizes[3]) != fmt.sizes:
         raise PassError(f"{place_of(node)}: weights in blocks are FP8 in 128 x 128; these are {sizes}")
     scale = (amax / fmt.max).reshape(amax.shape[0], amax.shape[2])
     codes = quantize(evaluate_constant(gm, weight), scale, format=fmt.name)

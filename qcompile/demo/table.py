@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qcompile.tables import add, size, table
 from qcompile.demo.measure import Accuracy
 from qcompile.engine import EngineReport
+from qcompile.tables import add, size, table
 
 TARGETS = ("sm89", "sm120")
 

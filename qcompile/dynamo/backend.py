@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.lower.device import Device
-from qcompile.dynamo.compiled import CompiledGraph
-from qcompile.dynamo.explain import CompileReport, remember, report_of
+from qcompile.dynamo.compiled import KEPT, CompiledGraph
+from qcompile.dynamo.explain import CompileReport, report_of
 from qcompile.dynamo.inductor import compile_inductor
 from qcompile.dynamo.inputs import Main, weights_as_inputs
-from qcompile.dynamo.middle import lower
+from qcompile.dynamo.middle import Lowered, lower
 from qcompile.dynamo.options import Options
+from qcompile.dynamo.registry import remember
 from qcompile.dynamo.trace import Captured, Traced, trace
+
+logger = logging.getLogger("qcompile")
+
+_MANY = 8  # values of a number, after which it is worth saying so
 
 
 def qcompile_backend(
@@ -40,10 +47,19 @@ def qcompile_backend(
     """
     compiler = _Compiler(Options.read(options, mode), Captured.read(gm, example_inputs))
     traced = compiler.trace([example_inputs[i].item() for i in compiler.captured.scalars])
-    compiled = CompiledGraph(compiler.bind, list(traced.weights.values()), traced.inputs, compiler.captured.scalars)
+    captured = compiler.captured
+    weights = [i for i in traced.weights.values() if i < len(example_inputs)]
+    compiled = CompiledGraph(
+        compiler.bind,
+        weights,
+        [packed.position for packed in captured.packed],
+        traced.inputs,
+        captured.scalars,
+        _wanted(captured.gm),
+    )
     with torch._C._DisableAutocast():  # the graph has the casts that autocast makes
         compiled.prepare(example_inputs)
-    remember(compiled, compiler.reports, [example_inputs[i] for i in traced.weights.values()])
+    remember(compiled, compiler.reports)
     return compiled
 
 
@@ -61,28 +77,72 @@ class _Compiler:
         """The graph with these Python numbers in it."""
         key = tuple(numbers)
         if key not in self._traced:
-            self._traced[key] = trace(self.captured, numbers)
+            if len(self._traced) == _MANY:
+                logger.warning(
+                    "a graph was compiled for the %dth value of a Python number that the model is called with (now %s):"
+                    " hand it over as a tensor, which is compiled once for all values",
+                    _MANY + 1,
+                    ", ".join(map(str, numbers)),
+                )
+            _put(self._traced, key, trace(self.captured, numbers))
         return self._traced[key]
 
     def bind(self, arguments: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[torch.Tensor | int]]:
         """The function for the weights and numbers among `arguments`, and what it reads beside the user's inputs."""
         start = time.perf_counter()
         traced = self.trace([arguments[i].item() for i in self.captured.scalars])
-        weights = {name: arguments[index] for name, index in traced.weights.items()}
+        unpacked = self.captured.unpacked(arguments)
+        weights = {name: unpacked[index] for name, index in traced.weights.items()}
         lowered = lower(traced, weights, self.options, _device(arguments))
         main = weights_as_inputs(lowered.gm, traced, weights, self.captured.fake_mode)
+        if self.options.target == "torch_tensorrt":
+            return self._engine(traced, lowered, main, unpacked, start), []
         middle = time.perf_counter() - start
         if main.structure not in self._functions:
-            self._functions[main.structure] = self._compile(main)
+            _put(self._functions, main.structure, self._compile(main))
             seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
             self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
-        return self._functions[main.structure], main.constants
+            _log_dropped(self.reports[-1])
+        given = range(len(arguments))  # other positions are those of tensors that were unpacked
+        constants = [unpacked[c] if isinstance(c, int) and c not in given else c for c in main.constants]
+        return self._functions[main.structure], constants
+
+    def _engine(
+        self, traced: Traced, lowered: Lowered, main: Main, arguments: Sequence[Any], start: float
+    ) -> Callable[..., Any]:
+        """An engine, which holds the weights: for others there is another."""
+        from qcompile.torch_tensorrt import compile_module
+
+        middle = time.perf_counter() - start
+        engine = compile_module(lowered.gm, [arguments[i] for i in traced.inputs])
+        seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
+        self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
+        return engine
 
     def _compile(self, main: Main) -> Callable[..., Any]:
         if self.options.target == "eager":
             function: Callable[..., Any] = main.gm.forward
             return function
         return compile_inductor(main.gm, main.fakes, self.captured.fake_mode, self.options)
+
+
+def _log_dropped(report: CompileReport) -> None:
+    """Say in one line what the device has no kernel for."""
+    for why, count in Counter(report.dropped.values()).items():
+        logger.warning("%d layers run in the precision of the model: %s; qcompile.explain lists them", count, why)
+
+
+def _put(kept: dict[Any, Any], key: object, value: object) -> None:
+    """Add to `kept`, which is for the numbers that were seen last."""
+    if len(kept) >= KEPT:
+        del kept[next(iter(kept))]
+    kept[key] = value
+
+
+def _wanted(gm: GraphModule) -> list[bool]:
+    """For each result of Dynamo's graph, whether autograd would give it a gradient."""
+    values = [r.meta.get("example_value") if isinstance(r, Node) else r for r in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    return [isinstance(value, torch.Tensor) and value.requires_grad for value in values]
 
 
 def _device(arguments: Sequence[Any]) -> Device:

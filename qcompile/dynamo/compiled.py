@@ -8,18 +8,52 @@ others: identity, version counter and address of each are compared at every call
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from qcompile.dynamo.packed import inner_tensors
 from qcompile.errors import CompileError
 
 _version = attrgetter("_version")
-_KEPT = 64  # sets of weights; layers of one class that are compiled one by one share their code
+KEPT = 64  # Python numbers that a graph is kept for, oldest out first
+
+_Numbers = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """What changes when a weight does.
+
+    Attributes:
+        versions: counters of changes in place.
+        pointers: addresses.
+        storages: an address is free for other numbers once the storage that had it is gone.
+        handles: of `storages`, for the check that each call makes.
+    """
+
+    versions: list[int]
+    pointers: list[int]
+    storages: list[StorageWeakRef]
+    handles: list[int]
+
+    @classmethod
+    def of(cls, weights: Sequence[torch.Tensor]) -> State:
+        storages = [StorageWeakRef(w.untyped_storage()) for w in weights]  # type: ignore[no-untyped-call]
+        return cls(_versions(weights), _pointers(weights), storages, [storage.cdata for storage in storages])
+
+    def is_of(self, weights: Sequence[torch.Tensor]) -> bool:
+        return (
+            self.versions == _versions(weights)
+            and self.pointers == _pointers(weights)
+            and not any(map(torch.UntypedStorage._expired, self.handles))
+        )
 
 
 @dataclass(frozen=True)
@@ -29,13 +63,20 @@ class Bound:
     Attributes:
         function: called with the user's inputs, then `constants`.
         constants: for each either a tensor that passes made, or the position of a weight among Dynamo's arguments.
-        versions, pointers: of the weights that those were made of.
+        state: of the weights that those were made of.
     """
 
     function: Callable[..., Any]
     constants: Sequence[torch.Tensor | int]
-    versions: list[int]
-    pointers: list[int]
+    state: State
+
+
+@dataclass(frozen=True)
+class BoundWeights:
+    """What was made of one set of weights, for each set of numbers, until one of the weights dies."""
+
+    weights: Sequence[weakref.ref[torch.Tensor]]
+    by_numbers: dict[_Numbers, Bound]
 
 
 class CompiledGraph:
@@ -44,59 +85,96 @@ class CompiledGraph:
     Args:
         bind: makes the function and the constants for the weights and numbers among these arguments.
         weights, inputs, scalars: positions among the arguments, as in `Traced`.
+        packed: positions of weights that are compared by the tensors inside of them.
+        wanted: for each result, whether autograd would give it a gradient.
     """
 
     def __init__(
         self,
         bind: Callable[[Sequence[Any]], tuple[Callable[..., Any], Sequence[torch.Tensor | int]]],
         weights: Sequence[int],
+        packed: Sequence[int],
         inputs: Sequence[int],
         scalars: Sequence[int],
+        wanted: Sequence[bool],
     ) -> None:
         self._bind, self._weights, self._inputs, self._scalars = bind, weights, inputs, scalars
-        self._bound: dict[tuple[Any, ...], Bound] = {}
+        self._packed, self._wanted = packed, wanted
+        self._bound: dict[tuple[int, ...], BoundWeights] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        weights = [arguments[i] for i in self._weights]
+        weights = self._weights_of(arguments)
         with torch._C._DisableAutocast():  # the graph has the casts that autocast makes
             bound = self._current(arguments, weights)
             inputs = [arguments[i] for i in self._inputs]
             constants = [arguments[c] if isinstance(c, int) else c for c in bound.constants]
             with torch.no_grad():
                 results = bound.function(*inputs, *constants)
-        if torch.is_grad_enabled():
-            return _without_backward(results, [*inputs, *weights])
+        if torch.is_grad_enabled() and any(self._wanted):
+            return _without_backward(results, self._wanted, [*inputs, *weights])
         return results
 
     def prepare(self, arguments: Sequence[Any]) -> None:
         """Compile for the weights among `arguments` now, while Dynamo waits, not at the first call."""
-        self._current(arguments, [arguments[i] for i in self._weights])
+        self._current(arguments, self._weights_of(arguments))
+
+    def is_used(self) -> bool:
+        """Whether there is a model that can call it: Dynamo may keep graphs longer than models."""
+        return bool(self._bound) or not (self._weights or self._packed)
+
+    def forget(self) -> None:
+        """Make what depends on weights again at the next call."""
+        for bound in self._bound.values():
+            bound.by_numbers.clear()
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """The weights that it was called with and that are still there."""
+        for bound in list(self._bound.values()):
+            yield from filter(lambda weight: weight is not None, (ref() for ref in bound.weights))
+
+    def _weights_of(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        weights = [arguments[i] for i in self._weights]
+        for i in self._packed:
+            weights += inner_tensors(arguments[i])
+        return weights
 
     def _current(self, arguments: Sequence[Any], weights: list[torch.Tensor]) -> Bound:
-        key = (*map(id, weights), *(arguments[i].item() for i in self._scalars))
-        bound = self._bound.get(key)
-        # in this order: address and version of what was not changed are compared at each call
-        if bound is not None and bound.versions == _versions(weights) and bound.pointers == _pointers(weights):
+        known = self._bound.get(tuple(map(id, weights)))
+        numbers = tuple(arguments[i].item() for i in self._scalars)
+        bound = known and known.by_numbers.get(numbers)
+        if bound and bound.state.is_of(weights):
             return bound
-        return self._make(key, arguments, weights)
+        return self._make(numbers, arguments, weights)
 
-    def _make(self, key: tuple[Any, ...], arguments: Sequence[Any], weights: list[torch.Tensor]) -> Bound:
+    def _make(self, numbers: _Numbers, arguments: Sequence[Any], weights: list[torch.Tensor]) -> Bound:
         for weight in weights:
             if weight.is_inference():
                 raise CompileError(
                     f"a weight of shape {tuple(weight.shape)} was made in inference mode, where torch does not count"
                     " changes: make or load the model outside of torch.inference_mode()"
                 )
-        versions, pointers = _versions(weights), _pointers(weights)
+        state = State.of(weights)
         with torch.inference_mode(False), torch.no_grad():
             function, constants = self._bind(arguments)
-        self._bound.pop(key, None)
-        if len(self._bound) >= _KEPT:
-            del self._bound[next(iter(self._bound))]
-        self._bound[key] = Bound(function, constants, versions, pointers)
-        for weight in weights:  # an id is free for another tensor once the weight is gone
-            weakref.finalize(weight, self._bound.pop, key, None)
-        return self._bound[key]
+        kept = self._kept(weights)
+        kept.pop(numbers, None)
+        if len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[numbers] = Bound(function, constants, state)
+        return kept[numbers]
+
+    def _kept(self, weights: Sequence[torch.Tensor]) -> dict[_Numbers, Bound]:
+        """Where functions for these weights are kept. An id is free for another tensor once the weight is gone."""
+        key = tuple(map(id, weights))
+        if key not in self._bound:
+            forget = partial(_forget, weakref.ref(self), key)
+            self._bound[key] = BoundWeights([weakref.ref(weight, forget) for weight in weights], {})
+        return self._bound[key].by_numbers
+
+
+def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...], weight: object) -> None:
+    if (alive := graph()) is not None:
+        alive._bound.pop(key, None)
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -107,14 +185,14 @@ def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
-def _without_backward(results: Any, sources: Sequence[Any]) -> Any:
-    """`results`, whose gradients raise an error if any of `sources` wants one."""
-    wanting = [s for s in sources if isinstance(s, torch.Tensor) and s.requires_grad]
-    if not wanting:
+def _without_backward(results: Sequence[Any], wanted: Sequence[bool], sources: Sequence[Any]) -> Any:
+    """`results`, of which those that are `wanted` raise an error where their gradient is asked for."""
+    leaf = next((s for s in sources if isinstance(s, torch.Tensor) and s.requires_grad), None)
+    if leaf is None:  # frozen since: not every version of Dynamo compiles again for that
         return results
-    tensors = [r for r in results if isinstance(r, torch.Tensor) and r.is_floating_point()]
-    marked = iter(_ForInference.apply(wanting[0], *tensors))  # type: ignore[no-untyped-call]
-    return tuple(next(marked) if isinstance(r, torch.Tensor) and r.is_floating_point() else r for r in results)
+    pairs = list(zip(results, wanted, strict=True))
+    marked = iter(_ForInference.apply(leaf, *(r for r, want in pairs if want)))  # type: ignore[no-untyped-call]
+    return tuple(next(marked) if want else r for r, want in pairs)
 
 
 class _ForInference(torch.autograd.Function):

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import io
 import json
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from passes.base import Decline
-from passes.graph import place_of
 from passes.lower.device import Device
-from qcompile.dynamo.compiled import CompiledGraph
+from passes.lower.kernels import kernels
 from qcompile.dynamo.inputs import Main
 from qcompile.dynamo.middle import Lowered
 from qcompile.dynamo.options import Options
-from qcompile.errors import CompileError
+from qcompile.dynamo.registry import graphs_of
 from qcompile.tables import add, show_declines, show_notices, show_rows, size, table
 
 
@@ -35,6 +31,7 @@ class CompileReport:
         recipe, target, device: what it was compiled with and for.
         quantized, unquantized, coverage: as in `qcompile.Report`.
         kernels: module path -> what a quantized linear layer runs as.
+        dropped: module path -> what was quantized in the program and is not here, as no kernel gains from it.
         declined: places that a pass looked at and left, with the reason.
         fired: pass -> number of rewrites.
         notices: of the recipe.
@@ -49,6 +46,7 @@ class CompileReport:
     unquantized: Mapping[str, str]
     coverage: Mapping[str, tuple[int, int]]
     kernels: Mapping[str, str]
+    dropped: Mapping[str, str]
     declined: Sequence[Decline]
     fired: Mapping[str, int]
     notices: Sequence[str]
@@ -103,29 +101,7 @@ def explain(compiled: Callable[..., Any] | None = None) -> Explanation:
     Raises:
         CompileError: nothing was compiled for it yet.
     """
-    known = [(graph, *entry) for graph, entry in sorted(_KNOWN.items(), key=lambda item: item[1][0])]
-    if compiled is not None:
-        wanted = set(map(id, _tensors(compiled)))
-        known = [k for k in known if any(id(weight()) in wanted for weight in k[3])]
-    if not known:
-        raise CompileError(
-            "nothing was compiled by backend='qcompile' for this: call it once first; a function is found by the"
-            " modules that it refers to"
-        )
-    return Explanation([report for _, _, reports, _ in known for report in reports])
-
-
-# graph that Dynamo can call -> (order, its reports, its weights)
-_Entry = tuple[int, list[CompileReport], list["weakref.ref[torch.Tensor]"]]
-_KNOWN: weakref.WeakKeyDictionary[CompiledGraph, _Entry] = weakref.WeakKeyDictionary()
-_count = 0
-
-
-def remember(graph: CompiledGraph, reports: list[CompileReport], weights: Sequence[torch.Tensor]) -> None:
-    """Keep what `explain` finds for as long as Dynamo keeps the graph."""
-    global _count
-    _count += 1
-    _KNOWN[graph] = (_count, reports, [weakref.ref(weight) for weight in weights])
+    return Explanation([report for reports in graphs_of(compiled).values() for report in reports])
 
 
 def report_of(
@@ -134,6 +110,7 @@ def report_of(
     """The report of a graph that was compiled."""
     fakes = [f for f, _ in zip(reversed(main.fakes), main.constants, strict=False)]
     capability = "" if device.capability is None else f" {device.capability[0]}.{device.capability[1]}"
+    found = kernels(lowered.gm)
     return CompileReport(
         recipe=options.recipe.metadata.name if options.recipe else "",
         target=options.target,
@@ -141,33 +118,14 @@ def report_of(
         quantized=lowered.quantized,
         unquantized=lowered.unquantized,
         coverage=lowered.coverage,
-        kernels=dict(_kernels(lowered)),
+        kernels={kernel.layer: kernel.kernel for kernel in found},
+        dropped={kernel.layer: kernel.dropped for kernel in found if kernel.dropped},
         declined=lowered.log.declined,
-        fired=lowered.log.fired,
+        fired=dict(lowered.log.fired),
         notices=[str(notice) for notice in lowered.notices],
         weight_bytes=sum(fake.numel() * fake.itemsize for fake in fakes),
         seconds=seconds,
     )
-
-
-def _kernels(lowered: Lowered) -> Iterator[tuple[str, str]]:
-    for node in lowered.gm.graph.nodes:
-        if kernel := node.meta.get("custom", {}).get("kernel"):
-            yield place_of(node), kernel
-
-
-def _tensors(compiled: Any) -> Iterator[torch.Tensor]:
-    """The parameters and buffers of a module, or of the modules that a function refers to."""
-    original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
-    if isinstance(original, torch.nn.Module):
-        modules = [original]
-    else:
-        found = inspect.getclosurevars(inspect.unwrap(original))
-        values = [*found.nonlocals.values(), *found.globals.values(), getattr(original, "__self__", None)]
-        modules = [value for value in values if isinstance(value, torch.nn.Module)]
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
 
 
 def _show(console: Console, index: int, graph: CompileReport) -> None:
@@ -183,5 +141,6 @@ def _show(console: Console, index: int, graph: CompileReport) -> None:
         add(covered, f"runs as {kernel}", count)
     console.print(covered)
     show_rows(console, "Not quantized", ("module", "what"), list(graph.unquantized.items()))
+    show_rows(console, "In the model's own precision", ("module", "why"), list(graph.dropped.items()))
     show_declines(console, [dataclasses.asdict(decline) for decline in graph.declined])
     show_notices(console, graph.notices)

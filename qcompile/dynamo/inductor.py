@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import decompositions, fast_random_decomps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
@@ -39,11 +40,24 @@ def compile_inductor(
         fake_mode: what those live in.
     """
     settings = {_SLOT: _Fingerprint(), **_mode_settings(options.mode), **options.inductor}
-    with tracing(TracingContext(fake_mode)):
-        compiled: Any = compile_fx(
-            gm, list(fakes), config_patches=settings, decompositions={**select_decomp_table(), **_REFERENCES}
-        )
+    with tracing(TracingContext(fake_mode)), _references_known():
+        compiled: Any = compile_fx(gm, list(fakes), config_patches=settings)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _references_known() -> Iterator[None]:
+    """Let Inductor write our operators as their references. A table handed to `compile_fx` would be part of the key of
+    its cache on disk, and has none: nothing would be cached."""
+    tables = (decompositions, fast_random_decomps())
+    for table in tables:
+        table.update(_REFERENCES)
+    try:
+        yield
+    finally:
+        for table in tables:
+            for operator in _REFERENCES:
+                table.pop(operator, None)
 
 
 def _mode_settings(mode: str | None) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def weights_as_inputs(
         node.meta["val"] = fake
         _mark_static(node)
     shapes = tuple(map(_layout, tensors))
-    return Main(main, [n.meta["val"] for n in inputs] + fakes, list(constants.values()), (main.code, shapes))
+    code = (main.code, *(subgraph.code for subgraph in subgraphs.values()))
+    return Main(main, [n.meta["val"] for n in inputs] + fakes, list(constants.values()), (code, shapes))
 
 
 def _shared(tensor: torch.Tensor, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

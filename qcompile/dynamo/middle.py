@@ -14,10 +14,11 @@ from passes.graph import calls
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
+from passes.place.attention_scale import PlaceAttentionScale
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
-from qcompile.errors import CalibrationError, ExpectationError
+from qcompile.errors import CalibrationError, CompileError, ExpectationError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph
@@ -57,9 +58,13 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     notices: list[Notice] = []
     dtype = model_dtype(gm)
     if _is_quantized(gm):
+        if options.recipe is not None:
+            raise CompileError(
+                "this model is quantized already: compile it without a recipe, or with one what it was made from"
+            )
         # a program of `quantize` has its softmax quantized where its recipe wants that, and nowhere else
         softmax: Mapping[Node, torch.Tensor] | None = None if _is_foreign(gm) else {}
-        run_pipeline((*CANONICALIZE, *quantize_pipeline({}, softmax, dtype, dtype)), gm, log)
+        run_pipeline((*CANONICALIZE, PlaceAttentionScale, *quantize_pipeline({}, softmax, dtype, dtype)), gm, log)
     elif options.recipe is not None:
         plan = planned(gm, options.recipe, log)
         if options.calibration is None and (static := static_sites(plan.configs)):
@@ -74,7 +79,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     counts = coverage(gm, unquantized)
     _check_expected(counts, options.expect)
     if quantized and options.target == "inductor":
-        run_pipeline(torch_pipeline(device), gm, log)
+        run_pipeline(torch_pipeline(device, fast_accumulation=options.fast_accumulation), gm, log)
     return Lowered(gm, quantized, unquantized, counts, log, notices)
 
 
@@ -84,7 +89,7 @@ def _is_quantized(gm: GraphModule) -> bool:
 
 def _is_foreign(gm: GraphModule) -> bool:
     """Whether another tool quantized the model."""
-    tools = (modelopt.NAMESPACE, pt2e.NAMESPACE)
+    tools = (*modelopt.NAMESPACES, pt2e.NAMESPACE)
     return any(getattr(node.target, "namespace", None) in tools for node in gm.graph.nodes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Options:
         calibration: what `qcompile.calibrate` returned, for recipes with static activations.
         target: who runs the result: "inductor", "torch_tensorrt", or "eager" for the passes alone.
         mode: as `mode=` of torch.compile, which takes no options beside it: "reduce-overhead", "max-autotune", ...
+        fast_accumulation: let a GPU add FP8 products in fewer digits than float32 where that is faster (Hopper).
         inductor: settings of `torch._inductor.config` for this model.
         expect: least counts of what has to be quantized, such as {"linear": 49, "attention": 12}.
     """
@@ -32,15 +34,16 @@ class Options:
     calibration: Mapping[str, torch.Tensor] | None = None
     target: str = "inductor"
     mode: str | None = None
+    fast_accumulation: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
     expect: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """The options that a user gave. Raises `CompileError` for one that is not known, or not of its type."""
-        given = dict(options or {})
+        given = {name: value for name, value in (options or {}).items() if value is not None}
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
+        if unknown := sorted(set(options or {}) - set(known)):
             raise CompileError(f"unknown options {', '.join(unknown)}; known: {', '.join(known)}")
         if mode is not None:
             given["mode"] = mode
@@ -53,6 +56,25 @@ class Options:
         for option in ("calibration", "inductor", "expect"):
             if not isinstance(given.get(option, {}), Mapping):
                 raise CompileError(f"options[{option!r}] is a mapping, not a {type(given[option]).__name__}")
-        if given.get("recipe") is not None:
-            given["recipe"] = load_recipe(given["recipe"])
+        if not isinstance(fast := given.get("fast_accumulation", True), bool):
+            raise CompileError(f"options['fast_accumulation'] is a bool, not a {type(fast).__name__}")
+        if unknown := sorted(set(given.get("inductor", {})) - set(torch._inductor.config.get_config_copy())):
+            raise CompileError(f"options['inductor']: torch._inductor.config has no {', '.join(unknown)}")
+        if "calibration" in given:
+            given["calibration"] = {name: _range(name, amax) for name, amax in given["calibration"].items()}
+        if "recipe" in given:
+            given["recipe"] = _recipe(given["recipe"])
         return cls(**given)
+
+
+def _range(name: str, amax: object) -> torch.Tensor:
+    """`amax` as a tensor; a state that was kept as JSON has floats."""
+    if not isinstance(amax, torch.Tensor | float | int):
+        raise CompileError(f"options['calibration']: the range of {name} is a {type(amax).__name__}, not a tensor")
+    return torch.as_tensor(amax)
+
+
+def _recipe(recipe: Any) -> Recipe:
+    if not isinstance(recipe, str | PathLike | Mapping | Recipe):
+        raise CompileError(f"options['recipe'] is a name, a path, a mapping or a Recipe, not a {type(recipe).__name__}")
+    return load_recipe(recipe)

@@ -19,6 +19,8 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.graph import aten
+from qcompile.dynamo.packed import Packed, unpack
+from qcompile.frontends import modelopt
 
 # What is recorded of the contexts that a model enters; the graph is for inference, and casts say what autocast did.
 _CONTEXTS = (torch._C._set_grad_enabled, _enter_autocast, _exit_autocast)
@@ -57,25 +59,35 @@ class Captured:
 
     Attributes:
         gm: torch functions and methods; parameters and buffers are placeholders.
-        fakes: for each placeholder a fake tensor, a symbolic size, or the real tensor that holds a Python number.
+        fakes: for each placeholder a fake tensor, a symbolic size, or the real tensor that holds a Python number; None
+            for a packed weight.
         scalars: positions of such numbers.
+        packed: weights whose tensors have placeholders of their own, behind those that Dynamo calls with.
         fake_mode: what the fake tensors live in.
     """
 
     gm: GraphModule
     fakes: Sequence[Any]
     scalars: Sequence[int]
+    packed: Sequence[Packed]
     fake_mode: FakeTensorMode
 
     @classmethod
     def read(cls, gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
         """Has to be called while Dynamo waits for the back end: only then its symbols are known."""
+        modelopt.dynamo_ready()  # for the next time, if it was imported after this module
         context = TracingContext.get()
         assert context.fake_mode is not None
         nodes = gm.graph.find_nodes(op="placeholder")
         scalars = [i for i, node in enumerate(nodes) if _is_scalar(node, example_inputs[i])]
-        fakes = [v if i in scalars else _fake(v, context) for i, v in enumerate(example_inputs)]
-        return cls(gm, fakes, scalars, context.fake_mode)
+        gm, packed, tensors = unpack(gm, example_inputs, _source)
+        values = {**dict(enumerate((*example_inputs, *tensors))), **{weight.position: None for weight in packed}}
+        fakes = [v if i in scalars else _fake(v, context) for i, v in values.items()]
+        return cls(gm, fakes, scalars, packed, context.fake_mode)
+
+    def unpacked(self, arguments: Sequence[Any]) -> list[Any]:
+        """What Dynamo calls with, and the tensors of packed weights behind it."""
+        return [*arguments, *(t for packed in self.packed for t in packed.tensors(arguments[packed.position]))]
 
 
 def trace(captured: Captured, numbers: Sequence[Any]) -> Traced:
@@ -88,7 +100,8 @@ def trace(captured: Captured, numbers: Sequence[Any]) -> Traced:
     Args:
         numbers: the value of each of `captured.scalars`.
     """
-    known = dict(zip(captured.scalars, map(_Number, numbers), strict=True))
+    known: dict[int, Any] = dict(zip(captured.scalars, map(_Number, numbers), strict=True))
+    known.update((packed.position, None) for packed in captured.packed)
     arguments = [i for i in range(len(captured.fakes)) if i not in known]
 
     def run(*values: Any) -> Any:
@@ -125,7 +138,8 @@ def _fake(value: Any, context: TracingContext) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     assert context.fake_mode is not None
-    symbols = context.tensor_to_context.get(value)
+    contexts: Any = context.tensor_to_context
+    symbols = contexts.get(value)
     if symbols is None:
         return context.fake_mode.from_tensor(value, static_shapes=True)
     source = getattr(symbols, "tensor_source", None)
@@ -133,7 +147,10 @@ def _fake(value: Any, context: TracingContext) -> Any:
 
 
 class _Run(Interpreter):
-    """Runs Dynamo's graph, entering autocast where the model does: when traced, that would only be noted."""
+    """Runs Dynamo's graph, entering autocast where the model does: when traced, that would only be noted.
+
+    What activation checkpointing wraps becomes part of the graph: there is no backward to compute it again for.
+    """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is _enter_autocast:
@@ -142,6 +159,8 @@ class _Run(Interpreter):
             return context
         if target is _exit_autocast:
             return args[0].__exit__(None, None, None)
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return _Run(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
 
 
@@ -158,7 +177,7 @@ def _functional(gm: GraphModule, arguments: Sequence[Any]) -> Any:
 
 
 def _unwrapped(tensor: FunctionalTensor) -> torch.Tensor:
-    torch._functionalize_sync(tensor.elem)  # type: ignore[attr-defined]
+    torch._functionalize_sync(tensor.elem)
     result: torch.Tensor = torch._from_functional_tensor(tensor.elem)
     return result
 
@@ -229,7 +248,7 @@ def _source(node: Node) -> str:
 
 
 def _dotted(source: str) -> str:
-    dotted = re.sub(r"\._(modules|parameters|buffers)(?=\[)", "", source)
+    dotted = re.sub(r"\.(_(modules|parameters|buffers)(?=\[)|__dict__\['_(modules|parameters|buffers)'\])", "", source)
     return re.sub(r"^[LG]\.", "", re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", dotted))
 
 
@@ -243,3 +262,6 @@ def _clean_stack(node: Node, roots: set[str]) -> None:
     """Write the paths of modules as torch.export does: `layers.0.fc`, not `L['self'].layers[0].fc`."""
     if stack := node.meta.get("nn_module_stack"):
         node.meta["nn_module_stack"] = {k: (_below_root(_dotted(p), roots), kind) for k, (p, kind) in stack.items()}
+
+
+modelopt.dynamo_ready()  # torch.compile imports the back end, and so this, before Dynamo traces

@@ -35,8 +35,8 @@ def parse_target(target: str) -> int:
     raise EngineError(f"target {target!r} is not a compute capability: write it like sm89, sm120 or 8.9")
 
 
-def find_backend(target: str | None) -> Backend:
-    """Choose the builder for a target; None means the GPU of this machine.
+def find_backend(target: str | None, package: str | None = None) -> Backend:
+    """Choose the builder for a target; None means the GPU of this machine. `package` leaves one to choose from.
 
     Raises:
         EngineError: no builder is installed, or none of those installed builds for the target.
@@ -45,9 +45,9 @@ def find_backend(target: str | None) -> Backend:
     wanted = parse_target(target) if target is not None else here
     if wanted is None:
         raise EngineError("no target was given and this machine has no usable GPU: name one, such as target='sm89'")
-    if wanted == here and (trt := _import("tensorrt")) is not None:
+    if package != "tensorrt_rtx" and wanted == here and (trt := _import("tensorrt")) is not None:
         return Backend(trt, "tensorrt", wanted, None)
-    rtx = _import("tensorrt_rtx")
+    rtx = _import("tensorrt_rtx") if package != "tensorrt" else None
     if rtx is None:
         raise EngineError(_nothing_installed(wanted, here))
     accepted = {int(n[2:]): c for n, c in rtx.ComputeCapability.__members__.items() if re.fullmatch(r"SM\d+", n)}

@@ -1,4 +1,4 @@
-"""Builds a TensorRT engine from an ONNX file and reports what it does."""
+"""Builds a TensorRT engine from an ONNX file, or from what fills a network, and reports what it does."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qcompile.engine.backend import Backend, find_backend
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.judge import MIN_KEYS, NO_KERNEL, Judgement, judge
 from qcompile.engine.listeners import Step
+from qcompile.engine.network import NetworkGraph, NetworkSource
 from qcompile.engine.precheck import precheck
 from qcompile.engine.profiles import Profile
 from qcompile.engine.report import EngineReport, check_keys
-from qcompile.engine.shapes import static_shapes
-from qcompile.engine.trt_build import Built, build
+from qcompile.engine.trt_build import Built, Fill, build, parse_file
 from qcompile.errors import EngineError
 
 
@@ -51,26 +51,65 @@ def build_engine(
         ExpectationError: the engine falls short of `expect`.
     """
     check_keys(expect or {})
-    destination = None if output is None else _destination(output)
+    destination = _destination(output)
     graph = OnnxGraph.load(model)
     backend = find_backend(target)
     precheck(graph, backend.target)
+    return _build(parse_file(model, graph, backend), backend, destination, profiles, expect, progress)
+
+
+def build_network(
+    source: NetworkSource,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    target: str | None = None,
+    profiles: Profile | Sequence[Profile] | None = None,
+    expect: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> EngineReport:
+    """Build a TensorRT engine from what fills a network without a file, with the same report.
+
+    Args:
+        source: adds the layers; it names the TensorRT package that it does so with, which has to build for `target`.
+
+    The rest is as in `build_engine`.
+    """
+    check_keys(expect or {})
+    destination = _destination(output)
+    backend = find_backend(target, source.package)
+
+    def fill(network: Any, log: Any) -> OnnxGraph:
+        graph = NetworkGraph(backend.trt, network, source.fill(network))
+        precheck(graph, backend.target)
+        return graph
+
+    return _build(fill, backend, destination, profiles, expect, progress)
+
+
+def _build(
+    fill: Fill,
+    backend: Backend,
+    destination: Path | None,
+    profiles: Profile | Sequence[Profile] | None,
+    expect: Mapping[str, int] | None,
+    progress: bool,
+) -> EngineReport:
     started = time.perf_counter()
     with _progress(f"sm{backend.target}", progress) as step:
-        built = build(model, graph, backend, profiles, step)
-    report = _report(built, graph, backend, time.perf_counter() - started)
+        built = build(fill, backend, profiles, step)
+    report = _report(built, backend, time.perf_counter() - started)
     report.check(expect or {})
     if destination is not None:
         _write(destination, built.plan)
     return report
 
 
-def _report(built: Built, graph: OnnxGraph, backend: Backend, seconds: float) -> EngineReport:
+def _report(built: Built, backend: Backend, seconds: float) -> EngineReport:
     judged = []
     for index in range(max(1, len(built.profiles))):
         minima = {name: shapes[0] for name, shapes in built.profiles[index].items()} if built.profiles else {}
         mine = [layer for layer in built.layers if layer.profile == index]
-        judged.append(judge(mine, graph, static_shapes(graph.model, minima)))
+        judged.append(judge(mine, built.graph, built.graph.static_shapes(minima)))
     worst = max(range(len(judged)), key=lambda index: judged[index].badness)
     result = judged[worst]
     return EngineReport(
@@ -120,7 +159,9 @@ def _shortest_axis(profile: Profile) -> int | None:
     return min(sizes, default=None)
 
 
-def _destination(output: str | os.PathLike[str]) -> Path:
+def _destination(output: str | os.PathLike[str] | None) -> Path | None:
+    if output is None:
+        return None
     path = Path(output)
     if not path.parent.is_dir():
         raise EngineError(f"cannot write {path}: the directory {path.parent} does not exist")

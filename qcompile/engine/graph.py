@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+from collections.abc import Mapping, Sequence
 
 import onnx
 from google.protobuf.message import DecodeError
 
 from qcompile.errors import EngineError
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 # Operators that move or retype a tensor without changing what it holds.
 MOVES = frozenset(
@@ -33,7 +34,7 @@ def node_name(node: onnx.NodeProto) -> str:
 def module_path(node: onnx.NodeProto) -> str:
     """The module path in the node's metadata (second last of the exporter's name scopes), else the node's name."""
     for entry in node.metadata_props:
-        if entry.key == _SCOPES:
+        if entry.key == NAME_SCOPES:
             try:
                 scopes = ast.literal_eval(entry.value)
             except (ValueError, SyntaxError):
@@ -73,6 +74,32 @@ class OnnxGraph:
             if len(init.raw_data) > _KEEP_BYTES:
                 init.ClearField("raw_data")
         return cls(model)
+
+    def static_shapes(self, minima: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Infer the static shape of every tensor when each graph input has the shape in `minima`.
+
+        Args:
+            minima: input name -> shape. Inputs that are left out keep the shape they declare.
+
+        Returns:
+            tensor name -> shape, for the tensors whose shape is fully known.
+        """
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        del copy.graph.value_info[:]
+        for value in copy.graph.input:
+            if value.name in minima:
+                for dim, size in zip(value.type.tensor_type.shape.dim, minima[value.name], strict=False):
+                    dim.dim_value = size
+        for value in copy.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+        shapes = {}
+        for value in (*inferred.input, *inferred.value_info, *inferred.output):
+            dims = value.type.tensor_type.shape.dim
+            if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+                shapes[value.name] = tuple(d.dim_value for d in dims)
+        return shapes
 
     def module(self, name: str) -> str:
         """Module path of the node of that name; the name itself when the file does not have it."""

@@ -9,7 +9,6 @@ from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.judge import unsupported_shape
 from qcompile.engine.patterns import find_attentions
 from qcompile.engine.profiles import Profile
-from qcompile.engine.shapes import static_shapes
 
 # Follows an unrelated failure on a machine without a GPU, and is never the reason.
 _NOISE = re.compile(r"catchCudaError|CUDA driver version is insufficient|^ModelImporter\.cpp")
@@ -46,7 +45,7 @@ def suspects(graph: OnnxGraph, profiles: Sequence[Profile]) -> list[str]:
     """The attentions that have no fused kernel at the smallest shapes: the builder does not say which one it means."""
     minima: list[dict[str, Sequence[int]]] = [{n: s[0] for n, s in p.items()} for p in profiles] or [{}]
     found = {}
-    for shapes in (static_shapes(graph.model, m) for m in minima):
+    for shapes in (graph.static_shapes(m) for m in minima):
         for attention in find_attentions(graph):
             if obstacle := unsupported_shape(attention, shapes):
                 found[attention.module] = f"{attention.module}: {obstacle}"

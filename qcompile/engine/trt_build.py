@@ -1,9 +1,9 @@
-"""Drives the TensorRT builder: parse, configure, build, and turn what it says into one error or a layer list."""
+"""Drives the TensorRT builder: fill a network, configure, build, turn what it says into one error or a layer list."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,32 +15,28 @@ from qcompile.engine.messages import first, suspects, with_hint
 from qcompile.engine.profiles import Profile, checked_profiles
 from qcompile.errors import EngineError
 
+Fill = Callable[[Any, Any], OnnxGraph]
+"""Given an empty network and its logger, adds all layers and returns the graph that they carry out."""
+
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine (a buffer owned by TensorRT), its layer list, and the profiles it was built for."""
+    """A serialized engine (a buffer owned by TensorRT), its layer list, its profiles, and the graph it was made of."""
 
     plan: Any
     layers: list[Layer]
     profiles: list[Profile]
+    graph: OnnxGraph
 
 
-def build(
-    path: str | os.PathLike[str],
-    graph: OnnxGraph,
-    backend: Backend,
-    profiles: Profile | Sequence[Profile] | None,
-    step: Step,
-) -> Built:
-    """Build one ONNX file. Raises EngineError with the node, its module path, the builder's reason and a hint."""
+def build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] | None, step: Step) -> Built:
+    """Build one network. Raises EngineError with the node, its module path, the builder's reason and a hint."""
     trt = backend.trt
     log = logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt))
-    parser = trt.OnnxParser(network, log)
     step("Parsing", 0, 1)
-    if not parser.parse_from_file(os.fspath(path)):
-        raise _parse_error(parser, graph)
+    graph = fill(network, log)
     found = checked_profiles(profiles, _inputs(network, graph))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -60,7 +56,20 @@ def build(
         raise EngineError(
             "\n  ".join([with_hint(f"the builder refused the file for sm{backend.target}: {reason}"), *concerned])
         )
-    return Built(plan, parse_layers(log.layers or _inspect(trt, log, plan), max(1, len(found))), found)
+    layers = parse_layers(log.layers or _inspect(trt, log, plan), max(1, len(found)))
+    return Built(plan, layers, found, graph)
+
+
+def parse_file(path: str | os.PathLike[str], graph: OnnxGraph, backend: Backend) -> Fill:
+    """Fills a network with the ONNX file at `path`, of which `graph` is the index."""
+
+    def fill(network: Any, log: Any) -> OnnxGraph:
+        parser = backend.trt.OnnxParser(network, log)
+        if not parser.parse_from_file(os.fspath(path)):
+            raise _parse_error(parser, graph)
+        return graph
+
+    return fill
 
 
 def _strongly_typed(trt: Any) -> int:

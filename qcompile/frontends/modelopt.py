@@ -1,9 +1,10 @@
-"""Models of nvidia-modelopt: `modelopt.torch.quantization.quantize`, captured in its export mode."""
+"""Models of nvidia-modelopt: `modelopt.torch.quantization.quantize`, captured in its export mode or by Dynamo."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 
 from qcompile.errors import CaptureError
 
-__all__ = ["NAMESPACE", "capture_ready", "is_quantized"]
+__all__ = ["NAMESPACES", "capture_ready", "dynamo_ready", "is_quantized"]
 
-NAMESPACE = "tensorrt"
-"""Of the operators in graphs that were captured in its export mode."""
+NAMESPACES = ("tensorrt", "qcompile_modelopt")
+"""Of the operators in graphs that were captured in its export mode, or by Dynamo."""
 
 _QUANTIZER = "modelopt.torch.quantization.nn.modules.tensor_quantizer"
+_FUNCTIONS = "modelopt.torch.quantization.tensor_quant"
+_substituted: list[Any] = []
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
@@ -50,6 +53,41 @@ def capture_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield model
     finally:
         quantizer_module.fake_tensor_quant = original
+
+
+def dynamo_ready() -> None:
+    """Let Dynamo trace through integer quantizers, which branch on values on a CPU, if modelopt is imported.
+
+    It has to be called before Dynamo traces: quantizers that it cut to pieces are an error of `ModeloptToQdq`. What it
+    records instead computes the same by modelopt's own function, whatever the back end of torch.compile; outside of
+    Dynamo nothing changes. All other quantizers are operators already.
+    """
+    functions = sys.modules.get(_FUNCTIONS)
+    original: Any = getattr(functions, "_tensor_quant", None)
+    if original is None or original in _substituted:
+        return
+    _substituted.append(original)
+
+    @torch.library.custom_op(f"{NAMESPACES[1]}::quantize_op", mutates_args=())
+    def operator(
+        input: torch.Tensor, amax: torch.Tensor, num_bits: int, exponent_bits: int, unsigned: bool, narrow_range: bool
+    ) -> torch.Tensor:
+        result: torch.Tensor = original(input, amax, num_bits, unsigned, narrow_range)
+        return result.clone() if result is input else result
+
+    operator.register_fake(lambda input, *_: torch.empty_like(input))
+    opaque = getattr(torch.ops, NAMESPACES[1]).quantize_op
+
+    @torch.compiler.substitute_in_graph(original)
+    def recorded(
+        inputs: torch.Tensor,
+        amax: torch.Tensor,
+        num_bits: int = 8,
+        unsigned: bool = False,
+        narrow_range: bool = True,
+    ) -> torch.Tensor:
+        result: torch.Tensor = opaque(inputs, amax, num_bits, 0, unsigned, narrow_range)
+        return result
 
 
 def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -12,12 +12,12 @@ from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT
 from qcompile.errors import CaptureError
 from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
 
-__all__ = ["capture_ready", "is_quantized"]
+__all__ = ["capture_ready", "is_quantized", "is_subclass", "layer_of"]
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether a parameter of `model` is a tensor subclass of torchao."""
-    return any(_is_subclass(parameter) for parameter in model.parameters())
+    return any(is_subclass(parameter) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
@@ -27,14 +27,14 @@ def capture_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     Raises:
         CaptureError: names the layer and what about its weight the IR cannot say.
     """
-    if _is_subclass(getattr(model, "weight", None)):
+    if is_subclass(getattr(model, "weight", None)):
         raise CaptureError("the model is one layer of torchao itself: put it into a module, e.g. torch.nn.Sequential")
     originals: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
     replaced: dict[torch.nn.Module, torch.nn.Module] = {}
     try:
         for path, owner in list(model.named_modules()):
             for leaf, layer in list(owner.named_children()):
-                if not any(_is_subclass(p) for p in layer.parameters(recurse=False)):
+                if not any(is_subclass(p) for p in layer.parameters(recurse=False)):
                     continue
                 if layer not in replaced:
                     replaced[layer] = _quantized(layer, f"{path}.{leaf}" if path else leaf)
@@ -46,15 +46,25 @@ def capture_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             setattr(owner, leaf, layer)
 
 
-def _is_subclass(tensor: object) -> bool:
+def is_subclass(tensor: object) -> bool:
+    """Whether `tensor` is a tensor or parameter of torchao's own class."""
     return isinstance(tensor, torch.Tensor) and type(tensor.data).__module__.partition(".")[0] == "torchao"
 
 
 def _quantized(layer: torch.nn.Module, name: str) -> torch.nn.Module:
     """The layer called `name` in the operators of the IR."""
     weight: Any = getattr(layer, "weight", None)
-    if not isinstance(layer, torch.nn.Linear) or not _is_subclass(weight):
+    if not isinstance(layer, torch.nn.Linear) or not is_subclass(weight):
         raise CaptureError(f"{name}: torchao quantized a {type(layer).__name__}; qcompile reads its linear layers")
+    return layer_of(weight, layer.bias, name)
+
+
+def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> QuantizedLinear:
+    """The linear layer called `name` with a weight of torchao, in the operators of the IR.
+
+    Raises:
+        CaptureError: names the layer and what about its weight the IR cannot say.
+    """
     data: Any = weight.data
     read = _READERS.get(type(data).__name__)
     if read is None:
@@ -63,24 +73,21 @@ def _quantized(layer: torch.nn.Module, name: str) -> torch.nn.Module:
         )
     codes = read(data, name)
     scale = getattr(data, "act_pre_scale", None)
-    bias = None if layer.bias is None else layer.bias.detach()
-    quantized = QuantizedLinear(codes, bias)
-    return quantized if scale is None else _Scaled(quantized, scale.detach())
+    bias = None if bias is None else bias.detach()
+    return QuantizedLinear(codes, bias) if scale is None else _Scaled(codes, bias, scale.detach())
 
 
-class _Scaled(torch.nn.Module):
+class _Scaled(QuantizedLinear):
     """A layer whose input is multiplied first (SmoothQuant, AWQ)."""
 
-    scale: torch.Tensor
+    pre_scale: torch.Tensor
 
-    def __init__(self, layer: QuantizedLinear, scale: torch.Tensor) -> None:
-        super().__init__()
-        self.layer = layer
-        self.register_buffer("scale", scale)
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, scale: torch.Tensor) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("pre_scale", scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.layer(x * self.scale)
-        return result
+        return super().forward(x * self.pre_scale)
 
 
 def _float8(data: Any, name: str) -> QuantizedWeight:

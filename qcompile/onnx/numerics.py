@@ -23,9 +23,9 @@ from passes.sdpa import SDPA
 from qcompile.batches import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.fp4 import as_bytes
-from qcompile.onnx.interface import onnx_inputs
 from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import Array
+from qcompile.signature import tensor_inputs
 
 # A layer ends at one of these: what lies between two of them is compared as a whole.
 # Transcendental functions are ends: the erf of two runtimes differs in its last bit, and some codes behind it with it.
@@ -89,7 +89,7 @@ def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -
     as_bytes(gm)
     names: dict[Node, list[str]] = defaultdict(list)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    for (position, _), value in zip(onnx_inputs(program), model.graph.inputs, strict=True):
+    for (position, _), value in zip(tensor_inputs(program), model.graph.inputs, strict=True):
         names[placeholders[position]].append(str(value.name))
     for node, original in zip(gm.graph.nodes, program.graph.nodes, strict=True):  # a copy can have another name
         if is_call(node, *_LAYER_ENDS) and not _is_packed(node):

@@ -26,8 +26,10 @@ def test_every_error_is_in_one_tree() -> None:
 
 
 def test_another_route_is_an_error() -> None:
-    with pytest.raises(EngineError, match="route 'torch_tensorrt' is not supported"):
-        qcompile.build_engine("m.onnx", route="torch_tensorrt")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="unknown route 'tvm'; known: onnx, torch_tensorrt"):
+        qcompile.build_engine("m.onnx", route="tvm")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="starts from a program, not from an ONNX file"):
+        qcompile.build_engine("m.onnx", route="torch_tensorrt")
 
 
 def test_a_program_goes_through_a_file_that_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
