@@ -78,8 +78,14 @@ class Pass(PassBase):
         self.log.declined.append(Decline(self.name, reason, module_path(nodes[0]), tuple(n.name for n in nodes)))
 
 
-def run_pipeline(pipeline: Iterable[Callable[[], Pass]], gm: GraphModule, log: PassLog | None = None) -> PassLog:
+def run_pipeline(
+    pipeline: Iterable[Callable[[], Pass]], gm: GraphModule, log: PassLog | None = None, *, recompile: bool = True
+) -> PassLog:
     """Run the passes that `pipeline` makes (classes, or partials of those that take arguments) on `gm`, in place.
+
+    Args:
+        recompile: write the Python code of the graph at the end. Who runs it by an Interpreter, or goes on to another
+            graph, saves the time.
 
     Returns what they did, added to `log` if one is given.
     """
@@ -89,6 +95,6 @@ def run_pipeline(pipeline: Iterable[Callable[[], Pass]], gm: GraphModule, log: P
         instance = make()
         instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
         instance(gm)
-    if log.fired.total() > before:
+    if recompile and log.fired.total() > before:
         gm.recompile()
     return log

@@ -71,16 +71,18 @@ def import_quantized(
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     needed = input_dependence(gm)
-    log = run_pipeline(CANONICALIZE, gm)
+    log = run_pipeline(CANONICALIZE, gm, recompile=False)
     _check_quantized(gm)
     queries = [] if calibration is None else _unquantized_queries(gm)
-    run_pipeline((partial(PlaceAttentionScale, {site.consumer for site in queries}),), gm, log)
+    placing = (partial(PlaceAttentionScale, {site.consumer for site in queries}),)
+    run_pipeline(placing, gm, log, recompile=False)
     quantizers: dict[Site, Quantizer] = {}
     if calibration is not None and queries:
         amax = observe_amax(gm, program, {s.tensor: s.name for s in queries}, calibration, progress=progress)
         quantizers = {s: Quantizer(FP8, scale_of(amax[s.tensor], QuantizerConfig(FP8.name), False)) for s in queries}
     source = model_dtype(gm)
-    run_pipeline(quantize_pipeline(quantizers, None, source, compute_dtype(dtype, source)), gm, log)
+    pipeline = quantize_pipeline(quantizers, None, source, compute_dtype(dtype, source))
+    run_pipeline(pipeline, gm, log, recompile=False)
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
     record(quantized, QuantizeRecord("as imported", log.fired, log.declined))

@@ -74,7 +74,7 @@ def quantize(
     gm = unlift(program)
     needed = input_dependence(gm)
     plan = planned(gm, chosen_recipe)
-    amax = activation_amax(gm, program, plan.configs, calibration, progress)
+    amax = weight_amax(gm, plan.configs) | activation_amax(gm, program, plan.configs, calibration, progress)
     source = model_dtype(gm)
     quantize_graph(gm, plan, amax, source, compute_dtype(dtype, source))
     check_dependence(needed, input_dependence(gm))
@@ -139,7 +139,7 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan
         raise QCompileError(
             "this model is quantized already: give it to qcompile.import_quantized, or quantize what it was made from"
         )
-    log = run_pipeline(NORMALIZE, gm, log)
+    log = run_pipeline(NORMALIZE, gm, log, recompile=False)
     sites = find_sites(gm)
     resolution = resolve(recipe, [QuantizerName(site.name, site.module_class) for site in sites])
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
@@ -150,23 +150,24 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan
     queries = {site.consumer for site in configs if site.operand == "q"}
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
     rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, format_of(config))}
-    run_pipeline((partial(PlaceAttentionScale, queries), partial(RotateLinears, rotated)), gm, log)
+    placing = (partial(PlaceAttentionScale, queries), partial(RotateLinears, rotated))
+    run_pipeline(placing, gm, log, recompile=False)
     return Plan(recipe, configs, resolution.notices, log)
 
 
 def quantize_graph(
     gm: GraphModule,
     plan: Plan,
-    activations: Mapping[Site, torch.Tensor],
+    amax: Mapping[Site, torch.Tensor],
     source: torch.dtype,
     target: torch.dtype,
 ) -> None:
-    """Carry `plan` out on its graph, with the ranges of activations that have constant scales.
+    """Carry `plan` out on its graph.
 
     Args:
+        amax: of `weight_amax`, and of the activations that have constant scales.
         source: the dtype that the model computes in. target: the one that the result computes in.
     """
-    amax = {**weight_amax(gm, plan.configs), **activations}
     _check_range(amax, target)
 
     def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
@@ -179,7 +180,7 @@ def quantize_graph(
         if site.operand != "softmax"
     }
     softmax = {site.consumer: scale(site, config) for site, config in plan.configs.items() if site.operand == "softmax"}
-    run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, plan.log)
+    run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, plan.log, recompile=False)
 
 
 def model_dtype(gm: GraphModule) -> torch.dtype:

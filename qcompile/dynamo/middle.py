@@ -23,7 +23,7 @@ from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph
 from qcompile.recipe import Notice
-from qcompile.scales import known_amax, static_sites
+from qcompile.scales import known_amax, static_sites, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -54,7 +54,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         CalibrationError, RecipeError, PassError: what `qcompile.quantize` raises. ExpectationError: `options.expect`.
     """
     gm = traced.with_weights(weights)
-    log = run_pipeline(DYNAMO, gm) if traced.autocast else PassLog()
+    log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
     notices: list[Notice] = []
     dtype = model_dtype(gm)
     if _is_quantized(gm):
@@ -64,7 +64,8 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
             )
         # a program of `quantize` has its softmax quantized where its recipe wants that, and nowhere else
         softmax: Mapping[Node, torch.Tensor] | None = None if _is_foreign(gm) else {}
-        run_pipeline((*CANONICALIZE, PlaceAttentionScale, *quantize_pipeline({}, softmax, dtype, dtype)), gm, log)
+        pipeline = (*CANONICALIZE, PlaceAttentionScale, *quantize_pipeline({}, softmax, dtype, dtype))
+        run_pipeline(pipeline, gm, log, recompile=False)
     elif options.recipe is not None:
         plan = planned(gm, options.recipe, log)
         if options.calibration is None and (static := static_sites(plan.configs)):
@@ -73,13 +74,15 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
                 " options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a"
                 " recipe with dynamic activations such as fp8_per_channel_per_token"
             )
-        quantize_graph(gm, plan, known_amax(plan.configs, options.calibration or {}), dtype, dtype)
+        amax = weight_amax(gm, plan.configs) | known_amax(plan.configs, options.calibration or {})
+        quantize_graph(gm, plan, amax, dtype, dtype)
         notices = plan.notices
     quantized, unquantized = quantized_modules(gm)
     counts = coverage(gm, unquantized)
     _check_expected(counts, options.expect)
     if quantized and options.target == "inductor":
-        run_pipeline(torch_pipeline(device, fast_accumulation=options.fast_accumulation), gm, log)
+        pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
+        run_pipeline(pipeline, gm, log, recompile=False)
     return Lowered(gm, quantized, unquantized, counts, log, notices)
 
 

@@ -23,6 +23,7 @@ def test_weights_are_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(inputs) == len(gm.graph.find_nodes(op="placeholder")) == 1
         assert len(list(calls(gm.graph, DEQUANTIZE))) == 2, "quantized, and not lowered to what torch runs"
         built.append(gm)
+        gm.recompile()
         return gm.forward
 
     monkeypatch.setattr(qcompile.torch_tensorrt, "compile_module", compile_module)
