@@ -57,7 +57,8 @@ class Format:
         """Codes -> fp32 values in units of the scale."""
         if not self.packed:
             return codes.float()
-        return torch.tensor(_E2M1, device=codes.device)[_unpack(codes).int()]  # made here: this is traced, too
+        values = torch.tensor(_E2M1, device=codes.device, dtype=torch.float32)  # made here: this is traced, too
+        return values[_unpack(codes).int()]
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class _Observer(Interpreter):
 
     def __init__(self, gm: GraphModule, observed: Iterable[Node]) -> None:
         super().__init__(gm)
-        self.amax: dict[Node, torch.Tensor] = {node: torch.zeros(()) for node in observed}
+        self.amax: dict[Node, torch.Tensor] = {node: torch.zeros((), dtype=torch.float32) for node in observed}
         self.needed = _ancestors(self.amax)
         self.on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
 

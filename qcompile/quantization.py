@@ -171,7 +171,7 @@ def quantize_graph(
     _check_range(amax, target)
 
     def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
-        largest = amax.get(site, torch.tensor(1.0))  # probabilities are at most 1
+        largest = amax.get(site, torch.tensor(1.0, dtype=torch.float32))  # probabilities are at most 1
         return scale_of(largest, config, plan.recipe.calibration.power_of_two).to(val(site.tensor).device)
 
     quantizers = {

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.candidates import names_of
-from benchmarks.gpu.cases import all_cases, tiny_cases
+from benchmarks.gpu.cases import Case, GemmCase, all_cases, tiny_cases
 from benchmarks.gpu.chips import Machine
 from benchmarks.gpu.compiler import Compiler
 from benchmarks.gpu.results import File
@@ -44,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--only", nargs="+", default=["*"], metavar="CASE", help="names of cases; * matches anything")
     add("--variants", nargs="+", default=["*"], metavar="VARIANT", help="names of variants; * matches anything")
-    add("--list", action="store_true", help="print the cases and variants, in the order that they are run in, and stop")
+    add(
+        "--list",
+        action="store_true",
+        help="print the cases in the order that they run in, and their variants",
+    )
     add("--minutes", type=float, default=9.0, help="stop starting new measurements after so long (default: 9)")
     add(
         "--layers",
@@ -80,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = tiny_cases() if options.tiny else all_cases(options.layers, options.past)
     cases = [case for case in cases if any(fnmatchcase(case.name, pattern) for pattern in options.only)]
     if options.list:
-        for case in cases:
-            print(f"{case.name}: {', '.join(names_of(case))}")
+        print_list(cases)
         return 0
     if not cases:
         print(f"no case is called {' or '.join(options.only)}; --list names them", file=sys.stderr)
@@ -106,6 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.resume()
     Session(machine, plan, file).run(cases)
     return report(file)
+
+
+def print_list(cases: Sequence[Case]) -> None:
+    """The cases in their order, then the variants that there are of each kind."""
+    for case in cases:
+        print(case.name)
+    variants = {names: isinstance(case, GemmCase) for case in cases for names in [", ".join(names_of(case))]}
+    for names, is_product in variants.items():
+        print(f"variants of {'products' if is_product else 'models'}: {names}")
 
 
 def report(file: File) -> int:

@@ -88,9 +88,10 @@ class Scheme:
     capability: tuple[int, int] = (8, 9)
 
 
+ROWS = Scheme("row", "fp8", "fp8_per_channel_per_token", lambda x: _dynamic(x, FP8_PER_TOKEN), _rows)
 SCHEMES = (
     Scheme("tensor", "fp8", "fp8_gemm", _one_scale, _one_scale, static=True),
-    Scheme("row", "fp8", "fp8_per_channel_per_token", lambda x: _dynamic(x, FP8_PER_TOKEN), _rows),
+    ROWS,
     Scheme("block", "fp8", "fp8_block", lambda x: _dynamic(x, FP8_1X128), _squares),
     Scheme("nvfp4", "nvfp4", "nvfp4", _nvfp4, _nvfp4, static=True, capability=(10, 0)),
 )

@@ -78,7 +78,7 @@ class Session:
         try:
             found = candidates_of(case, self.machine, self.plan.compiler)
             candidates = [candidate for candidate in found if self.plan.wants(candidate.name)]
-        except Exception as error:
+        except Exception as error:  # the other cases go on
             traceback.print_exc()
             self.file.put(Row(case.name, "reference", "failed", _reason(error)))
             return

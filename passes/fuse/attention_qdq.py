@@ -75,7 +75,10 @@ class FuseAttentionQdq(Pass):
         mask = argument(node, "attn_mask")
         if mask is not None:
             mask = _additive(mask, dtype(query), masks, emit)
-        softmax_scale = torch.tensor(1.0 / get_format(fmt).max) if self.softmax is None else self.softmax[node]
+        largest = get_format(fmt).max
+        softmax_scale = (
+            self.softmax[node] if self.softmax is not None else torch.tensor(1 / largest, dtype=torch.float32)
+        )
         scale = add_constant(gm, name_in_module(node, "softmax_scale"), softmax_scale, node)
         causal = bool(argument(node, "is_causal"))
         fused = emit(ATTENTION, query, key, value, mask, scale, is_causal=causal, format=fmt)

@@ -49,7 +49,7 @@ class SpellOutBlockScales(Pass):
         if dtype(amax) != torch.float32:
             amax = emit(aten._to_copy.default, amax, dtype=torch.float32)
         unit = emit(aten.div.Tensor, amax, emit(aten.mul.Tensor, global_scale, fmt.max))
-        one = add_constant(gm, "one", torch.tensor(1.0), node)
+        one = add_constant(gm, "one", torch.tensor(1.0, dtype=torch.float32), node)
         least = emit(aten.clamp_min.default, unit, LEAST_BLOCK_SCALE)
         guarded = emit(aten.where.self, emit(aten.eq.Scalar, unit, 0), one, least)
         block_scales = emit(QUANTIZE, guarded, one, format=fmt.scale.name)

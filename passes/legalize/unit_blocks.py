@@ -44,7 +44,8 @@ def unit_blocks(gm: GraphModule, dynamic: Node) -> tuple[Node, Node]:
     amax = emit(aten.amax.default, emit(aten.abs.default, blocks), [-1], True)
     # amax / 448 * 2^8, rounded as amax / 448 is: a factor of 4 / 7 would round ties of half-precision tensors otherwise
     size = emit(aten.div.Tensor, emit(aten.clamp_min.default, amax, _LEAST_AMAX), FP8.max * UNIT)
-    wide = add_constant(gm, name_in_module(dynamic, "input_unit_float32"), torch.tensor(UNIT), dynamic)
+    number = torch.tensor(UNIT, dtype=torch.float32)
+    wide = add_constant(gm, name_in_module(dynamic, "input_unit_float32"), number, dynamic)
     unit = add_constant(gm, name_in_module(dynamic, "input_unit"), torch.tensor(UNIT, dtype=to), dynamic)
     codes = emit(QUANTIZE, emit(aten.div.Tensor, blocks, size), wide, format=FP8.name)
     return emit(DEQUANTIZE, codes, unit, format=FP8.name, dtype=to), size

@@ -6,10 +6,9 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, module_path, place_of, shape
-from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import ATTENTION
 from passes.lower.kernels import note_kernel
-from passes.lower.operands import constants_read, forget_unread
-from passes.pairs import measured_by
+from passes.lower.operands import constants_read, forget_unread, source_of
 from passes.sdpa import SDPA, Attention, attention_scale
 
 
@@ -67,18 +66,6 @@ def _attention(node: Node, q: Node, k: Node, v: Node) -> Attention:
             attention.q, scale = before, float(factor)
     attention.scale = scale
     return attention
-
-
-def source_of(operand: object) -> Node | None:
-    """What `operand`, a dequantize, was before it was quantized; None if it is anything else."""
-    if not isinstance(operand, Node) or not is_call(operand, DEQUANTIZE):
-        return None
-    codes = measured_by(operand) or operand.args[0]
-    if not is_call(codes, QUANTIZE, DYNAMIC_QUANTIZE):
-        return None
-    assert isinstance(codes, Node)
-    source = codes.args[0]
-    return source if isinstance(source, Node) else None
 
 
 def _like(node: Node, operand: object, source: Node | None) -> Node:

@@ -10,17 +10,9 @@ from passes.constants import add_constant, root_constants
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, aten
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import (
-    QuantizedLinear,
-    add_bias,
-    as_rows,
-    constant_like,
-    first_rows,
-    like_input,
-    misaligned,
-    pad_rows,
-)
-from passes.lower.scaled_mm import SCALED_MM, describe
+from passes.lower.operands import QuantizedLinear, constant_like, misaligned
+from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_rows
+from passes.lower.scaled_mm import SCALED_MM
 
 ROWS = 4  # scales of rows lie side by side, and each column of them starts at a multiple of 16 bytes
 
@@ -50,8 +42,8 @@ class BlockLinearsToScaledMm(LinearLowering):
         return linear.format == FP8_1X128
 
     def reason(self, linear: QuantizedLinear) -> str | None:
-        if not self.device.has((9, 0)) or self.device.has((10, 0)):
-            return f"{describe(self.device)} has no product of FP8 in blocks of 128, which cuBLAS has on Hopper alone"
+        if not self.device.is_hopper:
+            return f"{self.device} has no product of FP8 in blocks of 128, which cuBLAS has on Hopper alone"
         if linear.weight_format not in (FP8_1X128, FP8_128X128):
             return f"the input is in blocks of 128, and the weight in {linear.weight_format.name}"
         return misaligned(linear, 128, 16)

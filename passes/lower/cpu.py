@@ -12,18 +12,19 @@ from passes.base import Pass
 from passes.graph import dtype
 from passes.legalize.attention import DecomposeAttention
 from passes.lower.cpu_float import OneDnnLinears
-from passes.lower.cpu_fp4 import DecodeFp4Weights, RoundFp4Activations
 from passes.lower.cpu_half import WidenHalfProducts, multiplies_float16
-from passes.lower.cpu_int8 import IntegerProducts
 from passes.lower.device import Device
+from passes.lower.fp4_activations import RoundFp4Activations
 from passes.lower.fp4_codes import SpellOutFp4Codes
+from passes.lower.fp4_weights import DecodeFp4Weights
+from passes.lower.int_mm import LinearsToIntMm
 
 
 def cpu_pipeline(device: Device) -> tuple[Callable[[], Pass], ...]:
     """The passes in their order; what they leave of the IR is decomposed to its reference in plain ATen."""
     assert device.type == "cpu"
     return (
-        IntegerProducts,
+        partial(LinearsToIntMm, device),
         OneDnnLinears,
         partial(DecomposeAttention, unless=_stays),
         WidenHalfProducts,

@@ -25,7 +25,7 @@ class OneDnnLinears(Pass):
     After, float16:
         y = half(onednn_linear(float(x), float(dequantize(codes, s)), float(bias)))
 
-    Requires: integer products are lowered (`IntegerProducts`).
+    Requires: integer products are lowered (`LinearsToIntMm`).
     Ensures: the same products, added in another order; float16 is rounded once, behind the bias. Every quantized layer
         is noted with what computes it.
     Declines when: torch was built without oneDNN. In bfloat16, and in float16 where the CPU has arithmetic for it, the

@@ -8,10 +8,10 @@ from functools import partial
 from passes.base import Pass
 from passes.lower.attention import AttentionToSdpa
 from passes.lower.block_mm import BlockLinearsToScaledMm
-from passes.lower.cpu_fp4 import DecodeFp4Weights
 from passes.lower.device import Device
 from passes.lower.experts import ExpertsToScaledMm
 from passes.lower.fp4_codes import SpellOutFp4Codes
+from passes.lower.fp4_weights import DecodeFp4Weights
 from passes.lower.half_linears import LinearsInHalfPrecision
 from passes.lower.int_mm import LinearsToIntMm
 from passes.lower.nvfp4_mm import Nvfp4LinearsToScaledMm

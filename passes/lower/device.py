@@ -25,6 +25,17 @@ class Device:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return cls(device.type, capability)
 
+    def __str__(self) -> str:
+        """The device in messages."""
+        if self.capability is None:
+            return f"a {self.type} device"
+        return f"compute capability {self.capability[0]}.{self.capability[1]}"
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether this has what cuBLAS offers on Hopper alone: products in blocks of 128, grouped ones."""
+        return self.has((9, 0)) and not self.has((10, 0))
+
     def has(self, capability: tuple[int, int]) -> bool:
         """Whether this is a CUDA device with `capability` or a later one."""
         return self.capability is not None and self.capability >= capability

@@ -5,25 +5,17 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import Emitter, aten, shape
 from passes.ir import BATCHED_LINEAR
-from passes.lower.device import Device
-from passes.lower.linears import LinearLowering
-from passes.lower.operands import QuantizedLinear, add_bias, constant_like, float32_scale, is_one_scale, misaligned
-from passes.lower.scaled_mm import (
-    describe,
-    fp8_product,
-    fp8_reason,
-    in_columns,
-    needs_scales_after,
-    scaled_after,
-)
+from passes.lower.operands import QuantizedLinear, constant_like
+from passes.lower.rows import add_bias
+from passes.lower.scaled_mm import LinearsToScaledMm, fp8_product, needs_scales_after, scaled_after
+from passes.lower.scales import float32_scale, in_columns, is_one_scale
 
 GROUPED_MM = aten._scaled_grouped_mm.default
 
 
-class ExpertsToScaledMm(LinearLowering):
+class ExpertsToScaledMm(LinearsToScaledMm):
     """Multiply the FP8 codes of all experts at once.
 
     Before:
@@ -43,20 +35,13 @@ class ExpertsToScaledMm(LinearLowering):
 
     target = BATCHED_LINEAR
 
-    def __init__(self, device: Device, *, fast_accumulation: bool = True) -> None:
-        super().__init__(device)
-        self.fast = fast_accumulation
-
-    def takes(self, linear: QuantizedLinear) -> bool:
-        return linear.format in (FP8, FP8_PER_TOKEN) and linear.weight_format == FP8
-
     def reason(self, linear: QuantizedLinear) -> str | None:
-        if reason := fp8_reason(self.device, linear) or misaligned(linear, 16, 16):
+        if reason := super().reason(linear):
             return reason
         if shape(linear.codes)[0] == 1:
             return None
-        if not self.device.has((9, 0)) or self.device.has((10, 0)):
-            return f"{describe(self.device)} has no grouped FP8 product, which torch has on Hopper alone"
+        if not self.device.is_hopper:
+            return f"{self.device} has no grouped FP8 product, which torch has on Hopper alone"
         if linear.dtype != torch.bfloat16:
             return f"the grouped FP8 product gives bfloat16, and these experts compute in {linear.dtype}"
         return None

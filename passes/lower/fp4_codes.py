@@ -45,22 +45,32 @@ class SpellOutFp4Codes(Pass):
 
 def _emit(emit: Emitter, node: Node, fmt: Format) -> tuple[Node, Node]:
     x, global_scale = node.args
-    assert isinstance(x, Node) and isinstance(global_scale, Node) and fmt.scale is not None
-    sizes, width = emit.sizes(x)[:-1], int(shape(x)[-1])
+    assert isinstance(x, Node) and isinstance(global_scale, Node)
+    blocks, block_scales, scale = blocks_and_scales(emit, x, global_scale, fmt)
+    codes = _codes(emit, emit(aten.div.Tensor, blocks, scale), fmt)
+    pairs = emit(aten.reshape.default, codes, [*emit.sizes(x)[:-1], int(shape(x)[-1]) // 2, 2])
+    low, high = (emit(aten.select.int, pairs, -1, index) for index in (0, 1))
+    packed = emit(aten.add.Tensor, low, emit(aten.mul.Tensor, high, 16.0))
+    return emit(aten._to_copy.default, packed, dtype=fmt.storage), block_scales
+
+
+def blocks_and_scales(emit: Emitter, x: Node, global_scale: Node, fmt: Format) -> tuple[Node, Node, Node]:
+    """`x` `[...,K]` in blocks `[...,K/16,16]`, the codes of their scales `[...,K/16]`, and those scales `[...,K/16,1]`.
+
+    All but the codes are in float32.
+    """
+    assert fmt.scale is not None
     values = emit(aten._to_copy.default, x, dtype=torch.float32)
-    blocks = emit(aten.reshape.default, values, [*sizes, width // fmt.sizes[0], fmt.sizes[0]])
+    (size,) = fmt.sizes
+    blocks = emit(aten.reshape.default, values, [*emit.sizes(x)[:-1], int(shape(x)[-1]) // size, size])
     amax = emit(aten.amax.default, emit(aten.abs.default, blocks), [-1])
     scale = emit(aten.div.Tensor, amax, emit(aten.mul.Tensor, global_scale, fmt.max))
     least = emit(aten.clamp_min.default, scale, LEAST_BLOCK_SCALE)
     scale = emit(aten.where.ScalarSelf, emit(aten.eq.Scalar, scale, 0), 1.0, least)
     one = emit(aten.ones.default, [], dtype=torch.float32, device=val(x).device)
-    block_scales = emit(QUANTIZE, scale, one, format=fmt.scale.name)
-    scale = emit(DEQUANTIZE, block_scales, global_scale, format=fmt.scale.name, dtype=torch.float32)
-    codes = _codes(emit, emit(aten.div.Tensor, blocks, emit(aten.unsqueeze.default, scale, -1)), fmt)
-    pairs = emit(aten.reshape.default, codes, [*sizes, width // 2, 2])
-    low, high = (emit(aten.select.int, pairs, -1, index) for index in (0, 1))
-    packed = emit(aten.add.Tensor, low, emit(aten.mul.Tensor, high, 16.0))
-    return emit(aten._to_copy.default, packed, dtype=fmt.storage), block_scales
+    codes = emit(QUANTIZE, scale, one, format=fmt.scale.name)
+    scale = emit(DEQUANTIZE, codes, global_scale, format=fmt.scale.name, dtype=torch.float32)
+    return blocks, codes, emit(aten.unsqueeze.default, scale, -1)
 
 
 def _codes(emit: Emitter, x: Node, fmt: Format) -> Node:

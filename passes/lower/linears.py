@@ -12,6 +12,12 @@ from passes.lower.device import Device
 from passes.lower.kernels import is_noted, note_kernel
 from passes.lower.operands import QuantizedLinear, constants_read, forget_unread
 
+_PRODUCTS = (
+    aten._scaled_mm.default,
+    aten._scaled_grouped_mm.default,
+    aten._int_mm.default,
+)
+
 
 class LinearLowering(Pass):
     """Replaces each quantized linear layer that it takes, and notes which kernel it became.
@@ -59,14 +65,7 @@ class LinearLowering(Pass):
 
 def _product(result: Node, node: Node) -> Node:
     """The matrix product that `result`, which stands in front of `node`, is made of."""
-    while result.target not in PRODUCTS:
+    while result.target not in _PRODUCTS:
         result = result.all_input_nodes[0]
         assert result < node
     return result
-
-
-PRODUCTS = (
-    aten._scaled_mm.default,
-    aten._scaled_grouped_mm.default,
-    aten._int_mm.default,
-)

@@ -12,16 +12,10 @@ from passes.formats import NVFP4
 from passes.graph import Emitter, aten, dtype, is_call, shape
 from passes.ir import DEQUANTIZE
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import (
-    QuantizedLinear,
-    add_bias,
-    as_rows,
-    constant_like,
-    float32_scale,
-    like_input,
-    misaligned,
-)
-from passes.lower.scaled_mm import SCALED_MM, describe
+from passes.lower.operands import QuantizedLinear, constant_like, misaligned
+from passes.lower.rows import add_bias, as_rows, like_input
+from passes.lower.scaled_mm import SCALED_MM
+from passes.lower.scales import float32_scale
 
 FP4_UNITS = (10, 0)
 FP4 = torch.float4_e2m1fn_x2
@@ -52,7 +46,7 @@ class Nvfp4LinearsToScaledMm(LinearLowering):
 
     def reason(self, linear: QuantizedLinear) -> str | None:
         if not self.device.has(FP4_UNITS):
-            return f"{describe(self.device)} has no FP4 matrix units"
+            return f"{self.device} has no FP4 matrix units"
         if linear.weight_format != NVFP4:
             return f"the input is in NVFP4, and the weight in {linear.weight_format.name}"
         if not all(is_call(scale, DEQUANTIZE) for scale in (linear.scale, linear.weight_scale)):

@@ -1,19 +1,18 @@
-"""Reading a linear layer whose operands are dequantized, and the rows and scales that matrix products want of it."""
+"""Reading a linear layer whose operands are dequantized, and replacing the constants that it is made of."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.constants import add_constant, constant, delete_constant, evaluate_constant, is_constant_expression
+from passes.constants import add_constant, delete_constant, evaluate_constant, is_constant_expression, root_constants
 from passes.formats import Format, get_format
-from passes.graph import Emitter, argument, aten, dtype, is_call, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.graph import argument, aten, dtype, is_call, shape
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.pairs import measured_by
 from passes.quantize.sites import linear_name
 
 
@@ -97,6 +96,18 @@ def has_constant_codes(weight: object) -> bool:
     return is_constant_expression(codes) and is_constant_expression(scale)
 
 
+def source_of(operand: object) -> Node | None:
+    """What `operand`, a dequantize, was before it was quantized; None if it is anything else."""
+    if not isinstance(operand, Node) or not is_call(operand, DEQUANTIZE):
+        return None
+    codes = measured_by(operand) or operand.args[0]
+    if not is_call(codes, QUANTIZE, DYNAMIC_QUANTIZE):
+        return None
+    assert isinstance(codes, Node)
+    source = codes.args[0]
+    return source if isinstance(source, Node) else None
+
+
 def misaligned(linear: QuantizedLinear, k: int, n: int) -> str | None:
     """Why a product wants other sizes than those of `linear`, where K is to be a multiple of `k` and N of `n`."""
     rows, columns = linear.sizes
@@ -106,88 +117,12 @@ def misaligned(linear: QuantizedLinear, k: int, n: int) -> str | None:
     return None
 
 
-def is_one_scale(scale: Node) -> bool:
-    """Whether `scale` is one number for the whole tensor."""
-    return all(isinstance(size, int) and size == 1 for size in shape(scale))
-
-
-def runs_along_k(scale: Node) -> bool:
-    """Whether `scale` differs along the last axis of what it scales."""
-    return len(shape(scale)) > 0 and shape(scale)[-1] != 1
-
-
-def is_row_scale(scale: Node, values: Node) -> bool:
-    """Whether `scale` is `[..., 1]` for `values` `[..., K]`."""
-    sizes, lead = shape(scale), shape(values)[:-1]
-    same = len(sizes) == len(lead) + 1 and sizes[-1] == 1
-    return same and all(statically_known_true(a == b) for a, b in zip(sizes, lead, strict=False))
-
-
-def constant_like(gm: GraphModule, node: Node, name: Node, convert: Callable[[torch.Tensor], torch.Tensor]) -> Node:
-    """A new constant made of the constant expression `name` by `convert`, placed before `node` and called alike."""
-    root = name if name.op == "get_attr" else name.all_input_nodes[0]
-    while root.op != "get_attr":
-        root = root.all_input_nodes[0]
-    return add_constant(gm, str(root.target), convert(evaluate_constant(gm, name)), node)
-
-
-def float32_scale(gm: GraphModule, emit: Emitter, scale: Node) -> Node:
-    """`scale` in float32: a constant stays one."""
-    if dtype(scale) == torch.float32:
-        return scale
-    if constant(gm, scale) is not None:
-        return constant_like(gm, emit.before, scale, torch.Tensor.float)
-    return emit(aten._to_copy.default, scale, dtype=torch.float32)
-
-
-def as_rows(emit: Emitter, node: Node) -> Node:
-    """`[..., K]` -> `[M, K]`."""
-    return node if len(shape(node)) == 2 else emit(aten.reshape.default, node, [-1, shape(node)[-1]])
-
-
-def like_input(emit: Emitter, result: Node, codes: Node) -> Node:
-    """`[M, N]` -> `[..., N]`, with the axes of `codes` `[..., K]`."""
-    if len(shape(codes)) == 2:
-        return result
-    return emit(aten.reshape.default, result, [*emit.sizes(codes)[:-1], shape(result)[-1]])
-
-
-def pad_rows(emit: Emitter, node: Node, multiple: int) -> Node:
-    """`[M, ...]` -> `[M', ...]` of bytes: rows of zeros up to a multiple of `multiple`."""
-    rows = shape(node)[0]
-    if statically_known_true(rows % multiple == 0):
-        return node
-    if isinstance(rows, int):
-        return pad_by(emit, node, -rows % multiple)
-    (rows, *_) = emit.sizes(node)
-    return pad_by(emit, node, emit(operator.mod, emit(operator.neg, rows), multiple))
-
-
-def pad_by(emit: Emitter, node: Node, rows: int | Node) -> Node:
-    """Zeros below `[M, K]`. FP8 is padded as bytes, which every version and back end of torch can."""
-    to = dtype(node)
-    as_bytes = to in (torch.float8_e4m3fn, torch.float8_e5m2)
-    if as_bytes:
-        node = emit(aten.view.dtype, node, torch.uint8)
-    node = emit(aten.constant_pad_nd.default, node, [0, 0, 0, rows])
-    return emit(aten.view.dtype, node, to) if as_bytes else node
-
-
-def first_rows(emit: Emitter, node: Node, like: Node) -> Node:
-    """The rows of `[M', N]` that `like` `[M, K]` has."""
-    rows, *_ = emit.sizes(like)
-    if statically_known_true(shape(node)[0] == shape(like)[0]):
-        return node
-    return emit(aten.slice.Tensor, node, 0, 0, rows)
-
-
-def add_bias(emit: Emitter, result: Node, bias: Node | None, to: torch.dtype) -> Node:
-    """`result + bias` in the dtype of `result`, rounded to `to` once."""
-    if bias is not None:
-        if dtype(bias) != dtype(result):
-            bias = emit(aten._to_copy.default, bias, dtype=dtype(result))
-        result = emit(aten.add.Tensor, result, bias)
-    return result if dtype(result) == to else emit(aten._to_copy.default, result, dtype=to)
+def constant_like(
+    gm: GraphModule, before: Node, expression: Node, convert: Callable[[torch.Tensor], torch.Tensor]
+) -> Node:
+    """A new constant made of the constant `expression` by `convert`, placed before `before` and called alike."""
+    root = root_constants(expression)[0]
+    return add_constant(gm, str(root.target), convert(evaluate_constant(gm, expression)), before)
 
 
 def constants_read(gm: GraphModule) -> set[str]:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.fx import GraphModule, Node
 
 from passes.constants import add_constant
 from passes.formats import FP8, FP8_PER_TOKEN
-from passes.graph import Emitter, aten, dtype, name_in_module, shape, val
+from passes.graph import Emitter, aten, dtype, name_in_module, val
 from passes.lower.device import Device
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import (
-    QuantizedLinear,
-    add_bias,
-    as_rows,
-    constant_like,
-    float32_scale,
-    is_one_scale,
-    is_row_scale,
-    like_input,
-    misaligned,
-    runs_along_k,
-)
+from passes.lower.operands import QuantizedLinear, constant_like, misaligned
+from passes.lower.rows import add_bias, as_rows, like_input
+from passes.lower.scales import float32_scale, in_columns, is_one_scale, scale_product, unscalable
 
 FP8_UNITS = (8, 9)  # the first compute capability whose matrix units take FP8
 SCALED_MM = aten._scaled_mm.default
@@ -71,24 +60,8 @@ class LinearsToScaledMm(LinearLowering):
 def fp8_reason(device: Device, linear: QuantizedLinear) -> str | None:
     """Why FP8 codes with the scales of `linear` cannot be multiplied on `device`, or None."""
     if not device.has(FP8_UNITS):
-        return f"{describe(device)} has no FP8 matrix units"
+        return f"{device} has no FP8 matrix units"
     return unscalable(linear)
-
-
-def unscalable(linear: QuantizedLinear) -> str | None:
-    """Why the scales of `linear` cannot be applied to the products of codes, or None."""
-    if runs_along_k(linear.weight_scale):
-        return "the weight has scales along the reduction axis"
-    if not is_one_scale(linear.scale) and not is_row_scale(linear.scale, linear.input):
-        return "the input has neither one scale nor one for each row"
-    return None
-
-
-def describe(device: Device) -> str:
-    """`device` in messages."""
-    if device.capability is None:
-        return f"a {device.type} device"
-    return f"compute capability {device.capability[0]}.{device.capability[1]}"
 
 
 def fp8_product(
@@ -130,25 +103,6 @@ def scaled_after(
     return add_bias(emit, product, bias, linear.dtype), "scaled_mm, scales of rows after it"
 
 
-def scale_product(gm: GraphModule, emit: Emitter, linear: QuantizedLinear, product: Node, scale: Node) -> Node:
-    """The float32 sums `[M,N]` of products of codes times the `scale` of the input and that of the weight."""
-    if not is_one_scale(linear.scale):
-        scale = emit(aten.reshape.default, scale, [-1, 1])
-    weight_scale = constant_like(gm, linear.node, linear.weight_scale, in_columns(linear))
-    return emit(aten.mul.Tensor, emit(aten.mul.Tensor, product, scale), weight_scale)
-
-
-def in_columns(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes `[1, N]` in float32 of the weight's scale: one, or one for each row; of experts `[1, E*N]`."""
-    lead = [int(size) for size in shape(linear.weight)[:-1]]
-
-    def convert(scale: torch.Tensor) -> torch.Tensor:
-        scale = scale.float() if scale.ndim else scale.float().reshape(1)
-        return scale.squeeze(-1).expand(lead).reshape(1, -1).contiguous()
-
-    return convert
-
-
 def needs_scales_after(device: Device, linear: QuantizedLinear) -> bool:
     """Whether `linear` has scales for rows, and `device` no product with those in its dtype."""
     in_one = is_one_scale(linear.scale) and is_one_scale(linear.weight_scale)
@@ -156,5 +110,4 @@ def needs_scales_after(device: Device, linear: QuantizedLinear) -> bool:
 
 
 def _has_row_scales(device: Device, to: torch.dtype) -> bool:
-    hopper = device.has((9, 0)) and not device.has((10, 0))
-    return hopper or to == torch.bfloat16 or (to == torch.float16 and device.has((10, 0)))
+    return device.is_hopper or to == torch.bfloat16 or (to == torch.float16 and device.has((10, 0)))

@@ -1,5 +1,7 @@
 """The back end for `torch.compile(model, backend="qcompile")`.
 
-backend.py (entry point) -> trace.py (Dynamo's graph as ATen) -> middle.py (the same passes as export) -> inductor.py,
-and at run time compiled.py, which makes quantized weights again when the model's weights have changed.
+When Dynamo compiles: backend.py (entry point), options.py -> trace.py (its graph as ATen; names.py, packed.py) ->
+middle.py (the passes of export, then the lowering) -> inputs.py (weights as arguments) -> inductor.py.
+When the model is called: compiled.py, which makes quantized weights again when the model's weights have changed, and
+gradients.py. For the user: explain.py, and registry.py, which finds the graphs of a model.
 """

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.lower.device import Device
-from qcompile.dynamo.compiled import KEPT, CompiledGraph
+from qcompile.dynamo.compiled import CompiledGraph, keep
 from qcompile.dynamo.explain import CompileReport, report_of
 from qcompile.dynamo.inductor import compile_inductor
 from qcompile.dynamo.inputs import Main, weights_as_inputs
@@ -75,7 +75,7 @@ class _Compiler:
 
     def trace(self, numbers: Sequence[Any]) -> Traced:
         """The graph with these Python numbers in it."""
-        key = tuple(numbers)
+        key = tuple(map(repr, numbers))  # -0.0 is 0.0 otherwise
         if key not in self._traced:
             if len(self._traced) == _MANY:
                 logger.warning(
@@ -84,7 +84,7 @@ class _Compiler:
                     _MANY + 1,
                     ", ".join(map(str, numbers)),
                 )
-            _put(self._traced, key, trace(self.captured, numbers))
+            keep(self._traced, key, trace(self.captured, numbers))
         return self._traced[key]
 
     def bind(self, arguments: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[torch.Tensor | int]]:
@@ -99,7 +99,7 @@ class _Compiler:
             return self._engine(traced, lowered, main, unpacked, start), []
         middle = time.perf_counter() - start
         if main.structure not in self._functions:
-            _put(self._functions, main.structure, self._compile(main))
+            keep(self._functions, main.structure, self._compile(main))
             seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
             self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
             _log_dropped(self.reports[-1])
@@ -130,13 +130,6 @@ def _log_dropped(report: CompileReport) -> None:
     """Say in one line what the device has no kernel for."""
     for why, count in Counter(report.dropped.values()).items():
         logger.warning("%d layers run in the precision of the model: %s; qcompile.explain lists them", count, why)
-
-
-def _put(kept: dict[Any, Any], key: object, value: object) -> None:
-    """Add to `kept`, which is for the numbers that were seen last."""
-    if len(kept) >= KEPT:
-        del kept[next(iter(kept))]
-    kept[key] = value
 
 
 def _wanted(gm: GraphModule) -> list[bool]:

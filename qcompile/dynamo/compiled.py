@@ -15,16 +15,17 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx
+from torch._dynamo.convert_frame import compile_lock
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qcompile.dynamo.gradients import without_backward
 from qcompile.dynamo.packed import inner_tensors
 from qcompile.errors import CompileError
 
 _version = attrgetter("_version")
-KEPT = 64  # Python numbers that a graph is kept for, oldest out first
+KEPT = 64  # Python numbers that a graph is kept for
 
-_Numbers = tuple[Any, ...]
+_Numbers = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class CompiledGraph:
             with torch.no_grad():
                 results = bound.function(*inputs, *constants)
         if torch.is_grad_enabled() and any(self._wanted):
-            return _without_backward(results, self._wanted, [*inputs, *weights])
+            return without_backward(results, self._wanted, [*inputs, *weights])
         return results
 
     def prepare(self, arguments: Sequence[Any]) -> None:
@@ -140,7 +141,7 @@ class CompiledGraph:
 
     def _current(self, arguments: Sequence[Any], weights: list[torch.Tensor]) -> Bound:
         known = self._bound.get(tuple(map(id, weights)))
-        numbers = tuple(arguments[i].item() for i in self._scalars)
+        numbers = tuple(repr(arguments[i].item()) for i in self._scalars)  # -0.0 is 0.0 and NaN no NaN otherwise
         bound = known and known.by_numbers.get(numbers)
         if bound and bound.state.is_of(weights):
             return bound
@@ -154,14 +155,13 @@ class CompiledGraph:
                     " changes: make or load the model outside of torch.inference_mode()"
                 )
         state = State.of(weights)
-        with torch.inference_mode(False), torch.no_grad():
+        # tracing and Inductor are not for several threads at once: Dynamo holds its lock only where it compiles itself
+        with compile_lock, torch.inference_mode(False), torch.no_grad():
             function, constants = self._bind(arguments)
         kept = self._kept(weights)
         kept.pop(numbers, None)
-        if len(kept) >= KEPT:
-            del kept[next(iter(kept))]
-        kept[numbers] = Bound(function, constants, state)
-        return kept[numbers]
+        keep(kept, numbers, bound := Bound(function, constants, state))
+        return bound
 
     def _kept(self, weights: Sequence[torch.Tensor]) -> dict[_Numbers, Bound]:
         """Where functions for these weights are kept. An id is free for another tensor once the weight is gone."""
@@ -170,6 +170,13 @@ class CompiledGraph:
             forget = partial(_forget, weakref.ref(self), key)
             self._bound[key] = BoundWeights([weakref.ref(weight, forget) for weight in weights], {})
         return self._bound[key].by_numbers
+
+
+def keep(kept: dict[Any, Any], key: object, value: object) -> None:
+    """Add to what is kept for each set of Python numbers, of which the oldest goes out first."""
+    if len(kept) >= KEPT:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 def _forget(graph: weakref.ref[CompiledGraph], key: tuple[int, ...], weight: object) -> None:
@@ -183,28 +190,3 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
-
-
-def _without_backward(results: Sequence[Any], wanted: Sequence[bool], sources: Sequence[Any]) -> Any:
-    """`results`, of which those that are `wanted` raise an error where their gradient is asked for."""
-    leaf = next((s for s in sources if isinstance(s, torch.Tensor) and s.requires_grad), None)
-    if leaf is None:  # frozen since: not every version of Dynamo compiles again for that
-        return results
-    pairs = list(zip(results, wanted, strict=True))
-    marked = iter(_ForInference.apply(leaf, *(r for r, want in pairs if want)))  # type: ignore[no-untyped-call]
-    return tuple(next(marked) if want else r for r, want in pairs)
-
-
-class _ForInference(torch.autograd.Function):
-    """Hands tensors on, and says so when a gradient is asked for."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, wanting: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise CompileError(
-            "qcompile compiles for inference, and a rounded weight has no gradient: train the model as it is, or with"
-            " the quantization-aware training of another tool, and compile the result"
-        )

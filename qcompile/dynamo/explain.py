@@ -137,9 +137,8 @@ def _show(console: Console, index: int, graph: CompileReport) -> None:
         add(covered, f"{kind}, quantized", f"{count} of {total}")
     for form, count in Counter(graph.quantized.values()).most_common():
         add(covered, form, count)
-    for kernel, count in Counter(graph.kernels.values()).most_common():
-        add(covered, f"runs as {kernel}", count)
     console.print(covered)
+    show_rows(console, "Kernels", ("runs as", "layers"), Counter(graph.kernels.values()).most_common())
     show_rows(console, "Not quantized", ("module", "what"), list(graph.unquantized.items()))
     show_rows(console, "In the model's own precision", ("module", "why"), list(graph.dropped.items()))
     show_declines(console, [dataclasses.asdict(decline) for decline in graph.declined])

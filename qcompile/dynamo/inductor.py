@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._functorch._aot_autograd import graph_compile
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -40,7 +42,7 @@ def compile_inductor(
         fake_mode: what those live in.
     """
     settings = {_SLOT: _Fingerprint(), **_mode_settings(options.mode), **options.inductor}
-    with tracing(TracingContext(fake_mode)), _references_known():
+    with tracing(TracingContext(fake_mode)), _references_known(), _numbers_stay():
         compiled: Any = compile_fx(gm, list(fakes), config_patches=settings)
     return compiled  # type: ignore[no-any-return]
 
@@ -58,6 +60,13 @@ def _references_known() -> Iterator[None]:
         for table in tables:
             for operator in _REFERENCES:
                 table.pop(operator, None)
+
+
+def _numbers_stay() -> AbstractContextManager[object]:
+    """Keep AOTAutograd from asking for another trace by Dynamo where the model is called with a Python float: it is a
+    constant of our graph. Dynamo would specialize it and, when it has compiled for eight values, run the float model;
+    at the call of a compiled graph, where we compile for another value, nobody would catch what asks for it."""
+    return patch.object(graph_compile, "tensorify_python_scalars", lambda *arguments: None)
 
 
 def _mode_settings(mode: str | None) -> dict[str, Any]:

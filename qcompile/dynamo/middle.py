@@ -15,7 +15,7 @@ from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
-from qcompile.coverage import coverage, quantized_modules
+from qcompile.coverage import KINDS, coverage, quantized_modules
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
 from qcompile.errors import CalibrationError, CompileError, ExpectationError
@@ -60,7 +60,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     if _is_quantized(gm):
         if options.recipe is not None:
             raise CompileError(
-                "this model is quantized already: compile it without a recipe, or with one what it was made from"
+                "this model is quantized already: compile it without a recipe, or the model it was made from with one"
             )
         # a program of `quantize` has its softmax quantized where its recipe wants that, and nowhere else
         softmax: Mapping[Node, torch.Tensor] | None = None if _is_foreign(gm) else {}
@@ -97,6 +97,8 @@ def _is_foreign(gm: GraphModule) -> bool:
 
 
 def _check_expected(counts: Mapping[str, tuple[int, int]], expected: Mapping[str, int]) -> None:
+    if unknown := sorted(set(expected) - set(KINDS)):
+        raise ExpectationError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
     for kind, least in expected.items():
         found, total = counts.get(kind, (0, 0))
         if found < least:

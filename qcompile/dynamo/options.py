@@ -49,10 +49,9 @@ class Options:
             given["mode"] = mode
         if (target := given.get("target", "inductor")) not in TARGETS:
             raise CompileError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-        if (name := given.get("mode")) not in (None, "default", *torch._inductor.list_mode_options()):
-            raise CompileError(
-                f"unknown mode {name!r}; known: default, {', '.join(torch._inductor.list_mode_options())}"
-            )
+        modes = list(torch._inductor.list_mode_options())
+        if (name := given.get("mode", "default")) not in modes:
+            raise CompileError(f"unknown mode {name!r}; known: {', '.join(modes)}")
         for option in ("calibration", "inductor", "expect"):
             if not isinstance(given.get(option, {}), Mapping):
                 raise CompileError(f"options[{option!r}] is a mapping, not a {type(given[option]).__name__}")

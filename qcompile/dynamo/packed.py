@@ -7,7 +7,7 @@ when a graph is bound, not at each call: CompiledGraph compares the tensors insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qcompile.dynamo.names import source_of
 from qcompile.errors import CompileError
 from qcompile.frontends import torchao
 
@@ -56,13 +57,8 @@ def inner_tensors(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from inner_tensors(getattr(weight, name))
 
 
-def unpack(
-    gm: GraphModule, example_inputs: Sequence[Any], source_of: Callable[[Node], str]
-) -> tuple[GraphModule, list[Packed], list[torch.Tensor]]:
+def unpack(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, list[Packed], list[torch.Tensor]]:
     """`gm` with a placeholder for each tensor of the weights that are subclasses, at its end, and those tensors.
-
-    Args:
-        source_of: where Dynamo found what a placeholder stands for, such as `self.layers.0.fc.weight`.
 
     Raises:
         CompileError, CaptureError: name the layer whose weight is of another subclass, or no linear layer's.

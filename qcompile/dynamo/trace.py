@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.graph import aten
+from qcompile.dynamo.names import clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
 from qcompile.frontends import modelopt
 
@@ -80,7 +80,7 @@ class Captured:
         assert context.fake_mode is not None
         nodes = gm.graph.find_nodes(op="placeholder")
         scalars = [i for i, node in enumerate(nodes) if _is_scalar(node, example_inputs[i])]
-        gm, packed, tensors = unpack(gm, example_inputs, _source)
+        gm, packed, tensors = unpack(gm, example_inputs)
         values = {**dict(enumerate((*example_inputs, *tensors))), **{weight.position: None for weight in packed}}
         fakes = [v if i in scalars else _fake(v, context) for i, v in values.items()]
         return cls(gm, fakes, scalars, packed, context.fake_mode)
@@ -185,8 +185,8 @@ def _unwrapped(tensor: FunctionalTensor) -> torch.Tensor:
 def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> Traced:
     """`traced` with its weights as `get_attr` nodes of their dotted names."""
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
-    roots = _roots(placeholders, traced.graph)
-    names = _weight_names(placeholders, captured.fakes, roots)
+    roots = roots_of(placeholders, traced.graph)
+    names = weight_names(placeholders, captured.fakes, roots)
     graph = Graph()
     copied: dict[Node, Node] = {}
     weights: dict[str, int] = {}
@@ -206,7 +206,7 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
         if node.op == "get_attr":
             constants[str(node.target)] = getattr(traced, str(node.target))
         copied[node] = graph.node_copy(node, lambda n: copied[n])
-        _clean_stack(copied[node], roots)
+        clean_stack(copied[node], roots)
     device = next((f.device.type for f in captured.fakes if isinstance(f, torch.Tensor)), "cpu")
     autocast_on = torch.is_autocast_enabled(device) or any(
         node.target is _enter_autocast for node in traced.graph.nodes
@@ -217,51 +217,6 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
 def _is_written(node: Node) -> bool:
     """Whether the model writes to this input: a key/value cache, say, is no constant."""
     return any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
-
-
-def _roots(placeholders: Sequence[Node], graph: Graph) -> set[str]:
-    """The variables of the user's code that hold modules: `self`, as a rule."""
-    sources = {_source(node).partition(".")[0] for node in placeholders if _is_static(node)}
-    stacks = (node.meta.get("nn_module_stack", {}) for node in graph.nodes)
-    return sources | {_dotted(path).partition(".")[0] for stack in stacks for path, _ in stack.values()}
-
-
-def _weight_names(placeholders: Sequence[Node], fakes: Sequence[Any], roots: set[str]) -> dict[int, str]:
-    """Position -> dotted name, of parameters and buffers."""
-    names: dict[int, str] = {}
-    for index, (node, value) in enumerate(zip(placeholders, fakes, strict=True)):
-        if isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.Tensor) and _is_static(node)):
-            name = _below_root(_source(node), roots) or _source(node)
-            names[index] = name if name not in names.values() else f"{name}_{index}"
-    return names
-
-
-def _is_static(node: Node) -> bool:
-    """Whether Dynamo says that an input belongs to a module."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-
-
-def _source(node: Node) -> str:
-    """Where Dynamo found an input: `self.layers.0.fc.weight` for `L['self']._modules['layers']...`."""
-    name = node._dynamo_source.name  # type: ignore[attr-defined]
-    return _dotted(name() if callable(name) else name)
-
-
-def _dotted(source: str) -> str:
-    dotted = re.sub(r"\.(_(modules|parameters|buffers)(?=\[)|__dict__\['_(modules|parameters|buffers)'\])", "", source)
-    return re.sub(r"^[LG]\.", "", re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", dotted))
-
-
-def _below_root(path: str, roots: set[str]) -> str:
-    """`path` without the variable that holds the model, if there is only one."""
-    root, _, rest = path.partition(".")
-    return rest if len(roots) == 1 or root == "self" else path
-
-
-def _clean_stack(node: Node, roots: set[str]) -> None:
-    """Write the paths of modules as torch.export does: `layers.0.fc`, not `L['self'].layers[0].fc`."""
-    if stack := node.meta.get("nn_module_stack"):
-        node.meta["nn_module_stack"] = {k: (_below_root(_dotted(p), roots), kind) for k, (p, kind) in stack.items()}
 
 
 modelopt.dynamo_ready()  # torch.compile imports the back end, and so this, before Dynamo traces

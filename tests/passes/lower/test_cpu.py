@@ -37,8 +37,8 @@ REFERENCES: dict[Any, Callable[..., Any]] = {
 }
 S, G = torch.tensor(0.02), torch.tensor(0.0005)
 FORMS = {
-    "int8": (Quantizer(INT8, torch.full((1, 1), 0.004)), Quantizer(INT8, S), "_int_mm"),
-    "int8 per token": (Quantizer(INT8, torch.tensor(0.004)), Quantizer(INT8_PER_TOKEN, None), "_int_mm"),
+    "int8": (Quantizer(INT8, torch.full((1, 1), 0.004)), Quantizer(INT8, S), "int_mm"),
+    "int8 per token": (Quantizer(INT8, torch.tensor(0.004)), Quantizer(INT8_PER_TOKEN, None), "int_mm"),
     "fp8": (Quantizer(FP8, S), Quantizer(FP8, S), "oneDNN"),
     "fp8 per token": (Quantizer(FP8, S), Quantizer(FP8_PER_TOKEN, None), "oneDNN"),
     "fp8 in blocks": (Quantizer(FP8_128X128, None), Quantizer(FP8_1X128, None), "oneDNN"),

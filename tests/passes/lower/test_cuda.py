@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import Counter
 
 import pytest
@@ -64,13 +66,19 @@ class Block(nn.Module):
 
 
 def block(name: str) -> tuple[GraphModule, Tensor]:
+    torch.manual_seed(1)
+    return copy.deepcopy(_quantized_block(name)), torch.randn(3, 9, 128).to(BF16)
+
+
+@functools.cache
+def _quantized_block(name: str) -> GraphModule:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 128).to(BF16)
     weight, input = RECIPES[name]
     shapes = ({0: DYNAMIC, 1: DYNAMIC},)
     gm = quantized(Block().to(BF16).eval(), x, weight=weight, input=input, dynamic_shapes=shapes)
     ViewsToReshape()(gm)  # attention's output lies in memory otherwise on a GPU
-    return gm, torch.randn(3, 9, 128).to(BF16)
+    return gm
 
 
 @pytest.mark.usefixtures("emulated")

@@ -470,3 +470,27 @@ def test_judges_agree() -> None:
     model = Mlp()
     with torch.no_grad():
         assert_same(reference(model, X, recipe=WEIGHT_ONLY), rounded_copy(model)(X), 1e-6)
+
+
+def test_numbers_under_another_default_dtype() -> None:
+    """The scale of the softmax is 1/448 in float32 whatever new tensors are by default."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4))
+
+    model, x = Attending(), torch.randn(2, 40, 32)
+    state = qcompile.calibrate(model, (x,), recipe="fp8", calibration=[x], progress=False)
+    with torch.no_grad():
+        expected = compiled(model, "fp8", calibration=state)(x)
+        torch._dynamo.reset()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            result = compiled(model, "fp8", calibration=state)(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_same(result, expected)

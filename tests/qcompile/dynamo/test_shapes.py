@@ -161,7 +161,6 @@ def test_a_float_that_changes_at_every_call(caplog: pytest.LogCaptureFixture, mo
     """A diffusion loop hands over sigma or guidance as a Python float: codes are kept once, and a line in the log says
     that a tensor were better."""
     monkeypatch.setattr("qcompile.dynamo.compiled.KEPT", 10)
-    monkeypatch.setattr("qcompile.dynamo.backend.KEPT", 10)
     model = Scaled()
     run, judge = compiled(model), rounded_copy(model)
     x = torch.randn(3, 16)
@@ -273,3 +272,30 @@ def test_vit_with_any_batch(target: str) -> None:
         assert_same(run(x).logits, rounded_vit(model)(x).logits)
     assert graphs() == 1
     assert qcompile.explain(run).graphs[0].coverage["linear"][0] >= 12
+
+
+def test_a_float_that_changes_through_inductor() -> None:
+    """More values than Dynamo compiles for: the model would run without quantization then, with no word from us."""
+    model = Scaled()
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        run, judge = compiled(model, target="inductor", dynamic=dynamic), rounded_copy(model)
+        x = torch.randn(3, 16)
+        for step in range(11):
+            assert_same(run(x, 1.0 - step / 100), judge(x, 1.0 - step / 100))
+
+
+class Divided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, by: float) -> Tensor:
+        return self.fc(x).abs() / by
+
+
+def test_the_sign_of_a_zero_among_numbers() -> None:
+    run, x = compiled(Divided(), dynamic=True), torch.randn(2, 16)
+    for by in (1.0, 2.0, 3.0, 0.0, -0.0):
+        result = run(x, by)
+    assert bool((result == -torch.inf).all())

@@ -1,7 +1,8 @@
-"""Linear layers of INT8 codes as integer products."""
+"""Linear layers of INT8 codes as integer products on a CPU."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from passes.fold.weights import FoldWeights
 from passes.formats import INT8, INT8_PER_TOKEN, Format
 from passes.graph import aten
 from passes.ir import DEQUANTIZE
-from passes.lower.cpu_int8 import LONGEST, IntegerProducts
+from passes.lower.device import Device
+from passes.lower.int_mm import LONGEST, LinearsToIntMm
 from passes.lower.kernels import kernels
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run, scale_of
 
+to_int_mm = partial(LinearsToIntMm, Device("cpu"))
 SCALE = torch.tensor(0.03)
 STATIC = Quantizer(INT8, SCALE)
 
@@ -76,11 +79,11 @@ FORMS = {
 def test_codes_are_multiplied_as_integers(lead: tuple[int, ...], per_channel: bool, activation: Quantizer) -> None:
     x = torch.randn(*lead, 24)
     gm = quantized(nn.Linear(24, 7), x, activation=activation, per_channel=per_channel)
-    rewrites(IntegerProducts, gm, x, rtol=1e-5, atol=1e-5)
+    rewrites(to_int_mm, gm, x, rtol=1e-5, atol=1e-5)
     assert count(gm, aten._int_mm.default) == 1
     assert count(gm, aten.linear.default, DEQUANTIZE) == 0
     (kernel,) = kernels(gm)
-    assert "_int_mm" in kernel.kernel
+    assert "int_mm" in kernel.kernel
 
 
 @given(
@@ -97,7 +100,7 @@ def test_every_size_against_float64(m: int, k: int, n: int, magnitude: float, fo
     x = torch.randn(m, k) * magnitude
     gm = quantized(layer, x, activation=FORMS[form])
     expected, sums = decoded_in_float64(gm, x)
-    assert IntegerProducts()(gm).modified
+    assert to_int_mm()(gm).modified
     torch.testing.assert_close(run(gm, x)[0].double(), expected, rtol=1e-6, atol=1e-6 * sums)
 
 
@@ -109,7 +112,7 @@ def test_sums_beyond_float32_are_exact() -> None:
         layer.weight.fill_(127.0)
         layer.weight[0, 2049:] = -127.0
     gm = quantized(layer, x, activation=Quantizer(INT8, torch.tensor(1.0)), per_channel=False)
-    IntegerProducts()(gm)
+    to_int_mm()(gm)
     assert run(gm, x)[0].item() == 127.0 * 127.0
 
 
@@ -121,7 +124,7 @@ def test_half_precision_within_two_units_of_the_accumulation(form: str, dtype: t
     gm = quantized(layer, x, activation=FORMS[form])
     (before,) = run(gm, x)
     accumulated = decoded_in_float64(gm, x)[0].abs().max().item()
-    IntegerProducts()(gm)
+    to_int_mm()(gm)
     (after,) = run(gm, x)
     assert after.dtype == dtype
     unit = accumulated * torch.finfo(dtype).eps
@@ -133,7 +136,7 @@ def test_half_precision_within_two_units_of_the_accumulation(form: str, dtype: t
 def test_dynamic_batch_and_length(form: str, axes: dict[int, Any]) -> None:
     gm = quantized(nn.Linear(24, 7), torch.randn(2, 3, 24), activation=FORMS[form], dynamic_shapes=(axes,))
     x = torch.randn(5 if 0 in axes else 2, 7 if 1 in axes else 3, 24)
-    rewrites(IntegerProducts, gm, x, rtol=1e-5, atol=1e-5)
+    rewrites(to_int_mm, gm, x, rtol=1e-5, atol=1e-5)
 
 
 def test_two_layers_read_one_tensor_that_a_third_reader_sees_dequantized() -> None:
@@ -154,7 +157,7 @@ def test_two_layers_read_one_tensor_that_a_third_reader_sees_dequantized() -> No
     (pair,) = {site.consumer.args[0] for site in sites}
     output = gm.graph.output_node()
     output.args = ((*output.args[0][:2], pair),)  # type: ignore[index]
-    rewrites(IntegerProducts, gm, x, fired=2, rtol=1e-5, atol=1e-5)
+    rewrites(to_int_mm, gm, x, fired=2, rtol=1e-5, atol=1e-5)
     assert count(gm, DEQUANTIZE) == 1
 
 
@@ -168,27 +171,27 @@ def test_layers_that_share_a_weight() -> None:
             return self.layer(self.layer(x).relu())
 
     x = torch.randn(3, 8)
-    rewrites(IntegerProducts, quantized(Twice(), x), x, fired=2, rtol=1e-5, atol=1e-5)
+    rewrites(to_int_mm, quantized(Twice(), x), x, fired=2, rtol=1e-5, atol=1e-5)
 
 
 def test_a_float_input_or_weight_stays() -> None:
     x = torch.randn(3, 8)
-    assert declines(IntegerProducts, quantized(nn.Linear(8, 8), x, activation=None)) == []
-    assert declines(IntegerProducts, graph_of(nn.Linear(8, 8), x)) == []
+    assert declines(to_int_mm, quantized(nn.Linear(8, 8), x, activation=None)) == []
+    assert declines(to_int_mm, graph_of(nn.Linear(8, 8), x)) == []
 
 
 def test_sums_that_could_overflow_are_declined() -> None:
     x = torch.randn(1, LONGEST + 1)
-    reasons = declines(IntegerProducts, quantized(nn.Linear(LONGEST + 1, 1), x))
+    reasons = declines(to_int_mm, quantized(nn.Linear(LONGEST + 1, 1), x))
     assert reasons == [f"K = {LONGEST + 1}: sums of more than {LONGEST} products of INT8 codes can overflow int32"]
 
 
 def test_one_column_is_declined() -> None:
-    reasons = declines(IntegerProducts, quantized(nn.Linear(1, 8), torch.randn(3, 1)))
+    reasons = declines(to_int_mm, quantized(nn.Linear(1, 8), torch.randn(3, 1)))
     assert reasons == ["K = 1, of which torch._int_mm makes wrong numbers on a CPU"]
 
 
 def test_scales_along_k_are_declined() -> None:
     x = torch.randn(3, 8)
     gm = quantized(nn.Linear(8, 8), x, activation=Quantizer(INT8, torch.full((8,), 0.03)))
-    assert declines(IntegerProducts, gm) == ["the input has more than one scale along K"]
+    assert declines(to_int_mm, gm) == ["the input has neither one scale nor one for each row"]

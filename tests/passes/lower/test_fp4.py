@@ -18,7 +18,8 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_PER_TOKEN, NVFP4
 from passes.graph import aten
 from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE
-from passes.lower.cpu_fp4 import DecodeFp4Weights, RoundFp4Activations
+from passes.lower.fp4_activations import RoundFp4Activations
+from passes.lower.fp4_weights import DecodeFp4Weights
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
