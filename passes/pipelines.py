@@ -34,8 +34,8 @@ from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
-from passes.lower.cpu import cpu_pipeline
-from passes.lower.cuda import cuda_pipeline
+from passes.lower.cpu.pipeline import cpu_pipeline
+from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.autocast import MaterializeAutocast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,11 @@ def capture(
         with _for_inference(model), dense_experts(model), torch.no_grad():
             program = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     # The empty table only makes the graph functional; the default one would split linear and attention.
-    functional: ExportedProgram = program.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning
+        )  # torch 2.13, of itself
+        functional: ExportedProgram = program.run_decompositions({})
     _check_pure(functional)
     return functional
 

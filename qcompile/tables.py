@@ -53,19 +53,22 @@ def verdict(passed: bool) -> Text:
     return Text("passed", style="green") if passed else Text("FAILED", style="bold red")
 
 
-def show_export(console: Console, report: Mapping[str, Any]) -> None:
-    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
-    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
-    console.print(Text(f"ONNX file: {size(report['bytes'])}; {head}", style="bold"))
+def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
+    """How many layers are quantized, in which formats, and which are not."""
     coverage = table("Coverage", "", "modules", numbers=("modules",))
     for kind, (count, total) in report.get("coverage", {}).items():
         add(coverage, f"{kind}, quantized", f"{count} of {total}")
     for form, count in Counter(report["quantized"].values()).most_common():
-        add(coverage, form, count)
-    for kind, count in Counter(report["unquantized"].values()).most_common():
-        add(coverage, f"{kind}, not quantized", count)
+        add(coverage, f"in {form}", count)
     console.print(coverage)
     show_rows(console, "Not quantized", ("module", "what"), list(report["unquantized"].items()))
+
+
+def show_export(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
+    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
+    console.print(Text(f"ONNX file: {size(report['bytes'])}; {head}", style="bold"))
+    show_coverage(console, report)
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
     show_checks(console, report["checks"])

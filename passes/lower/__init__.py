@@ -1,1 +1,1 @@
-"""Stage 7: the IR as operators that torch itself runs: scaled products on a GPU, integer ones on a CPU."""
+"""Stage 7: the IR as operators that torch itself runs; for both kinds of device here, for one in `cuda/` and `cpu/`."""

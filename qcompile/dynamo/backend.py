@@ -102,7 +102,7 @@ class _Compiler:
             keep(self._functions, main.structure, self._compile(main))
             seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
             self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
-            _log_dropped(self.reports[-1])
+            _log(self.reports[-1])
         given = range(len(arguments))  # other positions are those of tensors that were unpacked
         constants = [unpacked[c] if isinstance(c, int) and c not in given else c for c in main.constants]
         return self._functions[main.structure], constants
@@ -126,8 +126,14 @@ class _Compiler:
         return compile_inductor(main.gm, main.fakes, self.captured.fake_mode, self.options)
 
 
-def _log_dropped(report: CompileReport) -> None:
-    """Say in one line what the device has no kernel for."""
+def _log(report: CompileReport) -> None:
+    """Say in one line each what a user might not expect: what the device has no kernel for, a model left as it is."""
+    if not report.recipe and report.unquantized and not report.quantized:
+        logger.warning(
+            "no recipe, and nothing in this graph is quantized: %d layers are compiled as they are; pass"
+            " options={'recipe': ...}, or mode= as one of its options",
+            len(report.unquantized),
+        )
     for why, count in Counter(report.dropped.values()).items():
         logger.warning("%d layers run in the precision of the model: %s; qcompile.explain lists them", count, why)
 

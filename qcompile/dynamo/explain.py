@@ -20,7 +20,7 @@ from qcompile.dynamo.inputs import Main
 from qcompile.dynamo.middle import Lowered
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.registry import graphs_of
-from qcompile.tables import add, show_declines, show_notices, show_rows, size, table
+from qcompile.tables import show_coverage, show_declines, show_notices, show_rows, size
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,8 @@ def _show(console: Console, index: int, graph: CompileReport) -> None:
     head = ", ".join(filter(None, (graph.recipe and f"recipe {graph.recipe}", f"target {graph.target}", graph.device)))
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
     console.print(Text(f"Graph {index}: {head}; weights {size(graph.weight_bytes)}; {times}", style="bold"))
-    covered = table("Coverage", "", "modules", numbers=("modules",))
-    for kind, (count, total) in graph.coverage.items():
-        add(covered, f"{kind}, quantized", f"{count} of {total}")
-    for form, count in Counter(graph.quantized.values()).most_common():
-        add(covered, form, count)
-    console.print(covered)
+    show_coverage(console, vars(graph))
     show_rows(console, "Kernels", ("runs as", "layers"), Counter(graph.kernels.values()).most_common())
-    show_rows(console, "Not quantized", ("module", "what"), list(graph.unquantized.items()))
     show_rows(console, "In the model's own precision", ("module", "why"), list(graph.dropped.items()))
     show_declines(console, [dataclasses.asdict(decline) for decline in graph.declined])
     show_notices(console, graph.notices)

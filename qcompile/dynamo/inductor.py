@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._functorch._aot_autograd import graph_compile
@@ -62,11 +61,18 @@ def _references_known() -> Iterator[None]:
                 table.pop(operator, None)
 
 
-def _numbers_stay() -> AbstractContextManager[object]:
+@contextmanager
+def _numbers_stay() -> Iterator[None]:
     """Keep AOTAutograd from asking for another trace by Dynamo where the model is called with a Python float: it is a
     constant of our graph. Dynamo would specialize it and, when it has compiled for eight values, run the float model;
     at the call of a compiled graph, where we compile for another value, nobody would catch what asks for it."""
-    return patch.object(graph_compile, "tensorify_python_scalars", lambda *arguments: None)
+    module: Any = graph_compile
+    original = module.tensorify_python_scalars
+    module.tensorify_python_scalars = lambda *_: None
+    try:
+        yield
+    finally:
+        module.tensorify_python_scalars = original
 
 
 def _mode_settings(mode: str | None) -> dict[str, Any]:

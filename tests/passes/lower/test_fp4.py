@@ -18,7 +18,7 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_PER_TOKEN, NVFP4
 from passes.graph import aten
 from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE
-from passes.lower.fp4_activations import RoundFp4Activations
+from passes.lower.cpu.fp4_activations import RoundFp4Activations
 from passes.lower.fp4_weights import DecodeFp4Weights
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites

@@ -19,7 +19,7 @@ from passes.lower.int_mm import LinearsToIntMm
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import error
-from tests.passes.lower.cuda import AMPERE, emulated, quantized, trace
+from tests.passes.lower.cuda.support import AMPERE, emulated, quantized, trace
 from tests.passes.support import DYNAMIC, Mlp, count, declines, rewrites, run, scale_of
 
 __all__ = ["emulated"]

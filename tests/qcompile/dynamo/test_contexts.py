@@ -494,3 +494,16 @@ def test_numbers_under_another_default_dtype() -> None:
         finally:
             torch.set_default_dtype(torch.float32)
     assert_same(result, expected)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_fast_path_of_an_encoder_layer(norm_first: bool) -> None:
+    """Dynamo captures it as one operator, in which no pass would find a linear layer."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first, activation="gelu").eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        run = compiled(layer, DYNAMIC)
+        torch.testing.assert_close(run(x), reference(layer, x, recipe=DYNAMIC), rtol=1e-5, atol=1e-5)
+        assert qcompile.explain(run).graphs[0].coverage["linear"] == (4, 4)
+        with pytest.raises(Exception, match="set_fastpath_enabled"):
+            run(x, src_key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))

@@ -9,10 +9,10 @@ from passes.blocks import scale_rows
 from passes.constants import add_constant, root_constants
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, aten
+from passes.lower.cuda.scaled_mm import SCALED_MM
 from passes.lower.linears import LinearLowering
 from passes.lower.operands import QuantizedLinear, constant_like, misaligned
 from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_rows
-from passes.lower.scaled_mm import SCALED_MM
 
 ROWS = 4  # scales of rows lie side by side, and each column of them starts at a multiple of 16 bytes
 

@@ -11,10 +11,10 @@ from torch.fx import Node
 from passes.base import Pass
 from passes.graph import dtype
 from passes.legalize.attention import DecomposeAttention
-from passes.lower.cpu_float import OneDnnLinears
-from passes.lower.cpu_half import WidenHalfProducts, multiplies_float16
+from passes.lower.cpu.fp4_activations import RoundFp4Activations
+from passes.lower.cpu.half import WidenHalfProducts, multiplies_float16
+from passes.lower.cpu.onednn_linears import OneDnnLinears
 from passes.lower.device import Device
-from passes.lower.fp4_activations import RoundFp4Activations
 from passes.lower.fp4_codes import SpellOutFp4Codes
 from passes.lower.fp4_weights import DecodeFp4Weights
 from passes.lower.int_mm import LinearsToIntMm

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from functools import partial
 
 from passes.base import Pass
-from passes.lower.attention import AttentionToSdpa
-from passes.lower.block_mm import BlockLinearsToScaledMm
+from passes.lower.cuda.attention import AttentionToSdpa
+from passes.lower.cuda.block_mm import BlockLinearsToScaledMm
+from passes.lower.cuda.experts import ExpertsToScaledMm
+from passes.lower.cuda.half_linears import LinearsInHalfPrecision
+from passes.lower.cuda.nvfp4_mm import Nvfp4LinearsToScaledMm
+from passes.lower.cuda.scaled_mm import LinearsToScaledMm
 from passes.lower.device import Device
-from passes.lower.experts import ExpertsToScaledMm
 from passes.lower.fp4_codes import SpellOutFp4Codes
 from passes.lower.fp4_weights import DecodeFp4Weights
-from passes.lower.half_linears import LinearsInHalfPrecision
 from passes.lower.int_mm import LinearsToIntMm
-from passes.lower.nvfp4_mm import Nvfp4LinearsToScaledMm
-from passes.lower.scaled_mm import LinearsToScaledMm
 
 
 def cuda_pipeline(device: Device, *, fast_accumulation: bool = True) -> tuple[Callable[[], Pass], ...]:

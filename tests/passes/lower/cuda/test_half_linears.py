@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from passes.formats import FP8, INT8, NVFP4, Format
 from passes.graph import aten, only_user
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.lower.cuda.half_linears import LinearsInHalfPrecision
 from passes.lower.device import Device
-from passes.lower.half_linears import LinearsInHalfPrecision
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import INPUT, WEIGHT
-from tests.passes.lower.cuda import ADA, AMPERE, BLACKWELL, HOPPER, quantized
+from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, quantized
 from tests.passes.support import DYNAMIC, Mlp, count, only_call, rewrites, run
 
 TURING = Device("cuda", (7, 5))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph import aten, calls, dtype
-from passes.lower import cpu_half
-from passes.lower.cpu_half import PRODUCTS, WidenHalfProducts
+from passes.lower.cpu import half
+from passes.lower.cpu.half import PRODUCTS, WidenHalfProducts
 from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, declines, graph_of, rewrites
 
@@ -19,7 +19,7 @@ HALF = {"rtol": 2e-3, "atol": 2e-3}
 
 @pytest.fixture(autouse=True)
 def _without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_half, "multiplies_float16", lambda: False)
+    monkeypatch.setattr(half, "multiplies_float16", lambda: False)
 
 
 class Products(nn.Module):
@@ -59,7 +59,7 @@ def test_other_types_stay(to: torch.dtype) -> None:
 
 
 def test_a_cpu_with_float16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_half, "multiplies_float16", lambda: True)
+    monkeypatch.setattr(half, "multiplies_float16", lambda: True)
     assert declines(WidenHalfProducts, graph_of(Mlp().half(), torch.randn(3, 8).half())) == []
 
 

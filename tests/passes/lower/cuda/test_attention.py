@@ -13,13 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.lower.attention import AttentionToSdpa
+from passes.lower.cuda.attention import AttentionToSdpa
 from passes.lower.kernels import kernels
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.quantize.sites import find_sites
 from passes.sdpa import SDPA
 from passes.sdpa import Attention as Arguments
-from tests.passes.lower.cuda import trace
+from tests.passes.lower.cuda.support import trace
 from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, run
 
 S = torch.tensor(0.02)

@@ -18,7 +18,7 @@ from passes.constants import constant
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4
 from passes.fuse.attention_qdq import FuseAttentionQdq
-from passes.lower.cpu import cpu_pipeline
+from passes.lower.cpu.pipeline import cpu_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.pipelines import NORMALIZE

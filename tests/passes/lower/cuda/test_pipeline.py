@@ -15,13 +15,13 @@ from passes.base import PassLog, run_pipeline
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, NVFP4
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE
-from passes.lower.cuda import cuda_pipeline
+from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import INPUT, WEIGHT, error
-from tests.passes.lower.cuda import ADA, AMPERE, BLACKWELL, HOPPER, emulated, quantized, trace
+from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, quantized, trace
 from tests.passes.support import DYNAMIC, Attention, count, insert, run
 
 __all__ = ["emulated"]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import aten, dtype, module_path
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.lower.cuda.scaled_mm import LinearsToScaledMm
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
-from passes.lower.scaled_mm import LinearsToScaledMm
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import error
-from tests.passes.lower.cuda import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
+from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
 from tests.passes.support import DYNAMIC, Mlp, count, declines, only_call, rewrites, run, scale_of
 
 __all__ = ["emulated"]

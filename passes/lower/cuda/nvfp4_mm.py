@@ -11,10 +11,10 @@ from passes.constants import add_constant, constant, evaluate_constant
 from passes.formats import NVFP4
 from passes.graph import Emitter, aten, dtype, is_call, shape
 from passes.ir import DEQUANTIZE
+from passes.lower.cuda.scaled_mm import SCALED_MM
 from passes.lower.linears import LinearLowering
 from passes.lower.operands import QuantizedLinear, constant_like, misaligned
 from passes.lower.rows import add_bias, as_rows, like_input
-from passes.lower.scaled_mm import SCALED_MM
 from passes.lower.scales import float32_scale
 
 FP4_UNITS = (10, 0)

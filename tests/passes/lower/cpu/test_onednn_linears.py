@@ -16,9 +16,9 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, NVFP4
 from passes.graph import aten
 from passes.ir import DEQUANTIZE
-from passes.lower.cpu_float import OneDnnLinears
+from passes.lower.cpu.onednn import ONEDNN_LINEAR
+from passes.lower.cpu.onednn_linears import OneDnnLinears
 from passes.lower.kernels import kernels
-from passes.lower.onednn import ONEDNN_LINEAR
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run

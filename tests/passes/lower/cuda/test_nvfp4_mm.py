@@ -15,13 +15,13 @@ from torch.fx import GraphModule
 from passes.formats import FP8, NVFP4
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
+from passes.lower.cuda.nvfp4_mm import Nvfp4LinearsToScaledMm, in_tiles
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
-from passes.lower.nvfp4_mm import Nvfp4LinearsToScaledMm, in_tiles
 from passes.quantize.insert import Quantizer
 from tests.nvfp4 import global_scale, rounded
 from tests.passes.blocks import error
-from tests.passes.lower.cuda import BLACKWELL, HOPPER, emulated, quantized, trace
+from tests.passes.lower.cuda.support import BLACKWELL, HOPPER, emulated, quantized, trace
 from tests.passes.support import DYNAMIC, count, declines, only_call, rewrites, run
 
 __all__ = ["emulated"]

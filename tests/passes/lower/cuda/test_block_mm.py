@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from passes.formats import FP8, FP8_1X128
 from passes.graph import aten, val
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
-from passes.lower.block_mm import BlockLinearsToScaledMm
+from passes.lower.cuda.block_mm import BlockLinearsToScaledMm
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import INPUT, WEIGHT, error, oracle
-from tests.passes.lower.cuda import ADA, BLACKWELL, HOPPER, emulated, quantized, trace
+from tests.passes.lower.cuda.support import ADA, BLACKWELL, HOPPER, emulated, quantized, trace
 from tests.passes.support import DYNAMIC, count, declines, only_call, rewrites, run
 
 __all__ = ["emulated"]

@@ -7,9 +7,9 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import Emitter, aten, shape
 from passes.ir import BATCHED_LINEAR
+from passes.lower.cuda.scaled_mm import LinearsToScaledMm, fp8_product, needs_scales_after, scaled_after
 from passes.lower.operands import QuantizedLinear, constant_like
 from passes.lower.rows import add_bias
-from passes.lower.scaled_mm import LinearsToScaledMm, fp8_product, needs_scales_after, scaled_after
 from passes.lower.scales import float32_scale, in_columns, is_one_scale
 
 GROUPED_MM = aten._scaled_grouped_mm.default

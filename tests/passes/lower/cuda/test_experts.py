@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import aten
 from passes.ir import BATCHED_LINEAR
+from passes.lower.cuda.experts import ExpertsToScaledMm
 from passes.lower.device import Device
-from passes.lower.experts import ExpertsToScaledMm
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
 from tests.passes.blocks import error
-from tests.passes.lower.cuda import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
+from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
 from tests.passes.support import DYNAMIC, count, declines, rewrites, run
 
 __all__ = ["emulated"]

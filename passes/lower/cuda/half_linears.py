@@ -10,12 +10,12 @@ from passes.constants import add_constant, evaluate_constant, root_constants
 from passes.formats import FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4, Format, get_format
 from passes.graph import aten, calls, dtype, is_call
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize
+from passes.lower.cuda.nvfp4_mm import FP4_UNITS
+from passes.lower.cuda.scaled_mm import FP8_UNITS
 from passes.lower.device import Device
 from passes.lower.int_mm import INT8_UNITS
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.nvfp4_mm import FP4_UNITS
 from passes.lower.operands import constants_read, forget_unread, has_constant_codes, source_of
-from passes.lower.scaled_mm import FP8_UNITS
 from passes.quantize.sites import linear_name
 
 

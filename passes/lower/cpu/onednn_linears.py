@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype
 from passes.ir import BATCHED_LINEAR
-from passes.lower.cpu_half import multiplies_float16
+from passes.lower.cpu.half import multiplies_float16
+from passes.lower.cpu.onednn import ONEDNN_LINEAR
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.onednn import ONEDNN_LINEAR
 from passes.lower.operands import has_constant_codes
 from passes.quantize.sites import linear_name
 

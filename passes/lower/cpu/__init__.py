@@ -1,0 +1,1 @@
+"""For a CPU: integer products and oneDNN; `pipeline.py` has the order."""
