@@ -7,8 +7,6 @@ is written by a fresh process, whose peak is everything it ever held: interprete
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,7 @@ from typing import Any
 import cyclopts
 
 from benchmarks import record
+from benchmarks.fresh import in_process
 
 BAR_GB = 2.0
 CASES = (("fp8", "fp8_block"), ("modelopt", "nvfp4_weight_only"))
@@ -90,25 +89,10 @@ def _bytes(shape: Any) -> int:
 def measure(source: Path, target: Path, format: str, recipe: str, size: float) -> dict[str, Any]:
     """One case in a fresh process."""
     start = time.perf_counter()
-    found = in_child(_CHILD, str(source), str(target), format, recipe)
+    found = in_process("-c", _CHILD, str(source), str(target), format, recipe)
     found["process_s"] = time.perf_counter() - start
     bar = {"bar": f"<= {BAR_GB} GB", "ok": found["peak_gb"] <= BAR_GB}
     return {"format": format, "recipe": recipe, "source_gb": size, **found, **bar}
-
-
-def in_child(code: str, *arguments: str) -> Any:
-    """The JSON value that the last line of a fresh process's output is."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if result.returncode:
-        raise RuntimeError(f"{arguments} failed:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @app.default
@@ -125,7 +109,7 @@ def main(*, gigabytes: float = 8.0, folder: Path | None = None, output: Path | N
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         source = Path(temporary) / "source"
         source.mkdir()
-        size = in_child(_MAKE, str(source), str(gigabytes))
+        size = in_process("-c", _MAKE, str(source), str(gigabytes))
         for format, recipe in CASES:
             with tempfile.TemporaryDirectory(dir=temporary) as target:
                 rows.append(measure(source, Path(target), format, recipe, size))

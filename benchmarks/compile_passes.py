@@ -8,9 +8,7 @@ pair by pair. A ViT with the width of DeiT-tiny, and ViT-base, whose 86 million 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ import cyclopts
 import torch
 
 from benchmarks import record
+from benchmarks.fresh import in_process
 
 BAR = 1.0
 SIZES: dict[str, dict[str, int]] = {
@@ -65,18 +64,8 @@ def first_call(side: Side, size: str, recipe: str) -> None:
 
 
 def run(side: Side, size: str, recipe: str) -> float:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compile_passes", "first-call", side, size, recipe]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    if result.returncode:
-        raise RuntimeError(f"the first call of {size} failed:\n{result.stderr[-3000:]}")
-    return float(json.loads(result.stdout.splitlines()[-1]))
+    """Seconds of one first call in a fresh process."""
+    return float(in_process("-m", "benchmarks.compile_passes", "first-call", side, size, recipe))
 
 
 def measure(size: str, pairs: int, recipe: str) -> dict[str, Any]:

@@ -7,10 +7,7 @@ the ratios are taken pair by pair, so that a machine that slows down slows both.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any, Literal
 import cyclopts
 
 from benchmarks import record
+from benchmarks.fresh import in_process
 
 TIME_BAR, MEMORY_BAR = 1.6, 1.3
 
@@ -28,18 +26,8 @@ app = cyclopts.App(help=__doc__)
 def run(side: str, layers: int, dtype: str) -> dict[str, float]:
     """One export in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.export_worker", side, str(layers), dtype]
-        result = subprocess.run(
-            [*command, str(Path(folder) / "model.onnx")],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-    if result.returncode:
-        raise RuntimeError(f"the {side} export of {layers} layers failed:\n{result.stderr[-3000:]}")
-    measured: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+        path = str(Path(folder) / "model.onnx")
+        measured: dict[str, float] = in_process("-m", "benchmarks.export_worker", side, str(layers), dtype, path)
     return measured
 
 

@@ -7,9 +7,6 @@ goes first; the ratio is shown with and without that.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import cyclopts
 
 from benchmarks import record
+from benchmarks.fresh import in_process
 
 BAR = 1.3
 CASES = (
@@ -32,18 +30,8 @@ app = cyclopts.App(help=__doc__)
 def measure(model: str, recipe: str, dtype: str) -> dict[str, Any]:
     """One case in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.large_worker", model, recipe, dtype]
-        result = subprocess.run(
-            [*command, str(Path(folder) / "model.onnx")],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-    if result.returncode:
-        raise RuntimeError(f"{model}, {recipe}, {dtype} failed:\n{result.stderr[-3000:]}")
-    found = json.loads(result.stdout.splitlines()[-1])
+        path = str(Path(folder) / "model.onnx")
+        found = in_process("-m", "benchmarks.large_worker", model, recipe, dtype, path)
     ratio = (found["peak_gb"] - found["tiny_gb"]) / found["model_gb"]
     return {
         "model": model,

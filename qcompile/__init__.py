@@ -4,6 +4,8 @@
 >>> report = qcompile.export_onnx(program, "model.onnx", target="tensorrt")
 >>> engine = qcompile.build_engine("model.onnx", "model.engine", target="sm89")
 
+>>> compiled = torch.compile(model, backend="qcompile", options={"recipe": "fp8_per_channel_per_token"})
+
 >>> qcompile.save_checkpoint("./llama", "./llama-fp8", format="fp8")
 >>> program = qcompile.import_quantized(qcompile.load_checkpoint("./llama-fp8"), kwargs=inputs)
 """
