@@ -217,6 +217,7 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config).eval()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_llama_with_grouped_queries_in_any_shape() -> None:
     model = llama()
     run = compiled(model, DYNAMIC, dynamic=True)

@@ -6,7 +6,7 @@ The frontends' own tests say how far a tool's eager mode may be away: ties, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -65,7 +65,12 @@ TORCHAO = {"fp8_tensor": 1e-5, "fp8_weight": 1e-5, "int8": 5e-2, "int8_weight": 
            "fp8_row": 5e-2, "nvfp4": None}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TORCHAO)
+def everyday(cases: Iterable[str], *quick: str) -> list[Any]:
+    """`cases`, of which all but the `quick` ones are slow tests."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", everyday(TORCHAO, "fp8_tensor", "fp8_row", "nvfp4"))
 def test_torchao(case: str, torchao: Make) -> None:
     (model, x), (other, _) = torchao(case), torchao(case)
     run, run_other = compiled(model, None, expect={"linear": 2}), compiled(other, None)
@@ -122,7 +127,7 @@ def test_what_torchao_says_and_the_ir_cannot_is_named(torchao: Make) -> None:
         compiled(transposed, None)(x)
 
 
-@pytest.mark.parametrize("kind", ["x86", "x86_unfolded", "xnnpack"])
+@pytest.mark.parametrize("kind", everyday(["x86", "x86_unfolded", "xnnpack"], "x86"))
 def test_pt2e(kind: str) -> None:
     quantize_pt2e: Any = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as inductor
@@ -171,7 +176,7 @@ def modelopt(model: nn.Module, config: str, *args: Tensor, attention: bool = Fal
     return result
 
 
-@pytest.mark.parametrize("config", MODELOPT)
+@pytest.mark.parametrize("config", everyday(MODELOPT, "FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG"))
 def test_modelopt(config: str) -> None:
     model, other = (modelopt(Mlp(128), config, X) for _ in range(2))
     run, run_other = compiled(model, None, expect={"linear": 2}), compiled(other, None)
@@ -187,7 +192,7 @@ def test_modelopt(config: str) -> None:
         assert_same(run(X), imported(model, X))
 
 
-@pytest.mark.parametrize("kind", ["vit", "llama"])
+@pytest.mark.parametrize("kind", everyday(["vit", "llama"], "vit"))
 def test_modelopt_attention(kind: str) -> None:
     transformers: Any = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
@@ -203,6 +208,7 @@ def test_modelopt_attention(kind: str) -> None:
         assert_same(compiled(model, None, expect={"attention": 1})(x)[0], next(iter(program.module()(x).values())))
 
 
+@pytest.mark.slow
 def test_modelopt_with_gradients_on_and_through_inductor() -> None:
     for config in ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"):
         model = modelopt(Mlp(128), config, X)

@@ -49,7 +49,7 @@ def oracle(x: Tensor, module: Experts, weight: Tensor, tokens: bool) -> Any:
 @pytest.mark.parametrize("shared", [False, True], ids=["own rows", "same rows"])
 @pytest.mark.parametrize("input", [STATIC, TOKENS], ids=["static", "tokens"])
 @pytest.mark.parametrize("scale", ["one", "experts", "rows"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_against_the_oracle(shared: bool, input: Quantizer, scale: str, bias: bool) -> None:
     torch.manual_seed(0)
     module, x = Experts(bias=bias).to(BF16), torch.randn(1 if shared else 3, 5, 32).to(BF16)

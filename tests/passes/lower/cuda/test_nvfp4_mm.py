@@ -47,7 +47,7 @@ def oracle(x: Tensor, module: nn.Linear, scale: Tensor) -> Any:
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("device", [BLACKWELL, CONSUMER], ids=lambda d: str(d.capability))
+@pytest.mark.parametrize("device", [BLACKWELL, pytest.param(CONSUMER, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("columns", "width"), [(48, 64), (144, 96), (16, 32)])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_against_the_oracle(to: torch.dtype, device: Device, columns: int, width: int, dynamic: bool) -> None:
