@@ -37,6 +37,7 @@ def lookups(model: torch.nn.Module, **options: Any) -> tuple[int, int]:
     return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
 
 
+@pytest.mark.slow
 def test_same_passes_hit_and_other_passes_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Mlp()
     assert lookups(model) == (0, 1)

@@ -85,6 +85,7 @@ def test_codes_and_scales_of_now() -> None:
         assert_same(run(X), second(X))
 
 
+@pytest.mark.slow
 def test_experts() -> None:
     pytest.importorskip("transformers")
     from tests.qcompile.frontends.tiny import IDS, tiny_model
