@@ -28,6 +28,7 @@ def rows_of(written: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["case"], row["variant"]): row for row in written["rows"]}
 
 
+@pytest.mark.slow
 def test_a_run_writes_every_row(tmp_path: Path) -> None:
     cases = ["dit/16", "gemm/vit/2/qkv"]
     code, written = run(tmp_path / "gpu.json", "--only", *cases)

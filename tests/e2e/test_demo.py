@@ -47,6 +47,7 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert code in (0, 1) and (code == 1) == ("falls short" in captured.err)
 
 
+@pytest.mark.slow
 def test_without_a_builder_the_rest_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
