@@ -36,7 +36,7 @@ def compile_inductor(
     """`gm` as a function of its placeholders.
 
     Args:
-        gm: without `get_attr`; placeholders that do not move between calls are marked by `static_placeholder`.
+        gm: without `get_attr`; weights, codes and scales are marked as inputs that do not move (inputs.py).
         fakes: a fake tensor or a symbolic size for each placeholder.
         fake_mode: what those live in.
     """

@@ -64,11 +64,11 @@ def weights_as_inputs(
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     subgraphs = {n: getattr(gm, n) for n in (str(g.target) for g in graph.find_nodes(op="get_attr"))}
     main = GraphModule(subgraphs, graph)
+    _mark_static(main, list(owners.values()))
     tensors = [weights[n] if isinstance(c, int) else c for n, c in constants.items()]
     fakes = [fake_mode.from_tensor(t, static_shapes=True) for t in tensors]
     for node, fake in zip(owners.values(), fakes, strict=True):
         node.meta["val"] = fake
-        _mark_static(node)
     shapes = tuple(map(_layout, tensors))
     code = (main.code, *(subgraph.code for subgraph in subgraphs.values()))
     return Main(main, [n.meta["val"] for n in inputs] + fakes, list(constants.values()), (code, shapes))
@@ -93,6 +93,14 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _mark_static(node: Node) -> None:
-    """Say as Dynamo does that the tensor behind a placeholder stays where it is: CUDA graphs do not copy it then."""
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+def _mark_static(gm: GraphModule, constants: Sequence[Node]) -> None:
+    """Say as Dynamo does that the tensors behind `constants` stay where they are: CUDA graphs do not copy them then.
+
+    AOTAutograd believes it of graphs that look like Dynamo's own only, with a source for each input.
+    """
+    gm.meta["dynamo_compile_id"] = None
+    gm.__dict__["_param_name_to_source"] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = None
+    for node in constants:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,8 +23,6 @@ from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph
 from qcompile.recipe import Notice
 from qcompile.scales import known_amax, static_sites, weight_amax
-
-logger = logging.getLogger("qcompile")
 
 
 @dataclass(frozen=True)

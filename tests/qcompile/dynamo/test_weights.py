@@ -516,3 +516,27 @@ def test_writes_that_torch_does_not_count_are_seen_after_a_refresh(write: Callab
     qcompile.refresh(run)
     assert_current(run, model, X)
     assert len(qcompile.explain(run).graphs) == 1, "compiled again"
+
+
+def test_weights_do_not_move_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor copies every input into a CUDA graph at each call, but those that are said to stay where they are."""
+    from qcompile.dynamo import inductor
+
+    compile_fx: Any = inductor.compile_fx
+    static: list[tuple[int, int]] = []
+
+    def spy(gm: Any, inputs: Any, **options: Any) -> Any:
+        def inner(graph: Any, fakes: Any, **more: Any) -> Any:
+            static.append((len(more["static_input_idxs"]), len(fakes)))
+            return compile_fx_inner(graph, fakes, **more)
+
+        return compile_fx(gm, inputs, inner_compile=inner, **options)
+
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
+    with torch.no_grad():
+        compiled(nn.Linear(16, 16), target="inductor")(X)
+    ((kept, inputs),) = static
+    assert inputs == 4, "the input of the user, codes, scale and bias"
+    assert kept == 3
