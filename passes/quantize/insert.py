@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class InsertQdq(Pass):
         y = linear(dequantize(c, dequantize(b, g)), ...)
 
     Requires: the sites of `find_sites` on this graph. A `softmax` site is left to `FuseAttentionQdq`.
-    Ensures: consumers of one tensor that agree on format and scale shape share one pair; an edge that was not chosen
-        keeps the float values, bit for bit.
+    Ensures: consumers of one tensor that agree on format and scale share one pair, those whose scales differ in shape
+        or in any value have pairs of their own; an edge that was not chosen keeps the float values, bit for bit.
     Declines when: the operand is quantized in that format already, by an output quantizer before it; or the last axis
         is no multiple of the format's block.
     Why: a pair on the edge, not on the producer, is what lets a residual stay exact.
@@ -54,7 +55,7 @@ class InsertQdq(Pass):
         self.quantizers = quantizers
 
     def rewrite(self, gm: GraphModule) -> None:
-        pairs: dict[tuple[Node, str, tuple[int, ...] | None], Node] = {}
+        pairs: dict[tuple[Node, str], list[tuple[torch.Tensor | None, Node]]] = defaultdict(list)
         # outputs first, then in the order of the graph, so that a shared pair stands before all its readers
         ordered = sorted(self.quantizers.items(), key=lambda item: (item[0].operand != "output", item[0].consumer))
         for site, quantizer in ordered:
@@ -70,15 +71,17 @@ class InsertQdq(Pass):
             if site.operand == "output" and any(_is_quantize(user) for user in source.users):
                 self.decline("this output is quantized already", source)
                 continue
-            key = (source, quantizer.format.name, None if quantizer.scale is None else tuple(quantizer.scale.shape))
-            if key not in pairs:
-                pairs[key] = self._insert(gm, site, source, quantizer)
+            known = pairs[source, quantizer.format.name]
+            pair = next((pair for scale, pair in known if _same(scale, quantizer.scale)), None)
+            if pair is None:
+                pair = self._insert(gm, site, source, quantizer)
+                known.append((quantizer.scale, pair))
                 self.fire()
             if site.operand == "output":
-                source.replace_all_uses_with(pairs[key], delete_user_cb=lambda user: not _is_quantize(user))
+                source.replace_all_uses_with(pair, delete_user_cb=lambda user: not _is_quantize(user))
             else:
                 assert site.index is not None
-                site.consumer.update_arg(site.index, pairs[key])  # not every argument that is the same tensor
+                site.consumer.update_arg(site.index, pair)  # not every argument that is the same tensor
 
     def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)
@@ -90,6 +93,13 @@ class InsertQdq(Pass):
             pair = constant_pair(gm, source, quantizer.scale, quantizer.format, name, emit)
         name_quantizer(pair, site.name)
         return pair
+
+
+def _same(scale: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether quantizers with these scales make the same codes; None is measured on the tensor that both read."""
+    if scale is None or other is None:
+        return scale is other
+    return torch.equal(scale.float(), other.float())  # in the type that the graph keeps them in
 
 
 def misfit(source: Node, fmt: Format) -> str | None:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import qcompile
+from passes.constants import evaluate_constant
+from passes.graph import calls
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.program import unlift
+from passes.quantize.sites import linear_name
 from qcompile.errors import CalibrationError, QCompileError, RecipeError
 from qcompile.record import record_of
 from qcompile.report import quantized_modules
@@ -110,6 +113,23 @@ def test_a_shared_input_has_one_pair_and_a_residual_none(program: ExportedProgra
     assert len(shared) == 1 and all("linear" in user.name for user in shared[0])
     for node in nodes_of(program, torch.ops.aten.add.Tensor):
         assert not any(operand.target is DEQUANTIZE for operand in node.all_input_nodes), "a residual stays exact"
+
+
+def test_each_reader_of_one_tensor_gets_the_range_that_was_given_for_it(model: Block) -> None:
+    ranges = {"q_proj": 1.0, "k_proj": 2.0, "v_proj": 2.0}
+    state = qcompile.calibrate(model, (X,), recipe="fp8", calibration=[X], progress=False)
+    state |= {f"{name}.input_quantizer": torch.tensor(amax) for name, amax in ranges.items()}
+    program = quantize(model, X, calibration=state, dtype=torch.float32)
+    gm = unlift(program)
+    scales = {
+        linear_name(linear): float(evaluate_constant(gm, linear.args[0].args[1]))  # type: ignore[union-attr, arg-type]
+        for linear in calls(gm.graph, torch.ops.aten.linear.default)
+        if linear_name(linear) in ranges
+    }
+    assert scales == {name: np.float32(amax / 448) for name, amax in ranges.items()}
+    assert float(model.norm(X).detach().abs().max()) > 2, "the ranges cut, so that another's would show"
+    quantizers = [node for node in nodes_of(program, QUANTIZE) if "layer_norm" in str(node.args[0])]
+    assert len(quantizers) == 2, "k and v share a pair"
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])

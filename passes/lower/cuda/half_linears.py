@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant, evaluate_constant, root_constants
-from passes.formats import FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4, Format, get_format
+from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format, get_format
 from passes.graph import aten, calls, dtype, is_call
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize
 from passes.lower.cuda.nvfp4_mm import FP4_UNITS
@@ -17,6 +17,8 @@ from passes.lower.int_mm import INT8_UNITS
 from passes.lower.kernels import is_noted, note_kernel
 from passes.lower.operands import constants_read, forget_unread, has_constant_codes, source_of
 from passes.quantize.sites import linear_name
+
+_E4M3 = (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, NVFP4)  # in their codes or in their scales
 
 
 class LinearsInHalfPrecision(Pass):
@@ -81,19 +83,19 @@ class LinearsInHalfPrecision(Pass):
 
 
 def has_kernel(device: Device, fmt: Format) -> bool:
-    """Whether some matrix product of `device` takes codes of `fmt`."""
+    """Whether some matrix product of `device` takes codes of `fmt`; of a format that is not named here none does."""
     if fmt in (INT8, INT8_PER_TOKEN):
         return device.has(INT8_UNITS)
     if fmt == NVFP4:
         return device.has(FP4_UNITS)
     if fmt in (FP8_1X128, FP8_128X128):
         return device.is_hopper
-    return device.has(FP8_UNITS)
+    return fmt in (FP8, FP8_PER_TOKEN) and device.has(FP8_UNITS)
 
 
 def can_convert(device: Device, fmt: Format) -> bool:
-    """Whether Triton converts codes or scales of `fmt` on `device`: e4m3 it does from 8.9 on."""
-    return fmt in (INT8, INT8_PER_TOKEN) or device.has(FP8_UNITS)
+    """Whether Triton converts codes or scales of `fmt` on `device`: e4m3 (FP4 has scales of it) from 8.9 on."""
+    return fmt in (INT8, INT8_PER_TOKEN) or (fmt in _E4M3 and device.has(FP8_UNITS))
 
 
 def _store(gm: GraphModule, weight: Node) -> Node:

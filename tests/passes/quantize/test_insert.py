@@ -20,6 +20,7 @@ from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, graph_of, insert, only_call, run
 
 S = torch.tensor(0.02)
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 def qdq(x: Tensor, scale: Tensor, fmt: str = "fp8") -> Tensor:
@@ -80,6 +81,38 @@ def test_layers_that_agree_share_one_pair_and_other_users_keep_their_values() ->
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[2], before[2])
     assert torch.equal(after[3], before[3])
+
+
+@pytest.mark.parametrize(
+    ("scale", "other"),
+    [
+        (S, torch.tensor(0.5)),
+        (S, torch.nextafter(S, torch.tensor(1.0))),
+        (S, S.reshape(1)),
+        (torch.tensor([[0.1], [0.2], [0.3]]), torch.tensor([[0.1], [0.2], [0.4]])),
+    ],
+    ids=["value", "last bit", "shape", "one of three"],
+)
+def test_layers_whose_scales_differ_have_their_own_pairs(scale: Tensor, other: Tensor) -> None:
+    fork = Fork()
+    gm = graph_of(fork, X)
+    insert(gm, {"a.input_quantizer": scale, "b.input_quantizer": other, "c.input_quantizer": scale.clone()})
+    assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (2, 2)
+    layers = {fork.a: scale, fork.b: other, fork.c: scale}
+    for got, (layer, own) in zip(run(gm, X), layers.items(), strict=False):
+        torch.testing.assert_close(got, layer(qdq(X.relu(), own)).detach(), rtol=1e-6, atol=1e-6)
+
+
+@given(st.lists(st.sampled_from([0.01, 0.02, 0.04]), min_size=3, max_size=3))
+def test_there_are_as_many_pairs_as_scales(scales: list[float]) -> None:
+    gm = graph_of(Fork(), X)
+    names = [f"{layer}.input_quantizer" for layer in "abc"]
+    insert(gm, {name: torch.tensor(scale) for name, scale in zip(names, scales, strict=True)})
+    assert count(gm, QUANTIZE) == len(set(scales))
+    for layer, scale in zip("abc", scales, strict=True):
+        linear = next(s.consumer for s in find_sites(gm) if s.name == f"{layer}.input_quantizer")
+        pair = linear.args[0]
+        assert constant(gm, pair.args[1]) == torch.tensor(scale)  # type: ignore[union-attr]
 
 
 def test_layers_that_differ_in_format_have_their_own_pairs() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.formats import FP8, INT8, NVFP4, Format
+from passes.formats import FORMATS, FP8, INT8, NVFP4, Format
 from passes.graph import aten, only_user
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.lower.cuda.half_linears import LinearsInHalfPrecision
+from passes.lower.cuda.half_linears import LinearsInHalfPrecision, can_convert, has_kernel
+from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
@@ -77,6 +78,34 @@ def test_a_device_without_the_format_computes_on_the_input_itself(name: str, dev
     assert not LinearsInHalfPrecision(device)(gm).modified
     gm.recompile()
     assert gm.code == code
+
+
+FOREIGN = Format("e5m2", torch.float8_e5m2, 57344.0, -57344.0)
+
+
+@pytest.mark.parametrize("device", [ADA, HOPPER, BLACKWELL], ids=str)
+@pytest.mark.parametrize("only_weight", [False, True])
+def test_a_format_that_is_not_known_is_not_taken_for_fp8(
+    device: Device, only_weight: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, FOREIGN.name, FOREIGN)
+    assert not has_kernel(device, FOREIGN) and not can_convert(device, FOREIGN)
+    quantizer = Quantizer(FOREIGN, torch.tensor(0.001))
+    x, module = torch.randn(3, 32), nn.Linear(32, 16)
+    gm = quantized(module, x, weight=quantizer, input=None if only_weight else quantizer)
+    plain = quantized(module, x, weight=quantizer, input=None)
+    for make in cuda_pipeline(device):
+        make()(gm)
+    assert count(gm, DEQUANTIZE, QUANTIZE) == 0
+    torch.testing.assert_close(run(gm, x), run(plain, x), rtol=0, atol=0)
+    (kernel,) = kernels(gm)
+    assert kernel.kernel == "mm in float32"
+    assert kernel.dropped == ("" if only_weight else "the input is not quantized: the device has no e5m2")
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_every_format_of_ours_has_a_device_that_multiplies_it(fmt: Format) -> None:
+    assert any(has_kernel(device, fmt) and can_convert(device, fmt) for device in (ADA, HOPPER, BLACKWELL))
 
 
 def test_another_user_keeps_the_quantized_input() -> None:
