@@ -14,13 +14,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from qcompile.engine.backend import Backend, find_backend
 from qcompile.engine.graph import OnnxGraph
-from qcompile.engine.judge import MIN_KEYS, NO_KERNEL, Judgement, judge
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
 from qcompile.engine.precheck import precheck
 from qcompile.engine.profiles import Profile
 from qcompile.engine.report import EngineReport, check_keys
-from qcompile.engine.trt_build import Built, Fill, build, parse_file
+from qcompile.engine.summary import summarize
+from qcompile.engine.trt_build import Fill, build, parse_file
 from qcompile.errors import EngineError
 
 
@@ -97,66 +97,11 @@ def _build(
     started = time.perf_counter()
     with _progress(f"sm{backend.target}", progress) as step:
         built = build(fill, backend, profiles, step)
-    report = _report(built, backend, time.perf_counter() - started)
+    report = summarize(built, backend, time.perf_counter() - started)
     report.check(expect or {})
     if destination is not None:
         _write(destination, built.plan)
     return report
-
-
-def _report(built: Built, backend: Backend, seconds: float) -> EngineReport:
-    judged = []
-    for index in range(max(1, len(built.profiles))):
-        minima = {name: shapes[0] for name, shapes in built.profiles[index].items()} if built.profiles else {}
-        mine = [layer for layer in built.layers if layer.profile == index]
-        judged.append(judge(mine, built.graph, built.graph.static_shapes(minima)))
-    worst = max(range(len(judged)), key=lambda index: judged[index].badness)
-    result = judged[worst]
-    return EngineReport(
-        target=f"sm{backend.target}",
-        builder=backend.version,
-        kernels=result.kernels,
-        attention=result.attention,
-        gemms=result.gemms,
-        convolutions=result.convolutions,
-        precisions=result.precisions,
-        not_low_precision=result.not_low_precision,
-        notices=_notices(result, worst, built.profiles),
-        bytes=built.plan.nbytes,
-        seconds=seconds,
-        layers=built.layers,
-    )
-
-
-def _notices(result: Judgement, index: int, profiles: list[Profile]) -> list[str]:
-    notices = []
-    if len(profiles) > 1:
-        notices.append(f"{len(profiles)} profiles: the counts are those of profile {index}, the worst of them")
-    shortest = _shortest_axis(profiles[index]) if profiles else None
-    unexplained = [
-        gap.module for gap in result.not_low_precision if gap.kind == "attention" and NO_KERNEL in gap.reason
-    ]
-    if unexplained and shortest is not None and shortest < MIN_KEYS:
-        notices.append(
-            f"{len(unexplained)} quantized attentions are not fused in FP8, and the profile has an axis as short as "
-            f"{shortest}: if that is the key sequence, raise its minimum to {MIN_KEYS} ({', '.join(unexplained)})"
-        )
-    if result.short_keys:
-        modules = ", ".join(module for module, _ in result.short_keys)
-        fewest = min(keys for _, keys in result.short_keys)
-        advice = f"raise the profile's minimum to {MIN_KEYS}" if profiles else f"export with at least {MIN_KEYS} tokens"
-        notices.append(
-            f"{len(result.short_keys)} quantized attentions are not fused in FP8, because their key sequence can be as "
-            f"short as {fewest}: TensorRT fuses from {MIN_KEYS} on; {advice} ({modules})"
-        )
-    return notices
-
-
-def _shortest_axis(profile: Profile) -> int | None:
-    """The smallest minimum of an axis, other than the first, that the profile leaves dynamic."""
-    shapes = ((least, most) for least, _, most in profile.values())
-    sizes = [low for least, most in shapes for low, high in list(zip(least, most, strict=True))[1:] if low != high]
-    return min(sizes, default=None)
 
 
 def _destination(output: str | os.PathLike[str] | None) -> Path | None:

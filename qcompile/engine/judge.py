@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.layers import LOW_PRECISION, Layer
 from qcompile.engine.patterns import Attention, Gemm, find_attentions, find_gemms
-from qcompile.engine.report import AttentionCount, NotLowPrecision
+from qcompile.engine.report import AttentionCount, NotLowPrecision, ProfileCounts
 from qcompile.engine.shapes import head_dim, key_length
 
 # Observed with TensorRT-RTX 1.7.1: with fewer keys than this, or larger heads, there is no fused FP8 kernel.
@@ -19,20 +19,17 @@ NO_KERNEL = "quantized in the file, but the builder has no FP8 kernel"
 
 @dataclass(frozen=True)
 class Judgement:
-    """The counts for one profile; `short_keys` are attentions (module, keys) that too few keys kept from fusing."""
+    """Of one profile: what it runs, the precisions of its modules as in the report, and `short_keys`: the attentions
+    (module, keys) that too few keys kept from fusing."""
 
-    kernels: int
-    attention: AttentionCount
-    gemms: dict[str, int]
-    convolutions: dict[str, int]
+    counts: ProfileCounts
     precisions: dict[str, str]
-    not_low_precision: list[NotLowPrecision]
     short_keys: list[tuple[str, int]]
 
     @property
     def badness(self) -> tuple[int, int, int]:
         """Orders profiles: fewer FP8 attentions, then more left in high precision, then more kernels."""
-        return -self.attention.fp8, len(self.not_low_precision), self.kernels
+        return -self.counts.attention.fp8, len(self.counts.not_low_precision), self.counts.kernels
 
 
 def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Judgement:
@@ -58,7 +55,14 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
     own = {product.name for product in products}
     gemms = [k for k in kernels if k.is_gemm and (own & set(k.onnx_nodes) or not of_attention & set(k.onnx_nodes))]
     convolutions = [k for k in kernels if k.is_convolution]
-    return Judgement(len(kernels), count, _by_precision(gemms), _by_precision(convolutions), precisions, gaps, short)
+    counts = ProfileCounts(
+        kernels=len(kernels),
+        attention=count,
+        gemms=_by_precision(gemms),
+        convolutions=_by_precision(convolutions),
+        not_low_precision=gaps,
+    )
+    return Judgement(counts, precisions, short)
 
 
 def _by_precision(kernels: list[Layer]) -> dict[str, int]:

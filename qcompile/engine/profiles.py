@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from qcompile.errors import EngineError
 
@@ -12,17 +13,22 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 Inputs = Mapping[str, Sequence[int | str]]
 
 
-def checked_profiles(profiles: Profile | Sequence[Profile] | None, inputs: Inputs) -> list[Profile]:
+def checked_profiles(
+    profiles: Profile | Sequence[Profile] | None, inputs: Inputs, values: Mapping[str, int] = MappingProxyType({})
+) -> list[Profile]:
     """The profiles as a list, each complete and consistent.
 
     Args:
         profiles: {input: (min, opt, max)}, or a list of those.
         inputs: the network's inputs.
+        values: those whose values other shapes depend on, and how many values each has; a profile gives them in the
+            place of a shape.
 
     Raises:
         EngineError: names the input, what is wrong with its shapes, and for a missing one gives an example.
     """
     found = [] if profiles is None else [profiles] if isinstance(profiles, Mapping) else list(profiles)
+    inputs = {name: [f"value {i}" for i in range(values[name])] if name in values else d for name, d in inputs.items()}
     dynamic = {name: dims for name, dims in inputs.items() if any(isinstance(d, str) for d in dims)}
     if dynamic and not found:
         raise EngineError(_missing(dynamic, dynamic))
@@ -68,7 +74,7 @@ def _missing(missing: Inputs, dynamic: Inputs) -> str:
         for name, dims in dynamic.items()
     }
     return (
-        "these inputs have dynamic dimensions and need an optimization profile:\n"
+        "these inputs have dynamic dimensions, or values that are sizes, and need an optimization profile:\n"
         + "\n".join(lines)
         + f"\npass (min, opt, max) for each, for example profiles={example}"
     )

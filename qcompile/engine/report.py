@@ -29,13 +29,25 @@ class NotLowPrecision(NamedTuple):
     reason: str
 
 
+class ProfileCounts(BaseModel):
+    """What one profile runs. The builder compiles, and lists, every kernel once for each profile."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kernels: int
+    attention: AttentionCount
+    gemms: dict[str, int]
+    convolutions: dict[str, int]
+    not_low_precision: list[NotLowPrecision]
+
+
 class EngineReport(BaseModel):
     """The result of `build_engine`.
 
     Attributes:
         target: what it was built for, such as "sm89".
         builder: package and version that built it.
-        kernels: kernels of one run: layers other than signals, waits and shape calls.
+        kernels: kernels of one run: layers other than signals, waits, shape calls and sizes handed to the GPU.
         attention: attentions of the file, and how many were fused.
         gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float). Parallel GEMMs that the
             builder merged are one; the two GEMMs of an attention that was not fused belong to it and are not counted.
@@ -45,7 +57,9 @@ class EngineReport(BaseModel):
         not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
         notices: what a reader should know, such as a profile that rules out fused FP8 attention.
         bytes: size of the engine. seconds: wall-clock time of parsing and building.
-        layers: the builder's list, all profiles. With several profiles the counts are those of the worst one.
+        layers: the builder's list, all profiles. With several profiles the counts are those of the worst one. An entry
+            that could not be read is of type "other", and there is a notice of it.
+        profiles: the counts of each profile; one entry for an engine without profiles.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +76,7 @@ class EngineReport(BaseModel):
     seconds: float
     layers: list[Layer]
     precisions: dict[str, str] = Field(default_factory=dict)
+    profiles: list[ProfileCounts] = Field(default_factory=list)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
@@ -79,31 +94,38 @@ class EngineReport(BaseModel):
 
         Args:
             expect: `attention_fp8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`, `gemm_int8`: at least
-                so many; `kernels`: at most so many.
+                so many; `kernels`: at most so many. Every profile has to reach them.
 
         Raises:
             EngineError: an unknown key, or a value that is no count.
             ExpectationError: names every shortfall and the module paths behind it.
         """
         check_keys(expect)
-        shortfalls = [line for key, wanted in expect.items() for line in self._shortfall(key, wanted)]
+        found: list[ProfileCounts | EngineReport] = [*self.profiles] if len(self.profiles) > 1 else [self]
+        shortfalls = [
+            line
+            for key, wanted in expect.items()
+            for index, counts in enumerate(found)
+            for line in _shortfall(counts, key, wanted, f" (profile {index})" if len(found) > 1 else "")
+        ]
         if shortfalls:
             raise ExpectationError(
                 f"the engine for {self.target} falls short of what was expected:\n" + "\n".join(shortfalls)
             )
 
-    def _shortfall(self, key: str, wanted: int) -> list[str]:
-        if key == "kernels":
-            met, bound, found, kind = self.kernels <= wanted, "at most", self.kernels, ""
+
+def _shortfall(counts: ProfileCounts | EngineReport, key: str, wanted: int, where: str) -> list[str]:
+    if key == "kernels":
+        met, bound, found, kind = counts.kernels <= wanted, "at most", counts.kernels, ""
+    else:
+        kind, _, precision = key.partition("_")
+        if kind == "gemm":
+            found = counts.gemms[precision]
         else:
-            kind, _, precision = key.partition("_")
-            if kind == "gemm":
-                found = self.gemms[precision]
-            else:
-                found = self.attention.fp8 if precision else self.attention.fused
-            met, bound = found >= wanted, "at least"
-        behind = [f"    {n.kind} {n.module}: {n.reason}" for n in self.not_low_precision if n.kind == kind]
-        return [] if met else [f"  {key}: {bound} {wanted} wanted, {found} found", *behind]
+            found = counts.attention.fp8 if precision else counts.attention.fused
+        met, bound = found >= wanted, "at least"
+    behind = [f"    {n.kind} {n.module}: {n.reason}" for n in counts.not_low_precision if n.kind == kind]
+    return [] if met else [f"  {key}{where}: {bound} {wanted} wanted, {found} found", *behind]
 
 
 EXPECTATIONS = ("attention_fp8", "attention", "gemm_fp8", "gemm_fp4", "gemm_int8", "kernels")

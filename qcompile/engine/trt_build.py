@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 from qcompile.engine.backend import Backend
 from qcompile.engine.graph import OnnxGraph
-from qcompile.engine.layers import Layer, parse_layers
+from qcompile.engine.layer_list import parse_layers
+from qcompile.engine.layers import Layer
 from qcompile.engine.listeners import Step, logger, monitor
 from qcompile.engine.messages import first, suspects, with_hint
 from qcompile.engine.profiles import Profile, checked_profiles
@@ -21,7 +23,7 @@ Fill = Callable[[Any, Any], OnnxGraph]
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine (a buffer owned by TensorRT), its layer list, its profiles, and the graph it was made of."""
+    """A serialized engine (a buffer owned by TensorRT), its layer list, the shapes in its profiles, and its graph."""
 
     plan: Any
     layers: list[Layer]
@@ -37,7 +39,8 @@ def build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] | 
     network = builder.create_network(_strongly_typed(trt))
     step("Parsing", 0, 1)
     graph = fill(network, log)
-    found = checked_profiles(profiles, _inputs(network, graph))
+    values = _values(network)
+    found = checked_profiles(profiles, _inputs(network, graph), values)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor(trt, step)
@@ -47,8 +50,10 @@ def build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] | 
     for shapes in found:
         profile = builder.create_optimization_profile()
         for name, (low, best, high) in shapes.items():
-            profile.set_shape(name, tuple(low), tuple(best), tuple(high))
+            put = profile.set_shape_input if name in values else profile.set_shape
+            put(name, tuple(low), tuple(best), tuple(high))
         config.add_optimization_profile(profile)
+    found = [{name: s for name, s in profile.items() if name not in values} for profile in found]
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = first(log.errors)
@@ -88,6 +93,12 @@ def _inputs(network: Any, graph: OnnxGraph) -> dict[str, list[int | str]]:
         t.name: [d if d >= 0 else names.get(t.name, ["?"] * len(t.shape))[axis] for axis, d in enumerate(t.shape)]
         for t in inputs
     }
+
+
+def _values(network: Any) -> dict[str, int]:
+    """The inputs whose values shapes depend on, such as the second input of a Reshape, and how many values each has."""
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    return {t.name: math.prod(t.shape) for t in inputs if t.is_shape_tensor}
 
 
 def _parse_error(parser: Any, graph: OnnxGraph) -> EngineError:
