@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # Compiling and exporting inside an example makes its first run slow, which says nothing about the code under test.
 settings.register_profile("qcompile", deadline=None, max_examples=30, derandomize=True)
@@ -16,3 +22,18 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_registry() -> Iterator[None]:
+    """torch.onnx parses its 500 functions anew at each export, longer than a tiny model takes; here it does once."""
+    parsed = functools.cache(ONNXRegistry.from_torchlib)
+
+    def registry(**opset: int) -> Any:
+        fresh = copy.copy(parsed(**opset))
+        fresh.functions = {target: list(known) for target, known in fresh.functions.items()}
+        return fresh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
+        yield
