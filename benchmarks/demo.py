@@ -1,6 +1,6 @@
 """The table of `qcompile demo`, as README shows it: trains, quantizes, exports, runs and builds, about two minutes.
 
-    python -m benchmarks.demo
+python -m benchmarks.demo
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def same(rows: list[dict[str, Any]], key: str, **wanted: Any) -> Any:
 def render(template: str) -> str:
     """The text that `template` becomes with the results as they are."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701  # Markdown
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
     results = Results()
     names = {path.stem: results[path.stem] for path in RESULTS.glob("*.json")}
