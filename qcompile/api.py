@@ -10,12 +10,17 @@ from typing import Literal
 
 from torch.export import ExportedProgram
 
+from qcompile.ahead import check_model_target
 from qcompile.engine import EngineReport
 from qcompile.engine import build_engine as build_engine_from_file
+from qcompile.engine.backend import find_backend
 from qcompile.engine.build import build_network
 from qcompile.engine.profiles import Profile
+from qcompile.engine.report import check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
+from qcompile.outputs import check_room, check_writable
+from qcompile.sizes import program_bytes
 from qcompile.torch_tensorrt import ProgramNetwork
 
 
@@ -51,6 +56,8 @@ def build_engine(
         raise EngineError(f"unknown route {route!r}; known: onnx, torch_tensorrt")
     if not isinstance(model, (str, os.PathLike, ExportedProgram)):
         raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
+    if isinstance(model, ExportedProgram):
+        _check_before(model, output, target, expect)
     if route == "torch_tensorrt":
         if not isinstance(model, ExportedProgram):
             raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
@@ -60,5 +67,21 @@ def build_engine(
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.onnx"
+        check_room({path: program_bytes(model)}, EngineError)
         export_onnx(model, path, target="tensorrt", block_fp8=block_fp8)
         return build_engine_from_file(path, output, target=target, profiles=profiles, expect=expect, progress=progress)
+
+
+def _check_before(
+    program: ExportedProgram,
+    output: str | os.PathLike[str] | None,
+    target: str | None,
+    expect: Mapping[str, int] | None,
+) -> None:
+    """What the builder would say after the program has been lowered, which takes minutes for a large one."""
+    check_keys(expect or {})
+    backend = find_backend(target)
+    check_model_target(program, backend.target)
+    if output is not None:
+        check_writable(Path(output), error=EngineError)
+        check_room({Path(output): program_bytes(program)}, EngineError)

@@ -64,6 +64,7 @@ def import_quantized(
     Raises:
         CaptureError, PassError; QCompileError if nothing in the model is quantized.
     """
+    compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     with contextlib.ExitStack() as stack:
         for tool in _TOOLS:
             if isinstance(model, torch.nn.Module) and tool.is_quantized(model):

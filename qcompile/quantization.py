@@ -105,9 +105,10 @@ def calibrate(
     Raises:
         CaptureError, RecipeError, CalibrationError: each names what is wrong and where.
     """
+    chosen_recipe = load_recipe(recipe)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
-    plan = planned(gm, load_recipe(recipe))
+    plan = planned(gm, chosen_recipe)
     amax = activation_amax(gm, program, plan.configs, calibration, progress)
     return {site.name: value for site, value in amax.items()}
 

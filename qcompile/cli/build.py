@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from qcompile.cli.console import check_writable, interactive, out, write_json
+from qcompile.cli.console import interactive, out, write_json
 from qcompile.cli.options import Profile, parse_expect, parse_profiles, require_profile
+from qcompile.outputs import check_writable
 from qcompile.tables import show_engine
 
 Several = Parameter(consume_multiple=True, negative="", show_default=False)

@@ -10,8 +10,6 @@ from typing import TextIO
 
 from rich.console import Console
 
-from qcompile.errors import QCompileError
-
 _PLAIN_WIDTH = 160
 
 
@@ -42,15 +40,6 @@ def step(message: str) -> None:
 def warn(message: str) -> None:
     """Tell what makes the result doubtful."""
     err().print(f"WARNING: {message}", style="bold yellow", markup=False, soft_wrap=True)
-
-
-def check_writable(*paths: Path | None) -> None:
-    """Refuse, before the work, a file that could not be written after it."""
-    for path in paths:
-        if path is not None and path.is_dir():
-            raise QCompileError(f"cannot write {path}: it is a directory")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise QCompileError(f"cannot write {path}: there is no directory {path.absolute().parent}")
 
 
 def write_json(path: Path, data: object) -> None:

@@ -10,8 +10,9 @@ from cyclopts import Group, Parameter
 
 from qcompile.cli.build import Several, build_and_show
 from qcompile.cli.checkpoint import write_checkpoint
-from qcompile.cli.console import check_writable, out, step, write_json
-from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
+from qcompile.cli.console import out, step, write_json
+from qcompile.cli.options import UsageError, parse_expect, parse_profiles
+from qcompile.outputs import check_writable
 from qcompile.tables import show_export
 
 _MODEL = Parameter(group=Group("Model", sort_key=2))
@@ -173,24 +174,34 @@ def export(
     import torch
 
     import qcompile
+    from qcompile.cli.ahead import Wanted, check_before_loading, check_before_quantizing
     from qcompile.cli.quantize import MADE_UP, imported, quantized, save
-    from qcompile.importing import is_quantized
     from qcompile.source import load_source, with_dynamic_shapes
 
-    chosen = qcompile.load_recipe(recipe or "fp8", set_)
-    _check_before(opset, target if builds else None, expected)
+    wanted = Wanted(
+        source=source,
+        recipe=qcompile.load_recipe(recipe or "fp8", set_),
+        given=bool(recipe or set_),
+        calibration=calibration,
+        dtype=getattr(torch, dtype) if dtype else None,
+        opset=opset,
+        block_fp8=block_fp8,
+        compare=compare,
+        dynamic=dynamic,
+        builds=builds,
+        target=target,
+        profiles=profiles,
+        expect=expected,
+        outputs=[path for path in (output, save_program, engine) if path is not None],
+    )
+    check_before_loading(wanted)
     step(f"loading {source}")
     loaded = load_source(source, random_weights=random_weights, batch=batch, sequence=sequence, submodule=submodule)
     loaded = with_dynamic_shapes(loaded, dynamic, batch=dynamic_batch)
-    if builds:
-        require_profile(loaded.dims, profiles)
-    compute_dtype = getattr(torch, dtype) if dtype else None
-    if is_quantized(loaded.model):
-        if recipe or set_:
-            raise UsageError(f"{source} is quantized already: leave out --recipe and --set")
-        program, first = imported(loaded, calibration, compute_dtype)
+    if check_before_quantizing(wanted, loaded):
+        program, first = imported(loaded, calibration, wanted.dtype)
     else:
-        program, first = quantized(loaded, chosen, calibration, compute_dtype)
+        program, first = quantized(loaded, wanted.recipe, calibration, wanted.dtype)
     if save_program is not None:
         save(program, save_program)
     step(f"exporting to {output}")
@@ -208,16 +219,3 @@ def export(
     if report is not None:
         write_json(report, data)
     return 0
-
-
-def _check_before(opset: int | None, target: str | None, expected: dict[str, int] | None) -> None:
-    """What is cheap to know is said before a model is loaded."""
-    from qcompile.engine.backend import find_backend
-    from qcompile.engine.report import check_keys
-    from qcompile.onnx.export import OPSETS
-
-    if opset is not None and opset not in OPSETS:
-        raise UsageError(f"--opset {opset}: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}")
-    check_keys(expected or {})
-    if target is not None:
-        find_backend(target)

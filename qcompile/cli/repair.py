@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qcompile.cli.console import check_writable, out, step, warn, write_json
+from qcompile.cli.console import out, step, warn, write_json
+from qcompile.errors import EngineError
+from qcompile.outputs import check_room, check_writable
 from qcompile.tables import add, show_checks, show_rows, size, table
 
 
@@ -46,8 +49,11 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     """
     check_writable(new, report)
 
+    from qcompile.engine.graph import OnnxGraph
     from qcompile.onnx.repair import repair_onnx
 
+    with contextlib.suppress(EngineError):  # what is no ONNX file, repair_onnx says in its own words
+        check_room({new: OnnxGraph.load(old).weight_bytes()})
     step(f"repairing {old}")
     data: dict[str, Any] = {"source": str(old), "repair": json.loads(repair_onnx(old, new).to_json())}
     show_repair(out(), data["repair"], new)

@@ -15,12 +15,14 @@ from rich.progress import Progress
 from torch.export import Dim
 
 import qcompile
-from qcompile.cli.console import check_writable, err, interactive, out, step
+from qcompile.cli.console import err, interactive, out, step
 from qcompile.demo.measure import accuracy, run_onnx
 from qcompile.demo.model import Digits, DigitViT, load_digits, train
 from qcompile.demo.table import TARGETS, Row, results_table
 from qcompile.engine.backend import find_backend
 from qcompile.errors import EngineError, ExpectationError
+from qcompile.onnx.session import import_onnxruntime
+from qcompile.outputs import check_writable
 
 _CALIBRATION_IMAGES = 128
 _TOP1_MARGIN = 0.01
@@ -41,10 +43,12 @@ def run_demo(*, epochs: int = 30, output: Path | None = None) -> int:
     """
     started = time.perf_counter()
     with _folder(output) as folder:
+        import_onnxruntime()  # that it is there is known before the training
+        targets = [target for target in TARGETS if _builds(target)]
         digits = load_digits()
         model = _trained(digits, epochs)
         rows = _accuracies(model, digits, folder)
-        _build(rows, digits, folder)
+        _build(rows, digits, targets)
         out().print(results_table(rows, len(digits.test_images)))
         shortfalls = _shortfalls(rows)
         for shortfall in shortfalls:
@@ -118,16 +122,21 @@ def _accuracies(model: DigitViT, digits: Digits, folder: Path) -> list[Row]:
     return rows
 
 
-def _build(rows: list[Row], digits: Digits, folder: Path) -> None:
-    """Engines of every file for every target that a builder here can build for."""
+def _builds(target: str) -> bool:
+    """Whether a builder that is installed builds for `target`; says why not."""
+    try:
+        find_backend(target)
+    except EngineError as error:
+        step(f"no engines for {target}: {error}")
+        return False
+    return True
+
+
+def _build(rows: list[Row], digits: Digits, targets: list[str]) -> None:
+    """Engines of every file for the targets."""
     shape = tuple(digits.images.shape[1:])
     profile = {"images": ((1, *shape), (64, *shape), (len(digits.test_images), *shape))}
-    for target in TARGETS:
-        try:
-            find_backend(target)
-        except EngineError as error:
-            step(f"no engines for {target}: {error}")
-            continue
+    for target in targets:
         for row in rows:
             if row.file is not None and target in row.targets:
                 step(f"building {row.file.name} for {target}")

@@ -22,6 +22,7 @@ from qcompile.engine.report import EngineReport, check_keys
 from qcompile.engine.summary import summarize
 from qcompile.engine.trt_build import Fill, build, parse_file
 from qcompile.errors import EngineError
+from qcompile.outputs import check_room, check_writable
 
 
 def build_engine(
@@ -55,6 +56,8 @@ def build_engine(
     graph = OnnxGraph.load(model)
     backend = find_backend(target)
     precheck(graph, backend.target)
+    if destination is not None:
+        check_room({destination: graph.weight_bytes()}, EngineError)
     return _build(parse_file(model, graph, backend), backend, destination, profiles, expect, progress)
 
 
@@ -107,12 +110,8 @@ def _build(
 def _destination(output: str | os.PathLike[str] | None) -> Path | None:
     if output is None:
         return None
-    path = Path(output)
-    if not path.parent.is_dir():
-        raise EngineError(f"cannot write {path}: the directory {path.parent} does not exist")
-    if path.is_dir():
-        raise EngineError(f"cannot write {path}: it is a directory")
-    return path
+    check_writable(Path(output), error=EngineError)
+    return Path(output)
 
 
 def _write(path: Path, plan: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections.abc import Mapping, Sequence
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx import helper
 
 from qcompile.errors import EngineError
 
@@ -24,6 +26,7 @@ MOVES = frozenset(
 REACH = 16
 # No constant that a shape depends on is larger; the values of larger ones are weights, which nothing here looks at.
 _KEEP_BYTES = 4096
+_ITEM_BYTES = {onnx.TensorProto.FLOAT4E2M1: 0.5, onnx.TensorProto.INT4: 0.5, onnx.TensorProto.UINT4: 0.5}
 
 
 def node_name(node: onnx.NodeProto) -> str:
@@ -100,6 +103,18 @@ class OnnxGraph:
             if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
                 shapes[value.name] = tuple(d.dim_value for d in dims)
         return shapes
+
+    def weight_bytes(self) -> int:
+        """What the constants take in an engine at least: floats that only a QuantizeLinear reads become codes."""
+        total = 0.0
+        for init in self.model.graph.initializer:
+            readers = {node.op_type for node in self.consumers(init.name)}
+            if readers and all(kind.endswith("QuantizeLinear") for kind in readers):
+                size = 1.0
+            else:
+                size = _ITEM_BYTES.get(init.data_type) or helper.tensor_dtype_to_np_dtype(init.data_type).itemsize
+            total += math.prod(init.dims) * size if readers else 0
+        return int(total)
 
     def module(self, name: str) -> str:
         """Module path of the node of that name; the name itself when the file does not have it."""

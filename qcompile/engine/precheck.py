@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import onnx
 
+from qcompile.engine.capability import lacking
 from qcompile.engine.graph import OnnxGraph, module_path, node_name
 from qcompile.errors import EngineError
 
-_FP4_FROM = 100
+_TYPES = {
+    "nvfp4": ("FP4 (FLOAT4E2M1)", onnx.TensorProto.FLOAT4E2M1),
+    "fp8": ("FP8 (FLOAT8E4M3FN)", onnx.TensorProto.FLOAT8E4M3FN),
+}
 
 
 def precheck(graph: OnnxGraph, target: int) -> None:
-    """Raise EngineError for NVFP4 on a GPU without FP4, and for block-scaled FP8 weights in a static FP8 GEMM."""
-    if target < _FP4_FROM and (where := _first_fp4(graph)) is not None:
-        raise EngineError(
-            f"{where} uses FP4 (FLOAT4E2M1), and sm{target} has no FP4 arithmetic: build for sm120 or sm121, or "
-            "quantize with the recipe fp8 for this target"
-        )
+    """Raise EngineError for types that the target cannot run, and for block-scaled FP8 weights in a static FP8 GEMM."""
+    for format, (name, data_type) in _TYPES.items():
+        reason = lacking(format, target)
+        if reason is not None and (where := _first(graph, data_type)) is not None:
+            raise EngineError(f"{where} uses {name}, and {reason}")
     for node in graph.nodes:
         if node.op_type in ("MatMul", "Gemm") and _mixes_block_and_static(graph, node):
             raise EngineError(
@@ -26,12 +29,14 @@ def precheck(graph: OnnxGraph, target: int) -> None:
             )
 
 
-def _first_fp4(graph: OnnxGraph) -> str | None:
-    """The module path of the first node that makes or reads FP4 data, None when there is none."""
-    fp4 = {i.name for i in graph.model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT4E2M1}
+def _first(graph: OnnxGraph, data_type: int) -> str | None:
+    """The module path of the first node that makes or reads data of that type, None when there is none."""
+    holding = {i.name for i in graph.model.graph.initializer if i.data_type == data_type}
+    holding |= {i.name for i in graph.model.graph.input if i.type.tensor_type.elem_type == data_type}
     for node in graph.nodes:
-        made = any(a.name == "output_dtype" and a.i == onnx.TensorProto.FLOAT4E2M1 for a in node.attribute)
-        if made or node.op_type == "TRT_FP4DynamicQuantize" or fp4.intersection(node.input):
+        made = any(a.name == "output_dtype" and a.i == data_type for a in node.attribute)
+        fp4 = data_type == onnx.TensorProto.FLOAT4E2M1 and node.op_type == "TRT_FP4DynamicQuantize"
+        if made or fp4 or holding.intersection(node.input):
             return module_path(node)
     return None
 

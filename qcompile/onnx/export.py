@@ -30,10 +30,13 @@ from qcompile.onnx.interface import check_interface, name_interface, required_de
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.save import written_beside
+from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
+from qcompile.outputs import check_room, check_writable
 from qcompile.record import record_of
 from qcompile.report import Report
+from qcompile.sizes import program_bytes
 
 Target = Literal["tensorrt", "portable"]
 BlockFp8 = Literal["k_split", "per_channel"]
@@ -78,8 +81,10 @@ def export_onnx(
     """
     opset = _check(program, target, opset, block_fp8)
     destination = Path(path)
-    if destination.is_dir():
-        raise ExportError(f"'{destination}' is a directory; name a file in it")
+    check_writable(destination, error=ExportError, parents=True)
+    check_room({destination: program_bytes(program)}, ExportError)
+    if compare is not None:
+        import_onnxruntime()
     with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
         log = run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qcompile.source.calibration import load_calibration
-from qcompile.source.inputs import with_dynamic_shapes
+from qcompile.source.calibration import check_calibration, load_calibration
+from qcompile.source.inputs import parse_dynamic, with_dynamic_shapes
 from qcompile.source.load import load_source
 from qcompile.source.model import Source
 
-__all__ = ["Source", "load_calibration", "load_source", "with_dynamic_shapes"]
+__all__ = ["Source", "check_calibration", "load_calibration", "load_source", "parse_dynamic", "with_dynamic_shapes"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qcompile.errors import CalibrationError, SourceError
-from qcompile.source.load import FUNCTION, call_function
+from qcompile.source.load import FUNCTION, call_function, import_function
 from qcompile.source.model import Source
 
 RANDOM = "random"
@@ -34,27 +34,38 @@ def load_calibration(text: str, source: Source) -> Iterable[Any]:
         CalibrationError: the file cannot be read or does not fit the inputs.
         SourceError: the function cannot be found or fails.
     """
+    check_calibration(text)
     path = Path(text)
     if text == RANDOM:
         return _made_up(source)
     if path.suffix in _SUFFIXES:
         data = _read(path)
         return data if isinstance(data, list) else _batches(data, source, path)
-    if FUNCTION.fullmatch(text) and not path.exists():
-        result = call_function(text)
-        if isinstance(result, Mapping | torch.Tensor) or not isinstance(result, Iterable):
-            raise SourceError(f"{text} returned a {type(result).__name__}; it has to return an iterable of batches")
-        return result
-    raise CalibrationError(
-        f"calibration data {text!r} is no file that can be read: give {', '.join(_SUFFIXES)}, package.module:function,"
-        f" or {RANDOM!r} to try out without data"
-    )
+    result = call_function(text)
+    if isinstance(result, Mapping | torch.Tensor) or not isinstance(result, Iterable):
+        raise SourceError(f"{text} returned a {type(result).__name__}; it has to return an iterable of batches")
+    return result
+
+
+def check_calibration(text: str) -> None:
+    """Raise, before a model is loaded, what `load_calibration` would for a file or a function that is not there."""
+    path = Path(text)
+    if text == RANDOM:
+        return
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise CalibrationError(f"there is no calibration file {path}")
+    elif FUNCTION.fullmatch(text) and not path.exists():
+        import_function(text)
+    else:
+        raise CalibrationError(
+            f"calibration data {text!r} is no file that can be read: give {', '.join(_SUFFIXES)},"
+            f" package.module:function, or {RANDOM!r} to try out without data"
+        )
 
 
 def _read(path: Path) -> Any:
     """A tensor, a dict of tensors by name, or a list of batches."""
-    if not path.is_file():
-        raise CalibrationError(f"there is no calibration file {path}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

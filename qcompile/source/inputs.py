@@ -69,11 +69,17 @@ def with_dynamic_shapes(source: Source, dynamic: Sequence[str] = (), *, batch: b
     return dataclasses.replace(source, args=args, kwargs=kwargs, dynamic_shapes=bound)
 
 
-def _parse(text: str, inputs: dict[str, Any], ranges: _Ranges) -> tuple[str, int, str]:
-    """(input, axis, dimension); a range goes to `ranges`."""
+def parse_dynamic(text: str) -> re.Match[str]:
+    """The parts of `input:axis=dimension:least:largest`. Raises SourceError for another form."""
     match = _DYNAMIC.fullmatch(text)
     if match is None:
         raise SourceError(f"--dynamic {text}: write it as input:axis=dimension, such as input_ids:1=sequence")
+    return match
+
+
+def _parse(text: str, inputs: dict[str, Any], ranges: _Ranges) -> tuple[str, int, str]:
+    """(input, axis, dimension); a range goes to `ranges`."""
+    match = parse_dynamic(text)
     name, axis = match["name"], int(match["axis"])
     if not isinstance(inputs.get(name), torch.Tensor):
         raise SourceError(f"--dynamic {text}: there is no input {name!r}; the inputs are {', '.join(inputs)}")

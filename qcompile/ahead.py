@@ -1,0 +1,58 @@
+"""Whether a GPU has the arithmetic for a recipe, a program or a checkpoint: known before the long work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.export import ExportedProgram
+
+from passes.formats import get_format
+from passes.graph import calls, place_of
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from qcompile.engine.capability import lacking
+from qcompile.errors import EngineError
+from qcompile.layer import QuantizedLinear
+from qcompile.recipe import Recipe
+from qcompile.recipe.asked import asked_formats
+
+
+def check_recipe_target(recipe: Recipe, target: int, dtype: torch.dtype | None = None) -> None:
+    """Raise EngineError for the formats of `recipe`, and a compute dtype, that a GPU has no arithmetic for.
+
+    Args:
+        target: its compute capability, such as 89.
+    """
+    lines = [
+        f"{rule.where}: the recipe {recipe.metadata.name} asks for {format} ({rule.quantizer!r}), and {reason}"
+        for format, rule in asked_formats(recipe).items()
+        if (reason := lacking(format, target))
+    ]
+    if dtype is not None and (reason := lacking(str(dtype).removeprefix("torch."), target)):
+        lines.append(f"{dtype} was asked for, and {reason}")
+    if lines:
+        raise EngineError("\n".join(lines))
+
+
+def check_model_target(model: torch.nn.Module | ExportedProgram, target: int) -> None:
+    """Raise EngineError for a quantized program, or a loaded checkpoint, in a format that the GPU `target` lacks."""
+    for place, format in formats_of(model):
+        if reason := lacking(format, target):
+            raise EngineError(f"{place} is quantized to {format}, and {reason}")
+
+
+def formats_of(model: torch.nn.Module | ExportedProgram) -> Iterator[tuple[str, str]]:
+    """(place, format as recipes call it) of all that is quantized."""
+    if isinstance(model, ExportedProgram):
+        for node in calls(model.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE):
+            yield place_of(node), _family(str(node.kwargs["format"]))
+    else:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                yield name, _family(module.scheme.weight.name)
+
+
+def _family(name: str) -> str:
+    """`fp8`, `int8` or `nvfp4`: the formats differ in what shares a scale, and the arithmetic is the codes'."""
+    format = get_format(name)
+    return "nvfp4" if format.packed else "int8" if format.integer else "fp8"

@@ -1,0 +1,136 @@
+"""What `qcompile export` refuses before it loads a model, and then before it works on it for minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import qcompile
+from qcompile.ahead import check_model_target, check_recipe_target, formats_of
+from qcompile.cli.options import Profile, UsageError, require_profile
+from qcompile.engine.backend import find_backend
+from qcompile.engine.profiles import checked_profiles
+from qcompile.engine.report import check_keys
+from qcompile.errors import CalibrationError, EngineError
+from qcompile.frontends.checkpoint import is_quantized_checkpoint
+from qcompile.importing import is_quantized
+from qcompile.onnx.export import OPSETS
+from qcompile.onnx.fp4 import FP4_OPSET
+from qcompile.outputs import check_room
+from qcompile.recipe.asked import asked_formats, calibrates
+from qcompile.sizes import least_bytes
+from qcompile.source import Source, check_calibration, parse_dynamic
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of one export.
+
+    Attributes:
+        given: the recipe was asked for, and is not the default.
+        builds: an engine is built, for `target`, or for the GPU of this machine.
+        outputs: the files that hold the weights.
+    """
+
+    source: str
+    recipe: qcompile.Recipe
+    given: bool
+    calibration: str | None
+    dtype: torch.dtype | None
+    opset: int | None
+    block_fp8: str
+    compare: bool
+    dynamic: Sequence[str]
+    builds: bool
+    target: str | None
+    profiles: Profile | None
+    expect: Mapping[str, int] | None
+    outputs: Sequence[Path]
+
+
+def check_before_loading(wanted: Wanted) -> None:
+    """Raise what the options alone tell: nothing of the model is read but a config.json."""
+    if wanted.opset is not None and wanted.opset not in OPSETS:
+        raise UsageError(f"--opset {wanted.opset}: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}")
+    check_keys(wanted.expect or {})
+    for text in wanted.dynamic:
+        parse_dynamic(text)
+    _target(wanted)
+    if wanted.compare and importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(
+            "the file is compared with the program in ONNX Runtime, which is not installed: pip install"
+            " 'qcompile[onnxruntime]', or leave the comparison out with --no-compare"
+        )
+    if wanted.calibration is not None:
+        check_calibration(wanted.calibration)
+    is_directory = (Path(wanted.source) / "config.json").is_file()
+    if is_directory and importlib.util.find_spec("transformers") is None:
+        raise UsageError("reading a Hugging Face directory needs transformers: pip install 'qcompile[transformers]'")
+    if is_directory and is_quantized_checkpoint(wanted.source):
+        _refuse_recipe(wanted)
+    elif is_directory or wanted.given:
+        _check_recipe(wanted)
+        if is_directory:
+            _check_calibration(wanted)
+
+
+def check_before_quantizing(wanted: Wanted, source: Source) -> bool:
+    """Raise what the model tells without being run. Returns whether it is quantized already."""
+    if wanted.builds:
+        require_profile(source.dims, wanted.profiles)
+        checked_profiles(wanted.profiles, source.dims)
+    finished = is_quantized(source.model)
+    if finished:
+        _refuse_recipe(wanted)
+        if target := _target(wanted):
+            check_model_target(source.model, target)
+        _check_opset(wanted, {format for _, format in formats_of(source.model)})
+    else:
+        _check_recipe(wanted)
+        _check_calibration(wanted)
+    size = least_bytes(source.model, None if finished else wanted.recipe, wanted.dtype)
+    check_room(dict.fromkeys(wanted.outputs, size))
+    return finished
+
+
+def _target(wanted: Wanted) -> int | None:
+    """Compute capability of the GPU that an engine is built for; None where none is built."""
+    if not wanted.builds:
+        return None
+    try:
+        return find_backend(wanted.target).target
+    except EngineError as error:
+        if wanted.target is not None:
+            raise
+        raise EngineError(f"{error}\nOn the command line: --target sm89") from error
+
+
+def _refuse_recipe(wanted: Wanted) -> None:
+    if wanted.given:
+        raise UsageError(f"{wanted.source} is quantized already: leave out --recipe and --set")
+
+
+def _check_recipe(wanted: Wanted) -> None:
+    if target := _target(wanted):
+        check_recipe_target(wanted.recipe, target, wanted.dtype)
+    _check_opset(wanted, asked_formats(wanted.recipe))
+    if wanted.block_fp8 != "k_split" and not any(rule.block_shape for rule in wanted.recipe.rules):
+        name = wanted.recipe.metadata.name
+        raise UsageError(f"--block-fp8 is for weights in blocks of 128 x 128, and the recipe {name} asks for none")
+
+
+def _check_calibration(wanted: Wanted) -> None:
+    if wanted.calibration is None and calibrates(wanted.recipe):
+        raise CalibrationError(
+            f"the recipe {wanted.recipe.metadata.name} needs calibration data for the ranges of activations:"
+            " --calibration FILE, or --calibration random to try out without data"
+        )
+
+
+def _check_opset(wanted: Wanted, formats: Container[str]) -> None:
+    if wanted.opset is not None and wanted.opset < FP4_OPSET and "nvfp4" in formats:
+        raise UsageError(f"--opset {wanted.opset} has no FP4: leave it out, or give {FP4_OPSET}")
