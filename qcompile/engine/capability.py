@@ -33,6 +33,6 @@ def lacking(format: str, target: int) -> str | None:
     else:
         instead = f"quantize with the recipe {'fp8' if target >= NEEDS['fp8'].least else 'int8'}"
     return (
-        f"sm{target} has no {need.arithmetic} arithmetic (sm{need.least} and newer have): build for {need.targets}, or "
-        f"{instead} for this target"
+        f"sm{target} has no {need.arithmetic} arithmetic: build for {need.targets}, or {instead} for this target "
+        f"({need.arithmetic} needs sm{need.least} or newer)"
     )

@@ -60,7 +60,15 @@ def test_zero_scale(new_file: Any, tmp_path: Path) -> None:
     assert "hint: a scale is 0" in message(file.save(tmp_path / "m.onnx"))
 
 
-def test_fp8_on_an_old_gpu(linear_file: Callable[..., Path]) -> None:
+def test_fp8_on_an_old_gpu_is_refused_before_the_build(linear_file: Callable[..., Path]) -> None:
+    text = message(linear_file("fp8"), "sm86")
+    assert "uses FP8 (FLOAT8E4M3FN), and sm86 has no FP8 arithmetic" in text
+    assert "recipe int8" in text and "FP8 needs sm89 or newer" in text
+    assert build_engine(linear_file("int8"), target="sm86", progress=False).gemms["int8"] == 1
+
+
+def test_the_builder_refuses_fp8_there_too(linear_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.engine.build.precheck", lambda graph, target: None)
     text = message(linear_file("fp8"), "sm86")
     assert "refused the file for sm86" in text
     assert "hint: FP8 needs sm89 or newer" in text
