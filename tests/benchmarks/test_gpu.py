@@ -87,6 +87,24 @@ def test_without_time_rows_are_skipped_and_resumed(tmp_path: Path) -> None:
     assert again["rows"] == resumed["rows"]
 
 
+def test_what_a_resumed_run_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where every row is there; a case that lacks one as a whole, as rows of two runs cannot be compared."""
+    names = [variant.name for variant in variants.VARIANTS[:2]]
+    output, chosen = tmp_path / "gpu.json", ("--only", "dit/16", "--resume", "--variants")
+    _, written = run(output, *chosen, names[0])
+    (row,) = written["rows"]
+    assert row["status"] == "ok"
+    output.write_text(json.dumps(written | {"rows": [row | {"ms": 1e9}]}))
+    assert run(output, *chosen, names[0])[1]["rows"] == [row | {"ms": 1e9}]
+    _, both = run(output, *chosen, *names)
+    assert [row["variant"] for row in both["rows"]] == names
+    assert all(row["status"] == "ok" and row["ms"] < 1e9 for row in both["rows"])
+    output.write_text(json.dumps(both | {"machine": both["machine"] | {"chip": "another"}}))
+    with pytest.raises(SystemExit, match="is of another, not of"):
+        run(output, *chosen, names[0])
+    assert json.loads(output.read_text())["rows"] == both["rows"]
+
+
 def test_the_important_cases_come_first() -> None:
     names = [case.name for case in all_cases()]
     assert names[:2] == ["vit-large/64", "llama-8b/prefill-4096"]

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.formats import FP8, INT8, get_format
+from passes.formats import FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, Format, get_format
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
 SCALAR = torch.tensor(0.03)
@@ -123,6 +123,18 @@ def test_a_token_of_zeros_stays_zero(dtype: torch.dtype) -> None:
     x = torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=dtype)
     q, scale = DYNAMIC_QUANTIZE(x, None, format="fp8_per_token")
     torch.testing.assert_close(DEQUANTIZE(q, scale, format="fp8_per_token", dtype=dtype), x, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("fmt", [FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_the_floor_of_a_scale_that_is_measured(dtype: torch.dtype, fmt: Format) -> None:
+    """A tensor or token below 1e-6 is divided as if that were its amax, and no scale is subnormal in its own dtype."""
+    least = max(float(np.float32(1e-6) / np.float32(fmt.max)), float(torch.finfo(dtype).smallest_normal))
+    for value in (0.0, 5e-8):
+        q, scale = DYNAMIC_QUANTIZE(torch.full((1, 4), value, dtype=dtype), None, format=fmt.name)
+        torch.testing.assert_close(scale.flatten(), torch.tensor([least], dtype=dtype), rtol=1e-6, atol=0)
+        back = DEQUANTIZE(q, scale, format=fmt.name, dtype=torch.float32)
+        assert bool((back - value).abs().le(float(scale) / 2).all())
 
 
 def test_a_nan_stays_in_its_token() -> None:

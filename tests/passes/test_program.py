@@ -13,10 +13,11 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from passes.constants import add_constant
+from passes.errors import PassError
 from passes.fold.weights import FoldWeights
 from passes.graph import Emitter, aten
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.program import lift, unlift
+from passes.program import lift, unlift, written_tensors
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, export, graph_of, insert, only_call, run, scale_of
 
 
@@ -142,6 +143,27 @@ def test_a_graph_can_be_lifted_and_unlifted_again(case: str) -> None:
     inputs = pytree.tree_leaves((args, kwargs))
     if case != "keywords":  # its flat inputs include those that are not tensors
         torch.testing.assert_close(run(twice, *inputs), run(once, *inputs), rtol=0, atol=0)
+
+
+class Counts(nn.Module):
+    """Writes to its buffer, or to its input, while it runs."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (x if self.what == "x" else self.steps).add_(1)
+        return x * self.steps
+
+
+@pytest.mark.parametrize("what", ["steps", "x"])
+def test_what_a_program_writes_to_is_no_constant(what: str) -> None:
+    program = export(Counts(what), torch.randn(3))
+    assert written_tensors(program) == [what]
+    with pytest.raises(PassError, match=f"writes to {what} while it runs"):
+        unlift(program)
 
 
 def test_kinds_and_persistence_are_kept() -> None:

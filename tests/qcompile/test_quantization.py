@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 import qcompile
-from passes.constants import evaluate_constant
+from passes.base import Pass
+from passes.constants import add_constant, evaluate_constant
 from passes.graph import calls
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.program import unlift
 from passes.quantize.sites import linear_name
+from qcompile import importing, quantization
 from qcompile.errors import CalibrationError, QCompileError, RecipeError
 from qcompile.record import record_of
 from qcompile.report import quantized_modules
@@ -328,6 +331,35 @@ def test_the_structure_of_outputs_is_kept(kind: str) -> None:
     assert spec == wanted_spec
     for a, b in zip(leaves, wanted, strict=True):
         assert (a.dtype == b.dtype and error(a, b) < 0.1) if isinstance(b, Tensor) else a == b
+
+
+class CutsOff(Pass):
+    """A rewrite that is wrong: it takes the mask for the constant that it was in the example."""
+
+    def rewrite(self, gm: GraphModule) -> None:
+        _, mask = gm.graph.find_nodes(op="placeholder")
+        mask.replace_all_uses_with(add_constant(gm, "mask", torch.ones(4), mask.next))
+        self.fire()
+
+
+def test_a_pass_that_cuts_an_input_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            return x, self.layer(x) * mask
+
+    x, mask = torch.randn(3, 4), torch.ones(4)
+    program = quantize(Model(), x, mask)
+    lost = r"output 1 no longer depends on mask: a pass cut it off"
+    for module, pipeline in ((quantization, "NORMALIZE"), (importing, "CANONICALIZE")):
+        monkeypatch.setattr(module, pipeline, (*getattr(module, pipeline), CutsOff))
+    with pytest.raises(QCompileError, match=lost):
+        quantize(Model(), x, mask)
+    with pytest.raises(QCompileError, match=lost):
+        qcompile.import_quantized(program)
 
 
 def test_hugging_face_outputs_and_a_padding_mask() -> None:

@@ -29,11 +29,30 @@ def test_the_pair_moves_behind_reshape_and_transpose() -> None:
         Packed(torch.tensor(0.01)), torch.randn(2, 2, 6, 8), torch.randn(2, 6, 16),
         dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}),
     )  # fmt: skip
+    for target in (QUANTIZE, DEQUANTIZE):
+        only_call(gm, target).meta["custom"] = {"quantizer": "k_quantizer"}
     rewrites(MoveQuantizersToAttention, gm, torch.randn(3, 2, 5, 8), torch.randn(3, 5, 16), fired=2)
     attention = only_call(gm, SDPA)
-    assert all(operand.target is DEQUANTIZE for operand in attention.args[1:3])
+    for operand in attention.args[1:3]:
+        assert operand.target is DEQUANTIZE and operand.args[0].target is QUANTIZE
+        assert operand.meta["custom"] == operand.args[0].meta["custom"] == {"quantizer": "k_quantizer"}
 
 
 def test_a_scale_for_each_channel_stays() -> None:
     gm = graph_of(Packed(torch.full((16,), 0.01)), torch.randn(2, 2, 6, 8), torch.randn(2, 6, 16))
+    assert declines(MoveQuantizersToAttention, gm) == []
+
+
+class Stored(Packed):
+    """Keys that are stored as codes."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:  # type: ignore[override]
+        heads = DEQUANTIZE(self.codes, self.scale, format="fp8", dtype=q.dtype).view(1, 6, 2, 8).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, heads, k)
+
+
+def test_codes_that_nothing_quantizes_stay() -> None:
+    module = Stored(torch.tensor(0.01))
+    module.register_buffer("codes", torch.randn(1, 6, 16).to(torch.float8_e4m3fn))
+    gm = graph_of(module, torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8))
     assert declines(MoveQuantizersToAttention, gm) == []

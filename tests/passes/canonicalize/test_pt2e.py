@@ -142,6 +142,58 @@ def test_a_weight_from_run_time_is_declined() -> None:
     assert "computed at run time" in declines(MoveZeroPoints, gm)[0]
 
 
+def test_a_weight_without_zero_points_and_a_scale_that_the_graph_writes() -> None:
+    class Constants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randint(-128, 128, (8, 16), dtype=torch.int8))
+            self.register_buffer("scales", torch.rand(8) + 0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            fixed = (torch.full((), 0.05, dtype=torch.float64), torch.full((), 7), *INT8)
+            x = OPS.dequantize_per_tensor.tensor(OPS.quantize_per_tensor.tensor(x, *fixed), *fixed)
+            return nn.functional.linear(x, OPS.dequantize_per_channel(self.codes, self.scales, None, 0, *INT8))
+
+    x, module = torch.randn(3, 16), Constants()
+    gm = graph_of(module, x)
+    rewrites(Pt2eToQdq, gm, x, fired=2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(gm, x)[0], module(x), rtol=1e-4, atol=1e-4)
+    (weight,) = (node for node in gm.graph.nodes if node.target is DEQUANTIZE and node.args[0].op == "get_attr")
+    assert torch.equal(gm.get_parameter(weight.args[0].target), module.codes)
+
+
+class Channels(nn.Module):
+    """An activation with a scale for each channel."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("scales", torch.ones((4, 16)[axis]))
+        self.register_buffer("zeros", torch.zeros((4, 16)[axis], dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = (self.scales, self.zeros, self.axis, *INT8)
+        result: Tensor = OPS.dequantize_per_channel(OPS.quantize_per_channel(x, *options), *options)
+        return result
+
+
+class RunTime(nn.Module):
+    """A scale that is computed, or one that is chosen but for codes that are rearranged."""
+
+    def __init__(self, *, chosen: bool) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chosen:
+            options = (*OPS.choose_qparams_symmetric.tensor(x, -127, 127, 1e-6, torch.int8), -127, 127, torch.int8)
+        else:
+            options = (x.abs().max() / 127, torch.zeros((), dtype=torch.int64), *INT8)
+        codes = OPS.quantize_per_tensor.tensor(x, *options)
+        result: Tensor = OPS.dequantize_per_tensor.tensor(codes.t().contiguous() if self.chosen else codes, *options)
+        return result
+
+
 class Measured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = OPS.choose_qparams.tensor(x, -128, 127, 1e-6, torch.int8)
@@ -166,8 +218,12 @@ class Codes(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [(Measured(), "zero point at run time"), (Groups(), "not a form"), (Codes(), "reads codes"),
-     (Pair(0.1, 0, (-32768, 32767, torch.int16)), "int8 and uint8")],
-    ids=["measured", "groups", "codes", "int16"],
+     (Pair(0.1, 0, (-32768, 32767, torch.int16)), "int8 and uint8"),
+     (Pair(0.1, 0, (5, 5, torch.uint8)), "codes of torch.uint8 between 5 and 5"),
+     (Channels(0), "activations with a scale for each channel"), (Channels(1), "channels along axis 1"),
+     (RunTime(chosen=False), "scale or zero point is computed at run time"),
+     (RunTime(chosen=True), "codes with a run-time scale come from aten")],
+    ids=["measured", "groups", "codes", "int16", "range", "channels", "axis", "computed", "rearranged"],
 )  # fmt: skip
 def test_what_cannot_be_said_is_an_error(module: nn.Module, reason: str) -> None:
     with pytest.raises(PassError, match=reason):

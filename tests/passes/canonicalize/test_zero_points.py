@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.graph import aten
-from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
 
 
@@ -25,6 +25,7 @@ class Shifted(nn.Module):
         self.offset, self.weight, self.second = offset, weight, second
         self.register_buffer("scale", torch.tensor(0.05))
         self.register_buffer("rows", torch.full((4, 1), 0.01))
+        self.register_buffer("block", torch.full((1, 1), 0.01))
 
     def forward(self, x: Tensor) -> Any:
         codes = QUANTIZE(x + self.offset, self.scale, format="int8")
@@ -32,9 +33,16 @@ class Shifted(nn.Module):
         weight = self.linear.weight
         if self.weight == "quantized":
             weight = DEQUANTIZE(QUANTIZE(weight, self.rows, format="int8"), self.rows, format="int8", dtype=x.dtype)
+        elif self.weight == "measured":
+            codes, scale = DYNAMIC_QUANTIZE(weight, None, format="int8")
+            weight = DEQUANTIZE(codes, scale, format="int8", dtype=x.dtype)
+        elif self.weight == "blocks":
+            codes, scale = DYNAMIC_QUANTIZE(weight, None, format="fp8_128x128")
+            weight = DEQUANTIZE(codes, self.block, format="fp8_128x128", dtype=x.dtype)
         elif self.weight == "computed":
             weight = weight * x.mean()
-        result = nn.functional.linear(shifted, weight, self.linear.bias)
+        bias = self.linear.bias * x.mean() if self.weight == "bias" else self.linear.bias
+        result = nn.functional.linear(shifted, weight, bias)
         return (result, shifted) if self.second else result
 
 
@@ -57,9 +65,24 @@ def test_another_reader_keeps_the_shifted_values() -> None:
     assert count(gm, aten.sub.Tensor) == 1
 
 
-def test_a_weight_that_is_computed_is_left() -> None:
-    (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight="computed"), X))
+@pytest.mark.parametrize("weight", ["computed", "measured", "blocks", "bias"])
+def test_a_weight_or_bias_that_is_computed_is_left(weight: str) -> None:
+    (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight=weight), X))
     assert "computed at run time" in reason
+
+
+def test_a_tensor_that_is_subtracted_is_no_zero_point() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.tensor(0.05)
+            y = DEQUANTIZE(QUANTIZE(x, scale, format="int8"), scale, format="int8", dtype=x.dtype)
+            return self.linear(y - x.mean()) + self.linear(x - 0.5)
+
+    assert declines(MoveZeroPoints, graph_of(Centred(), X)) == []
 
 
 def test_a_layer_without_a_zero_point_is_left() -> None:

@@ -73,6 +73,25 @@ def test_a_row_that_is_masked_as_a_whole_is_finite() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_score_added_to_a_mask_does_not_become_infinite(dtype: torch.dtype) -> None:
+    """The lowest float16 and a score of -512 are -inf: a row that is masked as a whole would be NaN."""
+    q, k, v = torch.full((1, 1, 3, 8), 8.0), torch.full((1, 1, 3, 8), -8.0), torch.randn(1, 1, 3, 8)
+    inputs = *(t.to(dtype) for t in (q, k, v)), torch.zeros(3, 3, dtype=torch.bool)
+    gm = graph_of(Masked(), *inputs)
+    insert(gm, ALL)
+    FuseAttentionQdq()(gm)
+    (out,) = run(gm, *inputs)
+    torch.testing.assert_close(out, inputs[2].mean(2, keepdim=True).expand_as(out), rtol=0, atol=0.3)
+
+
+class Masked(nn.Module):
+    """Attention of inputs, with a mask."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+
+
 class SharedMask(nn.Module):
     """Two attentions with one mask, which is returned too."""
 

@@ -70,6 +70,23 @@ def test_one_causal_mask_for_a_size_and_other_users_keep_their_values() -> None:
     assert torch.equal(after[2], before[2])
 
 
+class Causal(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, k, scale=1.0, is_causal=True)
+
+
+def test_no_score_of_a_hidden_key_is_infinite_in_float16() -> None:
+    """The lowest float16 and a score of -512 are -inf, which not every softmax takes."""
+    q = torch.full((1, 1, 3, 8), 8.0, dtype=torch.float16)
+    gm = fused(Causal(), q, -q)
+    DecomposeAttention()(gm)
+    output = gm.graph.output_node()
+    output.args = ((only_call(gm, aten.softmax.int).args[0],),)
+    (scores,) = run(gm, q, -q)
+    assert scores.isfinite().all()
+    assert torch.equal(scores < -3e4, torch.ones(1, 1, 3, 3, dtype=torch.bool).triu(1))
+
+
 @pytest.mark.parametrize(("causal", "stays"), [(True, True), (False, False)])
 def test_what_the_back_end_has_an_operator_for_stays(causal: bool, stays: bool) -> None:
     gm = fused(Attention(scale=1.0, is_causal=causal), torch.randn(1, 3, 16))

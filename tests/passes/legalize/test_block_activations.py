@@ -44,6 +44,17 @@ def test_an_output_quantizer_that_two_read(dtype: torch.dtype) -> None:
     rewrites(SpellOutBlockActivations, gm, x)  # the values are the same, bit for bit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_and_blocks_of_padding_are_zeros(dtype: torch.dtype) -> None:
+    """What a block of zeros is divided by is not its amax: 0 / 0 would be NaN."""
+    x = torch.randn(4, 300).to(dtype)
+    x[1], x[2, 128:] = 0, 0
+    gm = block_graph(nn.Linear(300, 8, bias=False).to(dtype), x, weight=None)
+    rewrites(SpellOutBlockActivations, gm, x, rtol=1e-3, atol=1e-3)
+    (got,) = run(gm, x)
+    assert got.isfinite().all() and bool((got[1] == 0).all())
+
+
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 4), width=st.integers(1, 300), power=st.integers(-20, 15))
 def test_codes_are_those_of_an_oracle(rows: int, width: int, power: int) -> None:

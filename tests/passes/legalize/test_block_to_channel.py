@@ -92,6 +92,20 @@ def test_zero_rows_and_rows_that_half_precision_has_no_scale_for() -> None:
     assert got.isfinite().all() and bool((got[:, 0] == 0).all())
 
 
+def test_a_block_of_rows_that_half_precision_has_no_scale_for_is_finite() -> None:
+    """Padding that training left near zero: amax / 448 is zero in float16, and codes would be NaN or the largest."""
+    module = nn.Linear(256, 256, bias=False).half()
+    with torch.no_grad():
+        module.weight[128:] = 6e-8
+    x = torch.randn(3, 256).half()
+    gm = block_graph(module, x)
+    (want,) = run(gm, x)
+    BlocksToPerChannel()(gm)
+    assert float(only_weight_scale(gm)[128:].min()) == torch.finfo(torch.float16).smallest_normal
+    (got,) = run(gm, x)
+    torch.testing.assert_close(got[:, 128:], want[:, 128:], rtol=0, atol=1e-4)
+
+
 def only_weight_scale(gm: torch.fx.GraphModule) -> Tensor:
     (scale,) = (s for n in calls(gm.graph, DEQUANTIZE) if (s := constant(gm, n.args[1])) is not None)
     return scale

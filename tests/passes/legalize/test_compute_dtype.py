@@ -256,6 +256,17 @@ def test_masks_do_not_become_infinite(module: nn.Module) -> None:
         torch.testing.assert_close(g[..., rows, :], w[..., rows, :], rtol=0.02, atol=0.01)
 
 
+@pytest.mark.parametrize("make", [AddedMask, WhereMask], ids=lambda m: m.__name__)
+def test_a_score_added_to_a_mask_does_not_become_infinite(make: type[AddedMask]) -> None:
+    module = make()
+    nn.init.constant_(module.proj.bias, -100.0)
+    x, keep = torch.randn(4, 4), torch.zeros(4, 4, dtype=torch.int64)
+    gm = graph_of(module, x, keep)
+    RemoveNoOps()(gm)
+    (got,) = run(to_half(gm), x, keep)
+    torch.testing.assert_close(got.sum(-1), torch.ones(4), rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("kind", ["input", "buffer"])
 def test_a_float_mask_of_an_attention_does_not_become_infinite(kind: str) -> None:
     mask = torch.zeros(4, 4).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), LOWEST)

@@ -127,6 +127,20 @@ def test_layers_that_differ_in_format_have_their_own_pairs() -> None:
     assert (count(gm, QUANTIZE), count(gm, DYNAMIC_QUANTIZE), count(gm, DEQUANTIZE)) == (2, 1, 3)
 
 
+@pytest.mark.parametrize("first", [S, S.reshape(1), torch.full((1, 4), 0.02)], ids=lambda s: str(list(s.shape)))
+def test_layers_that_differ_in_the_shape_of_the_scale_have_their_own_pairs(first: Tensor) -> None:
+    gm = graph_of(Fork(), torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    scales = {"a": first, "b": torch.tensor([[0.01], [0.02], [0.03]])}
+    insert(gm, {f"{name}.input_quantizer": scale for name, scale in scales.items()})
+    assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (2, 2)
+    results = run(gm, x)
+    for name, got in zip("ab", results, strict=False):
+        weight, bias = gm.get_parameter(f"{name}.weight"), gm.get_parameter(f"{name}.bias")
+        expected = nn.functional.linear(qdq(x.relu(), scales[name]), weight, bias)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_output_quantizer_is_seen_by_every_user_once() -> None:
     gm = graph_of(Fork(), torch.randn(3, 4))
     layer = site(gm, "a.output_quantizer")
