@@ -158,8 +158,12 @@ def _combined(frame: Frame, masks: list[Mask], wanted: torch.dtype, emit: Emitte
         if mask.factor != 1:
             node = emit(aten.mul.Tensor, node, mask.factor)
         if dtype(node) is not wanted:
+            limits = torch.finfo(wanted)
+            if torch.finfo(dtype(node)).max > limits.max:  # the lowest float32 would become -inf
+                node = emit(aten.clamp.default, node, limits.min / 2, limits.max)
             node = emit(aten._to_copy.default, node, dtype=wanted)
         added = node if added is None else emit(aten.add.Tensor, added, node)
     if added is None or visible is None:
         return visible if added is None else added
-    return emit(aten.where.ScalarOther, visible, added, torch.finfo(wanted).min)
+    # half of the lowest number: it stays finite with a score added, so a row that is hidden as a whole is no NaN
+    return emit(aten.where.ScalarOther, visible, added, torch.finfo(wanted).min / 2)

@@ -160,6 +160,8 @@ class SimplerMasks:
             return None if left is None or right is None else [*left, *right]
         elif unexpanded(mask) is not mask:
             return self._conditions(unexpanded(mask))
+        elif is_call(mask, aten.clamp.default) and mask.args[1] <= HIDDEN and mask.args[2] >= 0:  # type: ignore[operator]
+            return self._conditions(mask.args[0])  # type: ignore[arg-type]  # as `NormalizeAttention` narrows it
         elif is_call(mask, aten._to_copy.default) and dtype(mask).is_floating_point:
             return self._conditions(mask.args[0])  # type: ignore[arg-type]
         return None

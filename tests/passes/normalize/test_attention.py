@@ -17,7 +17,7 @@ from passes.normalize.attention import NormalizeAttention
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 HALF = {"rtol": 2e-3, "atol": 2e-3}
@@ -346,3 +346,31 @@ def test_any_order_of_scales_and_masks(
     args = inputs(batch=batch)
     gm = prepared(form, *args)
     rewrites(NormalizeAttention, gm, *args, rtol=1e-4, atol=1e-5)
+
+
+def wide_mask(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    mask = torch.where(p[:, None, None, :], 0.0, MIN) + m.bias
+    return ((q @ k.mT).float() + mask).softmax(-1).to(q.dtype) @ v
+
+
+def bias_and_half_where(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    scores = m.bias.to(q.dtype) + q @ k.mT
+    return torch.where(p[:, None, None, :], scores, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("form", [wide_mask, bias_and_half_where], ids=lambda f: f.__name__)
+def test_a_score_added_to_a_mask_does_not_become_infinite(form: Callable[..., Any]) -> None:
+    """-65504 and a score of -512 are -inf in float16: a row that is hidden as a whole would be NaN."""
+    *qkv, padding = inputs(torch.float16)
+    padding[-1] = False
+    gm = prepared(form, *qkv, padding)
+    (want,) = run(gm, *qkv, padding)
+    NormalizeAttention()(gm)
+    (got,) = run(gm, *qkv, padding)
+    torch.testing.assert_close(got[0], want[0], **HALF)  # of the row, only that it is finite
+    assert got.isfinite().all()
+    output, mask = gm.graph.output_node(), only_call(gm, SDPA).args[3]
+    output.args = ((mask,),)
+    (added,) = run(gm, *qkv, padding)
+    assert added.dtype is torch.float16 and (added - 512).isfinite().all()
+    assert bool((added[-1] < -3e4).all())
