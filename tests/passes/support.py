@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass, PassLog
 from passes.formats import FP8, Format
-from passes.graph import aten
+from passes.graph import Emitter, aten
 from passes.program import unlift
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site, find_sites
@@ -154,3 +155,20 @@ class Attention(nn.Module):
         q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
         grouped = {"enable_gqa": True} if self.kv_heads != self.heads else {}
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, **grouped, **self.options)
+
+
+def blank(*inputs: Tensor) -> tuple[GraphModule, Emitter, list[Node]]:
+    """A graph of `inputs` that returns nothing, what adds calls to it, and its placeholders: without an export."""
+    graph, mode = Graph(), FakeTensorMode()
+    placeholders = [graph.placeholder(f"x{index}") for index in range(len(inputs))]
+    for node, tensor in zip(placeholders, inputs, strict=True):
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    emit = Emitter(graph.output(()))
+    return GraphModule(nn.Module(), graph), emit, placeholders
+
+
+def returns(gm: GraphModule, *results: Node) -> GraphModule:
+    """`gm`, which returns `results` now."""
+    gm.graph.output_node().args = (results,)
+    gm.recompile()
+    return gm
