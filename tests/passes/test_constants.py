@@ -155,10 +155,12 @@ def test_names() -> None:
     assert found == ["proj.weight_1", "proj.weight_2", "proj_weight_scale", "proj.bias", "other", "other_1"]
     assert set(dict(gm.named_buffers())) == set(found)
     emit.before.meta["nn_module_stack"] = {"a": ("a", "A")}
-    node = add_constant(gm, "last", nn.Parameter(W), emit.before)
+    node = add_constant(gm, "last", nn.Parameter(W.to(torch.float8_e4m3fn), requires_grad=False), emit.before)
     assert "last" in dict(gm.named_parameters()) and node.next is emit.before
     assert node.meta["nn_module_stack"] == {"a": ("a", "A")}
-    assert node.meta["val"].shape == W.shape and node.meta["val"].fake_mode is x.meta["val"].fake_mode
+    value = node.meta["val"]
+    assert (value.shape, value.dtype) == (W.shape, torch.float8_e4m3fn)
+    assert value.fake_mode is x.meta["val"].fake_mode
 
 
 def test_the_value_of_an_expression() -> None:

@@ -1,25 +1,12 @@
-"""The helpers that read and edit FX graphs, and what a pass and a pipeline record."""
+"""The helpers that read and edit FX graphs."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from passes.base import Pass, PassLog, run_pipeline
-from passes.constants import (
-    add_constant,
-    constant,
-    constant_before,
-    delete_constant,
-    evaluate_constant,
-    is_constant_expression,
-    replace_with_constant,
-    root_constants,
-)
 from passes.graph import (
     Emitter,
     argument,
@@ -33,18 +20,7 @@ from passes.graph import (
     shape,
     strip,
 )
-from tests.passes.support import DYNAMIC, Attention, Mlp, count, graph_of, only_call, run
-
-
-class TiedLayout(nn.Module):
-    """One parameter read as it is, and transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.table(ids) @ self.table.weight.t()
+from tests.passes.support import DYNAMIC, Attention, Mlp, graph_of, only_call, run
 
 
 def first(gm: GraphModule, op: str) -> Node:
@@ -134,104 +110,3 @@ def test_emitted_nodes_keep_the_annotations_of_what_they_replace() -> None:
     new = Emitter(relu)(aten.neg.default, relu.args[0])
     assert new.meta["custom"] == {"note": 1}
     assert new.meta["custom"] is not relu.meta["custom"]
-
-
-# --- constants -----------------------------------------------------------------------------------------------------
-
-
-def test_constants_are_added_under_free_names_and_deleted() -> None:
-    gm = graph_of(Mlp(), torch.randn(2, 8))
-    before = first(gm, "output")
-    names = [str(add_constant(gm, "up.input_scale", torch.tensor(float(i)), before).target) for i in range(3)]
-    assert names == ["up.input_scale", "up.input_scale_1", "up.input_scale_2"]
-    assert [name for name, _ in gm.named_buffers()] == names
-    node = add_constant(gm, "new.module.codes", nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), False), before)
-    assert node.meta["val"].dtype is torch.float8_e4m3fn
-    assert "new.module.codes" in dict(gm.named_parameters())
-    delete_constant(gm, "up.input_scale_1")
-    assert len(list(gm.buffers())) == 2
-
-
-def test_a_copy_of_a_constant_reads_the_same_tensor_earlier() -> None:
-    gm = graph_of(nn.Linear(4, 6), torch.randn(3, 4))
-    linear = only_call(gm, aten.linear.default)
-    weight = linear.args[1]
-    copy = constant_before(weight, gm.graph.find_nodes(op="get_attr")[0])
-    assert copy < weight
-    assert constant(gm, copy) is constant(gm, weight)
-    assert constant(gm, linear) is None
-    assert constant(gm, None) is None
-
-
-def test_constant_expressions_are_layouts_of_weights() -> None:
-    gm = graph_of(TiedLayout(), torch.arange(3))
-    transpose = only_call(gm, aten.t.default) if count(gm, aten.t.default) else only_call(gm, aten.transpose.int)
-    assert is_constant_expression(transpose)
-    assert not is_constant_expression(only_call(gm, aten.embedding.default))
-    assert not is_constant_expression(first(gm, "placeholder"))
-    assert not is_constant_expression(3)
-    assert [str(root.target) for root in root_constants(transpose)] == ["table.weight"]
-    assert torch.equal(evaluate_constant(gm, transpose), gm.get_parameter("table.weight").t())
-
-
-def test_a_replaced_constant_keeps_its_name_only_if_nothing_else_reads_it() -> None:
-    gm = graph_of(TiedLayout(), torch.arange(3))
-    expected = run(gm, torch.arange(3))
-    (transpose,) = calls(gm.graph, aten.t.default, aten.transpose.int, aten.permute.default)
-    replace_with_constant(gm, transpose, evaluate_constant(gm, transpose).contiguous())
-    gm.recompile()
-    assert {name: tuple(p.shape) for name, p in gm.named_parameters()} == {
-        "table.weight": (7, 4),
-        "table.weight_1": (4, 7),
-    }
-    torch.testing.assert_close(run(gm, torch.arange(3)), expected)  # BLAS adds up in another order
-
-
-def test_a_name_below_a_tensor_is_taken_by_another() -> None:
-    """A parameter `proj` beside `proj_weight`: scales of the layer `proj` cannot be stored below it."""
-    gm = graph_of(Mlp(), torch.randn(2, 8))
-    gm.register_buffer("proj", torch.ones(1))
-    node = add_constant(gm, "proj.input_scale", torch.tensor(2.0), first(gm, "output"))
-    assert constant(gm, node) == 2.0
-
-
-# --- the base class ------------------------------------------------------------------------------------------------
-
-
-class ReluToNeg(Pass):
-    """Replaces relu; declines everything else that it is told about."""
-
-    def __init__(self, declined: str = "") -> None:
-        super().__init__()
-        self.declined = declined
-
-    def rewrite(self, gm: GraphModule) -> None:
-        for node in calls(gm.graph, aten.relu.default):
-            if self.declined:
-                self.decline(self.declined, node)
-                continue
-            node.replace_all_uses_with(Emitter(node)(aten.neg.default, node.args[0]))
-            self.fire()
-
-
-def test_a_pass_removes_dead_code_and_says_whether_it_changed_something() -> None:
-    gm = graph_of(Mlp(), torch.randn(2, 8))
-    assert ReluToNeg()(gm).modified
-    assert count(gm, aten.relu.default) == 0
-    assert "aten.neg" in gm.code
-    assert not ReluToNeg()(gm).modified
-
-
-def test_a_pipeline_shares_one_log_in_which_only_its_own_run_counts_as_a_change() -> None:
-    gm = graph_of(nn.Sequential(Mlp(), Mlp()), torch.randn(2, 8))
-    log = run_pipeline((partial(ReluToNeg, "not today"), ReluToNeg, ReluToNeg), gm)
-    assert log.fired["ReluToNeg"] == 2
-    assert [(d.pass_name, d.reason, d.module, d.nodes) for d in log.declined] == [
-        ("ReluToNeg", "not today", "0", ("relu",)),
-        ("ReluToNeg", "not today", "1", ("relu_1",)),
-    ]
-    again = ReluToNeg()
-    again.log = log
-    assert not again(gm).modified
-    assert run_pipeline((), gm, log) is log
-    assert PassLog().declined == []
