@@ -15,7 +15,7 @@ from qcompile.engine import EngineReport
 from qcompile.engine import build_engine as build_engine_from_file
 from qcompile.engine.backend import find_backend
 from qcompile.engine.build import build_network
-from qcompile.engine.profiles import Profile
+from qcompile.engine.profiles import Profile, listed
 from qcompile.engine.report import check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
@@ -56,6 +56,7 @@ def build_engine(
         raise EngineError(f"unknown route {route!r}; known: onnx, torch_tensorrt")
     if not isinstance(model, (str, os.PathLike, ExportedProgram)):
         raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
+    listed(profiles)
     if isinstance(model, ExportedProgram):
         _check_before(model, output, target, expect)
     if route == "torch_tensorrt":

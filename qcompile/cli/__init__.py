@@ -1,4 +1,4 @@
-"""The `qcompile` command. One file for each subcommand; torch is imported only by those that need it."""
+"""The `qcompile` command: one file for each subcommand."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def export(
     qcompile export ./llama --to-checkpoint ./llama-fp4 --format modelopt --recipe nvfp4 --calibration ids.safetensors
     ```
 
-    Nothing is written but the files that are named, and each only when it is complete and good.
+    Nothing is written but the files that are named, and each only when it is complete and good. What cannot work (a
+    format that the target lacks, an opset, a package, a directory, a full disk) is said before the model is worked on.
 
     Parameters
     ----------
@@ -133,8 +134,8 @@ def export(
         --calibration, which loads the model in float32; recipes for weights or with dynamic activations need none.
     format:
         Of the checkpoint. fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default
-        then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, and blocks beside NVFP4.
-        Default: fp8.
+        then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, blocks beside NVFP4, and
+        INT8. Default: fp8.
     """
     if to_checkpoint is not None:
         others = {

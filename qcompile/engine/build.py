@@ -17,7 +17,7 @@ from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
 from qcompile.engine.precheck import precheck
-from qcompile.engine.profiles import Profile
+from qcompile.engine.profiles import Profile, listed
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.engine.summary import summarize
 from qcompile.engine.trt_build import Fill, build, parse_file
@@ -52,6 +52,7 @@ def build_engine(
         ExpectationError: the engine falls short of `expect`.
     """
     check_keys(expect or {})
+    listed(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
     backend = find_backend(target)
@@ -78,6 +79,7 @@ def build_network(
     The rest is as in `build_engine`.
     """
     check_keys(expect or {})
+    listed(profiles)
     destination = _destination(output)
     backend = find_backend(target, source.package)
 

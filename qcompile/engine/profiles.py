@@ -13,6 +13,22 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 Inputs = Mapping[str, Sequence[int | str]]
 
 
+def listed(profiles: Profile | Sequence[Profile] | None) -> list[Profile]:
+    """The profiles as a list. Raises EngineError for what no file could make a profile."""
+    found = [] if profiles is None else [profiles] if isinstance(profiles, Mapping) else profiles
+    if not isinstance(found, list | tuple) or not all(isinstance(profile, Mapping) for profile in found):
+        raise EngineError(f"profiles are {{input: (min, opt, max)}}, or a list of those, not {profiles!r}")
+    for profile in found:
+        for name, shapes in profile.items():
+            parts = shapes if isinstance(shapes, list | tuple) else (None,)
+            sizes = [size for part in parts for size in (part if isinstance(part, list | tuple) else (part,))]
+            if not all(isinstance(size, int) for size in sizes):
+                raise EngineError(
+                    f"profile of input {name!r}: (min, opt, max) are shapes of whole numbers, not {shapes!r}"
+                )
+    return list(found)
+
+
 def checked_profiles(
     profiles: Profile | Sequence[Profile] | None, inputs: Inputs, values: Mapping[str, int] = MappingProxyType({})
 ) -> list[Profile]:
@@ -27,7 +43,7 @@ def checked_profiles(
     Raises:
         EngineError: names the input, what is wrong with its shapes, and for a missing one gives an example.
     """
-    found = [] if profiles is None else [profiles] if isinstance(profiles, Mapping) else list(profiles)
+    found = listed(profiles)
     inputs = {name: [f"value {i}" for i in range(values[name])] if name in values else d for name, d in inputs.items()}
     dynamic = {name: dims for name, dims in inputs.items() if any(isinstance(d, str) for d in dims)}
     if dynamic and not found:

@@ -128,6 +128,11 @@ def test_wrong_profiles(linear_file: Callable[..., Path], profile: Any, expected
     assert expected in message(linear_file(rows="rows"), profiles=profile)
 
 
+@pytest.mark.parametrize("profiles", [5, "x", [5], {"x": None}, {"x": 3.5}, {"x": ((1, 64), ("2", 64), (3, 64))}])
+def test_what_is_no_profile_is_refused_before_the_file_is_read(tmp_path: Path, profiles: Any) -> None:
+    assert "profile" in message(tmp_path / "missing.onnx", profiles=profiles)
+
+
 def test_external_data(linear_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = linear_file(save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert (path.parent / "weights.bin").stat().st_size > 4096
