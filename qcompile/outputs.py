@@ -32,7 +32,8 @@ def _check_writable(path: Path, error: type[QCompileError], parents: bool) -> No
     folder = _existing(path.absolute().parent) if parents else path.absolute().parent
     if not folder.is_dir():
         raise error(f"cannot write {path}: there is no directory {folder}, and what does not exist is not made")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    # /dev/stdout may lead to a regular file, and a file moved in place would take the place of the link
+    if folder.resolve() == Path("/dev") or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise error(f"cannot write {path}: it is no regular file, which a complete one could be moved in place of")
     trial = folder / f".{path.name}.{os.getpid()}.part"
     try:

@@ -95,6 +95,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER[:3], "missing/m.onnx"), ("there is no directory",)),
         ((*NEVER[:3], "a_directory"), ("it is a directory",)),
         ((*NEVER[:3], "pipe"), ("no regular file",)),
+        ((*NEVER, "--report", "/dev/stdout"), ("no regular file",)),
         ((*NEVER[:3], "x" * 250), ("File name too long",)),
         ((*NEVER, "--report", "fakes.py/r.json"), ("there is no directory",)),
         ((*NEVER, "--engine", "missing/e", "--target", "sm89"), ("there is no directory",)),
