@@ -34,10 +34,17 @@ class Decline:
 
 @dataclass
 class PassLog:
-    """What the passes of a pipeline did: rewrites by pass, and declines in the order they were met."""
+    """What the passes of a pipeline did.
+
+    Attributes:
+        fired: pass -> number of rewrites.
+        declined: in the order they were met.
+        notices: what was done, and is for the user to know.
+    """
 
     fired: Counter[str] = field(default_factory=Counter)
     declined: list[Decline] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 class Pass(PassBase):
@@ -76,6 +83,10 @@ class Pass(PassBase):
     def decline(self, reason: str, *nodes: Node) -> None:
         """Record that `nodes` (the first one names the module) stay as they are, and why."""
         self.log.declined.append(Decline(self.name, reason, module_path(nodes[0]), tuple(n.name for n in nodes)))
+
+    def notice(self, message: str) -> None:
+        """Tell the user what was done to the numbers."""
+        self.log.notices.append(message)
 
 
 def run_pipeline(

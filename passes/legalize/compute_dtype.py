@@ -11,25 +11,16 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.constants import is_constant_expression
+from passes.constants import is_constant_expression, root_constants
+from passes.errors import PassError
 from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.choices import choices
 from passes.legalize.positions import is_periodic, positions
-from passes.sdpa import SDPA
+from passes.legalize.ranges import beyond, largest, least, may_mask
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}
-
-
-_RESHAPING = (
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.reshape.default,
-    aten.slice.Tensor,
-    aten.transpose.int,
-    aten.permute.default,
-)
 
 
 class ConvertComputeDtype(Pass):
@@ -52,7 +43,7 @@ class ConvertComputeDtype(Pass):
         scores of routers (`passes.legalize.choices`), if the target has fewer digits than the source. A weight that is
         quantized stays in the source dtype, so its codes come from the original numbers. Casts of constants are left to
         `FoldConstants`.
-    Declines when: never.
+    Declines when: never; raises `PassError` naming a constant that holds a number beyond the target dtype.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
         timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
         end to look through.
@@ -63,11 +54,14 @@ class ConvertComputeDtype(Pass):
         self.source, self.target = source, target
         self.converted: set[Node] = set()
         self.computed: set[Node] = set()
+        self.parameters: set[Node] = set()
 
     def rewrite(self, gm: GraphModule) -> None:
         self.converted.clear()
+        self.gm = gm
         names = dict(gm.named_parameters(remove_duplicate=False))  # a tied weight has a name for each use
         parameters = {node for node in gm.graph.nodes if node.op == "get_attr" and str(node.target) in names}
+        self.parameters = parameters
         inputs = {node for node in gm.graph.nodes if node.op == "placeholder" and self._is_source(node)}
         exact: set[Node] = set()
         if torch.finfo(self.target).eps > torch.finfo(self.source).eps:
@@ -143,11 +137,17 @@ class ConvertComputeDtype(Pass):
         if operand not in casts:
             emit = Emitter(following(operand), like=operand if operand.op == "call_function" else user)
             value = operand
-            if any(_may_mask(operand, other, operand in self.computed) for other in operand.users):
+            limits, constant = torch.finfo(self.target), is_constant_expression(operand)
+            is_computed = operand in self.computed or (constant and self.parameters.isdisjoint(root_constants(operand)))
+            masks = any(may_mask(operand, other, is_computed) for other in operand.users)
+            low = least(self.gm, operand) if masks else None
+            if masks and (low is None or low < limits.min / 2):
                 # an additive mask made for float32 would become -inf, and a fully masked row NaN; half of the lowest
                 # number is still finite with a score added to it
-                limits = torch.finfo(self.target)
                 value = emit(aten.clamp.default, operand, limits.min / 2, limits.max)
+            elif constant and (found := largest(self.gm, operand)) > limits.max:
+                names = ", ".join(str(root.target) for root in root_constants(operand))
+                raise PassError(f"{names} holds numbers up to {found:.3g}, and {beyond(self.target)}")
             casts[operand] = emit(aten._to_copy.default, value, dtype=self.target)
         return casts[operand]
 
@@ -175,18 +175,6 @@ def _global_scales(gm: GraphModule, source: torch.dtype) -> set[Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
-
-
-def _may_mask(operand: Node, user: Node, computed: bool) -> bool:
-    """Whether `operand`, reshaped or not, could be the additive mask of an attention.
-
-    What is added elsewhere counts only if it was `computed` from sizes: a bias, or an input that is added, is data.
-    """
-    if is_call(user, SDPA, ATTENTION):
-        return len(user.args) > 3 and user.args[3] is operand
-    if is_call(user, *_RESHAPING):
-        return any(_may_mask(user, other, computed) for other in user.users)
-    return computed and is_call(user, aten.add.Tensor)
 
 
 def _dependents(gm: GraphModule, roots: set[Node], but: Collection[Node] = ()) -> set[Node]:

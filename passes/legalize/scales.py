@@ -22,8 +22,10 @@ class RoundScales(Pass):
         q = quantize(x, s_float16); y = dequantize(q, s_float16, dtype=float16)
 
     Requires: `ConvertComputeDtype` ran, if it will.
-    Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype. Scales of
-        blocks stay as they are: float32, which is what their own legalization computes with, or codes.
+    Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype. One that is
+        so small that the dtype has few digits for it is rounded up, to the least number at most, so that nothing
+        saturates; a notice says so. Scales of blocks stay as they are: float32, which is what their own legalization
+        computes with, or codes.
     Declines when: never; raises `PassError` naming the scale that the dtype cannot hold.
     Why: ONNX below opset 23 and ONNX Runtime want x and scale of one type. It comes before `FoldWeights`, so that codes
         are made with the scale that multiplies them.
@@ -44,12 +46,18 @@ class RoundScales(Pass):
         nodes = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
         scale = constant(gm, nodes[0])
         assert scale is not None
-        rounded = scale.to(to)
+        rounded, coarse = round_scale(scale, to)
         if not bool(torch.isfinite(rounded).all() and (rounded > 0).all()):
             worst = float(scale.min() if not bool((rounded > 0).all()) else scale.max())
             raise PassError(
                 f"{name} is {worst:.3g}, which {to} cannot hold; compute in bfloat16 or float32, or leave this"
                 " tensor unquantized in the recipe"
+            )
+        if coarse.any():
+            which = f"{name} is" if scale.numel() == 1 else f"{int(coarse.sum())} of {scale.numel()} in {name} are"
+            self.notice(
+                f"{which} {float(scale[coarse].min()):.3g}, for which {to} has few digits:"
+                f" {float(rounded[coarse].min()):.3g} takes its place, and some codes are not used; bfloat16 has it"
             )
         if scale.dtype == to:
             return
@@ -59,3 +67,16 @@ class RoundScales(Pass):
         for node in nodes:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
+
+
+def round_scale(scale: torch.Tensor, to: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scale` in `to`, and where it was moved up because `to` has less than seven bits for it.
+
+    To the nearest a scale of 0.4 steps would be 0, and one of 1.4 steps would saturate a fourth of the range. What is
+    not positive stays so.
+    """
+    step = torch.finfo(to).smallest_normal * torch.finfo(to).eps  # between subnormal numbers
+    wide = scale.double()
+    coarse = (wide > 0) & (wide < 64 * step)
+    rounded = torch.where(coarse, (torch.ceil(wide / step) * step).to(to), scale.to(to))
+    return rounded, coarse & (rounded.double() != wide)
