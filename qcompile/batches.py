@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,10 +45,26 @@ def kind_of(value: object) -> str:
     return type(value).__name__
 
 
-def pieces(inputs: list[Any], placeholders: list[Node], name: str) -> Iterator[list[Any]]:
+@dataclass(frozen=True)
+class Piece:
+    """What one run of the captured graph takes.
+
+    Attributes:
+        inputs: flat, of the captured sizes.
+        weight: what each sample counts in a sum over all pieces of a batch: 1/n where `inputs` has every sample n
+            times. In a piece that was filled up with other samples it is 1, as if they were its own.
+    """
+
+    inputs: list[Any]
+    weight: float = 1.0
+
+
+def pieces(inputs: list[Any], placeholders: list[Node], name: str, *, evenly: bool = False) -> Iterator[Piece]:
     """`inputs` as they are, or in pieces where all that differs from what was captured is the size of the batch axis.
 
-    The last piece is filled up with samples from the beginning: an amax does not change if it sees a sample again.
+    The last piece is filled up with samples from the beginning: a largest value does not change if it sees a sample
+    again. `evenly` is for sums: what is left over is cut into divisors of the captured size, and each piece has all of
+    its samples equally often, so that `weight` makes up for that wherever the graph puts its batch axis.
     """
     other: list[tuple[int, torch.Tensor]] = []
     sizes: set[tuple[int, int]] = set()
@@ -57,18 +74,30 @@ def pieces(inputs: list[Any], placeholders: list[Node], name: str) -> Iterator[l
             other.append((i, value))
             sizes.add((value.shape[0], shape(placeholder)[0]))
     if not sizes:
-        yield inputs
+        yield Piece(inputs)
         return
     if len(sizes) > 1 or 0 in next(iter(sizes)):
         found = ", ".join(f"{size} where {captured} was captured" for size, captured in sorted(sizes))
         raise CalibrationError(f"{name} has tensors of different batch sizes, or of none: {found}")
     ((size, captured),) = sizes
-    for start in range(0, size, captured):
-        rows = torch.arange(start, start + captured) % size
+    for rows, weight in _cuts(size, captured, evenly):
         cut = list(inputs)
         for i, tensor in other:
             cut[i] = tensor.index_select(0, rows.to(tensor.device))
-        yield cut
+        yield Piece(cut, weight)
+
+
+def _cuts(size: int, captured: int, evenly: bool) -> Iterator[tuple[torch.Tensor, float]]:
+    """Which of `size` samples are in each piece of `captured`, and what they count."""
+    start = 0
+    while start < size:
+        count = min(captured, size - start)
+        if not evenly:
+            yield torch.arange(start, start + captured) % size, 1.0
+        else:
+            count = next(n for n in range(count, 0, -1) if captured % n == 0)
+            yield start + torch.arange(captured) % count, count / captured
+        start += count
 
 
 def _check_fit(value: object, placeholder: Node, name: str) -> None:

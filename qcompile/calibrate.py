@@ -1,8 +1,8 @@
-"""Run calibration batches through a captured graph and keep the largest magnitude of chosen tensors."""
+"""Run calibration batches through a captured graph and keep statistics of chosen tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import aten
+from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
+from qcompile.statistics import Statistic
 
 _HALF = (torch.float16, torch.bfloat16)
 # Operators that take rows of a table: to widen the table would take twice its memory for nothing.
@@ -22,32 +24,33 @@ _LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default
 
 
 class _Observer(Interpreter):
-    """Interprets a graph and records the running amax of some of its nodes.
+    """Interprets a graph and updates the statistics of some of its nodes.
 
-    What no observed node depends on, such as a language model's head, is not run. On a CPU it computes a half-precision
-    graph in float32: few kernels know half there, and a ViT takes ten times as long in it. Ranges are then those
-    without the rounding in between.
+    What no observed node depends on, such as a language model's head, is not run. With `widen` it computes a
+    half-precision graph in float32, as ranges are to be seen that a half would not hold, and few kernels of a CPU know
+    half: a ViT takes ten times as long in it. Ranges are then those without the rounding in between.
     """
 
-    def __init__(self, gm: GraphModule, observed: Iterable[Node]) -> None:
+    def __init__(self, gm: GraphModule, statistics: Mapping[Node, Sequence[Statistic]], widen: bool) -> None:
         super().__init__(gm)
-        self.amax: dict[Node, torch.Tensor] = {node: torch.zeros((), dtype=torch.float32) for node in observed}
-        self.needed = _ancestors(self.amax)
-        self.on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
+        self.statistics, self.widen = statistics, widen
+        self.needed = _ancestors(statistics)
+        self.weight = 1.0
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.on_cpu and target not in _LOOKUPS:
+        if self.widen and target not in _LOOKUPS:
             args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+            if target is aten._to_copy.default and kwargs == {"dtype": args[0].dtype}:
+                return args[0]  # a cast from or to half
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         if n.op == "call_function" and n not in self.needed:
             return None
         result = super().run_node(n)
-        if n in self.amax and result.numel():
-            low, high = torch.aminmax(result.detach())
-            # torch.maximum carries a NaN on, so one bad value is found at the end
-            self.amax[n] = torch.maximum(self.amax[n], torch.maximum(-low, high).float().cpu())
+        for statistic in self.statistics.get(n, ()):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            statistic.update(result, args, self.weight)
         return result
 
 
@@ -68,49 +71,53 @@ def _widened(argument: Any) -> Any:
     return torch.float32 if isinstance(argument, torch.dtype) and argument in _HALF else argument
 
 
-def observe_amax(
+def observe(
     gm: GraphModule,
     program: ExportedProgram,
-    observed: Mapping[Node, str],
+    statistics: Mapping[Node, Sequence[Statistic]],
     batches: Iterable[Any],
     *,
+    widen: bool = False,
     progress: bool = True,
-) -> dict[Node, torch.Tensor]:
-    """Largest magnitude of each observed node over all batches.
+) -> list[str]:
+    """Update `statistics` with every batch.
 
     Args:
-        gm: `unlift(program)`, or what normalization made of it.
+        gm: `unlift(program)`, or what passes made of it.
         program: tells how inputs are flattened.
-        observed: node -> name of the quantizer, for messages.
+        statistics: what to keep of each of some nodes.
         batches: argument tuples, keyword dicts or single tensors; a batch of another size than the captured one is run
             in pieces of that size.
+        widen: compute halves in float32; on a CPU that is always so.
 
     Returns:
-        node -> fp32 scalar.
+        Notices: what the data is too narrow for.
 
     Raises:
-        CalibrationError: no batch, a batch that does not fit what was captured, or NaN or inf in an observed tensor.
+        CalibrationError: no batch, or a batch that does not fit what was captured.
     """
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise CalibrationError(f"calibration is a list of batches, not a {kind_of(batches)}; put one batch in a list")
-    observer, count = _Observer(gm, observed), 0
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
+    observer, count = _Observer(gm, statistics, widen or on_cpu), 0
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
     total = len(batches) if isinstance(batches, Sized) else None
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not progress) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=total)
         for batch in batches:
             name = f"calibration batch {count}"
-            for inputs in pieces(flatten_batch(batch, program, name), placeholders, name):
-                _run(observer, inputs, name)
+            flat = flatten_batch(batch, program, name)
+            for piece in pieces(flat, placeholders, name, evenly=evenly):
+                observer.weight = piece.weight
+                _run(observer, piece.inputs, name)
+            log.add(flat, name)
             count += 1
             bar.advance(task)
     if not count:
         raise CalibrationError("the calibration data is empty")
-    for node, name in observed.items():
-        if not bool(torch.isfinite(observer.amax[node])):
-            raise CalibrationError(f"{name}: calibration found {float(observer.amax[node])} in {node.name}")
-    return observer.amax
+    return log.notices()
 
 
 def _run(observer: _Observer, inputs: list[Any], name: str) -> None:

@@ -20,15 +20,14 @@ from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
-from qcompile.calibrate import observe_amax
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, pt2e, torchao
 from qcompile.layer import QuantizedLinear
-from qcompile.quantization import check_dependence, compute_dtype, model_dtype
+from qcompile.quantization import check_dependence, compute_dtype, model_dtype, without
 from qcompile.recipe import QuantizerConfig
 from qcompile.record import QuantizeRecord, record
-from qcompile.scales import scale_of
+from qcompile.scales import activation_ranges, scale_of
 
 _TOOLS = (modelopt, torchao, pt2e)
 
@@ -77,16 +76,17 @@ def import_quantized(
     queries = [] if calibration is None else _unquantized_queries(gm)
     placing = (partial(PlaceAttentionScale, {site.consumer for site in queries}),)
     run_pipeline(placing, gm, log, recompile=False)
-    quantizers: dict[Site, Quantizer] = {}
-    if calibration is not None and queries:
-        amax = observe_amax(gm, program, {s.tensor: s.name for s in queries}, calibration, progress=progress)
-        quantizers = {s: Quantizer(FP8, scale_of(amax[s.tensor], QuantizerConfig(FP8.name), False)) for s in queries}
     source = model_dtype(gm)
-    pipeline = quantize_pipeline(quantizers, None, source, compute_dtype(dtype, source))
-    run_pipeline(pipeline, gm, log, recompile=False)
+    target = compute_dtype(dtype, source)
+    configs = dict.fromkeys(queries, QuantizerConfig(FP8.name))
+    ranges = activation_ranges(gm, program, configs, calibration, (source, target), progress)
+    configs = without(configs, ranges.unreached, log)
+    quantizers = {s: Quantizer(FP8, scale_of(ranges.amax[s], config, False)) for s, config in configs.items()}
+    run_pipeline(quantize_pipeline(quantizers, None, source, target), gm, log, recompile=False)
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
-    record(quantized, QuantizeRecord("as imported", log.fired, log.declined))
+    notices = [*ranges.notices, *log.notices]
+    record(quantized, QuantizeRecord("as imported", log.fired, log.declined, notices, ranges.headroom))
     return quantized
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from passes.base import PassLog, run_pipeline
+from passes.base import Decline, PassLog, run_pipeline
 from passes.errors import PassError
 from passes.graph import calls, input_dependence, val
 from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.rotate import RotateLinears
@@ -25,10 +26,11 @@ from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
+from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
 from qcompile.recipe.notices import Notice
-from qcompile.record import QuantizeRecord, record
-from qcompile.scales import activation_amax, format_of, has_constant, scale_of, weight_amax
+from qcompile.record import UNREACHED, QuantizeRecord, record
+from qcompile.scales import activation_ranges, format_of, has_constant, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -53,12 +55,14 @@ def quantize(
         args, kwargs: example inputs of a module.
         recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
         calibration: representative batches, as argument tuples, keyword dicts or single tensors; needed by recipes
-            with static activations. They are run through the captured graph in the model's own dtype. Or what
-            `calibrate` returned.
+            with static activations. They are run through the captured graph in the model's own dtype, and show what
+            float16 would not hold, for every recipe. Or what `calibrate` returned. A layer that they never reach, or
+            only with zeros, is not quantized, and listed as declined.
         dynamic_shapes: as in `torch.export.export`.
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
-            model's own and gives a float32 model float16, as TensorRT fuses no FP8 attention in float32. Inputs and
-            outputs keep the dtypes of the model.
+            model's own and gives a float32 model float16, as TensorRT fuses no FP8 attention in float32. What
+            calibration saw beyond 65504 is then an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the
+            model.
         progress: show a bar while calibrating.
 
     Returns:
@@ -74,12 +78,18 @@ def quantize(
     gm = unlift(program)
     needed = input_dependence(gm)
     plan = planned(gm, chosen_recipe)
-    amax = weight_amax(gm, plan.configs) | activation_amax(gm, program, plan.configs, calibration, progress)
     source = model_dtype(gm)
-    quantize_graph(gm, plan, amax, source, compute_dtype(dtype, source))
+    target = compute_dtype(dtype, source)
+    weights = weight_amax(gm, plan.configs)
+    _check_range(weights, target)
+    ranges = activation_ranges(gm, program, plan.configs, calibration, (source, target), progress)
+    plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
+    quantize_graph(gm, plan, weights | ranges.amax, source, target)
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
-    record(quantized, QuantizeRecord(chosen_recipe.metadata.name, plan.log.fired, plan.log.declined, plan.notices))
+    notices = [*map(str, plan.notices), *ranges.notices, *plan.log.notices]
+    name, log = chosen_recipe.metadata.name, plan.log
+    record(quantized, QuantizeRecord(name, log.fired, log.declined, notices, ranges.headroom))
     return quantized
 
 
@@ -109,8 +119,11 @@ def calibrate(
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     plan = planned(gm, chosen_recipe)
-    amax = activation_amax(gm, program, plan.configs, calibration, progress)
-    return {site.name: value for site, value in amax.items()}
+    same = (torch.float32, torch.float32)  # what the result will compute in is not known
+    ranges = activation_ranges(gm, program, plan.configs, calibration, same, progress)
+    for notice in ranges.notices:
+        logger.warning("%s", notice)
+    return {site.name: value for site, value in ranges.amax.items()}
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,26 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan
     return Plan(recipe, configs, resolution.notices, log)
 
 
+def without(
+    configs: Mapping[Site, QuantizerConfig], unreached: Mapping[Site, str], log: PassLog
+) -> dict[Site, QuantizerConfig]:
+    """`configs` less all operands of the layers and attentions in `unreached`, which has the reason for each: the other
+    operands would be quantized for nothing.
+
+    They are listed as declined in `log`, and a warning says so.
+    """
+    reasons: dict[Node, list[tuple[Site, str]]] = defaultdict(list)
+    for site, reason in unreached.items():
+        reasons[site.consumer].append((site, reason))
+    for consumer, found in reasons.items():
+        told = "; ".join(f"{site.suffix}: {reason}" for site, reason in found)
+        log.declined.append(Decline(UNREACHED, f"not quantized: {told}", found[0][0].module, (consumer.name,)))
+    if reasons:
+        told = some([f"{found[0][0].module or 'the root'} ({found[0][1]})" for found in reasons.values()])
+        logger.warning("not quantized, as calibration gave no range: %s; calibrate with data that reaches them", told)
+    return {site: config for site, config in configs.items() if site.consumer not in reasons}
+
+
 def quantize_graph(
     gm: GraphModule,
     plan: Plan,
@@ -166,10 +199,10 @@ def quantize_graph(
     """Carry `plan` out on its graph.
 
     Args:
-        amax: of `weight_amax`, and of the activations that have constant scales.
+        amax: of `weight_amax`, and of the activations that have constant scales; of others it has no effect.
         source: the dtype that the model computes in. target: the one that the result computes in.
     """
-    _check_range(amax, target)
+    _tell_small_weights(plan, amax, target)
 
     def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
         largest = amax.get(site, torch.tensor(1.0, dtype=torch.float32))  # probabilities are at most 1
@@ -214,13 +247,19 @@ def _check_supported(configs: Mapping[Site, QuantizerConfig]) -> None:
             raise RecipeError(f"{site.name}: {reason}")
 
 
-def _check_range(amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
-    """A weight that is infinite or all zeros in the compute dtype would be dequantized to that without a word."""
-    limits = torch.finfo(target)
-    for site, value in amax.items():
-        largest = float(value.max())
-        if site.operand == "weight" and (largest > limits.max or 0 < largest < limits.smallest_normal):
-            raise PassError(
-                f"{site.name}: the largest weight is {largest:.3g}, which {target} cannot hold; compute in bfloat16 or"
-                " float32, or leave this layer unquantized in the recipe"
-            )
+def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
+    """A weight that is infinite in the compute dtype would be dequantized to that without a word."""
+    for site, value in weights.items():
+        if (largest := float(value.max())) > torch.finfo(target).max:
+            raise PassError(f"{site.name}: the largest weight is {largest:.3g}, and {beyond(target)}")
+
+
+def _tell_small_weights(plan: Plan, amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
+    """A weight of which the compute dtype keeps few digits, or none, if its format does not say so by its scale."""
+    least = torch.finfo(target).smallest_normal
+    small = {s.name: float(amax[s].max()) for s in plan.configs if s.operand == "weight" and 0 < amax[s].max() < least}
+    if small:
+        told = some([f"{name} ({largest:.3g})" for name, largest in small.items()])
+        plan.log.notices.append(
+            f"the largest weight is below the normal numbers of {target} in {told}: digits are lost"
+        )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch.export import ExportedProgram
 
 from passes.base import Decline
-from qcompile.recipe import Notice
+from qcompile.headroom import Headroom
 
+UNREACHED = "Calibration"  # what declined a layer that calibration gave no range, instead of the name of a pass
 _META = "qcompile"  # key of the record in program.graph_module.meta
 
 
@@ -21,13 +22,16 @@ class QuantizeRecord:
         recipe: name of the recipe.
         fired: pass -> number of rewrites.
         declined: what passes left as it was, and why.
-        notices: rules of the recipe that had no effect, or that say why they are there.
+        notices: rules of the recipe that had no effect, or that say why they are there; and what the user should know
+            of the calibration data and of numbers that the compute dtype holds badly.
+        headroom: how near each tensor that calibration saw came to the end of the compute dtype, the nearest first.
     """
 
     recipe: str = ""
     fired: Mapping[str, int] = field(default_factory=dict)
     declined: list[Decline] = field(default_factory=list)
-    notices: list[Notice] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    headroom: list[Headroom] = field(default_factory=list)
 
 
 def record(program: ExportedProgram, what: QuantizeRecord) -> None:

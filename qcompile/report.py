@@ -9,6 +9,7 @@ from typing import Any
 
 from passes.base import Decline
 from qcompile.coverage import quantized_modules
+from qcompile.headroom import Headroom
 from qcompile.onnx.compare import Comparison
 from qcompile.onnx.verify import Check
 
@@ -28,10 +29,13 @@ class Report:
             all experts counts once.
         declined: places that a pass looked at and left, with the reason.
         fired: pass -> number of rewrites.
-        notices: rules of the recipe that had no effect on this model, or that say why they are there.
+        notices: rules of the recipe that had no effect on this model, or that say why they are there; gaps in the
+            calibration data, and numbers that the compute dtype holds badly.
         checks: the verifier's verdicts.
         comparison: layer by layer against the program, if a batch was given.
         bytes: size on disk, external data included.
+        headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
+            the compute dtype is, the nearest first; empty without calibration data, or for a program that was loaded.
     """
 
     target: str
@@ -47,6 +51,7 @@ class Report:
     checks: list[Check]
     bytes: int
     comparison: Comparison | None = None
+    headroom: list[Headroom] = field(default_factory=list)
     kind: str = field(default="export", init=False)
 
     def to_json(self) -> str:
@@ -56,5 +61,6 @@ class Report:
         }
         data["declined"] = [dataclasses.asdict(decline) for decline in self.declined]
         data["checks"] = [dataclasses.asdict(check) for check in self.checks]
+        data["headroom"] = [dataclasses.asdict(headroom) for headroom in self.headroom]
         data["comparison"] = self.comparison.to_json() if self.comparison is not None else None
         return json.dumps(data, indent=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -12,9 +13,11 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import ConstantRows, is_constant_expression
 from passes.formats import FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8_PER_TOKEN, Format, get_format
+from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
-from qcompile.calibrate import observe_amax
+from qcompile.calibrate import observe
 from qcompile.errors import CalibrationError
+from qcompile.headroom import Headroom, Watch
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig
 
@@ -25,6 +28,12 @@ _FORMATS = {
     ("fp8", "per_block", (1, 128)): FP8_1X128,
     ("fp8", "per_block", (128, 128)): FP8_128X128,
 }
+
+# Why an activation has no range.
+NEVER = "calibration never reached it"
+ZEROS = "it was zero in all of calibration"
+NEVER_OR_ZEROS = "calibration never reached it, or it was zero in all of calibration"
+ABSENT = "the calibrated state has no range for it"
 
 
 def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Tensor]:
@@ -60,19 +69,43 @@ def _amax(gm: GraphModule, weight: Node, *, per_row: bool) -> torch.Tensor:
     return torch.cat(parts) if per_row else torch.stack(parts).amax()
 
 
-def activation_amax(
+@dataclass(frozen=True)
+class Ranges:
+    """What calibration found.
+
+    Attributes:
+        amax: largest magnitude of each tensor that is quantized with a constant, if only global, scale.
+        unreached: of these tensors, those that have no range -> why.
+        headroom: how near the tensors came to the end of the compute dtype; empty without data.
+        notices: what the user should know of the data, or of the lack of it.
+    """
+
+    amax: dict[Site, torch.Tensor]
+    unreached: dict[Site, str] = field(default_factory=dict)
+    headroom: list[Headroom] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def activation_ranges(
     gm: GraphModule,
     program: ExportedProgram,
     configs: Mapping[Site, QuantizerConfig],
     calibration: Iterable[Any] | Mapping[str, torch.Tensor] | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
     progress: bool,
-) -> dict[Site, torch.Tensor]:
-    """Calibrated largest magnitude of each tensor that is quantized with a constant, if only global, scale."""
+) -> Ranges:
+    """Calibrate what `configs` gives constant scales to, and see what of the graph leaves the compute dtype.
+
+    Args:
+        dtypes: that of the model, and that of the program.
+
+    Raises:
+        CalibrationError: data is missing or does not fit, a tensor has no finite range, or one leaves the compute
+            dtype.
+    """
     static = static_sites(configs)
-    if not static:
-        return {}
     if is_state(calibration):
-        return known_amax(configs, calibration)
+        return _known_ranges(configs, calibration, dtypes)
     constants = [site for site in static if is_constant_expression(site.tensor)]
     if constants:
         name = constants[0].name
@@ -80,13 +113,48 @@ def activation_amax(
             f"{name}: the input is a constant, which no calibration can change; leave the layer out by a rule such as"
             f' {{quantizer: "{name.rpartition(".")[0]}.*", enable: false}}'
         )
+    source, target = dtypes
     if calibration is None:
-        raise CalibrationError(
-            f"the recipe gives static scales to {some([site.name for site in static])}, which need calibration data:"
-            " pass calibration=batches, or use a recipe with dynamic activations such as fp8_per_channel_per_token"
+        if static:
+            raise CalibrationError(
+                f"the recipe gives static scales to {some([s.name for s in static])}, which need calibration data: pass"
+                " calibration=batches, or use a recipe with dynamic activations such as fp8_per_channel_per_token"
+            )
+        return Ranges({}, notices=_unknown_ranges(source, target))
+    watch = Watch(gm, source, target)
+    seen = {site: watch.quantizer(site.tensor) for site in static}
+    if not watch.statistics:
+        return Ranges(
+            {}, notices=[f"calibration data is not used: the recipe needs none, and no range ends in {target}"]
         )
-    observed = observe_amax(gm, program, {s.tensor: s.name for s in static}, calibration, progress=progress)
-    return {site: observed[site.tensor] for site in static}
+    notices = observe(watch.gm, program, watch.statistics, calibration, widen=watch.converted, progress=progress)
+    for site, largest in seen.items():
+        if not bool(torch.isfinite(largest.value)):
+            raise CalibrationError(f"{site.name}: calibration found {float(largest.value)} in {site.tensor.name}")
+    unreached = {site: NEVER if not s.reached else ZEROS for site, s in seen.items() if not float(s.value)}
+    amax = {site: largest.value for site, largest in seen.items()}
+    return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices])
+
+
+def _known_ranges(
+    configs: Mapping[Site, QuantizerConfig], state: Mapping[str, torch.Tensor], dtypes: tuple[torch.dtype, torch.dtype]
+) -> Ranges:
+    """The ranges of what `qcompile.calibrate` returned."""
+    amax, unreached = known_amax(configs, state)
+    source, target = dtypes
+    limit = torch.finfo(target).max
+    if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
+        raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
+    return Ranges(amax, unreached, notices=_unknown_ranges(source, target))
+
+
+def _unknown_ranges(source: torch.dtype, target: torch.dtype) -> list[str]:
+    if target is not torch.float16 or source is target:
+        return []
+    return [
+        f"no calibration data: whether every tensor stays below {torch.finfo(target).max:.5g}, where {target} ends, is"
+        " not known"
+    ]
 
 
 def static_sites(configs: Mapping[Site, QuantizerConfig]) -> list[Site]:
@@ -99,22 +167,31 @@ def is_state(calibration: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
     return isinstance(calibration, Mapping) and all(str(name).endswith("_quantizer") for name in calibration)
 
 
-def known_amax(configs: Mapping[Site, QuantizerConfig], state: Mapping[str, torch.Tensor]) -> dict[Site, torch.Tensor]:
-    """The largest magnitude of each activation with a constant scale, from what `qcompile.calibrate` returned.
+def known_amax(
+    configs: Mapping[Site, QuantizerConfig], state: Mapping[str, torch.Tensor]
+) -> tuple[dict[Site, torch.Tensor], dict[Site, str]]:
+    """The largest magnitude of each activation with a constant scale, from what `qcompile.calibrate` returned; and of
+    which it is not known, with the reason.
 
     Raises:
-        CalibrationError: names the quantizers that `state` lacks, or one whose range is no finite number.
+        CalibrationError: names the quantizers if `state` lacks all of a kind, or one whose range is no finite number.
     """
     static = static_sites(configs)
-    if missing := [site.name for site in static if site.name not in state]:
+    missing = [site for site in static if site.name not in state]
+    kinds = {str(name).rpartition(".")[2] for name in state}
+    if missing and (len(missing) == len(static) or any(site.suffix not in kinds for site in missing)):
         raise CalibrationError(
-            f"the calibrated state has no range for {some(missing)}; calibrate with the same recipe and module names"
+            f"the calibrated state has no range for {some([site.name for site in missing])}: calibrate with the same"
+            " recipe and module names"
         )
+    amax: dict[Site, torch.Tensor] = {}
     for site in static:
-        amax = state[site.name]
-        if amax.numel() != 1 or not bool(torch.isfinite(amax).all()) or float(amax) < 0:
-            raise CalibrationError(f"{site.name}: the calibrated state holds {amax}, which is no range")
-    return {site: state[site.name].detach().float().reshape(()).cpu() for site in static}
+        value = state.get(site.name, torch.zeros(()))
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()) or float(value) < 0:
+            raise CalibrationError(f"{site.name}: the calibrated state holds {value}, which is no range")
+        amax[site] = value.detach().float().reshape(()).cpu()
+    unreached = {site: ABSENT if site in missing else NEVER_OR_ZEROS for site in static if not float(amax[site])}
+    return amax, unreached
 
 
 def has_constant(config: QuantizerConfig) -> bool:
@@ -129,7 +206,7 @@ def format_of(config: QuantizerConfig) -> Format:
 
 
 def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) -> torch.Tensor:
-    """amax / max, in float32; 1 where a tensor is all zeros, so that its codes are zeros.
+    """amax / max, in float32, its smallest normal number at least; 1 where a tensor is all zeros, and so are its codes.
 
     For a format of two levels the global scale, with which the scale of the block of the largest magnitude is e4m3's
     largest: amax / (6 * 448) for NVFP4, as Model Optimizer has it.
@@ -137,5 +214,5 @@ def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) ->
     scale = amax / get_format(config.format).global_max
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    # of numbers that small, too: what divides by the scale, as files of compressed-tensors do, must not be infinite
-    return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    # below it what divides by the scale, as files of compressed-tensors do, would be infinite
+    return torch.where(amax == 0, 1.0, scale.clamp_min(torch.finfo(torch.float32).tiny))

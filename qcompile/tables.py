@@ -71,9 +71,24 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_coverage(console, report)
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
+    show_headroom(console, report.get("headroom", ()))
     show_checks(console, report["checks"])
     if report.get("comparison"):
         show_comparison(console, report["comparison"])
+
+
+def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
+    """The tensors that came nearest to the end of the compute dtype in calibration."""
+    if not headroom:
+        return
+    found = table(
+        f"Headroom in calibration: least {min(shown, len(headroom))} of {len(headroom)} tensors",
+        *("module", "tensor", "largest", "dtype holds"),
+        numbers=("largest", "dtype holds"),
+    )
+    for entry in headroom[:shown]:
+        add(found, entry["module"], entry["tensor"], f"{entry['amax']:.3g}", f"{entry['factor']:.3g} x")
+    console.print(found)
 
 
 def show_checkpoint(console: Console, report: Mapping[str, Any], directory: object = "") -> None:

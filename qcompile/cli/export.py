@@ -104,7 +104,8 @@ def export(
         name, samples on the first axis; a .npy file for a model with one input; package.module:function, which returns
         an iterable of batches; or "random", to try out without data (the file is then of no other use).
     dtype:
-        What is not quantized is computed in this type. Default: the model's own if it is half precision, else float16.
+        What is not quantized is computed in this type. Default: the model's own if it is half precision, else float16,
+        which ends at 65504: a model that goes beyond in calibration is refused, and takes bfloat16.
     save_program:
         Also save the quantized program to this .pt2 file, which is a source in its turn.
     onnx_target:

@@ -34,7 +34,7 @@ class CompileReport:
         dropped: module path -> what was quantized in the program and is not here, as no kernel gains from it.
         declined: places that a pass looked at and left, with the reason.
         fired: pass -> number of rewrites.
-        notices: of the recipe.
+        notices: of the recipe, and of numbers that the dtype holds badly.
         weight_bytes: what the compiled graph reads of weights, codes and scales.
         seconds: of passes (codes included) and of the target's compiler.
     """
@@ -122,7 +122,7 @@ def report_of(
         dropped={kernel.layer: kernel.dropped for kernel in found if kernel.dropped},
         declined=lowered.log.declined,
         fired=dict(lowered.log.fired),
-        notices=[str(notice) for notice in lowered.notices],
+        notices=lowered.notices,
         weight_bytes=sum(fake.numel() * fake.itemsize for fake in fakes),
         seconds=seconds,
     )

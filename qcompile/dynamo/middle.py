@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,8 +20,7 @@ from qcompile.dynamo.trace import Traced
 from qcompile.errors import CalibrationError, CompileError, ExpectationError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
-from qcompile.quantization import model_dtype, planned, quantize_graph
-from qcompile.recipe import Notice
+from qcompile.quantization import model_dtype, planned, quantize_graph, without
 from qcompile.scales import known_amax, static_sites, weight_amax
 
 
@@ -41,7 +40,7 @@ class Lowered:
     unquantized: Mapping[str, str]
     coverage: Mapping[str, tuple[int, int]]
     log: PassLog
-    notices: list[Notice]
+    notices: list[str]
 
 
 def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options, device: Device) -> Lowered:
@@ -52,7 +51,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     """
     gm = traced.with_weights(weights)
     log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
-    notices: list[Notice] = []
+    notices: list[str] = []
     dtype = model_dtype(gm)
     if _is_quantized(gm):
         if options.recipe is not None:
@@ -71,9 +70,11 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
                 " options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a"
                 " recipe with dynamic activations such as fp8_per_channel_per_token"
             )
-        amax = weight_amax(gm, plan.configs) | known_amax(plan.configs, options.calibration or {})
+        amax, unreached = known_amax(plan.configs, options.calibration or {})
+        amax |= weight_amax(gm, plan.configs)
+        plan = replace(plan, configs=without(plan.configs, unreached, log))
         quantize_graph(gm, plan, amax, dtype, dtype)
-        notices = plan.notices
+        notices = [*map(str, plan.notices), *log.notices]
     quantized, unquantized = quantized_modules(gm)
     counts = coverage(gm, unquantized)
     _check_expected(counts, options.expect)

@@ -218,8 +218,9 @@ def _report(
         coverage=coverage(gm, unquantized),
         declined=[*record.declined, *log.declined],
         fired={**record.fired, **log.fired},
-        notices=[*(str(notice) for notice in record.notices), *costs],
+        notices=[*record.notices, *log.notices, *costs],
         checks=checks,
         comparison=comparison,
         bytes=size,
+        headroom=record.headroom,
     )

@@ -28,7 +28,7 @@ def load_calibration(text: str, source: Source) -> Iterable[Any]:
             is good for nothing but trying out.
 
     Returns:
-        Batches of the size of the example inputs. Samples that do not fill the last one are filled up from before.
+        Batches of the size of the example inputs; the last one can be smaller.
 
     Raises:
         CalibrationError: the file cannot be read or does not fit the inputs.
@@ -138,8 +138,7 @@ def _cut(name: str, tensor: torch.Tensor, example: torch.Tensor, path: Path) -> 
         return [tensor]
     if tensor.shape[0] < size:
         raise CalibrationError(f"{path}: {name} has {tensor.shape[0]} samples, fewer than one batch of {size}")
-    starts = range(0, tensor.shape[0], size)
-    return [tensor.narrow(0, min(start, tensor.shape[0] - size), size) for start in starts]
+    return [tensor[start : start + size] for start in range(0, tensor.shape[0], size)]
 
 
 def _made_up(source: Source) -> list[Any]:

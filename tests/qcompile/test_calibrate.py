@@ -12,9 +12,11 @@ from torch.export import Dim, ExportedProgram
 
 from passes.graph import aten, calls
 from passes.program import unlift
-from qcompile.calibrate import observe_amax
+from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
+from qcompile.quantization import calibrate
+from qcompile.statistics import Largest
 
 
 class Net(nn.Module):
@@ -33,9 +35,10 @@ def observed(program: ExportedProgram, batches: Any) -> dict[str, float]:
     """amax of what goes into each linear layer."""
     gm = unlift(program)
     nodes = {node.args[0]: f"input of {node.name}" for node in calls(gm.graph, aten.linear.default)}
-    amax = observe_amax(gm, program, nodes, batches, progress=False)
-    assert all(value.dtype == torch.float32 and value.shape == () for value in amax.values())
-    return {nodes[node]: float(value) for node, value in amax.items()}
+    largest = {node: Largest() for node in nodes}
+    observe(gm, program, {node: [statistic] for node, statistic in largest.items()}, batches, progress=False)
+    assert all(s.value.dtype == torch.float32 and s.value.shape == () and s.reached for s in largest.values())
+    return {nodes[node]: float(statistic.value) for node, statistic in largest.items()}
 
 
 def hooked(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -160,11 +163,12 @@ def test_values_that_an_operator_refuses() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_name_the_quantizer(program: ExportedProgram, bad: float) -> None:
+def test_nan_and_inf_name_the_quantizer(model: nn.Module, bad: float) -> None:
     batch = torch.randn(4, 6)
     batch[2, 3] = bad
-    with pytest.raises(CalibrationError, match=r"input of linear: calibration found (nan|inf) in x"):
-        observed(program, [torch.randn(4, 6), batch, torch.randn(4, 6)])
+    batches = [torch.randn(4, 6), batch, torch.randn(4, 6)]
+    with pytest.raises(CalibrationError, match=r"first.input_quantizer: calibration found (nan|inf) in x"):
+        calibrate(model, (batch,), recipe="int8", calibration=batches, progress=False)
 
 
 def test_half_precision_graphs_are_observed_too() -> None:

@@ -31,7 +31,8 @@ def test_a_scale_is_amax_over_the_largest_number(config: QuantizerConfig, larges
     assert torch.log2(rounded) == torch.log2(amax / largest).ceil()
     for power_of_two in (False, True):
         assert scale_of(torch.tensor(0.0), config, power_of_two) == 1
-        assert scale_of(torch.tensor(1e-37), config, power_of_two) == 1  # 1 / scale would be infinite
+        least = scale_of(torch.tensor(1e-37), config, power_of_two)
+        assert least == torch.finfo(torch.float32).tiny and torch.isfinite(1 / least)
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.record import record_of
+from qcompile.record import UNREACHED, record_of
 
 DEFAULT_RECIPES = {"fp8": "fp8_block"}  # the one thing that this format holds
 
@@ -77,8 +77,10 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     weights = read_program(model)
     origin = open_origin(source)
     plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
-    plan.notices = [*map(str, record_of(model).notices), *plan.notices, *weights.notices]
-    job = Job(origin, plan, record_of(model).recipe, weights=weights)
+    noted = record_of(model)
+    unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name == UNREACHED]
+    plan.notices = [*noted.notices, *unreached, *plan.notices, *weights.notices]
+    job = Job(origin, plan, noted.recipe, weights=weights)
     job.kv_scales = _kv_scales(job, weights)
     plan.kv_cache = bool(job.kv_scales)
     return job

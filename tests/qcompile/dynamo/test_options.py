@@ -92,7 +92,7 @@ def test_calibrated_state() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        pytest.param(lambda s: s.pop("down.input_quantizer"), "no range for down.input_quantizer", id="missing"),
+        pytest.param(lambda s: s.clear() or s.update(other_input_quantizer=1), "no range for up.input", id="missing"),
         pytest.param(lambda s: s.update({"up.input_quantizer": torch.tensor(torch.nan)}), "up.input", id="nan"),
         pytest.param(lambda s: s.update({"up.input_quantizer": torch.ones(3)}), "up.input_quantizer", id="shape"),
         pytest.param(lambda s: s.update({"up.input_quantizer": -torch.ones(())}), "up.input_quantizer", id="negative"),
@@ -104,6 +104,28 @@ def test_calibrated_state_that_does_not_fit(change: Any, says: str) -> None:
     state = qcompile.calibrate(model, (X,), recipe="fp8", calibration=[X], progress=False)
     change(state)
     assert says in refusal(compiled(model, "fp8", calibration=state))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(lambda s: s.update({"down.input_quantizer": 0.0}), "zero in all of calibration", id="zero"),
+        pytest.param(lambda s: s.pop("down.input_quantizer"), "the calibrated state has no range for it", id="absent"),
+    ],
+)
+def test_a_layer_that_the_state_has_no_range_for_is_left(
+    change: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Mlp()
+    state = qcompile.calibrate(model, (X,), recipe="fp8", calibration=[X], progress=False)
+    change(state)
+    run = compiled(model, "fp8", calibration=state)
+    with torch.no_grad():
+        assert torch.isfinite(run(X)).all()
+    (report,) = qcompile.explain(run).graphs
+    assert "up" in report.quantized and report.unquantized["down"] == "linear"
+    assert [reason in d.reason for d in report.declined if d.module == "down"] == [True]
+    assert "down" in caplog.text and reason in caplog.text
 
 
 def test_state_of_a_number_in_python_is_a_range() -> None:

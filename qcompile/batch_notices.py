@@ -1,0 +1,76 @@
+"""What calibration data is too narrow for: told as notices, as no number shows it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from passes.graph import shape
+from qcompile.messages import some
+
+
+class BatchLog:
+    """What the batches of a calibration were like.
+
+    Args:
+        program: what they are run through. placeholders: its user inputs.
+    """
+
+    def __init__(self, program: ExportedProgram, placeholders: Sequence[Node]) -> None:
+        self._ranges = {str(symbol): r for symbol, r in program.range_constraints.items()}
+        self._placeholders = placeholders
+        self._samples = 0
+        self._zeros: list[str] = []
+        self._sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
+
+    def add(self, inputs: Sequence[Any], name: str) -> None:
+        """Note one batch, called `name` in messages."""
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        self._samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
+        floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+        numbers = floats or [t for t in tensors if t.numel() and t.dtype != torch.bool]
+        if numbers and not any(bool(t.any()) for t in numbers):
+            self._zeros.append(name)
+        for node, value in zip(self._placeholders, inputs, strict=True):
+            if isinstance(value, torch.Tensor):
+                for axis, size in enumerate(value.shape):
+                    self._sizes[node.name, axis].add(size)
+
+    def notices(self) -> list[str]:
+        """One sentence for each kind of gap."""
+        found = []
+        if self._samples == 1:
+            found.append("calibration had one sample: the ranges are those of that alone")
+        if self._zeros:
+            found.append(f"{some(self._zeros)}: every number is 0, which tells nothing of the range of anything")
+        return found + self._uncovered()
+
+    def _uncovered(self) -> list[str]:
+        """Dynamic sizes that the program takes and calibration had not; not those of the batch, whose samples are
+        alike."""
+        symbols: dict[str, tuple[Node, int]] = {}
+        batch: set[str] = set()
+        for node in self._placeholders:
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            for axis, size in enumerate(shape(node)):
+                if isinstance(size, torch.SymInt) and str(size) in self._ranges:
+                    (batch.add(str(size)) if axis == 0 else symbols.setdefault(str(size), (node, axis)))
+        found = []
+        for symbol, (node, axis) in symbols.items():
+            sizes, taken = sorted(self._sizes[node.name, axis]), self._ranges[symbol]
+            low, high = int(taken.lower), taken.upper
+            if symbol in batch or (sizes[0] <= low and str(high) == str(sizes[-1])):
+                continue
+            upper = f"to {high}" if str(high).isdigit() and int(high) < 1 << 31 else "on"
+            told = ", ".join(map(str, sizes)) if len(sizes) < 4 else f"{sizes[0]} to {sizes[-1]}"
+            empty = ", and 0 was not among them" if low == 0 and 0 not in sizes else ""
+            found.append(
+                f"axis {axis} of {node.name} was {told} in calibration, and the program takes {low} {upper}{empty}"
+            )
+        return found

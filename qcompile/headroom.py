@@ -1,0 +1,156 @@
+"""How near the tensors of a model come to the end of the dtype that its program computes in, and which go beyond."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from passes.graph import aten, calls, module_path, strip
+from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
+from passes.sdpa import SDPA, attention_scale
+from qcompile.errors import CalibrationError
+from qcompile.messages import some
+from qcompile.statistics import Largest, LargestBeforeSoftmax, LargestScore
+
+NEAR = 2.0  # other data, and quantization, can give that much more than calibration saw
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """The largest magnitude that calibration saw of one tensor.
+
+    Attributes:
+        module: path of the module that makes it, empty at the root. tensor: name of its node in the program's graph.
+        amax: the magnitude. factor: how much larger the largest number of the compute dtype is.
+    """
+
+    module: str
+    tensor: str
+    amax: float
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.module or self.tensor} ({self.amax:.3g})"
+
+
+class Watch:
+    """What calibration runs, and whose largest magnitude it keeps.
+
+    For a program in float16 that is everything that float16 might not hold, in a copy of the model's graph that
+    computes as the program will, quantizers aside: there masks and numbers have the size that they will have, and what
+    stays in a wider dtype is of no concern. In the other dtypes it is what quantizers see.
+
+    Attributes:
+        gm: the graph to run, with halves widened to float32.
+        statistics: node of `gm` -> what to keep of it.
+    """
+
+    def __init__(self, gm: GraphModule, source: torch.dtype, target: torch.dtype) -> None:
+        """`source` is the dtype of the model, `target` that of its program."""
+        self.source, self.target = source, target
+        self.gm: GraphModule = gm
+        self.statistics: dict[Node, list[Largest]] = defaultdict(list)
+        self._copies: Mapping[Node, Node] = {}
+        if target is torch.float16:
+            if source != target:
+                self._convert(gm)
+            self._watch_all()
+
+    @property
+    def converted(self) -> bool:
+        """Whether `gm` is a copy, with halves that the model has not."""
+        return bool(self._copies)
+
+    def quantizer(self, tensor: Node) -> Largest:
+        """The largest magnitude of `tensor`, a node of the model's graph that will be quantized."""
+        node = strip(self._copies.get(tensor, tensor), *SAME_ELEMENTS)
+        plain = [statistic for statistic in self.statistics[node] if type(statistic) is Largest]
+        if not plain:
+            plain.append(Largest())
+            self.statistics[node] += plain
+        return plain[0]
+
+    def check(self) -> list[str]:
+        """What to say of the tensors that left the dtype, or nearly did.
+
+        Raises:
+            CalibrationError: one did that the model holds.
+        """
+        if self.target is not torch.float16:
+            return []
+        found = list(self._found())
+        over, near = [h for h in found if h.factor < 1], [h for h in found if 1 <= h.factor < NEAR]
+        if over and self.source != self.target:
+            raise CalibrationError(
+                f"calibration saw numbers that the program cannot hold in {_told(over)}: {beyond(self.target)}"
+            )
+        notices = []
+        if over:
+            notices.append(
+                f"in calibration this model itself left the range of its dtype in {_told(over)}: it computes infinities"
+                f" there, and so does the program; {beyond(self.target)}"
+            )
+        if near:
+            notices.append(
+                f"calibration came within a factor of {min(h.factor for h in near):.2f} of the largest number of"
+                f" {self.target} in {_told(near)}: other inputs may overflow there, in bfloat16 they do not"
+            )
+        return notices
+
+    def headroom(self) -> list[Headroom]:
+        """What was seen of each tensor, the one with the least headroom first."""
+        return sorted(self._found(), key=lambda h: h.factor)
+
+    def _found(self) -> Iterator[Headroom]:
+        """In the order of the graph."""
+        limit = float(torch.finfo(self.target).max)
+        for node in self.gm.graph.nodes:
+            for statistic in self.statistics.get(node, ()):
+                if statistic.finite:
+                    name = strip(node, aten._to_copy.default).name
+                    name += " (scores)" if isinstance(statistic, LargestScore) else ""
+                    yield Headroom(module_path(node), name, statistic.finite, limit / statistic.finite)
+
+    def _convert(self, gm: GraphModule) -> None:
+        graph, copies = Graph(), dict[Node, Node]()
+        graph.output(graph.graph_copy(gm.graph, copies))
+        self.gm, self._copies = GraphModule(gm, graph), copies
+        ConvertComputeDtype(self.source, self.target)(self.gm)
+
+    def _watch_all(self) -> None:
+        hidden, limit = before_softmax(self.gm.graph), float(torch.finfo(self.target).max)
+        bounded: set[Node] = set()
+        for node in self.gm.graph.nodes:
+            value = node.meta.get("val")
+            operands = {n for n in node.all_input_nodes if _is_float(n)}
+            if node.op == "get_attr" or (is_passing(node) and operands <= bounded):
+                bounded.add(node)  # the pass that casts constants checks them
+            elif isinstance(value, torch.Tensor) and value.dtype is self.target:
+                bounded.add(node)
+                in_scores = node in hidden
+                statistic = LargestBeforeSoftmax(softmax_axis(node), limit) if in_scores else Largest()
+                self.statistics[node].append(statistic)
+        for node in calls(self.gm.graph, SDPA):
+            if isinstance(query := node.args[0], Node) and query.meta["val"].dtype is self.target:
+                self.statistics[node].append(LargestScore(attention_scale(node), limit / NEAR))
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(v, torch.Tensor) and v.dtype.is_floating_point for v in values)
+
+
+def _told(found: Sequence[Headroom]) -> str:
+    """The modules of `found`, each with its largest number, in the order that they are met."""
+    largest: dict[str, Headroom] = {}
+    for h in found:
+        key = h.module or h.tensor
+        if key not in largest or largest[key].amax < h.amax:
+            largest[key] = h
+    return some([str(h) for h in largest.values()])
