@@ -59,7 +59,8 @@ class Branches(nn.Module):
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 def declined(program: ExportedProgram) -> dict[str, str]:
