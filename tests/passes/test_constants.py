@@ -24,7 +24,7 @@ from passes.constants import (
 )
 from passes.graph import Emitter, aten
 from passes.hadamard import HADAMARD, hadamard
-from tests.passes.support import blank, returns, run
+from tests.passes.support import DYNAMIC, blank, graph_of, returns, run
 
 X = torch.randn(2, 3)
 W = torch.arange(12.0).reshape(4, 3)
@@ -161,6 +161,12 @@ def test_names() -> None:
     value = node.meta["val"]
     assert (value.shape, value.dtype) == (W.shape, torch.float8_e4m3fn)
     assert value.fake_mode is x.meta["val"].fake_mode
+
+
+def test_a_constant_of_a_dynamic_graph_has_a_static_shape() -> None:
+    gm = graph_of(nn.ReLU(), torch.randn(4, 3), dynamic_shapes=({0: DYNAMIC},))
+    node = add_constant(gm, "c", W, gm.graph.output_node())
+    assert [type(size) for size in node.meta["val"].shape] == [int, int]
 
 
 def test_the_value_of_an_expression() -> None:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from passes.errors import PassError, QCompileError
-from passes.formats import FORMATS, FP8, FP8_PER_TOKEN, INT8, NVFP4, Format, get_format
+from passes.formats import FORMATS, FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, NVFP4, Format, get_format
 from tests.nvfp4 import VALUES, e2m1, unpacked
 
 ONNX_TYPE = {"fp8": TensorProto.FLOAT8E4M3FN, "fp8_per_token": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
@@ -131,6 +131,23 @@ def test_nvfp4_has_two_levels_of_scales() -> None:
     scale = torch.tensor([[1.0, 2.0]])
     assert NVFP4.per_element(scale, (1, 32)).tolist() == [[1.0] * 16 + [2.0] * 16]
     assert FP8.per_element(scale, (1, 32)) is scale
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 256, 257, 300])
+@pytest.mark.parametrize("rows", [1, 128, 200])
+def test_each_element_has_the_scale_of_its_block(rows: int, width: int) -> None:
+    """The last block of an axis can be smaller than the others."""
+    row, column = torch.arange(rows) // 128, torch.arange(width) // 128
+    for fmt, index, counts in (
+        (FP8_1X128, torch.arange(rows), [-(-width // 128)]),
+        (FP8_128X128, row, [-(-rows // 128), -(-width // 128)]),
+    ):
+        assert fmt.blocks((5, rows, width)) == counts
+        lead = () if fmt is FP8_128X128 else (rows,)
+        scale = torch.randn(2, *lead, *counts)
+        want = scale[:, index][:, :, column]
+        assert torch.equal(fmt.per_element(scale, (2, rows, width)), want)
+    assert torch.equal(FP8.per_element(want, (rows, width)), want)  # broadcasts as it is
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:

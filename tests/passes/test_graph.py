@@ -103,6 +103,17 @@ def test_emitted_nodes_have_a_value_a_stack_and_dynamic_sizes() -> None:
     torch.testing.assert_close(run(gm, x)[0], (2 * nn.functional.linear(x, weight, bias)).view(5, 2, 3)[:, 1:])
 
 
+def test_a_dynamic_size_is_read_once_and_before_it_is_used() -> None:
+    gm = graph_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), torch.randn(3, 4), dynamic_shapes=({0: DYNAMIC},))
+    linear, relu = only_call(gm, aten.linear.default), only_call(gm, aten.relu.default)
+    late = Emitter(first(gm, "output"))
+    (rows, _), (again, _) = late.sizes(relu), late.sizes(linear)
+    assert isinstance(rows, Node) and rows is again and rows.args == (relu, 0)
+    (early, _) = Emitter(relu).sizes(linear)
+    assert isinstance(early, Node) and early < relu
+    assert late.sizes(relu)[0] is early  # the first that stands in front
+
+
 def test_emitted_nodes_keep_the_annotations_of_what_they_replace() -> None:
     gm = graph_of(Mlp(), torch.randn(2, 8))
     relu = only_call(gm, aten.relu.default)

@@ -114,6 +114,16 @@ def test_both_sides_cancel_in_a_product(width: int, lead: list[int], seed: int) 
     torch.testing.assert_close(rotate(x) @ hadamard(w).double().mT, expected, rtol=1e-6, atol=1e-6 * width**0.5)
 
 
+@pytest.mark.parametrize("width", [1024, 2048 * 3])
+def test_two_factors_are_their_kronecker_product(width: int) -> None:
+    rotation = rotation_for(width)
+    assert rotation is not None and rotation.left > 1
+    both = torch.kron(*(hadamard_matrix(n).double() for n in (rotation.left, rotation.right)))
+    w = torch.randn(3, width)
+    rows = w.double().reshape(3, -1, rotation.block) @ both
+    torch.testing.assert_close(hadamard(w), (rows.reshape(3, width) * rotation.weight_factor).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [768, 1408, 304])
 def test_a_slice_of_a_weight_gives_a_slice_of_the_result(dtype: torch.dtype, width: int) -> None:
