@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 
 class Shifted(nn.Module):
@@ -57,6 +57,7 @@ def test_the_offset_moves_behind_the_product(weight: str, bias: bool, dynamic: A
     gm = graph_of(Shifted(0.7, bias=bias, weight=weight), X, dynamic_shapes=dynamic)
     rewrites(MoveZeroPoints, gm, X, **CLOSE)
     assert count(gm, aten.sub.Tensor) == 0 and count(gm, aten.linear.default) == 1
+    assert str(only_call(gm, aten.linear.default).args[2].target).startswith("linear.bias" if bias else "bias")  # type: ignore[union-attr]
 
 
 def test_another_reader_keeps_the_shifted_values() -> None:

@@ -121,3 +121,13 @@ def test_what_quantized_weights_make_of_positions_is_computed() -> None:
     gm = graph_of(Continuous(), torch.randn(3, 2, 4, 8))
     insert(gm, {"input": torch.tensor(0.1), "weight": torch.tensor(0.1)})
     assert declines(FoldMasks, gm) == []
+
+
+def test_a_mask_that_is_cut_from_what_is_too_large_to_compute_is_declined() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.arange(60_000)[:, None] >= torch.arange(60_000)[None]
+            return nn.functional.scaled_dot_product_attention(x, x, x, mask.logical_not()[:4, :4])
+
+    (reason,) = declines(FoldMasks, graph_of(Cut(), torch.randn(3, 2, 4, 8)))
+    assert reason.startswith("this part of the mask cannot be computed: ") and "too large" in reason

@@ -97,3 +97,16 @@ def test_activations_are_left_alone() -> None:
     insert(gm, {"input": torch.tensor(0.02)})
     assert declines(FoldWeights, gm) == []
     assert count(gm, QUANTIZE) == 2
+
+
+def test_a_weight_with_a_scale_from_run_time_is_left_alone() -> None:
+    class Measured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = x.abs().amax()
+            return x @ DEQUANTIZE(QUANTIZE(self.w, scale, format="fp8"), scale, format="fp8", dtype=x.dtype).t()
+
+    assert declines(FoldWeights, graph_of(Measured(), torch.randn(2, 8))) == []

@@ -69,3 +69,20 @@ def test_a_choice_that_is_only_returned_is_none() -> None:
     assert choices(gm.graph) == set()
     ConvertComputeDtype(torch.float32, torch.float16)(gm)
     assert dtype(only_call(gm, aten.linear.default)) is torch.float16
+
+
+class Routers(Router):
+    """Two choices by one router, and one by scores that come from outside."""
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        scores = self.gate(x).sigmoid()
+        first, second, third = scores.topk(1)[1], scores.topk(2)[1], given.topk(1)[1]
+        up = self.up(x)
+        return up.gather(-1, first) + up.gather(-1, second) + up.gather(-1, third)
+
+
+def test_choices_by_one_router_and_by_an_input() -> None:
+    gm = graph_of(Routers(), torch.randn(3, 8), torch.randn(3, 4))
+    gate, _ = calls(gm.graph, aten.linear.default)
+    scores = only_call(gm, aten.sigmoid.default)
+    assert choices(gm.graph) == {gate, scores, *calls(gm.graph, aten.topk.default)}

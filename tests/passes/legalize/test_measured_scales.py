@@ -16,13 +16,14 @@ from passes.canonicalize.share import ShareQuantizers
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, NVFP4, Format
 from passes.graph import aten, calls
-from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize
+from passes.ir import BATCHED_LINEAR, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.normalize.noops import RemoveNoOps
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
+from tests.passes.legalize.test_k_split import Experts
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
@@ -62,6 +63,14 @@ def test_a_layer_without_bias_that_the_float_user_does_not_see() -> None:
     gm = per_token(Readers(), x)
     MeasuredToConstant()(gm)
     assert torch.equal(run(gm, x)[2], x.sin())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_have_a_bias_each(bias: bool) -> None:
+    x = torch.randn(3, 4, 256)
+    gm = per_token(Experts(bias=bias), x)
+    rewrites(MeasuredToConstant, gm, x, rtol=0.1, atol=0.1)
+    assert count(gm, BATCHED_LINEAR) == count(gm, QUANTIZE) == 1
 
 
 def test_another_reader_is_declined() -> None:
