@@ -138,6 +138,9 @@ def export(
         then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, blocks beside NVFP4, and
         INT8. Default: fp8.
     """
+    for name, size in {"--batch": batch, "--sequence": sequence}.items():
+        if size is not None and size < 1:
+            raise UsageError(f"{name} {size}: a size is 1 or more")
     if to_checkpoint is not None:
         others = {
             "--output": output,
@@ -159,6 +162,10 @@ def export(
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
         check_writable(report)
+        if calibration is not None:
+            from qcompile.source import check_calibration
+
+            check_calibration(calibration)
         written = write_checkpoint(source, to_checkpoint, format, recipe, set_, calibration, batch, sequence)
         if report is not None:
             write_json(report, {"source": source, "checkpoint": written})

@@ -20,7 +20,7 @@ from qcompile.demo.measure import accuracy, run_onnx
 from qcompile.demo.model import Digits, DigitViT, load_digits, train
 from qcompile.demo.table import TARGETS, Row, results_table
 from qcompile.engine.backend import find_backend
-from qcompile.errors import EngineError, ExpectationError
+from qcompile.errors import EngineError, ExpectationError, QCompileError
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.outputs import check_writable
 
@@ -41,6 +41,8 @@ def run_demo(*, epochs: int = 30, output: Path | None = None) -> int:
     Raises:
         QCompileError: scikit-learn or ONNX Runtime is not installed; VerificationError: the file failed a check.
     """
+    if epochs < 1:
+        raise QCompileError(f"{epochs} epochs: the model has to be trained for 1 or more")
     started = time.perf_counter()
     with _folder(output) as folder:
         import_onnxruntime()  # that it is there is known before the training
