@@ -94,6 +94,14 @@ NVFP4 = Format("nvfp4", torch.uint8, 6.0, -6.0, packed=True, block=(16,), scale=
 
 FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4)}
 
+MULTIPLIED = {
+    FP8: (FP8, FP8_PER_TOKEN),
+    FP8_128X128: (FP8_1X128,),
+    INT8: (INT8, INT8_PER_TOKEN),
+    NVFP4: (NVFP4,),
+}
+"""Format of a weight -> the formats of inputs that some target multiplies it with, as codes."""
+
 
 def get_format(name: str) -> Format:
     """The format called `name`. Raises `PassError` for a name that the IR does not carry."""

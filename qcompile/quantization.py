@@ -27,10 +27,19 @@ from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
-from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, load_recipe, resolve, unsupported
+from qcompile.recipe import (
+    QuantizerConfig,
+    QuantizerName,
+    Recipe,
+    check_quantizes,
+    format_of,
+    load_recipe,
+    resolve,
+    unsupported,
+)
 from qcompile.recipe.notices import Notice
 from qcompile.record import UNREACHED, QuantizeRecord, record
-from qcompile.scales import activation_ranges, format_of, has_constant, scale_of, weight_amax
+from qcompile.scales import activation_ranges, has_constant, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -77,7 +86,7 @@ def quantize(
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     needed = input_dependence(gm)
-    plan = planned(gm, chosen_recipe)
+    plan = planned(gm, chosen_recipe, required=True)
     source = model_dtype(gm)
     target = compute_dtype(dtype, source)
     weights = weight_amax(gm, plan.configs)
@@ -118,7 +127,7 @@ def calibrate(
     chosen_recipe = load_recipe(recipe)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
-    plan = planned(gm, chosen_recipe)
+    plan = planned(gm, chosen_recipe, required=True)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
     ranges = activation_ranges(gm, program, plan.configs, calibration, same, progress)
     for notice in ranges.notices:
@@ -143,8 +152,11 @@ class Plan:
     log: PassLog
 
 
-def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan:
+def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, required: bool = False) -> Plan:
     """Normalize `gm`, find what `recipe` quantizes, and put attention scales and rotations where quantizers see them.
+
+    Args:
+        required: `gm` is a whole model, so that a recipe which quantizes nothing of it is an error.
 
     Raises:
         QCompileError: the graph is quantized already. RecipeError: what the recipe wants is not supported.
@@ -155,11 +167,14 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None) -> Plan
         )
     log = run_pipeline(NORMALIZE, gm, log, recompile=False)
     sites = find_sites(gm)
-    resolution = resolve(recipe, [QuantizerName(site.name, site.module_class) for site in sites])
+    names = [QuantizerName(site.name, site.module_class) for site in sites]
+    resolution = resolve(recipe, names)
+    if required:
+        check_quantizes(recipe, names, resolution)
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
     for notice in resolution.notices:
-        logger.info("%s", notice)
+        logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
 
     queries = {site.consumer for site in configs if site.operand == "q"}
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing

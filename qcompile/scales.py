@@ -12,22 +12,14 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from passes.constants import ConstantRows, is_constant_expression
-from passes.formats import FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8_PER_TOKEN, Format, get_format
+from passes.formats import get_format
 from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
 from qcompile.calibrate import observe
 from qcompile.errors import CalibrationError
 from qcompile.headroom import Headroom, Watch
 from qcompile.messages import some
-from qcompile.recipe import QuantizerConfig
-
-# What one name in a recipe is in the IR, by granularity and block shape; a format whose name says it all is not here.
-_FORMATS = {
-    ("fp8", "per_token", None): FP8_PER_TOKEN,
-    ("int8", "per_token", None): INT8_PER_TOKEN,
-    ("fp8", "per_block", (1, 128)): FP8_1X128,
-    ("fp8", "per_block", (128, 128)): FP8_128X128,
-}
+from qcompile.recipe import QuantizerConfig, format_of
 
 # Why an activation has no range.
 NEVER = "calibration never reached it"
@@ -198,11 +190,6 @@ def has_constant(config: QuantizerConfig) -> bool:
     """Whether the quantizer has a constant scale: NVFP4 has a global one above those of its blocks."""
     fmt = format_of(config)
     return fmt.scale is not None or not (config.dynamic or fmt.sizes)
-
-
-def format_of(config: QuantizerConfig) -> Format:
-    """The format that the IR carries `config` out with."""
-    return _FORMATS.get((config.format, config.granularity, config.block_shape)) or get_format(config.format)
 
 
 def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) -> torch.Tensor:

@@ -21,7 +21,12 @@ recipes = App(
 
 A recipe is YAML: rules, in order, that give quantizers a format (fp8, nvfp4, int8; linears also with a Hadamard
 rotation) or switch them off; the last rule that matches wins.
-`import: NAME` among the rules stands for those of a fragment, so that formats mix.
+`import: NAME` among the rules stands for those of a fragment, so that formats mix; what you want otherwise comes after.
+
+A rule names quantizers by a glob: the path of a module and which of its quantizers. `*.mlp.*` has all of every mlp,
+`*.[kv]_bmm_quantizer` keys and values, which are the key/value cache of a checkpoint; `qcompile recipes list` has all
+kinds. `*layers.-1.*` is the last block of every stack called layers, `*layers.-[1-4].*` the last four.
+
 Start your own from a shipped one:
 
     qcompile recipes show fp8 > mine.yaml
@@ -34,8 +39,9 @@ Start your own from a shipped one:
 
 @recipes.command(name="list")
 def list_() -> int:
-    """List the shipped recipes, and the fragments that a recipe can import."""
+    """List the shipped recipes, the fragments that a recipe can import, and the quantizers that rules name."""
     from qcompile.recipe import fragment_description, list_fragments, list_recipes, load_recipe
+    from qcompile.recipe.globs import MEANING
 
     found = table("Recipes", "name", "what it does", "for")
     for name in list_recipes():
@@ -46,6 +52,10 @@ def list_() -> int:
     for name in list_fragments():
         add(fragments, name, fragment_description(name))
     out().print(fragments)
+    quantizers = table("Quantizers, the last part of the names that globs match", "name", "what it quantizes")
+    for kind, meaning in MEANING.items():
+        add(quantizers, f"MODULE.{kind}", meaning)
+    out().print(quantizers)
     return 0
 
 
@@ -62,8 +72,10 @@ def show(
     ```
     qcompile recipes show fp8
     qcompile recipes show fp8 --expanded
-    qcompile recipes show fp8 --set 'rules[+]={quantizer: "*.layers.0.*", enable: false}'
+    qcompile recipes show fp8 --set 'rules[+]={quantizer: "*layers.-1.*", enable: false}'
     ```
+
+    What a rule can name: `qcompile recipes list` has the quantizers, `qcompile recipes check --schema` every key.
 
     Parameters
     ----------
@@ -99,9 +111,10 @@ def check(
     schema: Annotated[bool, Parameter(negative="")] = False,
     set_: Annotated[list[str], _SET] = [],  # noqa: B006
 ) -> int:
-    """Check a recipe without a model: its form, globs that can match nothing, rules that later ones override.
+    """Check a recipe without a model: its form, globs that can match nothing, rules that later ones override or undo.
 
-    Exit code 1 if a rule has no effect on any model, 2 if the recipe is not valid.
+    Exit code 1 if a rule has no effect on any model or is undone in part, 2 if the recipe is not valid or has layers
+    whose weight and input no target multiplies.
 
     Parameters
     ----------

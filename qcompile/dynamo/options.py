@@ -12,6 +12,7 @@ import torch
 
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
+from qcompile.recipe.stacks import counts_from_end
 
 TARGETS = ("inductor", "torch_tensorrt", "eager")
 
@@ -76,4 +77,11 @@ def _range(name: str, amax: object) -> torch.Tensor:
 def _recipe(recipe: Any) -> Recipe:
     if not isinstance(recipe, str | PathLike | Mapping | Recipe):
         raise CompileError(f"options['recipe'] is a name, a path, a mapping or a Recipe, not a {type(recipe).__name__}")
-    return load_recipe(recipe)
+    loaded = load_recipe(recipe)
+    for rule in loaded.rules:
+        if counts_from_end(rule.quantizer):
+            raise CompileError(
+                f"{rule.where}: the glob {rule.quantizer!r} counts blocks from the end, which torch.compile cannot: a"
+                " graph of Dynamo may hold a part of the model only. Give the number of the block"
+            )
+    return loaded

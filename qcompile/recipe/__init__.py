@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from qcompile.recipe.check import check_recipe
+from qcompile.recipe.config import QuantizerConfig, format_of, unsupported
+from qcompile.recipe.empty import check_quantizes
 from qcompile.recipe.files import fragment_path, list_fragments, list_recipes, recipe_path
 from qcompile.recipe.imports import fragment_description
 from qcompile.recipe.load import RecipeSource, load_recipe, path_of
-from qcompile.recipe.match import QuantizerConfig, QuantizerName, Resolution, resolve, unsupported
+from qcompile.recipe.match import QuantizerName, Resolution, resolve
 from qcompile.recipe.notices import Notice
 from qcompile.recipe.overrides import with_overrides
 from qcompile.recipe.rule import Location, Rule
@@ -24,8 +26,10 @@ __all__ = [
     "RecipeSource",
     "Resolution",
     "Rule",
+    "check_quantizes",
     "check_recipe",
     "expanded_yaml",
+    "format_of",
     "fragment_description",
     "fragment_path",
     "list_fragments",

@@ -1,36 +1,53 @@
-"""Checks a recipe without a model: schema, globs that can match nothing, rules that can never win."""
+"""Checks a recipe without a model: schema, globs that can match nothing, rules that can never win, odd pairs."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-from qcompile.recipe.globs import alternatives, glob_matches, possible_kinds
+from qcompile.recipe.effects import undoes
+from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
 from qcompile.recipe.load import RecipeSource, load_recipe
-from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice
+from qcompile.recipe.match import QuantizerName, check_pairs, configs_of, decide
+from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice, undone_notice
 from qcompile.recipe.rule import Rule
+from qcompile.recipe.schema import Recipe
+from qcompile.recipe.stacks import Stacks, counts_from_end
 
 _CLASS = re.compile(r"\[!?\]?[^\]]*\]|\?")
+_FROM_END = re.compile(r"(?<=\.)-[^.]*|^-[^.]*")
 
 
 def check_recipe(source: RecipeSource) -> list[Notice]:
-    """Notices about rules that have no effect on any model, in the order of the recipe.
+    """Notices about rules that have no effect on any model, or are undone, in the order of the recipe.
 
-    Raises `RecipeError` if the recipe is not valid. Silence is no proof: only cover by a single later rule is found.
+    Raises `RecipeError` if the recipe is not valid, or gives a linear layer operands that no target multiplies. Silence
+    is no proof: only cover by a single later rule for each kind of quantizer is found.
     """
-    rules = load_recipe(source).rules
+    recipe = load_recipe(source)
+    _check_pairs(recipe)
+    formatted = {kind for rule in recipe.rules if rule.format for kind in possible_kinds(rule.quantizer)}
     notices = []
-    for index, rule in enumerate(rules):
-        if not possible_kinds(rule.quantizer):
+    for index, rule in enumerate(recipe.rules):
+        kinds = possible_kinds(rule.quantizer)
+        if not kinds:
             notices.append(nothing_notice(rule))
-        elif (winner := _dead_under(rule, rules[index + 1 :])) is not None:
-            notices.append(overridden_notice(rule, [winner]))
+            continue
+        live = [kind for kind in kinds if kind in formatted] or list(kinds)
+        later = recipe.rules[index + 1 :]
+        lost = {kind: winner for kind in live if (winner := _dead_under(rule, kind, later)) is not None}
+        winners = [other for other in later if any(other is winner for winner in lost.values())]
+        if len(lost) == len(live):
+            notices.append(overridden_notice(rule, winners))
+        elif undone := [kind for kind, winner in lost.items() if undoes(winner, rule, refines=covers(rule, winner))]:
+            notices.append(undone_notice(rule, undone, len(live), winners))
     return notices
 
 
-def _dead_under(rule: Rule, later: tuple[Rule, ...]) -> Rule | None:
-    """The later rule that takes every quantizer from `rule`, or None."""
+def _dead_under(rule: Rule, kind: str, later: tuple[Rule, ...]) -> Rule | None:
+    """The later rule that takes every quantizer of that kind from `rule`, or None."""
     for index, other in enumerate(later):
-        if not covers(other, rule):
+        if not covers(other, rule, kind):
             continue
         if rule.format is None or other.format is not None:
             return other
@@ -40,21 +57,67 @@ def _dead_under(rule: Rule, later: tuple[Rule, ...]) -> Rule | None:
     return None
 
 
-def covers(wide: Rule, narrow: Rule) -> bool:
-    """Whether `wide` surely matches everything that `narrow` matches. False where that is hard to see."""
-    if wide.module_class not in (None, narrow.module_class):
+def covers(wide: Rule, narrow: Rule, kind: str | None = None) -> bool:
+    """Whether `wide` surely matches everything that `narrow` matches, or all quantizers of one kind that it does.
+
+    False where that is hard to see.
+    """
+    if wide.module_class not in (None, narrow.module_class) or wide.unless not in (None, narrow.unless):
         return False
-    return all(
-        any(one == other or _glob_covers(one, other) for one in alternatives(wide.quantizer))
-        for other in alternatives(narrow.quantizer)
-    )
+    globs = [glob for one in alternatives(narrow.quantizer) for glob in _of_kind(one, kind)]
+    return all(any(one == other or _glob_covers(one, other) for one in alternatives(wide.quantizer)) for other in globs)
+
+
+def _of_kind(glob: str, kind: str | None) -> list[str]:
+    """Globs that together match what `glob` matches of that kind: of `a.*` these are `a.KIND` and `a.*.KIND`.
+
+    `glob` itself where its end may lie inside the kind's name.
+    """
+    if kind is None:
+        return [glob]
+    if kind not in possible_kinds(glob):
+        return []
+    head = glob.rstrip("*")
+    text = re.split(r"[*?\]]", head)[-1]
+    inside = text in kind or any(kind.startswith(text[start:]) for start in range(len(text)))
+    if head == glob or head.endswith(("?", "]")) or (text and inside):
+        return [glob]
+    return [f"{head}*.{kind}", *([f"{head}{kind}"] if not head or head.endswith(".") else [])]
 
 
 def _glob_covers(wide: str, narrow: str) -> bool:
     """A glob of literals and stars covers another if it matches that glob's text: its stars swallow the wildcards.
 
-    `?` and `[...]` in the narrow glob stand for a character that no literal equals.
+    `?`, `[...]` and numbers from the end in the narrow glob stand for characters that no literal equals.
     """
     if "?" in wide or "[" in wide:
         return False
-    return glob_matches(_CLASS.sub("\0", narrow), wide)
+    text = _CLASS.sub("\0", narrow)
+    if counts_from_end(narrow) and not counts_from_end(wide):
+        text = _FROM_END.sub("\0", text)
+    return glob_matches(text, wide)
+
+
+def _check_pairs(recipe: Recipe) -> None:
+    """Try layers whose names are made of the globs: a real one called so would be refused."""
+    for rule in recipe.rules:
+        for path in dict.fromkeys(path for glob in alternatives(rule.quantizer) for path in _paths(glob)):
+            owner = None if rule.module_class is None else _text(rule.module_class)
+            layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT)]
+            decisions = decide(recipe, layer, Stacks(quantizer.name for quantizer in layer))
+            check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {path!r}")
+
+
+def _paths(glob: str) -> Iterator[str]:
+    """Paths of modules that have quantizers which `glob` matches."""
+    path, _, last = _text(glob).rpartition(".")
+    yield path
+    if last not in KINDS:
+        yield f"{path}.{last}".lstrip(".")
+
+
+def _text(glob: str) -> str:
+    """A text that the glob matches."""
+    text = re.sub(r"\[!\]?[^\]]*\]|\?", "x", glob)
+    text = re.sub(r"\[(\]?[^\]])[^\]]*\]", lambda found: found[1][0], text)
+    return text.replace("*", "x")

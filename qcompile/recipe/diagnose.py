@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -41,10 +41,13 @@ def show_path(path: Path, root: str = "the recipe") -> str:
     return text.lstrip(".") or root
 
 
-def diagnose(error: ValidationError, place: Callable[[Path], str], whole: type[BaseModel]) -> str:
+def diagnose(
+    error: ValidationError, place: Callable[[Path], str], whole: type[BaseModel], plain: Mapping[Path, str]
+) -> str:
     """One line per problem: `place(path): message`, in the order of the file as far as pydantic keeps it.
 
-    `whole` is the model that was validated: a recipe or a fragment.
+    `whole` is the model that was validated: a recipe or a fragment; `plain` has what is written without quotes where
+    YAML reads no text.
     """
     lines = []
     for detail in error.errors(include_url=False):
@@ -52,11 +55,11 @@ def diagnose(error: ValidationError, place: Callable[[Path], str], whole: type[B
             continue  # pydantic counts only the valid items; the invalid ones have errors of their own
         path = tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG))
         path += tuple(detail.get("ctx", {}).get("path", ()))
-        lines.append(f"{place(path)}: {_sentence(detail, path, whole)}")
+        lines.append(f"{place(path)}: {_sentence(detail, path, whole, plain)}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel]) -> str:
+def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: Mapping[Path, str]) -> str:
     kind, found = detail["type"], detail["input"]
     owner, key = path[:-1], path[-1] if path else ""
     root = "the fragment" if whole is Fragment else "the recipe"
@@ -80,9 +83,21 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel]) -> str:
         return f"{show_path(path, root)} has {context['actual_length']} items; {_length(context)}"
     if kind == "string_too_short":
         return f"{show_path(path, root)} is empty"
+    if kind == "string_type" and path in plain:
+        return _unquoted(found, show_path(path, root), str(key), plain[path])
+    if kind == "bool_type" and str(found).lower() in ("true", "false", "on", "off", "yes", "no"):
+        return f"{show_path(path, root)} must be true or false, without quotes, not {found!r}"
     if kind in _EXPECTED:
         return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {found!r}"
     return f"{show_path(path, root)}: {detail['msg']}, found {found!r}"
+
+
+def _unquoted(found: object, where: str, key: str, written: str) -> str:
+    """What to write for a text that YAML reads as a number, a date, true, false or nothing."""
+    if found is None and not written:
+        return f"{where} is empty"
+    kind = {bool: str(found).lower(), type(None): "null", int: "a number", float: "a number"}.get(type(found), "a date")
+    return f'{where} must be text, and YAML reads {written} as {kind}: quote it, {key}: "{written}"'
 
 
 def _length(context: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qcompile.errors import RecipeError
 from qcompile.recipe.diagnose import did_you_mean
+from qcompile.recipe.rule import SHIPPED
 from qcompile.recipe.yaml_lines import Document, parse
 
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -63,5 +64,5 @@ def read(path: Path, what: str) -> Document:
 def _shown(path: Path) -> str:
     """Shipped files are shown without the machine's install path, which has no place in a report."""
     if path.is_relative_to(_BUILTIN):
-        return f"qcompile/recipe/builtin/{path.relative_to(_BUILTIN).as_posix()}"
+        return SHIPPED + path.relative_to(_BUILTIN).as_posix()
     return str(path)

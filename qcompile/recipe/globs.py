@@ -8,10 +8,20 @@ from functools import lru_cache
 
 WEIGHT = "weight_quantizer"
 INPUT = "input_quantizer"
+OUTPUT = "output_quantizer"
 SOFTMAX = "softmax_bmm_quantizer"
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
-KINDS = (INPUT, WEIGHT, "output_quantizer", *ATTENTION)
-"""The last component of every quantizer's name."""
+MEANING = {
+    INPUT: "input of a linear layer, or of the experts that are one weight",
+    WEIGHT: "weight of a linear layer, or of all experts",
+    OUTPUT: "result of a linear layer or of a norm",
+    ATTENTION[0]: "query of an attention",
+    ATTENTION[1]: "keys of an attention; with the values, the key/value cache of a checkpoint",
+    ATTENTION[2]: "values of an attention; with the keys, the key/value cache of a checkpoint",
+    SOFTMAX: "softmax of an attention",
+}
+"""The last component of every quantizer's name, and what that quantizes."""
+KINDS = tuple(MEANING)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TypeVar
 
@@ -28,12 +28,14 @@ class Written:
         place: what a message about a path of the data begins with.
         where: what item i of `rules` says about its place.
         folder: what the paths of imports are relative to; None if the data lies in no file.
+        plain: as of `Document`.
     """
 
     data: object
     place: Callable[[Path], str]
     where: Callable[[int], Location]
     folder: FilePath | None = None
+    plain: Mapping[Path, str] = field(default_factory=dict)
 
 
 def in_file(document: Document, path: FilePath) -> Written:
@@ -43,6 +45,7 @@ def in_file(document: Document, path: FilePath) -> Written:
         place=lambda at: f"{document.file}:{document.line(at)}",
         where=lambda index: Location(document.file, document.line(("rules", index))),
         folder=path.parent,
+        plain=document.plain,
     )
 
 
@@ -69,7 +72,7 @@ def _validated(model: type[_Model], text: Written) -> _Model:
     try:
         return model.model_validate(text.data)
     except ValidationError as error:
-        raise RecipeError(diagnose(error, text.place, model)) from error
+        raise RecipeError(diagnose(error, text.place, model, text.plain)) from error
 
 
 def _expanded(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from passes.formats import FORMATS
 from qcompile.errors import RecipeError
-from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, glob_matches
-from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice, reason_notice
-from qcompile.recipe.rule import BLOCK_FORMATS, Granularity, Rule
+from qcompile.recipe.config import QuantizerConfig, mismatch
+from qcompile.recipe.effects import Decision, notices
+from qcompile.recipe.globs import INPUT, KINDS, WEIGHT
+from qcompile.recipe.notices import Notice
+from qcompile.recipe.rule import BLOCK_FORMATS, Rule
 from qcompile.recipe.schema import Recipe
+from qcompile.recipe.stacks import Stacks, counts_from_end
 
 
 @dataclass(frozen=True)
@@ -37,36 +39,14 @@ class QuantizerName:
 
 
 @dataclass(frozen=True)
-class QuantizerConfig:
-    """How one quantizer quantizes. Two configs are equal if they do the same, whichever rule they came from.
-
-    Attributes:
-        format: "fp8", "int8", "nvfp4" or "mxfp8".
-        granularity: what shares one scale.
-        block_shape: rows and columns of a block, only with `per_block`.
-        dynamic: scales are computed at run time; for nvfp4 those of the blocks, under a constant global scale that is
-            calibrated.
-        rotate: a Hadamard rotation comes first, on both operands of the linear.
-        source: file:line of the rule that gave the format, and of the one that switched it on again.
-    """
-
-    format: str
-    granularity: Granularity = "per_tensor"
-    block_shape: tuple[int, int] | None = None
-    dynamic: bool = False
-    rotate: bool = False
-    source: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
 class Resolution:
     """What a recipe says about the quantizers of one model.
 
     Attributes:
         configs: name -> config of each enabled quantizer, in the order they were given.
         disabled: name -> the `enable: false` rule that decided. Names that no rule gives a format are in neither.
-        notices: rules that matched nothing or were wholly overridden, and what rules with a `why` decided, in the order
-            of the recipe.
+        notices: rules that matched nothing or were overridden, and what rules with a `why` decided, in the order of the
+            recipe.
     """
 
     configs: dict[str, QuantizerConfig]
@@ -74,9 +54,11 @@ class Resolution:
     notices: list[Notice]
 
 
-def rule_matches(rule: Rule, quantizer: QuantizerName) -> bool:
+def rule_matches(rule: Rule, quantizer: QuantizerName, stacks: Stacks) -> bool:
     """Whether the rule's globs match. A rule with `module_class` matches no quantizer whose class is unknown."""
-    if not glob_matches(quantizer.name, rule.quantizer):
+    if not stacks.matches(quantizer.name, rule.quantizer):
+        return False
+    if rule.unless is not None and stacks.matches(quantizer.name, rule.unless):
         return False
     if rule.module_class is None:
         return True
@@ -87,45 +69,55 @@ def rule_matches(rule: Rule, quantizer: QuantizerName) -> bool:
 def resolve(recipe: Recipe, quantizers: Sequence[QuantizerName]) -> Resolution:
     """Decides every quantizer by the last rule that matches it.
 
+    Args:
+        quantizers: all of the model: blocks that a rule counts from the end are counted here.
+
     Raises:
-        RecipeError: a rule gives a quantizer what its kind cannot do, or switches on what has no format yet.
+        RecipeError: a rule gives a quantizer what its kind cannot do, switches on what has no format yet, or names a
+            block from the end that is not there; or a linear layer would have operands that no target multiplies.
     """
-    configs: dict[str, QuantizerConfig] = {}
-    disabled: dict[str, Rule] = {}
-    matched: list[list[QuantizerName]] = [[] for _ in recipe.rules]
-    winners: dict[str, set[int]] = {}
-    explained: list[list[str]] = [[] for _ in recipe.rules]
-    for quantizer in quantizers:
-        matching = [i for i, rule in enumerate(recipe.rules) if rule_matches(rule, quantizer)]
-        for index in matching:
-            matched[index].append(quantizer)
-        given, switch = _decide(recipe, matching)
-        winners[quantizer.name] = {index for index in (given, switch) if index is not None}
-        if switch is not None and recipe.rules[switch].enable is False:
-            disabled[quantizer.name] = recipe.rules[switch]
-            winners[quantizer.name] = {switch}
-        elif given is not None:
-            again = recipe.rules[switch] if switch is not None else None
-            configs[quantizer.name] = _config(recipe.rules[given], quantizer, again)
-        if given is not None:  # off without a format is nothing to explain
-            for index in winners[quantizer.name]:
-                explained[index].append(quantizer.name)
-    _check_switches(recipe, matched)
+    stacks = Stacks(quantizer.name for quantizer in quantizers)
+    decisions = decide(recipe, quantizers, stacks)
+    _check_blocks(recipe, decisions, stacks)
+    configs = configs_of(recipe, quantizers, decisions)
+    _check_switches(recipe, decisions)
     _check_rotation(configs)
-    _check_pairs(configs)
-    return Resolution(configs, disabled, _notices(recipe, matched, winners, explained))
+    check_pairs(configs)
+    disabled = {
+        decision.name: recipe.rules[decision.switch]
+        for decision in decisions
+        if decision.off and decision.given is not None and decision.switch is not None
+    }
+    return Resolution(configs, disabled, notices(recipe, decisions))
 
 
-def _decide(recipe: Recipe, matching: Sequence[int]) -> tuple[int | None, int | None]:
-    """(rule that gives the format, later rule that switches), of the rules that match one quantizer."""
-    given = switch = None
-    for index in matching:
-        rule = recipe.rules[index]
-        if rule.format is not None:
-            given, switch = index, None
-        elif rule.enable is False or given is not None:
-            switch = index
-    return given, switch
+def decide(recipe: Recipe, quantizers: Sequence[QuantizerName], stacks: Stacks) -> list[Decision]:
+    """What the rules come to for each quantizer."""
+    found = []
+    for quantizer in quantizers:
+        given = switch = None
+        matching = [i for i, rule in enumerate(recipe.rules) if rule_matches(rule, quantizer, stacks)]
+        for index in matching:
+            rule = recipe.rules[index]
+            if rule.format is not None:
+                given, switch = index, None
+            elif rule.enable is False or given is not None:
+                switch = index
+        off = switch is not None and recipe.rules[switch].enable is False
+        found.append(Decision(quantizer.name, tuple(matching), given, switch, off))
+    return found
+
+
+def configs_of(
+    recipe: Recipe, quantizers: Sequence[QuantizerName], decisions: Sequence[Decision]
+) -> dict[str, QuantizerConfig]:
+    """Name -> config of each quantizer that is on."""
+    configs = {}
+    for quantizer, decision in zip(quantizers, decisions, strict=True):
+        if decision.given is not None and not decision.off:
+            again = recipe.rules[decision.switch] if decision.switch is not None else None
+            configs[quantizer.name] = _config(recipe.rules[decision.given], quantizer, again)
+    return configs
 
 
 def _config(rule: Rule, quantizer: QuantizerName, switched_on_by: Rule | None) -> QuantizerConfig:
@@ -144,14 +136,27 @@ def _config(rule: Rule, quantizer: QuantizerName, switched_on_by: Rule | None) -
     )
 
 
-def _check_switches(recipe: Recipe, matched: Sequence[Sequence[QuantizerName]]) -> None:
+def _check_blocks(recipe: Recipe, decisions: Sequence[Decision], stacks: Stacks) -> None:
+    """A block that is not there was to be treated differently, and would silently not be."""
+    used = {index for decision in decisions for index in decision.matching}
+    for index, rule in enumerate(recipe.rules):
+        if counts_from_end(rule.quantizer) and index not in used:
+            raise RecipeError(
+                f"{rule.where}: the glob {rule.quantizer!r} counts blocks from the end, and matches nothing in this"
+                f" model, which has {stacks}"
+            )
+
+
+def _check_switches(recipe: Recipe, decisions: Sequence[Decision]) -> None:
     """`enable: true` that finds no format at all asks for quantization that would silently not happen."""
-    formatted: set[str] = set()
-    for rule, names in zip(recipe.rules, matched, strict=True):
-        if rule.format is not None:
-            formatted.update(quantizer.name for quantizer in names)
-        elif rule.enable and names and not any(quantizer.name in formatted for quantizer in names):
-            found = f"{rule.quantizer!r} matches {names[0].name}" + (f" and {len(names) - 1} more" if names[1:] else "")
+    for index, rule in enumerate(recipe.rules):
+        if not rule.enable:
+            continue
+        matched = [decision for decision in decisions if index in decision.matching]
+        formats = {i for decision in matched for i in decision.matching if i < index and recipe.rules[i].format}
+        if matched and not formats:
+            more = f" and {len(matched) - 1} more" if matched[1:] else ""
+            found = f"{rule.quantizer!r} matches {matched[0].name}{more}"
             raise RecipeError(f"{rule.where}: `enable: true` on {found}, to which no earlier rule gives a format")
 
 
@@ -168,34 +173,11 @@ def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
             raise RecipeError(f"{module}: `rotate` must be the same for the weight and the input ({places})")
 
 
-def _check_pairs(configs: dict[str, QuantizerConfig]) -> None:
-    """Some formats are multiplied with their like only.
-
-    NVFP4 with another format TensorRT computes in half precision, or crashes; an FP8 weight in blocks with an input
-    that has one scale it miscompiles.
-    """
+def check_pairs(configs: dict[str, QuantizerConfig], name: str = "{}") -> None:
+    """Raise `RecipeError` for a linear layer whose operands no target multiplies; messages call it `name`."""
     for module, config, weight in _inputs(configs):
-        if weight is None:
-            continue
-        reason = None
-        if weight.format != config.format and "nvfp4" in (weight.format, config.format):
-            reason = "nvfp4 is multiplied with nvfp4, or with an input that is not quantized"
-        elif (weight.block_shape == (128, 128)) != (config.block_shape == (1, 128)):
-            reason = (
-                "a weight in blocks of [128, 128] is multiplied with an input in dynamic blocks of [1, 128], or with"
-                " one that is not quantized"
-            )
-        if reason is not None:
-            places = f"weight: {_layout(weight)}, {weight.source}; input: {_layout(config)}, {config.source}"
-            raise RecipeError(f"{module}: {reason} ({places})")
-
-
-def _layout(config: QuantizerConfig) -> str:
-    """The format as messages call it: nvfp4, fp8 per_tensor, fp8 per_block [128, 128]."""
-    if config.format in BLOCK_FORMATS:
-        return config.format
-    block = f" {list(config.block_shape)}" if config.block_shape else ""
-    return f"{config.format} {config.granularity}{block}"
+        if weight is not None and (reason := mismatch(weight, config)) is not None:
+            raise RecipeError(f"{name.format(module)}: {reason}")
 
 
 def _inputs(
@@ -206,43 +188,3 @@ def _inputs(
         module, _, kind = name.rpartition(".")
         if kind == INPUT:
             yield module or "the model", config, configs.get(f"{module}.{WEIGHT}".lstrip("."))
-
-
-def _notices(
-    recipe: Recipe,
-    matched: Sequence[Sequence[QuantizerName]],
-    winners: dict[str, set[int]],
-    explained: Sequence[Sequence[str]],
-) -> list[Notice]:
-    notices = []
-    for index, (rule, names) in enumerate(zip(recipe.rules, matched, strict=True)):
-        if not names:
-            notices.append(nothing_notice(rule))
-        elif not any(index in winners[quantizer.name] for quantizer in names):
-            by = {other for quantizer in names for other in winners[quantizer.name] if other > index}
-            notices.append(overridden_notice(rule, [recipe.rules[other] for other in sorted(by)]))
-        elif rule.why and explained[index]:
-            notices.append(reason_notice(rule, explained[index]))
-    return notices
-
-
-# (format, block shape, dynamic) that back ends multiply.
-_BLOCKS = {
-    ("nvfp4", (1, 16), False),
-    ("nvfp4", (1, 16), True),
-    ("fp8", (128, 128), False),
-    ("fp8", (1, 128), True),
-}
-
-
-def unsupported(config: QuantizerConfig) -> str | None:
-    """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
-    if config.format not in FORMATS:
-        reason = f"format {config.format}: no back end multiplies it; use fp8 or nvfp4"
-    elif config.granularity == "per_block" and (config.format, config.block_shape, config.dynamic) not in _BLOCKS:
-        reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
-    elif config.dynamic and config.granularity == "per_tensor":
-        reason = f"dynamic {config.granularity} scales; use `granularity: per_token` or leave out `dynamic`"
-    else:
-        return None
-    return f"{config.source or 'recipe'}: not supported yet: {reason}"

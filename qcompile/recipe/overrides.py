@@ -14,6 +14,7 @@ from qcompile.recipe.diagnose import Path, show_path
 from qcompile.recipe.imports import Written, recipe_of
 from qcompile.recipe.rule import Location
 from qcompile.recipe.schema import Recipe
+from qcompile.recipe.yaml_lines import parse
 
 _STEP = re.compile(
     r"(?:^|\.)(?P<key>[A-Za-z_]\w*)|\[(?P<index>\d+)\]|\[(?P<append>\+)\]|\[(?P<field>\w+)=(?P<value>[^\]]*)\]"
@@ -94,6 +95,8 @@ def _step(match: re.Match[str], text: str) -> str | int | tuple[str, Any]:
 
 def _yaml(value: str, text: str) -> Any:
     try:
+        if value.lstrip().startswith("{"):
+            parse(value, f"--set {text}")  # refuses what YAML would cut without a word
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())

@@ -18,6 +18,10 @@ BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, 16), "mxfp8": (1, 32)}
 """Formats whose blocks are part of the format itself, along the reduction axis."""
 
 
+SHIPPED = "qcompile/recipe/builtin/"
+"""What the shipped files are called in messages begins with this."""
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a rule was written. All locations compare equal, so a recipe's value does not depend on its file."""
@@ -26,6 +30,17 @@ class Location:
     line: int | None = field(default=None, compare=False)
     note: str = field(default="", compare=False)
     """What changed the rule since, such as a `--set`."""
+
+    @property
+    def shipped(self) -> bool:
+        """Whether this is a file of ours, not of the user's."""
+        return self.file.startswith(SHIPPED)
+
+    def foreign_to(self, other: Location) -> bool:
+        """Whether this is another file than `other`; what is written in Python, or with `--set`, has no line."""
+        if self.shipped:
+            return not other.shipped
+        return None not in (self.line, other.line) and self.file != other.file
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
@@ -42,7 +57,18 @@ class Rule(Model):
     quantizer: Annotated[str, Field(min_length=1)]
     """Case-sensitive glob over the quantizer's full name (`*`, `?`, `[qk]`, `{mlp,ffn}`); `*` also matches dots, and a
     leading `*.` also matches at the start, so `*.head.*` finds `head.weight_quantizer` and `a.head.weight_quantizer`.
+
+    A name is the path of a module and one of `input_quantizer`, `weight_quantizer` (linear layers and experts),
+    `output_quantizer` (these and norms), `q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and
+    `softmax_bmm_quantizer` (attention). The key/value cache of a checkpoint is what k_bmm and v_bmm are: FP8 if
+    `*.[kv]_bmm_quantizer` is.
+
+    A number with a minus counts from the end of its stack of blocks, as a model's names have it: `*layers.-1.*` is the
+    last block of each stack called layers, `decoder.layers.-1.*` that of one, `*layers.-[1-4].*` the last four.
     """
+    unless: Annotated[str, Field(min_length=1)] | None = None
+    """Glob of the same kind: what it matches is left to the other rules although `quantizer` matches it, too. A head
+    called fc, and not one inside a block: `{quantizer: "*.fc.*", unless: "*.layers.*", enable: false}`."""
     module_class: Annotated[str, Field(min_length=1)] | None = None
     """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
     enable: bool | None = None
@@ -77,8 +103,9 @@ class Rule(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:
-        if any(brace in glob for glob in alternatives(self.quantizer) for brace in "{}"):
-            raise wrong("quantizer", f"the braces of {self.quantizer!r} do not pair up")
+        for key, pattern in (("quantizer", self.quantizer), ("unless", self.unless or "")):
+            if any(brace in glob for glob in alternatives(pattern) for brace in "{}"):
+                raise wrong(key, f"the braces of {pattern!r} do not pair up")
         if self.format is None:
             self._check_switch()
         else:

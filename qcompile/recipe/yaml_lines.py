@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import yaml
 
 from qcompile.errors import RecipeError
 from qcompile.recipe.diagnose import Path, show_path
 
+_TEXTS = ("name", "description", "notes", "why")
+_CUT = re.compile(r"[ \t]+(#[^\s#\0][^\s\0]*)")
 _NEEDS = {"recipe": "`metadata` and `rules`", "fragment": "`description` and `rules`"}
 
 
@@ -20,11 +23,13 @@ class Document:
         file: the name that messages show.
         data: plain dicts, lists and scalars.
         lines: path -> line (from 1): of a key for mappings, of the item for lists.
+        plain: path -> what is written there, for text without quotes that YAML reads as something else.
     """
 
     file: str
     data: object
     lines: dict[Path, int]
+    plain: dict[Path, str]
 
     def line(self, path: Path) -> int:
         """Line of that path, or of the nearest parent that the file has (a missing key, an alias, a merged key)."""
@@ -40,40 +45,101 @@ def parse(text: str, file: str, what: str = "recipe") -> Document:
         node = loader.get_single_node()
         if node is None:
             raise RecipeError(f"{file}:1: the file is empty; a {what} needs {_NEEDS[what]}")
-        lines: dict[Path, int] = {}
-        _walk(node, (), file, lines, set())
-        return Document(file, loader.construct_document(node), lines)
+        document = Document(file, None, {}, {})
+        _walk(node, (), document, set())
+        return replace(document, data=loader.construct_document(node))
     except yaml.YAMLError as error:
         raise RecipeError(_syntax_message(error, text, file)) from error
 
 
-def _walk(node: yaml.Node, path: Path, file: str, lines: dict[Path, int], seen: set[int]) -> None:
-    """Notes lines and refuses duplicate keys, which PyYAML would resolve silently to the last one."""
-    lines.setdefault(path, node.start_mark.line + 1)
+def _walk(node: yaml.Node, path: Path, document: Document, seen: set[int]) -> None:
+    """Notes lines, and refuses what YAML would take without a word: duplicate keys, and texts that it cuts."""
+    document.lines.setdefault(path, node.start_mark.line + 1)
     if id(node) in seen:  # an alias: its lines are those of its anchor, and it may contain itself
         return
     seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        if node.tag != "tag:yaml.org,2002:str":
+            document.plain[path] = node.value
+        elif path and path[-1] in _TEXTS:
+            _check_cut(node, path, document)
+    elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, (*path, index), file, lines, seen)
+            _walk(item, (*path, index), document, seen)
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
+        if node.flow_style:
+            _check_commas(node, path, document.file)
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
+                if key.tag.endswith((":bool", ":null")):
+                    raise RecipeError(f"{document.file}:{line}: YAML reads the key {key.value} as no text: quote it")
                 if key.value in first:
                     where = f"in {show_path(path)}, first on line {first[key.value]}"
-                    raise RecipeError(f"{file}:{line}: duplicate key {key.value!r} {where}")
+                    raise RecipeError(f"{document.file}:{line}: duplicate key {key.value!r} {where}")
                 first[key.value] = line
-                lines[(*path, key.value)] = line
-                _walk(value, (*path, key.value), file, lines, seen)
+                document.lines[(*path, key.value)] = line
+                _walk(value, (*path, key.value), document, seen)
+
+
+def _check_commas(node: yaml.MappingNode, path: Path, file: str) -> None:
+    """`{why: small, and early}` is a `why` and a key without a value."""
+    text, owner = "", ""
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or value.start_mark.index != value.end_mark.index:
+            text, owner = getattr(value, "value", ""), getattr(key, "value", "")
+            continue
+        hint = f"write {key.value}: and what it is to be"
+        if owner in _TEXTS:
+            hint = f'a comma ends a text inside of {{...}}, so quote it, {owner}: "{text}, {key.value}"'
+        where = f"after {show_path((*path, owner))}" if owner else f"in {show_path(path)}"
+        raise RecipeError(f"{file}:{key.start_mark.line + 1}: {key.value!r} {where} has no value: {hint}")
+
+
+def _check_cut(node: yaml.ScalarNode, path: Path, document: Document) -> None:
+    """`why: as in issue #12` is the text "as in issue", and `why: &co` none; a comment that is meant has a space."""
+    buffer = node.start_mark.buffer or ""
+    sign = "" if (cut := _CUT.match(buffer, node.end_mark.pointer)) is None else cut[1]
+    text = f"{node.value} {sign} ..."
+    if buffer[node.start_mark.pointer : node.start_mark.pointer + 1] == "&":
+        sign, text = "&", f"&... {node.value}"
+    if sign:
+        raise RecipeError(
+            f"{document.file}:{node.end_mark.line + 1}: {show_path(path)} is cut at {sign!r}, which is not text to"
+            f' YAML: quote it, {path[-1]}: "{text}"'
+        )
 
 
 def _syntax_message(error: yaml.YAMLError, text: str, file: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark) is not None:
-        line = mark.line + 1
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        source = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
-        hint = '; a glob that starts with * must be quoted: "*..."' if "alias" in problem and "*" in source else ""
-        return f"{file}:{line}: not valid YAML: {problem}{hint}"
+        lines = [*text.splitlines(), ""]
+        source = lines[min(mark.line, len(lines) - 1)]
+        begin = error.context_mark.line if error.context_mark is not None else mark.line
+        return f"{file}:{mark.line + 1}: not valid YAML: {problem}{_hint(problem, source, lines[begin])}"
     return f"{file}:1: not valid YAML: {' '.join(str(error).split())}"
+
+
+def _hint(problem: str, source: str, begin: str) -> str:
+    """What to write instead, for what is no YAML in `source`, a line, and began in the line `begin`."""
+    value = source.partition(": ")[2].lstrip()[:1]
+    if "alias" in problem and "*" in source:
+        return '; a glob that starts with * must be quoted: "*..."'
+    if "'\\t'" in problem:
+        return "; indent with spaces, not with a tab"
+    if start := re.search(r"character '([%@`])'", problem):
+        return f"; a text that starts with {start[1]} must be quoted"
+    if "could not determine a constructor" in problem:
+        return "; a text that starts with ! must be quoted"
+    if "mapping values are not allowed" in problem or "got ':'" in problem:
+        return "; a text with a colon in it must be quoted, and keys of one mapping start in one column"
+    if "flow mapping" in problem and re.search(r"\s#", begin):
+        return "; ` #` begins a comment: a text with it must be quoted"
+    if "flow mapping" in problem and re.search(r"[\[{].*[\[{]", begin):
+        return "; a text with braces or brackets must be quoted inside of {...}"
+    if "unknown escape" in problem:
+        return "; between double quotes \\ is written twice, between single quotes once"
+    if value and value in "[{'\"|>-":
+        return f"; a text that starts with {value} must be quoted, and its own quotes doubled"
+    return ""

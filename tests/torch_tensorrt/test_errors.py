@@ -17,11 +17,11 @@ from qcompile.torch_tensorrt import compile_module
 class Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(64, 64)
+        self.layer = nn.Linear(64, 64)
         self.inner = Unsupported()
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.inner(self.fc(x))
+        result: Tensor = self.inner(self.layer(x))
         return result
 
 

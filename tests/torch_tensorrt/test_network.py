@@ -99,10 +99,10 @@ def test_an_input_that_nothing_reads_stays_and_a_number_goes() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(64, 64)
+            self.layer = nn.Linear(64, 64)
 
         def forward(self, x: Tensor, unused: Tensor, factor: int, nothing: None) -> Tensor:
-            result: Tensor = self.fc(x) * factor
+            result: Tensor = self.layer(x) * factor
             return result
 
     args = (torch.randn(4, 64), torch.randn(3), 2, None)

@@ -13,9 +13,9 @@ from qcompile.checkpoint.hub.layout import Hub, Layer, Part
 from qcompile.errors import CheckpointError, RecipeError
 from qcompile.layer import Scheme
 from qcompile.messages import some
-from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, resolve, unsupported
+from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, check_quantizes, format_of, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
-from qcompile.scales import format_of, has_constant
+from qcompile.scales import has_constant
 
 _OUTPUT = "output_quantizer"
 _K, _V = "k_bmm_quantizer", "v_bmm_quantizer"
@@ -78,7 +78,9 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
         RecipeError: a rule does not fit the model, or is not supported yet.
         CheckpointError: a rule asks for what needs calibration, or what no checkpoint can say.
     """
-    resolution = resolve(recipe, list(_quantizers(hub)))
+    names = list(_quantizers(hub))
+    resolution = resolve(recipe, names)
+    check_quantizes(recipe, names, resolution)
     for name, config in resolution.configs.items():
         if reason := unsupported(config):
             raise RecipeError(f"{name}: {reason}")

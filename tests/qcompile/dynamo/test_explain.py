@@ -22,11 +22,11 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(16, 20)
+        self.layer = nn.Linear(16, 20)
         self.lm_head = nn.Linear(20, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lm_head(torch.relu(self.fc(x)))
+        return self.lm_head(torch.relu(self.layer(x)))
 
 
 def test_by_compiled_by_module_by_function_and_all() -> None:
@@ -137,7 +137,7 @@ def test_reports_say_what_was_left_and_why() -> None:
     run = compiled(Mixed(), DYNAMIC)
     run(X)
     (graph,) = qcompile.explain(run).graphs
-    assert set(graph.quantized) == {"fc"}
+    assert set(graph.quantized) == {"layer"}
     assert set(graph.unquantized) == {"lm_head"}
     assert graph.coverage["linear"] == (1, 2)
     assert (graph.recipe, graph.target, graph.device) == (DYNAMIC, "eager", "cpu")

@@ -130,14 +130,14 @@ def test_layouts_are_the_promised_ones(
     name: str, weight: tuple[str, str, bool], activation: tuple[str, str, bool]
 ) -> None:
     configs = resolve(
-        load_recipe(name), [QuantizerName("fc.weight_quantizer"), QuantizerName("fc.input_quantizer")]
+        load_recipe(name), [QuantizerName("up.weight_quantizer"), QuantizerName("up.input_quantizer")]
     ).configs
     found = [(config.format, config.granularity, config.dynamic) for config in configs.values()]
     assert found == [weight, activation]
 
 
 def test_blocks_of_fp8_are_those_of_the_checkpoints() -> None:
-    found = [QuantizerName("fc.weight_quantizer"), QuantizerName("fc.input_quantizer")]
+    found = [QuantizerName("up.weight_quantizer"), QuantizerName("up.input_quantizer")]
     configs = resolve(load_recipe("fp8_block"), found).configs
     assert [config.block_shape for config in configs.values()] == [(128, 128), (1, 128)]
 
@@ -204,6 +204,33 @@ def test_what_hugging_face_models_keep(kind: str, sizes: dict[str, int], expecte
         ("sa.heads.0.key", True),
         ("pooler.dense", True),
         ("single_transformer_blocks.0.proj_out", True),
+        ("wrapper.single_transformer_blocks.0.proj_out", True),
+        *((f"{prefix}proj_out", False) for prefix in ("", "m.", "0.", "a.b.", "pipe.0.transformer.")),
+        *((f"{prefix}fc", False) for prefix in ("", "m.", "1.", "module.", "a.b.", "m.0.", "encoder.")),  # ResNet
+        ("fc.0", False),
+        ("fc.2", False),
+        ("last_linear", False),
+        ("logits", False),
+        ("m.to_logits", False),
+        ("mlp_head.1", False),
+        ("classification_head.out_proj", False),
+        ("cls.seq_relationship", False),
+        ("generator_predictions.dense", False),
+        ("vocab_projector", False),
+        ("sequence_summary.start_logits", False),
+        ("m.output", False),  # Llama as Meta and torchtune have it
+        ("decoder", False),  # ModernBERT, PyTorch's language models
+        ("model.decoder", False),
+        ("final_layer.linear", False),
+        *((f"{path}.fc", True) for path in ("layers.0", "blocks.3.mlp", "mlp", "h.0", "encoder.1", "layer1.0.se")),
+        *((f"m.{path}.fc", True) for path in ("layers.0", "blocks.3.mlp", "mlp", "h.0", "stages.0.ffn")),
+        ("fc1", True),
+        ("layers.0.fc2", True),
+        ("layers.0.attention.output", True),
+        ("encoder.layer.0.output.dense", True),
+        ("decoder.layers.0.self_attn.q_proj", True),
+        ("decoder.block.0.layer.0.SelfAttention.q", True),
+        ("decoder_embed", True),
         ("vision_model.head.mlp.fc1", False),
         ("", True),
     ],
@@ -213,6 +240,24 @@ def test_module_paths_of_other_libraries(path: str, quantized: bool) -> None:
     assert (
         name in resolve(load_recipe("fp8"), [QuantizerName(name, "torch.nn.modules.linear.Linear")]).configs
     ) is quantized
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_model_of_the_first_hour_is_quantized(name: str) -> None:
+    """No rule guesses from the place of a layer: the last linear of a plain model has no name of a head."""
+    paths = ["", "0", "2", "net.4", "fc1", "fc2", "fc3", "linear", "up", "down", "proj", "linear1", "ffn.0"]
+    found = [QuantizerName(f"{path}.{kind}_quantizer".lstrip(".")) for path in paths for kind in ("weight", "input")]
+    off = resolve(load_recipe(name), found).disabled
+    assert off == {}
+
+
+def test_what_a_name_tells_is_said_with_its_reason() -> None:
+    found = [QuantizerName(f"{path}.weight_quantizer") for path in ("layers.0.fc", "fc", "output")]
+    notices = [str(n) for n in resolve(load_recipe("nvfp4_weight_only"), found).notices if n.kind == "reason"]
+    assert [text.partition(": ")[2].partition(":")[0] for text in notices] == [
+        "1 module not quantized (fc)",
+        "1 module not quantized (output)",
+    ]
 
 
 def test_attention_quantizers_of_a_real_model() -> None:

@@ -95,7 +95,7 @@ def test_an_override_imports_and_changes_what_was_imported() -> None:
             "- import: ./r.yaml\n",
             "r.yaml:3: rules[0].import: r.yaml is a recipe (it has `metadata`), and only fragments",
         ),
-        ("- import: 3\n", "r.yaml:3: rules[0].import must be text (quote it?), not 3"),
+        ("- import: 3\n", "r.yaml:3: rules[0].import must be text, and YAML reads 3 as a number: quote it"),
         ("- import: [fp8_linears]\n", "r.yaml:3: rules[0].import must be text (quote it?), not ['fp8_linears']"),
         (
             f"{FP8}- import: exclusions\n  enable: false\n",

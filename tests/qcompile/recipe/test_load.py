@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qcompile.errors import RecipeError
 from qcompile.recipe import Recipe, list_recipes, load_recipe, recipe_path
+from qcompile.recipe.imports import in_file, recipe_of
+from qcompile.recipe.yaml_lines import parse
 
 HEAD = "metadata: {name: mine, description: a test}\n"  # line 1; a body starts on line 2
 
@@ -46,8 +51,8 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         ),
         (
             '- quantizer: "*"\n  zzz: 1\n  format: fp8',
-            "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, module_class, enable, format, granularity, "
-            "block_shape, dynamic, rotate",
+            "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, unless, module_class, enable, format, "
+            "granularity, block_shape, dynamic, rotate",
         ),
         ('- quantizer: "*"\n  format: fp8\n  1: 2', "r.yaml:3: unknown key 1 in rules[0]; known: quantizer"),
         (
@@ -64,8 +69,12 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
             '- quantizer: "*.{a,b"\n  format: fp8',
             "r.yaml:3: rules[0].quantizer: the braces of '*.{a,b' do not pair up",
         ),
-        ("- quantizer: 5\n  format: fp8", "r.yaml:3: rules[0].quantizer must be text (quote it?), not 5"),
+        (
+            "- quantizer: 5\n  format: fp8",
+            'r.yaml:3: rules[0].quantizer must be text, and YAML reads 5 as a number: quote it, quantizer: "5"',
+        ),
         ('- quantizer: ""\n  format: fp8', "r.yaml:3: rules[0].quantizer is empty"),
+        ('- quantizer: "*"\n  enable: "false"', "r.yaml:4: rules[0].enable must be true or false, without quotes, not"),
         ('- quantizer: "*"\n  enable: "maybe"', "r.yaml:4: rules[0].enable must be true or false, not 'maybe'"),
         ('- quantizer: "*"\n  format: fp8\n  dynamic: 1', "r.yaml:5: rules[0].dynamic must be true or false, not 1"),
         ("- just text", "r.yaml:3: rules[0] must be a mapping, not 'just text'"),
@@ -177,6 +186,95 @@ def test_mistakes_in_rules(tmp_path: Path, rules: str, expected: str) -> None:
 )
 def test_mistakes_in_files(tmp_path: Path, text: str | bytes, expected: str) -> None:
     assert any(line.startswith(expected) for line in fail(tmp_path, text).splitlines()), fail(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("why: fast, and small", None),
+        ("why: 50% of it, (a) - b [c] {d} it's * & @#", None),
+        ("why: the head  # a comment", None),
+        ("why: FP8: fast", "a text with a colon in it must be quoted"),
+        (
+            "why: as in issue #12 of theirs",
+            "rules[0].why is cut at '#12', which is not text to YAML: quote it, why: \"as",
+        ),
+        ("why: &co runs", "rules[0].why is cut at '&', which is not text to YAML: quote it"),
+        ("why: *all of it", 'a glob that starts with * must be quoted: "*..."'),
+        ("why: %50", "a text that starts with % must be quoted"),
+        ("why: @home", "a text that starts with @ must be quoted"),
+        ("why: `enable`", "a text that starts with ` must be quoted"),
+        ("why: !important x", "a text that starts with ! must be quoted"),
+        ("why: [1] says so", "a text that starts with [ must be quoted"),
+        ("why: {a} says so", "a text that starts with { must be quoted"),
+        ("why: 'it's so'", "a text that starts with ' must be quoted, and its own quotes doubled"),
+        ("why: > 5 layers", "a text that starts with > must be quoted"),
+        ("why: - early", "a text that starts with - must be quoted"),
+        ('why: "a \\d"', "between double quotes \\ is written twice, between single quotes once"),
+        ("why: on", 'rules[0].why must be text, and YAML reads on as true: quote it, why: "on"'),
+        ("why: No", 'rules[0].why must be text, and YAML reads No as false: quote it, why: "No"'),
+        ("why: 1.5", 'rules[0].why must be text, and YAML reads 1.5 as a number: quote it, why: "1.5"'),
+        (
+            "why: 2026-11-28",
+            'rules[0].why must be text, and YAML reads 2026-11-28 as a date: quote it, why: "2026-11-28"',
+        ),
+        ("\twhy: tab", "indent with spaces, not with a tab"),
+        ("on: x", "YAML reads the key on as no text: quote it"),
+    ],
+)
+def test_text_without_quotes(tmp_path: Path, line: str, expected: str | None) -> None:
+    """Each text that YAML does not take as it stands gets a sentence with its line and the fix."""
+    rules = f'- quantizer: "*"\n  format: fp8\n  {line}'
+    if expected is None:
+        path = tmp_path / "r.yaml"
+        path.write_text(HEAD + "rules:\n" + rules)
+        assert load_recipe(path).rules[0].why == line.removeprefix("why: ").partition("  #")[0]
+        return
+    message = fail_rules(tmp_path, rules)
+    assert message.startswith("r.yaml:5: ") and expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        (
+            '{quantizer: "*", format: fp8, why: small, and early, too}',
+            "'and early' after rules[0].why has no value: a comma ends a text inside of {...}, so quote it, "
+            'why: "small, and early"',
+        ),
+        ('{quantizer: "*", format: fp8, dynamic}', "'dynamic' after rules[0].format has no value: write dynamic: and"),
+        ("{quantizer}", "'quantizer' in rules[0] has no value"),
+        ("{quantizer: a.{b,c}.*, format: fp8}", "a text with braces or brackets must be quoted inside of {...}"),
+        ("{quantizer: a.[qk].*, format: fp8}", "a text with braces or brackets must be quoted inside of {...}"),
+        ("{quantizer: a, format: fp8, why: FP8: fast}", "a text with a colon in it must be quoted"),
+        ("{quantizer: a, format: fp8, why: issue #12}", "` #` begins a comment: a text with it must be quoted"),
+        ("{quantizer: *.a, format: fp8}", 'a glob that starts with * must be quoted: "*..."'),
+    ],
+)
+def test_text_without_quotes_inside_of_braces(tmp_path: Path, mapping: str, expected: str) -> None:
+    message = fail_rules(tmp_path, f"- {mapping}\n")
+    assert re.match(r"r\.yaml:[34]: ", message) and expected in message
+
+
+def test_an_override_is_not_cut_either() -> None:
+    with pytest.raises(RecipeError, match=r"^--set .*: 'b' after why has no value: a comma ends a text inside of"):
+        load_recipe("fp8", ['rules[+]={quantizer: "*.a.*", enable: false, why: a, b}'])
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
+@settings(max_examples=300, deadline=None)
+def test_a_text_is_kept_or_refused(text: str) -> None:
+    """Whatever stands behind `description: `, the recipe has all of it, or there is an error; only comments go."""
+    head = f"metadata:\n  name: n\n  description: {text}\n"
+    try:
+        recipe = recipe_of(in_file(parse(head + 'rules: [{quantizer: "*", format: fp8}]\n', "r.yaml"), Path("r.yaml")))
+    except RecipeError as error:
+        assert str(error).startswith("r.yaml:")
+        return
+    kept, comment = recipe.metadata.description, re.search(r"(^|\s)#(\s|$)", text)
+    written = text[: comment.start()] if comment else text
+    quoted = written.strip()[:1] in ("'", '"', ">", "|")
+    assert quoted or " ".join(kept.split()) == " ".join(written.split())
 
 
 @pytest.mark.parametrize("glob", ["*lm_head*", "*.head.*"])

@@ -1,0 +1,98 @@
+"""How one quantizer quantizes: its format in the IR, what it is multiplied with, and what cannot run yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from passes.formats import (
+    FORMATS,
+    FP8_1X128,
+    FP8_128X128,
+    FP8_PER_TOKEN,
+    INT8_PER_TOKEN,
+    MULTIPLIED,
+    Format,
+    get_format,
+)
+from qcompile.recipe.rule import BLOCK_FORMATS, Granularity
+
+# What one name in a recipe is in the IR, by granularity and block shape; a format whose name says it all is not here.
+_FORMATS = {
+    ("fp8", "per_token", None): FP8_PER_TOKEN,
+    ("int8", "per_token", None): INT8_PER_TOKEN,
+    ("fp8", "per_block", (1, 128)): FP8_1X128,
+    ("fp8", "per_block", (128, 128)): FP8_128X128,
+}
+# (format, block shape, dynamic) that back ends multiply.
+_BLOCKS = {
+    ("nvfp4", (1, 16), False),
+    ("nvfp4", (1, 16), True),
+    ("fp8", (128, 128), False),
+    ("fp8", (1, 128), True),
+}
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """How one quantizer quantizes. Two configs are equal if they do the same, whichever rule they came from.
+
+    Attributes:
+        format: "fp8", "int8", "nvfp4" or "mxfp8".
+        granularity: what shares one scale.
+        block_shape: rows and columns of a block, only with `per_block`.
+        dynamic: scales are computed at run time; for nvfp4 those of the blocks, under a constant global scale that is
+            calibrated.
+        rotate: a Hadamard rotation comes first, on both operands of the linear.
+        source: file:line of the rule that gave the format, and of the one that switched it on again.
+    """
+
+    format: str
+    granularity: Granularity = "per_tensor"
+    block_shape: tuple[int, int] | None = None
+    dynamic: bool = False
+    rotate: bool = False
+    source: str = field(default="", compare=False)
+
+    @property
+    def layout(self) -> str:
+        """The format as messages call it: nvfp4, fp8 per_tensor, fp8 per_block [128, 128]."""
+        if self.format in BLOCK_FORMATS:
+            return self.format
+        block = f" {list(self.block_shape)}" if self.block_shape else ""
+        return f"{self.format} {self.granularity}{block}"
+
+
+def format_of(config: QuantizerConfig) -> Format:
+    """The format that the IR carries `config` out with."""
+    return _FORMATS.get((config.format, config.granularity, config.block_shape)) or get_format(config.format)
+
+
+def unsupported(config: QuantizerConfig) -> str | None:
+    """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
+    if config.format not in FORMATS:
+        reason = f"format {config.format}: no back end multiplies it; use fp8 or nvfp4"
+    elif config.granularity == "per_block" and (config.format, config.block_shape, config.dynamic) not in _BLOCKS:
+        reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
+    elif config.dynamic and config.granularity == "per_tensor":
+        reason = f"dynamic {config.granularity} scales; use `granularity: per_token` or leave out `dynamic`"
+    else:
+        return None
+    return f"{config.source or 'recipe'}: not supported yet: {reason}"
+
+
+def mismatch(weight: QuantizerConfig, activation: QuantizerConfig) -> str | None:
+    """Why no target multiplies a weight and an input that are quantized so, or None.
+
+    TensorRT computes such products in half precision, crashes, or miscompiles them (an FP8 weight in blocks with an
+    input that has one scale). What cannot run at all is left to `unsupported`.
+    """
+    if unsupported(weight) or unsupported(activation):
+        return None
+    if format_of(activation) in MULTIPLIED[format_of(weight)]:
+        return None
+    pairs = "; ".join(f"{w.name} x {' or '.join(x.name for x in inputs)}" for w, inputs in MULTIPLIED.items())
+    return (
+        f"no target multiplies a weight in {weight.layout} with an input in {activation.layout}"
+        f" (weight: {weight.source}; input: {activation.source}). There are, weight x input: {pairs}; and each weight"
+        " with an input that is not quantized"
+    )
