@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from qcompile.errors import RecipeError
 from qcompile.recipe.effects import undoes
+from qcompile.recipe.empty import NO_FORMAT
 from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
 from qcompile.recipe.load import RecipeSource, load_recipe
 from qcompile.recipe.match import QuantizerName, check_pairs, configs_of, decide
@@ -21,10 +23,14 @@ _FROM_END = re.compile(r"(?<=\.)-[^.]*|^-[^.]*")
 def check_recipe(source: RecipeSource) -> list[Notice]:
     """Notices about rules that have no effect on any model, or are undone, in the order of the recipe.
 
-    Raises `RecipeError` if the recipe is not valid, or gives a linear layer operands that no target multiplies. Silence
-    is no proof: only cover by a single later rule for each kind of quantizer is found.
+    Silence is no proof: only cover by a single later rule for each kind of quantizer is found.
+
+    Raises:
+        RecipeError: the recipe is not valid, has no format, or gives a linear layer operands that no target multiplies.
     """
     recipe = load_recipe(source)
+    if not any(rule.format for rule in recipe.rules):
+        raise RecipeError(f"the recipe {recipe.metadata.name} quantizes nothing: {NO_FORMAT}")
     _check_pairs(recipe)
     formatted = {kind for rule in recipe.rules if rule.format for kind in possible_kinds(rule.quantizer)}
     notices = []

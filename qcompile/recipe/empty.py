@@ -9,8 +9,11 @@ from qcompile.errors import RecipeError
 from qcompile.messages import some
 from qcompile.recipe.globs import OUTPUT, SOFTMAX, WEIGHT
 from qcompile.recipe.match import QuantizerName, Resolution
+from qcompile.recipe.notices import nothing_notice
 from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
+
+NO_FORMAT = 'no rule gives a format, such as {quantizer: "*.weight_quantizer", format: fp8}'
 
 
 def check_quantizes(recipe: Recipe, quantizers: Sequence[QuantizerName], found: Resolution) -> None:
@@ -22,14 +25,14 @@ def check_quantizes(recipe: Recipe, quantizers: Sequence[QuantizerName], found: 
         return
     wanted = [rule for rule in recipe.rules if rule.format is not None]
     if not wanted:
-        reason = 'no rule gives a format, such as {quantizer: "*.weight_quantizer", format: fp8}'
+        reason = NO_FORMAT
+    elif not quantizers:
+        reason = "none of it could be"
     elif found.disabled:
         reason = "; ".join(_left_out(found.disabled))
     else:
         names = [quantizer.name for quantizer in quantizers]
-        reason = "; ".join(
-            f"{rule.where}: {rule.quantizer!r} matches nothing{_nearest(rule, names)}" for rule in wanted
-        )
+        reason = "; ".join(f"{nothing_notice(rule)}{_nearest(rule, names)}" for rule in wanted)
     raise RecipeError(
         f"the recipe {recipe.metadata.name} quantizes nothing of this model: {reason}. {_has(quantizers)}"
     )

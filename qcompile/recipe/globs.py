@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 
 WEIGHT = "weight_quantizer"
@@ -37,12 +37,17 @@ def alternatives(pattern: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(unfolded))
 
 
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """All alternatives in one: `fnmatch` keeps 256 patterns, and a recipe has more."""
+    globs = alternatives(pattern)
+    globs += tuple(glob[2:] for glob in globs if glob.startswith("*."))
+    return re.compile("|".join(map(translate, globs)))
+
+
 def glob_matches(name: str, pattern: str) -> bool:
     """Case-sensitive `fnmatch` of the full name, with `{a,b}` for either; a leading `*.` also matches at the start."""
-    return any(
-        fnmatchcase(name, glob) or (glob.startswith("*.") and fnmatchcase(name, glob[2:]))
-        for glob in alternatives(pattern)
-    )
+    return _compiled(pattern).match(name) is not None
 
 
 def possible_kinds(pattern: str) -> tuple[str, ...]:

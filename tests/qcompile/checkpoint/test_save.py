@@ -12,8 +12,11 @@ import transformers
 
 import qcompile
 from passes.ir import DEQUANTIZE
+from passes.program import unlift
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.save import save_checkpoint
+from qcompile.coverage import quantized_modules
+from qcompile.errors import RecipeError
 from tests.qcompile.checkpoint.models import batch, program, read, same, save, tiny
 
 CASES = [
@@ -143,6 +146,25 @@ def test_old_names_of_the_hub_are_kept(tmp_path: Path) -> None:
     made = qcompile.quantize(model, (), batch(), recipe=W4_MLP, dtype=torch.float32, progress=False)
     write(made, tmp_path / "program", format="modelopt", source=source)
     assert all(same(tensor, tensors[name]) for name, tensor in read(tmp_path / "program").items())
+
+
+def test_blocks_from_the_end_are_those_of_the_graph(tmp_path: Path) -> None:
+    """Names of a directory and names of a graph are counted alike."""
+    model = tiny("llama", num_hidden_layers=3)
+    source = save(model, tmp_path / "source")
+    recipe = qcompile.load_recipe("fp8_block", ['rules[+]={quantizer: "*layers.-1.*", enable: false}'])
+    report = write(source, tmp_path / "out", format="fp8", recipe=recipe)
+    assert {name.split(".")[2] for name in report.quantized} == {"0", "1"}
+    made = qcompile.quantize(model, (), batch(), recipe=recipe, dtype=torch.float32, progress=False)
+    assert set(quantized_modules(unlift(made))[0]) == set(report.quantized)
+
+
+def test_a_recipe_that_quantizes_nothing_writes_nothing(tmp_path: Path) -> None:
+    source = save(tiny("llama"), tmp_path / "source")
+    recipe = {**W4_MLP, "rules": [{"quantizer": "*.q_prj.weight_quantizer", "format": "nvfp4"}]}
+    with pytest.raises(RecipeError, match=r"w4 quantizes nothing .*nearest: .*q_proj.* It has 15 linear layers"):
+        write(source, tmp_path / "out", format="modelopt", recipe=recipe)
+    assert not (tmp_path / "out").exists()
 
 
 W4_MLP: dict[str, Any] = {

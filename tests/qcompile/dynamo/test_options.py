@@ -12,7 +12,16 @@ from torch._dynamo.exc import BackendCompilerFailed
 import qcompile
 from qcompile.dynamo.options import Options
 from qcompile.errors import CompileError, QCompileError
-from tests.qcompile.dynamo.support import DYNAMIC, WEIGHT_ONLY, Mlp, assert_current, assert_same, compiled, reference
+from tests.qcompile.dynamo.support import (
+    DYNAMIC,
+    LINEARS,
+    WEIGHT_ONLY,
+    Mlp,
+    assert_current,
+    assert_same,
+    compiled,
+    reference,
+)
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 
@@ -202,6 +211,12 @@ def test_compile_error_is_a_qcompile_error() -> None:
     assert issubclass(CompileError, QCompileError)
     with pytest.raises(CompileError, match="unknown options"):
         Options.read({"no": 1})
+
+
+def test_blocks_from_the_end_need_a_whole_model() -> None:
+    recipe = {**WEIGHT_ONLY, "rules": [*LINEARS, {"quantizer": "*layers.-1.*", "enable": False}]}
+    with pytest.raises(CompileError, match=r"counts blocks from the end, .* Give the number of the block"):
+        compiled(Mlp(), recipe=recipe)(X)
 
 
 def test_recipe_objects_and_files(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import qcompile
 from qcompile.errors import RecipeError
-from qcompile.recipe import QuantizerName, check_quantizes, load_recipe, resolve
+from qcompile.recipe import QuantizerName, check_quantizes, check_recipe, load_recipe, resolve
 from qcompile.recipe.globs import ATTENTION
 
 MODEL = [
@@ -31,8 +31,8 @@ def message(rules: list[dict[str, Any]], model: list[QuantizerName] = MODEL) -> 
 
 def test_globs_that_match_nothing_come_with_the_nearest_names() -> None:
     assert message([{"quantizer": "*.q_prj.weight_quantizer", "format": "fp8"}]) == (
-        "the recipe mine quantizes nothing of this model: rules[0]: '*.q_prj.weight_quantizer' matches nothing"
-        f" (nearest: q_proj.weight_quantizer, fc.weight_quantizer). {HAS}"
+        "the recipe mine quantizes nothing of this model: rules[0]: the glob '*.q_prj.weight_quantizer'"
+        f" matches nothing in this model (nearest: q_proj.weight_quantizer, fc.weight_quantizer). {HAS}"
     )
 
 
@@ -51,8 +51,18 @@ def test_what_is_left_out_is_named_with_the_rule_that_has_it_back() -> None:
     assert list(resolve(recipe, MODEL).configs) == ["q_proj.weight_quantizer", "fc.weight_quantizer"]
 
 
+def test_the_key_value_cache_goes_by_its_operands() -> None:
+    text = message([{"quantizer": "*.kv_cache", "format": "fp8"}])
+    assert (
+        "the key/value cache of a checkpoint is the k_bmm_quantizer and the v_bmm_quantizer of each attention" in text
+    )
+
+
 def test_no_format_and_no_layers() -> None:
-    off = message([{"quantizer": "*", "enable": False}])
+    rules = [{"quantizer": "*", "enable": False}]
+    off = message(rules)
+    with pytest.raises(RecipeError, match="the recipe mine quantizes nothing: no rule gives a format"):
+        check_recipe({"metadata": {"name": "mine", "description": "a test"}, "rules": rules})
     assert "mine quantizes nothing of this model: no rule gives a format, such as {quantizer:" in off
     nothing = message([{"quantizer": "*", "format": "fp8"}], [])
     assert nothing.endswith(". It has no linear layer, attention or norm in its graph")

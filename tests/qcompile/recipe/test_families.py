@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from qcompile.recipe import QuantizerName, list_recipes, load_recipe, resolve
+from qcompile.recipe import QuantizerName, list_fragments, list_recipes, load_recipe, resolve
 from qcompile.recipe.globs import ATTENTION
 from tests.qcompile.recipe.families import FAMILIES
 
@@ -123,18 +123,22 @@ def test_a_recipe_does_what_the_table_says(recipe: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prefix", ["m.", "0.", "wrapper.model.", "module.0.", "pipe.1.net."])
-def test_a_wrapper_changes_no_decision(family: str, prefix: str) -> None:
-    """Of no shipped recipe, whether the model is an attribute, a member of a Sequential, or both."""
+@pytest.mark.parametrize("recipe", ["fp8_qkvo-nvfp4_mlp", "nvfp4_mlp_only"])  # they import all fragments
+def test_a_wrapper_changes_no_decision(recipe: str, family: str) -> None:
+    """Whether the model is an attribute, a member of a Sequential, or in two wrappers."""
     found = [name for names in quantizers(family).values() for name in names]
-    wrapped = [QuantizerName(prefix + name.name, name.module_class) for name in found]
-    for recipe in list_recipes():
-        rules = load_recipe(recipe)
-        alone, inside = resolve(rules, found), resolve(rules, wrapped)
+    rules = load_recipe(recipe)
+    alone = resolve(rules, found)
+    for prefix in ("m.", "0.", "pipe.1.net."):
+        inside = resolve(rules, [QuantizerName(prefix + name.name, name.module_class) for name in found])
         assert {prefix + name: config for name, config in alone.configs.items()} == inside.configs
-        assert {prefix + name: rule.where.line for name, rule in alone.disabled.items()} == {
-            name: rule.where.line for name, rule in inside.disabled.items()
-        }
+        assert {prefix + name: rule for name, rule in alone.disabled.items()} == inside.disabled
+
+
+def test_the_recipes_of_the_wrappers_import_all_fragments() -> None:
+    recipes = [load_recipe(name) for name in ("fp8_qkvo-nvfp4_mlp", "nvfp4_mlp_only")]
+    files = {rule.where.file.rpartition("/")[2] for recipe in recipes for rule in recipe.rules}
+    assert files == {f"{name}.yaml" for name in list_fragments()} - {"nvfp4_linears.yaml"}  # of two bare globs
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "flux", "vit"])
