@@ -69,4 +69,4 @@ def _has(quantizers: Sequence[QuantizerName]) -> str:
         paths = [path for path in paths if kind != OUTPUT or path not in weights]
         if paths:
             counts.append(f"{len(paths)} {what}{'s' if paths[1:] else ''} ({some(paths)})")
-    return f"It has {', '.join(counts)}" if counts else "It has no linear layer, attention or norm in its graph"
+    return f"It has {', '.join(counts)}" if counts else "It has no linear layer, attention or norm that can be"

@@ -192,7 +192,7 @@ def test_nvfp4_goes_with_nvfp4() -> None:
         ],
     }
     model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(QCompileError, match=r"^0: nvfp4 is multiplied with nvfp4.*weight: fp8.*input: nvfp4"):
+    with pytest.raises(QCompileError, match=r"^0: no target multiplies a weight in fp8 per_tensor with an input in nvfp4"):
         quantize(model, torch.randn(5, 32), recipe=recipe)
 
 
@@ -212,12 +212,13 @@ def test_products_that_are_no_linear_layers_are_listed() -> None:
     class Products(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.randn(32, 48))
+            self.w, self.up = nn.Parameter(torch.randn(32, 48)), nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("bd,df->bf", x, self.w)
+            return torch.einsum("bd,df->bf", self.up(x), self.w)
 
     quantized, unquantized = quantized_modules(unlift(quantize(Products(), torch.randn(5, 32), recipe="nvfp4")))
+    assert quantized.pop("up") == "nvfp4"
     assert (quantized or unquantized) and set(unquantized.values()) <= {"linear"}
 
 
