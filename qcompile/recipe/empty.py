@@ -55,8 +55,11 @@ def _left_out(disabled: dict[str, Rule]) -> list[str]:
 
 
 def _nearest(rule: Rule, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(rule.quantizer.strip("*."), names, n=2, cutoff=0.4)
-    return f" (nearest: {', '.join(close)})" if close else ""
+    """The names whose ends are most like that of the glob."""
+    end = rule.quantizer.strip("*.")
+    ends = {".".join(name.split(".")[-1 - end.count(".") :]): name for name in reversed(names)}
+    close = difflib.get_close_matches(end, ends, n=2, cutoff=0.6)
+    return f" (nearest: {', '.join(ends[found] for found in close)})" if close else ""
 
 
 def _has(quantizers: Sequence[QuantizerName]) -> str:

@@ -192,7 +192,9 @@ def test_nvfp4_goes_with_nvfp4() -> None:
         ],
     }
     model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(QCompileError, match=r"^0: no target multiplies a weight in fp8 per_tensor with an input in nvfp4"):
+    with pytest.raises(
+        QCompileError, match=r"^0: no target multiplies a weight in fp8 per_tensor with an input in nvfp4"
+    ):
         quantize(model, torch.randn(5, 32), recipe=recipe)
 
 

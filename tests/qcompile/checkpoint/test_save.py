@@ -156,13 +156,14 @@ def test_blocks_from_the_end_are_those_of_the_graph(tmp_path: Path) -> None:
     report = write(source, tmp_path / "out", format="fp8", recipe=recipe)
     assert {name.split(".")[2] for name in report.quantized} == {"0", "1"}
     made = qcompile.quantize(model, (), batch(), recipe=recipe, dtype=torch.float32, progress=False)
-    assert set(quantized_modules(unlift(made))[0]) == set(report.quantized)
+    linears = {name for name in quantized_modules(unlift(made))[0] if name.endswith("_proj")}
+    assert linears == set(report.quantized)
 
 
 def test_a_recipe_that_quantizes_nothing_writes_nothing(tmp_path: Path) -> None:
     source = save(tiny("llama"), tmp_path / "source")
     recipe = {**W4_MLP, "rules": [{"quantizer": "*.q_prj.weight_quantizer", "format": "nvfp4"}]}
-    with pytest.raises(RecipeError, match=r"w4 quantizes nothing .*nearest: .*q_proj.* It has 15 linear layers"):
+    with pytest.raises(RecipeError, match=r"w4 quantizes nothing .*nearest: .*\.q_proj\.weight.* It has 16 linear"):
         write(source, tmp_path / "out", format="modelopt", recipe=recipe)
     assert not (tmp_path / "out").exists()
 

@@ -215,7 +215,10 @@ def test_compile_error_is_a_qcompile_error() -> None:
 
 def test_blocks_from_the_end_need_a_whole_model() -> None:
     recipe = {**WEIGHT_ONLY, "rules": [*LINEARS, {"quantizer": "*layers.-1.*", "enable": False}]}
-    with pytest.raises(CompileError, match=r"counts blocks from the end, .* Give the number of the block"):
+    with pytest.raises(
+        BackendCompilerFailed,
+        match=r"CompileError: rules\[1\]: .* counts blocks from the end, .* Give the number of the block",
+    ):
         compiled(Mlp(), recipe=recipe)(X)
 
 
