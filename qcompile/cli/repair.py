@@ -83,6 +83,8 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
     rows = {
         "weights folded into FP8 codes": len(report["folded"]),
         "weights stored transposed": report["transposes"],
+        "INT32 biases folded to float": len(report.get("biases", ())),
+        "Relus in front of FP8 quantizers written as Max": report.get("relus", 0),
         "Casts between quantizers and GEMMs removed": report["casts"],
         "zero points other than 0 written out": len(report["zero_points"]),
     }

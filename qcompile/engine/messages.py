@@ -23,6 +23,7 @@ _HINTS = (
     ),
     (r"have to be the same type", "a Q/DQ pair of a GEMM has no FP8 zero point, so its data is read as INT8"),
     (r"must all be positive", "a scale is 0, or underflows in its type: calibrate with data that is not all zero"),
+    (r"Non-zero zero point", "TensorRT multiplies symmetric INT8 only: quantize with zero points of 0"),
     (r"Plugin not found", "TensorRT does not know this operator: export with target='tensorrt' or 'portable'"),
     (r"same input types|must have the same type", "two operands have different types: a Cast is missing in the file"),
 )

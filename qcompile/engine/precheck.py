@@ -7,6 +7,7 @@ import onnx
 from qcompile.engine.capability import lacking
 from qcompile.engine.graph import OnnxGraph, module_path, node_name
 from qcompile.errors import EngineError
+from qcompile.onnxfile.refused import refused
 
 _TYPES = {
     "nvfp4": ("FP4 (FLOAT4E2M1)", onnx.TensorProto.FLOAT4E2M1),
@@ -15,7 +16,12 @@ _TYPES = {
 
 
 def precheck(graph: OnnxGraph, target: int) -> None:
-    """Raise EngineError for types that the target cannot run, and for block-scaled FP8 weights in a static FP8 GEMM."""
+    """Raise EngineError for quantization that TensorRT does not have, for types that the target cannot run, and for
+    block-scaled FP8 weights in a static FP8 GEMM."""
+    problems = [f"{module_path(node)}: {why} (node {node_name(node)})" for node, why in refused(graph.model)]
+    if problems:
+        more = f"\n  and {len(problems) - 1} more of the kind" if len(problems) > 1 else ""
+        raise EngineError(f"TensorRT cannot take the file: {problems[0]}{more}")
     for format, (name, data_type) in _TYPES.items():
         reason = lacking(format, target)
         if reason is not None and (where := _first(graph, data_type)) is not None:

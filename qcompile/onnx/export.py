@@ -23,12 +23,14 @@ from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
+from qcompile.onnx.biases import biases_to_rows
 from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
+from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.save import written_beside
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
@@ -93,6 +95,8 @@ def export_onnx(
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     tidy(converted.model)
+    relus_to_max(converted.model)
+    biases_to_rows(converted.model)
     name_interface(converted.model, program)
     _add_functions(converted.model, opset)
     if uses_fp4(program):

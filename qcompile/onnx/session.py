@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import QCompileError
+import onnx_ir
+from google.protobuf.message import DecodeError
+
+from qcompile.errors import QCompileError, VerificationError
+from qcompile.onnx.loading import SMALL_BYTES
+from qcompile.onnx.names import describe
+from qcompile.onnx.relu import dropped_relus
+from qcompile.onnx.view import ModelView
+from qcompile.onnx.wire import parse_without_weights
 
 if TYPE_CHECKING:
     import onnxruntime
+
+logger = logging.getLogger("qcompile")
 
 # ONNX Runtime's Q/DQ fusions assume 8-bit integers: on FP8 they make MatMulIntegerToFloat nodes that fail to load.
 _REQUIRED = {"session.disable_quant_qdq": "1"}
@@ -39,17 +51,22 @@ def onnx_session(
     """Open `path` (or a serialized model) in ONNX Runtime, on the CPU unless `providers` says otherwise.
 
     `sess_options` gets what FP8 needs in addition to what the caller set; without it, optimization is "basic".
+    A level above that, ONNX Runtime's own default is one, is kept where it gives right numbers. For a file that it
+    gives wrong ones for (a Relu in front of an FP8 Q, as other tools write it) this session, also after
+    `set_providers`, is opened at "basic", with a warning of the logger `qcompile`; `sess_options` has the caller's
+    level again afterwards.
     `external_data_dir` is where a serialized model's external data lies; a path finds its own. Other keywords go to
     `onnxruntime.InferenceSession`.
 
     Raises: QCompileError if ONNX Runtime or the file is missing; ONNX Runtime's own errors for what it cannot run.
     """
     ort = import_onnxruntime()
+    basic = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options = sess_options
     if options is None:
         options = ort.SessionOptions()
         # Its extended fusions give wrong numbers for some files (a plain nn.TransformerEncoder: 40 % off), or crash.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.graph_optimization_level = basic
     for key, value in _REQUIRED.items():
         options.add_session_config_entry(key, value)
     if external_data_dir is not None:
@@ -58,4 +75,59 @@ def onnx_session(
         if not Path(path).is_file():
             raise QCompileError(f"no ONNX file at '{os.fspath(path)}'")
         path = os.fspath(path)
-    return ort.InferenceSession(path, sess_options=options, providers=list(providers), **kwargs)
+    reason = _why_basic(path) if _above_basic(options) else None
+    if reason is None:
+        return ort.InferenceSession(path, sess_options=options, providers=list(providers), **kwargs)
+    name = "the serialized model" if isinstance(path, bytes) else path
+    asked = options.graph_optimization_level
+    logger.warning("%s is opened at %s instead of %s: %s", name, basic.name, asked.name, reason)
+    with _at(options, basic):
+        session = ort.InferenceSession(path, sess_options=options, providers=list(providers), **kwargs)
+    _stay_at(session, options, basic)
+    return session
+
+
+def _above_basic(options: Any) -> bool:
+    levels = import_onnxruntime().GraphOptimizationLevel
+    return options.graph_optimization_level not in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_BASIC)
+
+
+def _why_basic(source: str | bytes) -> str | None:
+    """Why ONNX Runtime computes `source` wrong above "basic", None if it does not."""
+    try:
+        if isinstance(source, bytes):
+            view = ModelView(parse_without_weights(memoryview(source), "", SMALL_BYTES))
+        else:
+            view = ModelView(source)
+        relus = dropped_relus(onnx_ir.serde.deserialize_model(view.flat))
+    except (DecodeError, VerificationError):
+        return None  # ONNX Runtime says what is wrong with the file
+    if not relus:
+        return None
+    more = f" and {len(relus) - 1} more" if len(relus) > 1 else ""
+    return (
+        f"above that, ONNX Runtime drops {describe(onnx_ir.to_proto(relus[0]))}{more}, in front of an FP8 "
+        "QuantizeLinear, and gives wrong numbers; qcompile repair writes such files so that any level is right"
+    )
+
+
+@contextlib.contextmanager
+def _at(options: Any, level: Any) -> Iterator[None]:
+    """`options` with another level of optimization for a while."""
+    asked = options.graph_optimization_level
+    options.graph_optimization_level = level
+    try:
+        yield
+    finally:
+        options.graph_optimization_level = asked
+
+
+def _stay_at(session: Any, options: Any, level: Any) -> None:
+    """Let `session` keep its level when it opens the file anew, for other providers, with the caller's options."""
+    reopen = session.set_providers
+
+    def set_providers(*args: Any, **kwargs: Any) -> None:
+        with _at(options, level):
+            reopen(*args, **kwargs)
+
+    session.set_providers = set_providers

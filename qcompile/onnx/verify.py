@@ -14,7 +14,7 @@ import onnx
 from qcompile.errors import VerificationError
 from qcompile.onnx.checks.base import CheckFunction
 from qcompile.onnx.checks.dependence import dependence, input_dependence
-from qcompile.onnx.checks.forms import block_weights, casts, float_weights, gemm_types
+from qcompile.onnx.checks.forms import block_weights, casts, float_weights, gemm_types, tensorrt
 from qcompile.onnx.checks.opsets import opsets
 from qcompile.onnx.checks.structure import nothing_opaque, payloads, shapes, well_formed
 from qcompile.onnx.checks.values import global_scales, scales, zero_points
@@ -36,6 +36,7 @@ CHECKS: tuple[tuple[str, CheckFunction], ...] = (
     ("casts", casts),
     ("gemm_types", gemm_types),
     ("block_weights", block_weights),
+    ("tensorrt", tensorrt),
 )
 # What comes after a gate relies on everything before it; on a file that is not ONNX it would only mislead.
 _GATES = {"payloads", "checker"}

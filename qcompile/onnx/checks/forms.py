@@ -11,6 +11,7 @@ from qcompile.onnx.checks.base import Findings
 from qcompile.onnx.checks.values import FLOAT8, type_name
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import ModelView, attribute, reads
+from qcompile.onnxfile.refused import refused
 
 GEMMS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
 # They move or repeat elements, so that a value behind them is still the dequantized tensor.
@@ -107,3 +108,9 @@ def block_weights(view: ModelView) -> Findings:
             for activation in per_tensor
         ]
     return Findings(problems, f"{blocks} GEMMs with block-scaled FP8 weights, none with a per-tensor FP8 activation")
+
+
+def tensorrt(view: ModelView) -> Findings:
+    """No quantization that ONNX has and TensorRT refuses, or takes for another: INT32 biases, UINT8, QLinear."""
+    problems = [f"{describe(node)}: {why}" for node, why in refused(view.flat, set(view.initializers))]
+    return Findings(problems, "types and operators of all quantizers are TensorRT's, too")

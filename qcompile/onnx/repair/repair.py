@@ -16,10 +16,14 @@ from onnx_ir.passes import common
 
 from qcompile.errors import RepairError, VerificationError
 from qcompile.onnx.checks.dependence import dependence
+from qcompile.onnx.checks.forms import tensorrt
 from qcompile.onnx.checks.opsets import opset_version
 from qcompile.onnx.checks.structure import payloads, shapes
+from qcompile.onnx.checks.values import zero_points
 from qcompile.onnx.loading import SMALL_BYTES, is_external, payload_bytes
+from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.repair.arithmetic import fold_shapes
+from qcompile.onnx.repair.biases import fold_biases
 from qcompile.onnx.repair.casts import remove_casts
 from qcompile.onnx.repair.judge import judged
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, is_legacy, is_opaque, is_standard
@@ -72,8 +76,8 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
         _finish(state)
     else:
         state = State(_model(view.model, source.parent))  # with what it said of its types
-    checks, after = _write(state, view, destination, changed, required, set(kept))
-    return _report(state, view, checks, changed, after, dict(kept))
+    checks, after, refusals = _write(state, view, destination, changed, required, set(kept))
+    return _report(state, view, checks, changed, after, dict(kept), refusals)
 
 
 def _rewrite(state: State) -> None:
@@ -85,6 +89,8 @@ def _rewrite(state: State) -> None:
     remove_casts(state)
     fold_weights(state)
     write_out_zero_points(state)
+    fold_biases(state)
+    state.changes.relus = relus_to_max(state.model)
 
 
 def _finish(state: State) -> None:
@@ -145,9 +151,10 @@ def _model(source: onnx.ModelProto, folder: Path) -> ir.Model:
 
 
 def _inline_legacy(model: ir.Model) -> None:
-    """Legacy quantizers in the body of a function come into the graph, where their constants can be seen."""
+    """Legacy quantizers in the body of a function come into the graph, where their constants can be seen, and Relus,
+    where the quantizers behind them can."""
     identifiers = set(model.functions)
-    common.InlinePass(lambda function: any(is_legacy(node, identifiers) for node in function))(model)
+    common.InlinePass(lambda f: any(is_legacy(node, identifiers) or is_standard(node, "Relu") for node in f))(model)
 
 
 def _is_untidy(view: ModelView) -> bool:
@@ -167,17 +174,30 @@ def _copied_beside(view: ModelView, destination: Path) -> Iterator[Path]:
 
 def _write(
     state: State, view: ModelView, destination: Path, changed: bool, required: dict[str, set[str]], kept: set[str]
-) -> tuple[list[Check], int]:
-    """Write, verify, move in place; the verdicts, and the size on disk."""
+) -> tuple[list[Check], int, list[str]]:
+    """Write, verify, move in place; the verdicts, the size on disk, and what TensorRT refuses of the new file."""
     copies = not changed and not _external_files(view)
     with _copied_beside(view, destination) if copies else written_beside(state.model, destination) as path:
         checks = judged(path, required, kept)
         require(checks)
-        return checks, sum(file.stat().st_size for file in path.parent.iterdir())
+        return checks, sum(file.stat().st_size for file in path.parent.iterdir()), _refusals(ModelView(path))
+
+
+def _refusals(view: ModelView) -> list[str]:
+    """What the repair leaves as it finds it, and TensorRT does not take."""
+    problems = [*tensorrt(view).problems, *zero_points(view).problems]
+    more = f" (and {len(problems) - 1} more of the kind)" if len(problems) > 1 else ""
+    return [f"TensorRT does not take the new file: {problems[0]}{more}"] if problems else []
 
 
 def _report(
-    state: State, view: ModelView, checks: list[Check], changed: bool, after: int, kept: dict[str, int]
+    state: State,
+    view: ModelView,
+    checks: list[Check],
+    changed: bool,
+    after: int,
+    kept: dict[str, int],
+    refusals: list[str],
 ) -> RepairReport:
     assert view.base_dir is not None
     found, model = state.changes, state.model
@@ -189,13 +209,15 @@ def _report(
         ir_version=(view.model.ir_version, model.ir_version),
         standardized=dict(found.standardized),
         folded={name: said for name, said in found.folded.items() if name in model.graph.initializers},
+        biases=found.biases,
         zero_points=found.zero_points,
         casts=found.casts,
         transposes=found.transposes,
+        relus=found.relus,
         quantizers=dict(Counter(node.op_type for node in quantizers)),
         shapes=sum(node.outputs[0].shape is not None and node.outputs[0].dtype is not None for node in quantizers),
         kept=kept,
-        notices=_notices(found, kept),
+        notices=[*_notices(found, kept), *refusals],
         checks=checks,
         bytes=(sum(file.stat().st_size for file in files), after),
     )

@@ -18,9 +18,11 @@ class RepairReport:
         opset, ir_version: (of the old file, of the new file).
         standardized: legacy operator -> how many became standard ones.
         folded: FP8 initializer -> the float weight that it was made from, its shape, type and granularity.
+        biases: float bias -> the INT32 codes that it was made from.
         zero_points: quantizers whose zero point was not 0 and is now written out.
         casts: Casts between a DQ and a GEMM that are gone.
         transposes: weights that are stored transposed, as their GEMM reads them.
+        relus: Relus in front of an FP8 QuantizeLinear that are a Max now, which ONNX Runtime does not drop.
         quantizers: QuantizeLinear, DequantizeLinear of the new file -> how many.
         shapes: how many of their outputs have a type and a shape in the new file.
         kept: operators that only TensorRT can read -> how many were left as they were.
@@ -34,9 +36,11 @@ class RepairReport:
     ir_version: tuple[int, int]
     standardized: dict[str, int]
     folded: dict[str, str]
+    biases: dict[str, str]
     zero_points: list[str]
     casts: int
     transposes: int
+    relus: int
     quantizers: dict[str, int]
     shapes: int
     kept: dict[str, int]

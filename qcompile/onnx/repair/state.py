@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -28,12 +28,14 @@ class Changes:
 
     standardized: Counter[str] = field(default_factory=Counter)
     folded: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
     zero_points: list[str] = field(default_factory=list)
     casts: int = 0
     transposes: int = 0
+    relus: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.standardized or self.folded or self.zero_points or self.casts or self.transposes)
+        return any(getattr(self, entry.name) for entry in fields(self))
 
 
 class State:

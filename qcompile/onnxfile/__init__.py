@@ -1,0 +1,1 @@
+"""What is to be read off any ONNX file, by whichever tool: below the lowerings to ONNX and to engines."""
