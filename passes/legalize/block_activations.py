@@ -20,7 +20,7 @@ class SpellOutBlockActivations(Pass):
         y = dequantize(c, s)
     After, with n = ceil(K / 128):
         b = reshape(pad(x), [...,n,128])                        # in float32 up to the quantize, and in the product
-        a = clamp_min(amax(abs(b), -1, keepdim)) / 1.75
+        a = maximum(amax(abs(b), -1, keepdim), least) / 1.75
         p = dequantize(quantize(div(b, a), 2^-8), 2^-8)
         y = slice(reshape(mul(p, a), [...,128*n]), K)
 

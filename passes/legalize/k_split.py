@@ -24,7 +24,7 @@ class SplitK(Pass):
         y = linear(dequantize(c, s), dequantize(w[N,K], t[N/128,K/128]), bias)
     After, with n = ceil(K / 128):
         b = reshape(pad(x), [B,S,n,128])                        # in float32 up to the quantize
-        a = clamp_min(amax(abs(b), -1, keepdim)) / 1.75
+        a = maximum(amax(abs(b), -1, keepdim), least) / 1.75
         p = dequantize(quantize(div(b, a), 2^-8), 2^-8)         # [B,S,n,128]
         p = transpose(reshape(p, [B*S,n,128]))                  # [n,B*S,128]
         z = matmul(p, dequantize(v[n,128,N], 2^-8))             # v: w rearranged; [n,B*S,N]

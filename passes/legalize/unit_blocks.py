@@ -43,7 +43,9 @@ def unit_blocks(gm: GraphModule, dynamic: Node) -> tuple[Node, Node]:
         blocks = emit(aten._to_copy.default, blocks, dtype=torch.float32)
     amax = emit(aten.amax.default, emit(aten.abs.default, blocks), [-1], True)
     # amax / 448 * 2^8, rounded as amax / 448 is: a factor of 4 / 7 would round ties of half-precision tensors otherwise
-    size = emit(aten.div.Tensor, emit(aten.clamp_min.default, amax, _LEAST_AMAX), FP8.max * UNIT)
+    # a maximum: ONNX Runtime's Clip, which clamp_min is written as, would make a finite number of an infinite amax
+    least = add_constant(gm, name_in_module(dynamic, "least_amax"), torch.tensor(_LEAST_AMAX), dynamic)
+    size = emit(aten.div.Tensor, emit(aten.maximum.default, amax, least), FP8.max * UNIT)
     number = torch.tensor(UNIT, dtype=torch.float32)
     wide = add_constant(gm, name_in_module(dynamic, "input_unit_float32"), number, dynamic)
     unit = add_constant(gm, name_in_module(dynamic, "input_unit"), torch.tensor(UNIT, dtype=to), dynamic)
