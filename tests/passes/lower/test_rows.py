@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from passes.graph import Emitter, aten, shape
 from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_by, pad_rows
@@ -34,15 +35,22 @@ def test_zeros_below(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rows", "padded"), [(4, 4), (5, 8), (7, 8), (8, 8), (1, 4)])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_rows_up_to_a_multiple_and_cut_again(rows: int, padded: int, dynamic: bool) -> None:
-    x = torch.randn(6 if dynamic else rows, 3)
-    gm = graph_of(nn.ReLU(), x, dynamic_shapes=({0: DYNAMIC},) if dynamic else None)
-    relu = only_call(gm, aten.relu.default)
-    emit = Emitter(gm.graph.output_node())
+def test_rows_up_to_a_multiple_and_cut_again(rows: int, padded: int) -> None:
+    gm, emit, (node,) = blank(torch.randn(rows, 3))
+    check_rows(gm, emit, emit(aten.relu.default, node), rows, padded, whole=rows == padded)
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(5, 8), (8, 8)])
+def test_dynamic_rows_up_to_a_multiple_and_cut_again(rows: int, padded: int) -> None:
+    gm = graph_of(nn.ReLU(), torch.randn(6, 3), dynamic_shapes=({0: DYNAMIC},))
+    check_rows(gm, Emitter(gm.graph.output_node()), only_call(gm, aten.relu.default), rows, padded, whole=False)
+
+
+def check_rows(gm: GraphModule, emit: Emitter, relu: Node, rows: int, padded: int, *, whole: bool) -> None:
+    """`whole`: it is known that the rows need no padding."""
     wide = pad_rows(emit, relu, 4)
     cut = first_rows(emit, wide, relu)
-    assert (wide is relu) == (cut is wide) == (not dynamic and rows == padded)
+    assert (wide is relu) == (cut is wide) == whole
     x = torch.randn(rows, 3)
     all_rows, first = run(returns(gm, wide, cut), x)
     assert all_rows.shape == (padded, 3) and not all_rows[rows:].any()
