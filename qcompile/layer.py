@@ -80,14 +80,19 @@ class QuantizedLinear(torch.nn.Module):
     """A linear layer, or the fused ones of all experts, that runs on codes through the operators of the IR.
 
     `torch.export` captures it as what `qcompile.quantize` makes of a float layer, and its tensors have the same names.
+
+    Args:
+        dtype: that of the float layer; None is float32.
     """
 
-    weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.scheme = weight.scheme
+        self.dtype = dtype or torch.float32
         two_levels = weight.scheme.weight.scale is not None
         self._register("weight", weight.codes)
         self._register("weight_block_scale" if two_levels else "weight_scale", weight.scale)
@@ -98,6 +103,23 @@ class QuantizedLinear(torch.nn.Module):
             kind = "input_global_scale" if weight.scheme.input.scale is not None else "input_scale"
             self._register(kind, weight.input_scale)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The parameter called `weight`."""
+        codes = self._parameters.get("weight")
+        if codes is None:
+            raise AttributeError("weight")  # while it is made
+        return codes
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the codes stand for, in `dtype`.
+
+        Models look at weights of children: T5 casts what it computes to the dtype of one, torch.nn.MultiheadAttention
+        multiplies with one. Codes would be taken for values.
+        """
+        return self._dequantized(self.dtype)
 
     def _register(self, name: str, tensor: torch.Tensor | None) -> None:
         if tensor is None:
@@ -116,6 +138,7 @@ class QuantizedLinear(torch.nn.Module):
             return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +155,7 @@ class QuantizedLinear(torch.nn.Module):
         scale = self.weight_scale if fmt.scale is None else self.weight_block_scale
         if fmt.scale is not None:
             scale = DEQUANTIZE(scale, self.weight_global_scale, format=fmt.scale.name, dtype=torch.float32)
-        result: torch.Tensor = DEQUANTIZE(self.weight, scale, format=fmt.name, dtype=dtype)
+        result: torch.Tensor = DEQUANTIZE(self.codes, scale, format=fmt.name, dtype=dtype)
         return result
 
     def _quantized(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,4 +176,4 @@ class QuantizedLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         fmt = self.scheme.input
-        return f"{tuple(self.weight.shape)}, weight={self.scheme.weight.name}, input={fmt.name if fmt else None}"
+        return f"{tuple(self.codes.shape)}, weight={self.scheme.weight.name}, input={fmt.name if fmt else None}"

@@ -74,7 +74,9 @@ def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> Quan
     codes = read(data, name)
     scale = getattr(data, "act_pre_scale", None)
     bias = None if bias is None else bias.detach()
-    return QuantizedLinear(codes, bias) if scale is None else _Scaled(codes, bias, scale.detach())
+    if scale is None:
+        return QuantizedLinear(codes, bias, weight.dtype)
+    return _Scaled(codes, bias, weight.dtype, scale.detach())
 
 
 class _Scaled(QuantizedLinear):
@@ -82,8 +84,10 @@ class _Scaled(QuantizedLinear):
 
     pre_scale: torch.Tensor
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, scale: torch.Tensor) -> None:
-        super().__init__(weight, bias)
+    def __init__(
+        self, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype, scale: torch.Tensor
+    ) -> None:
+        super().__init__(weight, bias, dtype)
         self.register_buffer("pre_scale", scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

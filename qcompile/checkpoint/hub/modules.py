@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from qcompile.checkpoint.files.tensors import Stored
+from qcompile.checkpoint.files.tensors import Shaped
 from qcompile.checkpoint.hub.layout import Attention, Layer, Part
 from qcompile.checkpoint.hub.names import Place
 
@@ -27,7 +28,7 @@ class Modules:
         caches: the model keeps keys and values.
     """
 
-    def __init__(self, held: Held, ties: Mapping[str, str], stored: Mapping[str, Stored], *, caches: bool) -> None:
+    def __init__(self, held: Held, ties: Mapping[str, str], stored: Mapping[str, Shaped], *, caches: bool) -> None:
         self.held, self.ties, self.stored, self.caches = held, ties, stored, caches
 
     def is_norm(self, module: torch.nn.Module) -> bool:
@@ -47,7 +48,8 @@ class Modules:
         """The weights of the module itself that have rows and columns."""
         dot = f"{path}." if path else ""
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and (leaf == "weight" or "expert" in path.lower()):
+            packed = isinstance(module, torch.nn.MultiheadAttention) and leaf.endswith("weight")
+            if parameter.ndim > 1 and (leaf == "weight" or packed or "expert" in path.lower()):
                 name = f"{dot}{leaf}"
                 parts, stays, refusal = self._weight(module, name, parameter)
                 yield Layer(path if leaf == "weight" else name, class_name(module), parts, stays, refusal)
@@ -62,6 +64,8 @@ class Modules:
             if parts := self._experts(parameter, held):
                 return parts, "", ""
             refusal = "its experts are not one matrix each, [rows, columns], in the files of this model"
+        elif isinstance(module, torch.nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+            stays = "torch.nn.MultiheadAttention multiplies with the tensor itself, and calls no linear layer"
         elif not isinstance(module, torch.nn.Linear):
             stays = f"it is a {type(module).__name__}, which checkpoints hold in floating point"
         elif len(held) != 1 or held[0][1].reason:

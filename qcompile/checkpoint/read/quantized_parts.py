@@ -26,40 +26,46 @@ class QuantizedParts:
         model: the model on the meta device, as transformers makes it.
         names: where the tensors of the hub go in it.
         modules: path of a linear layer, or of the parameter of fused experts -> what is there instead.
+        layers: quantized linear layer, as the hub calls it -> its scheme, as the configuration says it, and (N, K).
         kv_scales: path of an attention -> the scales of its FP8 key/value cache.
     """
 
     model: Any
     names: HubNames
     modules: dict[str, torch.nn.Module]
+    layers: dict[str, tuple[Scheme, tuple[int, int]]]
     kv_scales: Scales
 
     def make_room_in(self, model: torch.nn.Module) -> None:
-        """Take the quantized weights out of `model`, so that nothing is allocated, initialized or looked for."""
-        for path in self.modules:
-            owner, name = _owner(model, path)
-            original = getattr(owner, name)
-            if isinstance(original, torch.nn.Parameter):
-                del owner._parameters[name]
-                owner._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill what is not there
-            setattr(owner, name, _Room(getattr(original, "bias", None)))
+        """Take the quantized weights out of `model`, so that nothing is allocated or looked for.
 
-    def put_into(self, model: torch.nn.Module) -> None:
+        A tensor without memory is left under the name of each, as no parameter: `_init_weights` of some models writes
+        to the weights of children, and of some to all that a module owns. It skips, or harmlessly fills, this one.
+        """
+        for path in self.modules:
+            owner, name = self._owner_of_weight(model, path)
+            room = torch.empty_like(owner._parameters.pop(name), device="meta")  # type: ignore[arg-type]
+            room._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(owner, name, room)
+
+    def put_into(self, model: Any) -> None:
         """Put the quantized layers where `make_room_in` made room, with the biases that were loaded since."""
         for path, module in self.modules.items():
-            owner, name = _owner(model, path)
-            bias = getattr(owner, name).bias
-            if bias is not None:
-                module.bias = torch.nn.Parameter(bias, requires_grad=False)
+            owner, name = self._owner_of_weight(model, path)
+            if isinstance(module, QuantizedLinear):
+                module.dtype = _dtype_of(model, path, getattr(owner, name).dtype)
+            delattr(owner, name)
+            if isinstance(owner, torch.nn.Linear):
+                if owner.bias is not None:
+                    module.bias = torch.nn.Parameter(owner.bias, requires_grad=False)
+                owner, name = _owner(model, path)
             setattr(owner, name, module)
 
-
-class _Room(torch.nn.Module):
-    """Stands for a quantized layer while the rest of the model is loaded."""
-
-    def __init__(self, bias: torch.nn.Parameter | None) -> None:
-        super().__init__()
-        self.bias = bias
+    def _owner_of_weight(self, model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
+        """The module and the name that a parameter is under: of a linear layer, or of fused experts."""
+        owner, name = _owner(model, path)
+        found = getattr(owner, name)
+        return (found, "weight") if isinstance(found, torch.nn.Module) else (owner, name)
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,14 @@ class _Found:
     scheme: Scheme
 
 
-def read_quantized_parts(model: Any, reader: SchemeReader, store: TensorStore) -> QuantizedParts:
+def read_quantized_parts(
+    model: Any, reader: SchemeReader, store: TensorStore, *, kv_scales: bool = True
+) -> QuantizedParts:
     """Read the codes and scales of every quantized layer of `store`.
 
     Args:
         model: on the meta device.
+        kv_scales: each attention has to have those of an FP8 key/value cache if the configuration says so.
 
     Raises:
         CheckpointError: names the file and the tensor.
@@ -84,13 +93,16 @@ def read_quantized_parts(model: Any, reader: SchemeReader, store: TensorStore) -
     by_path: dict[str, list[_Found]] = defaultdict(list)
     for found in _find(model, names, reader, store):
         by_path[found.place.path].append(found)
-    modules = {}
+    modules, read = {}, {}
     for path, layers in by_path.items():
+        shape = _shape(model, path, layers)
+        read.update({layer.name: (layer.scheme, shape) for layer in layers})
         if layers[0].place.expert is None:
-            modules[path.removesuffix(".weight")] = _linear(model, path, layers, reader, store)
+            modules[path.removesuffix(".weight")] = _linear(path, layers, shape, reader, store)
         else:
-            modules[path] = _experts(model, path, layers, reader, store)
-    return QuantizedParts(model, names, modules, read_kv_scales(model, names, reader, store))
+            modules[path] = _experts(model, path, layers, shape, reader, store)
+    scales = read_kv_scales(model, names, reader, store, complete=kv_scales)
+    return QuantizedParts(model, names, modules, read, scales)
 
 
 def _find(model: Any, names: HubNames, reader: SchemeReader, store: TensorStore) -> list[_Found]:
@@ -111,6 +123,13 @@ def _find(model: Any, names: HubNames, reader: SchemeReader, store: TensorStore)
     return found
 
 
+def _shape(model: Any, path: str, layers: list[_Found]) -> tuple[int, int]:
+    """`(N, K)` of each of the matrices that are the parameter `path`."""
+    *_, rows, columns = model.get_parameter(path).shape
+    parts = 1 if layers[0].place.expert is None else 1 + max(layer.place.part for layer in layers)
+    return rows // parts, columns
+
+
 def _is_linear(model: Any, place: Place) -> bool:
     """Whether the weight is one that formats quantize: of a linear layer, or of fused experts."""
     if place.expert is not None or place.reason:
@@ -119,16 +138,19 @@ def _is_linear(model: Any, place: Place) -> bool:
     return name == "weight" and isinstance(owner, torch.nn.Linear)
 
 
-def _linear(model: Any, path: str, layers: list[_Found], reader: SchemeReader, store: TensorStore) -> torch.nn.Module:
+def _linear(
+    path: str, layers: list[_Found], shape: tuple[int, int], reader: SchemeReader, store: TensorStore
+) -> torch.nn.Module:
     if len(layers) > 1:
         raise CheckpointError(f"{store.directory}: {layers[0].name} and {layers[1].name} are both {path} in the model")
-    weight = model.get_parameter(path)
-    return QuantizedLinear(_read(layers[0], (weight.shape[0], weight.shape[1]), reader, store))
+    return QuantizedLinear(_read(layers[0], shape, reader, store))
 
 
-def _experts(model: Any, path: str, layers: list[_Found], reader: SchemeReader, store: TensorStore) -> torch.nn.Module:
+def _experts(
+    model: Any, path: str, layers: list[_Found], shape: tuple[int, int], reader: SchemeReader, store: TensorStore
+) -> torch.nn.Module:
     owner, _ = _owner(model, path)
-    count, rows, depth = model.get_parameter(path).shape
+    count = model.get_parameter(path).shape[0]
     if getattr(owner, "has_bias", True) or getattr(owner, "is_transposed", True):
         raise CheckpointError(
             f"{store.directory}: {layers[0].name} is quantized, and {type(owner).__name__} has a bias or transposed"
@@ -146,9 +168,9 @@ def _experts(model: Any, path: str, layers: list[_Found], reader: SchemeReader, 
     schemes = [_one_scheme([table[part, expert] for expert in range(count)], store) for part in range(parts)]
 
     def read(part: int, expert: int) -> QuantizedWeight:
-        return _read(table[part, expert], (rows // parts, depth), reader, store)
+        return _read(table[part, expert], shape, reader, store)
 
-    return fuse_experts(path, schemes, [rows // parts] * parts, count, read)
+    return fuse_experts(path, schemes, [shape[0]] * parts, count, read)
 
 
 def _one_scheme(layers: list[_Found], store: TensorStore) -> Scheme:
@@ -167,6 +189,12 @@ def _read(layer: _Found, shape: tuple[int, int], reader: SchemeReader, store: Te
     except CheckpointError as error:
         files = {str(store[name].path) for name in store.under(layer.name)}
         raise CheckpointError(f"{', '.join(sorted(files))}: {error}") from error
+
+
+def _dtype_of(model: Any, path: str, dtype: torch.dtype) -> torch.dtype:
+    """What transformers would have loaded a float layer in: of half-precision models it keeps some in float32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return next((kept for name, kept in plan.items() if f".{name}." in f".{path}.weight"), dtype)
 
 
 def _owner(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
