@@ -53,6 +53,10 @@ class CheckpointFormat(ABC):
             CheckpointError: names the modules, and what to use instead.
         """
 
+    def notices(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What the reader of the report should know of servers that read it; the arguments are those of `check`."""
+        return []
+
     @abstractmethod
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The tensors that stand for the weight of the linear layer called `name`.

@@ -7,8 +7,9 @@
     A.k_proj.k_scale, A.v_proj.v_scale   float32 scalars of an FP8 key/value cache
 
 The configuration is written twice: `hf_quant_config.json` in Model Optimizer's own words, and a section of config.json
-in words close to compressed-tensors. W8A8 in blocks has no label here: FP8_PB_WO means weight-only, whatever servers
-make of it.
+in words close to compressed-tensors. W8A8 in blocks has no label here: FP8_PB_WO says weights only, and is read back
+so. What vLLM 0.33 runs for it is W8A8 all the same, with activations quantized in blocks of 1 x 128 at run time; it
+pads a ragged N, and a ragged K is refused. The report of what is written says so.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from qcompile.messages import some
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _ALGORITHMS = {scheme: algorithm for algorithm, scheme in SCHEMES.items()}
-# vLLM's reader of MIXED_PRECISION knows no more.
-_MIXABLE = ("FP8", "NVFP4", "W4A16_NVFP4")
+_PB_WO, _PC_PT = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN"
+# Of MIXED_PRECISION servers have read these since it exists; vLLM reads all that are written here from 0.33 on.
+_ALWAYS_MIXED = ("FP8", "NVFP4", "W4A16_NVFP4")
 
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
@@ -42,24 +44,45 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "NVFP4": {"input_activations": _FP4, "weights": _FP4},
     "W4A16_NVFP4": {"weights": _FP4},
 }
+_MIXED_GROUPS = _GROUPS | {
+    _PC_PT: {"input_activations": _FP8, "weights": {**_FP8, "strategy": "channel"}},
+    _PB_WO: {"quant_algo": _PB_WO},  # for which the export has no other words
+}
 
 
 class ModelOpt(CheckpointFormat):
-    """FP8 and NVFP4, each alone or both mixed, with an FP8 key/value cache or without."""
+    """FP8 and NVFP4, each of their algorithms alone or mixed, with an FP8 key/value cache or without."""
 
     name = "modelopt"
 
     def check(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> None:
         check_contents(self.name, contents, shapes, _refusal)
-        by_algorithm: dict[str, list[str]] = {}
-        for name, scheme in contents.schemes.items():
-            by_algorithm.setdefault(_ALGORITHMS[scheme], []).append(name)
-        if len(by_algorithm) > 1 and (unmixable := sorted(set(by_algorithm) - set(_MIXABLE))):
-            found = "; ".join(f"{algorithm} for {some(names)}" for algorithm, names in by_algorithm.items())
+        by_algorithm = _by_algorithm(contents)
+        experts = [name for name in by_algorithm.get(_PC_PT, ()) if expert_container(name)]
+        if len(by_algorithm) > 1 and experts:
             raise CheckpointError(
-                f"format modelopt cannot hold this model: {found}. Servers mix only {', '.join(_MIXABLE)}, not "
-                f"{', '.join(unmixable)}; use the format compressed-tensors"
+                f"format modelopt cannot hold this model: {some(experts)} have {_PC_PT}, which servers do not read for"
+                " the experts of a mixture among other layers; use the format compressed-tensors"
             )
+
+    def notices(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        by_algorithm = _by_algorithm(contents)
+        found = []
+        if blocks := by_algorithm.get(_PB_WO):
+            found.append(
+                f"{some(blocks)}: FP8_PB_WO says weights only, and vLLM 0.33 runs it with activations quantized to FP8"
+                " at run time (W8A8), in blocks of 1 x 128"
+            )
+            if ragged := [name for name in blocks if shapes[name][0] % 128]:
+                found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
+        if experts := [name for name in by_algorithm.get(_PC_PT, ()) if expert_container(name)]:
+            found.append(
+                f"{some(experts)}: vLLM 0.33 and SGLang 0.5.23 load no experts with {_PC_PT} from this format, but from"
+                " compressed-tensors"
+            )
+        if len(by_algorithm) > 1 and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
+            found.append(f"{MIXED} with {', '.join(name.upper() for name in late)}: vLLM reads it from 0.33 on")
+        return found
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """All scales are float32 (block scales of NVFP4 aside), whatever the dtype of the model."""
@@ -107,14 +130,24 @@ class ModelOpt(CheckpointFormat):
 def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme == FP8_BLOCK:
         return (
-            f"{describe(scheme)}: the format has no label for it, FP8_PB_WO means weight-only; use the format fp8 or "
-            "compressed-tensors"
+            f"{describe(scheme)}: the format has no label for it, FP8_PB_WO says weights only (and vLLM 0.33 runs that"
+            " as W8A8); use the format fp8 or compressed-tensors"
         )
     if scheme not in _ALGORITHMS:
         return f"{describe(scheme)}: the format has no label for it; use the format compressed-tensors"
-    if scheme.weight == FP8_128X128 and (shape[0] % 128 or shape[1] % 128):
-        return f"FP8_PB_WO needs sides divisible by 128, the weight is {list(shape)}; use the format compressed-tensors"
+    if scheme.weight == FP8_128X128 and shape[1] % 128:
+        return (
+            f"FP8_PB_WO needs a reduction axis divisible by 128 in servers, and the weight is {list(shape)}; use the"
+            " format compressed-tensors"
+        )
     return None
+
+
+def _by_algorithm(contents: Contents) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, scheme in contents.schemes.items():
+        found.setdefault(_ALGORITHMS[scheme], []).append(name)
+    return found
 
 
 def _quantization(contents: Contents) -> dict[str, Any]:
@@ -138,6 +171,6 @@ def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     for name, layer in layers.items():
         targets.setdefault(layer["quant_algo"], []).append(name)
     return {
-        f"group_{i}": {**_GROUPS[algorithm], "targets": sorted(names)}
+        f"group_{i}": {**_MIXED_GROUPS[algorithm], "targets": sorted(names)}
         for i, (algorithm, names) in enumerate(targets.items())
     }

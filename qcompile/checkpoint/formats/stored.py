@@ -1,7 +1,8 @@
 """The tensors of one layer as they come out of files: found under the names that tools use, checked, in one form.
 
-Codes and scales are not computed with. The one exception is a block (or row) whose scale is 0: it stands for zeros
-whatever its codes are, but scales have to be positive, so it is read as codes 0 under the scale 1.
+Tensors on the meta device are checked for names, dtypes and shapes alone. Codes and scales are not computed with. The
+one exception is a block (or row) whose scale is 0: it stands for zeros whatever its codes are, but scales have to be
+positive, so it is read as codes 0 under the scale 1.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class StoredLayer:
             expected = _dtype_name(fmt.scale.storage) if fmt.scale else "float32"
             raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected {expected}")
         shape = self._scale_shape(name, tensor, scheme)
+        if tensor.is_meta:
+            return tensor.reshape(shape) if fmt.scale else tensor.float().reshape(shape)
         values = tensor.float()
         if not torch.isfinite(values).all():
             raise self._wrong(name, "holds NaN or infinity")
@@ -171,10 +174,12 @@ def _is_there(get: Get, name: str) -> bool:
 
 
 def _has_nan(codes: torch.Tensor) -> bool:
-    return bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return not codes.is_meta and bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
 
 
 def _without_zero_scales(codes: torch.Tensor, scale: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    if scale.is_meta:
+        return codes, scale
     zero = scale.float() == 0
     if not zero.any():
         return codes, scale

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.export import ExportedProgram
 
-from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
+from qcompile.checkpoint.files.directory import carry_over, check_new, check_room, new_directory, write_configs
 from qcompile.checkpoint.files.shards import ShardWriter, parse_size
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.hub.layout import Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
+from qcompile.checkpoint.read.written import check_written
 from qcompile.checkpoint.write.codes import Advance, largest_magnitude, quantize_weight
 from qcompile.checkpoint.write.job import Job, read_job
-from qcompile.checkpoint.write.plan import contents_of, parts_by_key
+from qcompile.checkpoint.write.plan import contents_of, estimated_bytes, parts_by_key
 from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.errors import CheckpointError
@@ -49,9 +50,12 @@ def save_checkpoint(
         model: a Hugging Face directory, which is read one tensor and written one shard at a time, so that it may be
             larger than memory, with no forward pass; a `PreTrainedModel` in memory; or what `qcompile.quantize`
             returned, whose codes and scales are taken bit by bit. Codes made here are those of
-            `qcompile.quantize(..., dtype=torch.float32)`.
+            `qcompile.quantize(..., dtype=torch.float32)`. A model in memory is not changed: DataParallel and
+            torch.compile are taken off, adapters of peft merged, computed weights (normed, pruned, parametrized)
+            written as values, and what a reader would leave out is an error.
         directory: where to write; it must not exist, or be empty. Everything is written to `<directory>.partial`,
-            which is renamed when it is complete, and removed after an error. A second run starts clean. The tokenizer
+            which is renamed when it is complete and the reader of the format finds in it, by names and shapes, what the
+            architecture needs and nothing else; it is removed after an error. A second run starts clean. The tokenizer
             and other small files of a source directory go along; weights in other forms, hidden files and
             subdirectories (but additional_chat_templates) do not, and a notice lists them.
         format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt" or "compressed-tensors".
@@ -75,12 +79,15 @@ def save_checkpoint(
     job = read_job(model, source, recipe, format)
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
+    check_room(Path(directory), estimated_bytes(job.plan, job.origin, chosen))
+    job.plan.notices += chosen.notices(contents, shapes)
     _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:
         writer = ShardWriter(partial, largest)
         _write_tensors(job, chosen, writer, advance)
         writer.close()
         notices = job.plan.all_notices + _write_rest(job.origin, chosen, contents, partial)
+        check_written(partial, contents.schemes, job.origin.hub.unknown, job.origin.architecture)
         files = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
     stays = [name for name in job.origin.hub.layers if name not in job.plan.schemes]
     quantized = {name: describe(scheme) for name, scheme in job.plan.schemes.items()}

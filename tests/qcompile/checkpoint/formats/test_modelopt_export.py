@@ -28,10 +28,13 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
     "fp8_tied": {"": FP8_TENSOR},
     "fp8_per_channel": {"": FP8_CHANNEL_TOKEN},
     "fp8_blocks": {"": BLOCK_WEIGHT_ONLY},
+    "fp8_blocks_ragged": {"": BLOCK_WEIGHT_ONLY},
     "nvfp4": {"": NVFP4_W4A4},
     "nvfp4_weights": {"": NVFP4_WEIGHT_ONLY},
     "nvfp4_mlp": {MLP: NVFP4_W4A4},
     "mixed": {ATTENTION: FP8_TENSOR, MLP: NVFP4_W4A4},
+    "mixed_blocks": {ATTENTION: BLOCK_WEIGHT_ONLY, MLP: NVFP4_W4A4},
+    "mixed_per_channel": {ATTENTION: FP8_CHANNEL_TOKEN, MLP: NVFP4_WEIGHT_ONLY},
     "nvfp4_moe": {"": NVFP4_W4A4},
     "mixed_moe": {ATTENTION: FP8_TENSOR, MLP: NVFP4_W4A4},
 }
@@ -63,7 +66,11 @@ def recipe(case: str) -> dict[str, Any]:
 
     if case.startswith("mixed"):
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-        for pattern, config in (("*self_attn*", mtq.FP8_DEFAULT_CFG), ("*mlp*", mtq.NVFP4_DEFAULT_CFG)):
+        attention, mlp = {
+            "mixed_blocks": (mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.NVFP4_DEFAULT_CFG),
+            "mixed_per_channel": (mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, mtq.W4A16_NVFP4_CFG),
+        }.get(case, (mtq.FP8_DEFAULT_CFG, mtq.NVFP4_DEFAULT_CFG))
+        for pattern, config in (("*self_attn*", attention), ("*mlp*", mlp)):
             for rule in config["quant_cfg"]:
                 if rule.get("cfg") and rule["quantizer_name"] in ("*weight_quantizer", "*input_quantizer"):
                     rules.append({**rule, "quantizer_name": pattern + rule["quantizer_name"][1:]})
@@ -78,6 +85,7 @@ def recipe(case: str) -> dict[str, Any]:
         "fp8_tied": mtq.FP8_DEFAULT_CFG,
         "fp8_per_channel": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
         "fp8_blocks": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+        "fp8_blocks_ragged": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
         "nvfp4": mtq.NVFP4_DEFAULT_CFG,
         "nvfp4_moe": mtq.NVFP4_DEFAULT_CFG,
         "nvfp4_weights": mtq.W4A16_NVFP4_CFG,
@@ -87,9 +95,14 @@ def recipe(case: str) -> dict[str, Any]:
 
 
 def model_for(case: str) -> Any:
-    width, heads = (256, 2) if case == "fp8_blocks" else (64, 4)
+    width, heads = (256, 2) if "blocks" in case else (64, 4)
+    ragged = case.endswith("ragged")  # k and v have 64 rows
     common = dict(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=2, vocab_size=96
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=4 if ragged else heads,
+        num_key_value_heads=1 if ragged else 2,
+        vocab_size=96,
     )
     if case.endswith("moe"):
         config = transformers.Qwen3MoeConfig(
