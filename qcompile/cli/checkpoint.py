@@ -51,7 +51,7 @@ def write_checkpoint(
         from qcompile.cli.quantize import MADE_UP, quantized
         from qcompile.source import load_source
 
-        check_names(source, chosen_format, chosen)
+        check_names(source, target, chosen_format, chosen)
         step(f"loading {source}")
         loaded = load_source(source, batch=batch, sequence=sequence)
         program, _ = quantized(loaded, chosen, calibration, torch.float32)  # in half, scales would be rounded to it

@@ -6,7 +6,6 @@ and dtypes of each model.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from qcompile.checkpoint.hub.config import (
     meta_model,
     model_class,
     read_config,
+    unquantized,
 )
 from qcompile.checkpoint.read.kv_cache import attach_kv_scales
 from qcompile.checkpoint.read.quantized_parts import QuantizedParts, read_quantized_parts
@@ -62,7 +62,7 @@ def load_checkpoint(directory: str | Path) -> torch.nn.Module:
     transformers = import_transformers(CheckpointError)
     reader = reader_of(content, path)
     store = TensorStore(path)
-    config = _unquantized(auto_config(transformers, path, CheckpointError))
+    config = unquantized(auto_config(transformers, path, CheckpointError))
     model = meta_model(*model_class(transformers, config, CheckpointError), config, path, CheckpointError)
     parts = read_quantized_parts(model, reader, store)
     if not parts.modules:
@@ -74,15 +74,6 @@ def load_checkpoint(directory: str | Path) -> torch.nn.Module:
     experts.make_dense(loaded)
     assert isinstance(loaded, torch.nn.Module)
     return loaded
-
-
-def _unquantized(config: Any) -> Any:
-    """The config without what would make transformers quantize the model."""
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for key in ("quantization_config", "compression_config"):
-            with contextlib.suppress(AttributeError):
-                delattr(part, key)
-    return config
 
 
 def _check_floats(parts: QuantizedParts, store: TensorStore) -> None:

@@ -35,6 +35,18 @@ def check_new(directory: Path) -> None:
         )
     if not whole.parent.is_dir():
         raise CheckpointError(f"cannot write {directory}: there is no directory {whole.parent}")
+    if not os.access(whole.parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {directory}: {whole.parent} is not writable for this user")
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Refuse a directory on a disk with less than `needed` bytes left."""
+    free = shutil.disk_usage(directory.resolve().parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{directory} would need about {needed:,} bytes, and the disk has {free:,} left: free some, or name a"
+            " directory on another"
+        )
 
 
 @contextlib.contextmanager

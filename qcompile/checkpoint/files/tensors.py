@@ -38,8 +38,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that w
 _CHUNK = 1 << 24  # bytes
 
 
-class Stored(Protocol):
-    """A tensor that can be read in parts.
+class Shaped(Protocol):
+    """A tensor of which no more is known.
 
     Attributes:
         where: file and name, for messages.
@@ -49,10 +49,14 @@ class Stored(Protocol):
     def where(self) -> str: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Stored(Shaped, Protocol):
+    """A tensor that can be read in parts."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def nbytes(self) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,15 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
         raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
 
 
+def unquantized(config: Any) -> Any:
+    """The config without what would make transformers quantize the model."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in ("quantization_config", "compression_config"):
+            with contextlib.suppress(AttributeError):
+                delattr(part, key)
+    return config
+
+
 def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
     """The class that the config names, AutoModel if it names none. Raises `error` for one that is not known."""
     names = list(getattr(config, "architectures", None) or [])
@@ -66,7 +76,7 @@ def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> t
     return f"{config.model_type} AutoModel", transformers.AutoModel
 
 
-def meta_model(name: str, found: Any, config: Any, path: Path, error: type[QCompileError]) -> Any:
+def meta_model(name: str, found: Any, config: Any, path: Path | str, error: type[QCompileError]) -> Any:
     """A model of the class `found`, without memory for its weights. Raises `error` with the reason of transformers."""
     try:
         with torch.device("meta"):

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.files.tensors import Stored
+from qcompile.checkpoint.files.tensors import Shaped
 from qcompile.checkpoint.hub.layout import Hub
 from qcompile.checkpoint.hub.modules import Held, Modules, class_name
 from qcompile.checkpoint.hub.names import HubNames, Place
 from qcompile.errors import CheckpointError
 
 
-def read_hub(model: Any, stored: Mapping[str, Stored], where: str) -> Hub:
+def read_hub(model: Any, stored: Mapping[str, Shaped], where: str) -> Hub:
     """Match the modules of `model` with the tensors of its checkpoint.
 
     Args:
@@ -75,7 +75,7 @@ def _tie(ties: Mapping[str, str], held: Held, hub: Hub) -> None:
 
 
 def _check_shape(
-    name: str, parameter: torch.Tensor, held: list[tuple[str, Place]], stored: Mapping[str, Stored]
+    name: str, parameter: torch.Tensor, held: list[tuple[str, Place]], stored: Mapping[str, Shaped]
 ) -> None:
     wanted = tuple(parameter.shape)
     for key, place in held:

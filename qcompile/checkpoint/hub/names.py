@@ -54,6 +54,10 @@ class HubNames:
         """What transformers calls the parameter that `name` belongs to, whether the model has it or not."""
         return self._convert(name)[0]
 
+    def __contains__(self, name: object) -> bool:
+        """Whether the model has a place for the tensor `name` of the hub."""
+        return self._convert(str(name))[0] in self._state
+
     def place(self, name: str) -> Place | None:
         """Where the tensor `name` of the hub goes; None if the model has no place for it."""
         path, pattern = self._convert(name)

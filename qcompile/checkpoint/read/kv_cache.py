@@ -22,8 +22,13 @@ _SCALE = re.compile(r"(?P<attention>.+?)(\.[kv]_proj)?\.([kv]_scale|(?<=_proj\.)
 Scales = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def read_kv_scales(model: torch.nn.Module, names: HubNames, reader: SchemeReader, store: TensorStore) -> Scales:
+def read_kv_scales(
+    model: torch.nn.Module, names: HubNames, reader: SchemeReader, store: TensorStore, *, complete: bool = True
+) -> Scales:
     """Path of each attention whose key/value cache is FP8 -> its scales `(k, v)`, fp32 scalars.
+
+    Args:
+        complete: where the configuration says that the cache is FP8, every attention has to have them.
 
     Raises:
         CheckpointError: the checkpoint says that the cache is FP8, and an attention has no scales.
@@ -34,7 +39,7 @@ def read_kv_scales(model: torch.nn.Module, names: HubNames, reader: SchemeReader
         path = place.path.removesuffix(".k_proj.weight") if place else names.renamed(attention)
         if (scales := reader.kv_scales(attention, store.get)) is not None:
             found[path] = scales
-    if reader.kv_cache:
+    if reader.kv_cache and complete:
         attentions = [name.removesuffix(".k_proj") for name, _ in model.named_modules() if name.endswith(".k_proj")]
         if lacking := [path for path in attentions if path not in found]:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ class TensorStore:
     def later(self, name: str) -> Later:
         """The tensor as transformers takes it: read when it is indexed."""
         return Later(self._tensors[name])
+
+
+class HeaderStore(TensorStore):
+    """Tensors of more than one element are on the meta device: what is known of them without reading them."""
+
+    def get(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if math.prod(tensor.shape) == 1:
+            return super().get(name)
+        self.left.discard(name)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 class Later:

@@ -71,6 +71,21 @@ def quantize_weight(
     return QuantizedWeight(scheme, codes, stored)
 
 
+def weight_like(scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
+    """A weight `[N, K] = shape` without values, on the meta device."""
+    fmt, (rows, columns) = scheme.weight, shape
+    with torch.device("meta"):
+        codes = torch.empty((rows, columns // 2 if fmt.packed else columns), dtype=fmt.storage)
+        scale, one = _room(fmt, scheme, rows, columns), torch.empty(())
+        return QuantizedWeight(
+            scheme,
+            codes,
+            one if scale is None else scale,
+            one if fmt.scale is not None else None,
+            one if scheme.has_input_scale else None,
+        )
+
+
 def _room(fmt: Format, scheme: Scheme, rows: int, columns: int) -> torch.Tensor | None:
     """For the scales of the blocks or channels; None where the tensor has one."""
     if fmt.sizes:

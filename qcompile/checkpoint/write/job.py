@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from qcompile.checkpoint.files.directory import check_room
 from qcompile.checkpoint.formats import format_called
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
+from qcompile.checkpoint.hub.wrappers import plain_names
 from qcompile.checkpoint.write.plan import (
     Plan,
     contents_of,
+    estimated_bytes,
     plan_program,
     plan_recipe,
     refuse_latent,
@@ -69,6 +73,7 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         chosen = load_recipe(recipe if recipe is not None else DEFAULT_RECIPES[format])
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
+        plan.notices[:0] = origin.notices
         return Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
     if source is None:
         raise CheckpointError("a program needs source=, the directory or the model that it was made from")
@@ -76,21 +81,24 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         raise CheckpointError("a program is quantized already: leave out recipe=")
     weights = read_program(model)
     origin = open_origin(source)
+    weights.layers = plain_names(weights.layers, origin.hub.layers)
+    weights.kv_scales = plain_names(weights.kv_scales, origin.hub.attentions)
     plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
     noted = record_of(model)
     unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name == UNREACHED]
-    plan.notices = [*noted.notices, *unreached, *plan.notices, *weights.notices]
+    plan.notices = [*origin.notices, *noted.notices, *unreached, *plan.notices, *weights.notices]
     job = Job(origin, plan, noted.recipe, weights=weights)
     job.kv_scales = _kv_scales(job, weights)
     plan.kv_cache = bool(job.kv_scales)
     return job
 
 
-def check_names(source: str, format: str, recipe: Recipe) -> None:
-    """Refuse, before a model is loaded and calibrated, what the checkpoint could not hold after it."""
-    hub = open_origin(source).hub
-    contents, shapes = contents_of(plan_recipe(recipe, hub, calibrated=True), hub)
-    format_called(format).check(contents, shapes)
+def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> None:
+    """Refuse, before a model is loaded and calibrated, what could not be written after it."""
+    origin, fmt = open_origin(source), format_called(format)
+    plan = plan_recipe(recipe, origin.hub, calibrated=True)
+    fmt.check(*contents_of(plan, origin.hub))
+    check_room(directory, estimated_bytes(plan, origin, fmt))
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.formats import Format
-from qcompile.checkpoint.formats import Contents
+from qcompile.checkpoint.formats import CheckpointFormat, Contents
 from qcompile.checkpoint.formats.merged import MERGED
+from qcompile.checkpoint.hub.adapters import MERGE
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
+from qcompile.checkpoint.hub.origin import Origin
+from qcompile.checkpoint.write.codes import weight_like
 from qcompile.errors import CheckpointError, RecipeError
 from qcompile.layer import Scheme
 from qcompile.messages import some
@@ -33,6 +37,8 @@ _SIBLINGS = (
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     ("in_proj_qkvz", "in_proj_ba"),
 )
+_OF_ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
+_ENTRY, _CONFIGS = 200, 1 << 20  # bytes of a tensor in the header and in the index; of other files, about
 _GROUP_OF = {name: group[0] for group in _SIBLINGS for name in group}
 
 
@@ -113,9 +119,11 @@ def plan_program(schemes: Mapping[str, Scheme], hub: Hub) -> Plan:
     for name, scheme in schemes.items():
         if name not in hub.layers:
             known = ", ".join(list(hub.layers)[:3])
+            hint = f"; it is of an adapter: {MERGE}, then quantize it" if _OF_ADAPTER.search(name) else ""
             raise CheckpointError(
                 f"the program quantizes {name}, and the source has no such layer (it has {known}, ...): give the"
                 " directory or the module that the program was made from, not a part of it or a wrapper around it"
+                f"{hint}"
             )
         if _fits(hub.layers[name], scheme.weight, plan):
             plan.schemes[name] = scheme
@@ -232,3 +240,16 @@ def contents_of(plan: Plan, hub: Hub) -> tuple[Contents, dict[str, tuple[int, in
 def parts_by_key(plan: Plan, hub: Hub) -> dict[str, tuple[Layer, Part]]:
     """Key in the source -> what it is, for the weights that are quantized."""
     return {part.key: (hub.layers[name], part) for name in plan.schemes for part in hub.layers[name].parts}
+
+
+def estimated_bytes(plan: Plan, origin: Origin, fmt: CheckpointFormat) -> int:
+    """Of the files that the checkpoint will have: exact for tensors; with room for headers, JSON and small files."""
+    parts, total = parts_by_key(plan, origin.hub), 0
+    for key, tensor in origin.stored.items():
+        if key in parts:
+            layer, part = parts[key]
+            made = fmt.tensors(part.name, weight_like(plan.schemes[layer.name], part.shape))
+            total += sum(own.nbytes + _ENTRY for own in made.values())
+        elif key not in origin.hub.dropped:
+            total += tensor.nbytes + _ENTRY
+    return total + _CONFIGS

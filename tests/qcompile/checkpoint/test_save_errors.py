@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qcompile
-from qcompile.checkpoint.files import shards
+from qcompile.checkpoint.files import directory, shards
 from qcompile.checkpoint.files.directory import new_directory
 from qcompile.checkpoint.write.job import check_names
 from qcompile.checkpoint.write.save import save_checkpoint
@@ -216,8 +216,8 @@ def test_scales_of_k_and_v_are_not_those_of_a_latent_cache(tmp_path: Path) -> No
     config = transformers.DeepseekV3Config(**sizes, **heads, num_attention_heads=4, num_key_value_heads=4)
     source = save(transformers.DeepseekV3ForCausalLM(config), tmp_path / "source")
     with pytest.raises(CheckpointError, match=r"0.self_attn: k and v are quantized, .* take the recipe fp8_gemm"):
-        check_names(str(source), "modelopt", qcompile.load_recipe("fp8"))
-    check_names(str(source), "modelopt", qcompile.load_recipe("fp8_gemm"))
+        check_names(str(source), tmp_path / "out", "modelopt", qcompile.load_recipe("fp8"))
+    check_names(str(source), tmp_path / "out", "modelopt", qcompile.load_recipe("fp8_gemm"))
 
 
 def test_tied_weights_that_differ(tmp_path: Path) -> None:
@@ -231,6 +231,33 @@ def test_tied_weights_that_differ(tmp_path: Path) -> None:
         CheckpointError, match=r"lm_head.weight is not .*embed_tokens.weight, to which config.json ties"
     ):
         write(source, directory=tmp_path / "again")
+
+
+@pytest.mark.parametrize(("format", "recipe"), [("fp8", "fp8_block"), ("modelopt", "nvfp4_weight_only")])
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    source: Path, monkeypatch: pytest.MonkeyPatch, format: str, recipe: str
+) -> None:
+    report = write(source, format=format, recipe=recipe)
+    size = sum(path.stat().st_size for path in source.with_name("out").glob("*"))
+    assert report.bytes < size
+    free: list[int] = [size - 1]
+    usage = directory.shutil.disk_usage(source)
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    with pytest.raises(
+        CheckpointError, match=rf"again would need about [\d,]+ bytes, and the disk has {size - 1:,} left"
+    ):
+        write(source, source.with_name("again"), format=format, recipe=recipe)
+    assert {path.name for path in source.parent.iterdir()} == {"source", "out"}
+    with pytest.raises(CheckpointError, match=r"would need about"):
+        check_names(str(source), source.with_name("again"), "modelopt", qcompile.load_recipe("fp8"))
+    free[0] = size + (2 << 20)
+    write(source, source.with_name("again"), format=format, recipe=recipe)
+
+
+def test_a_parent_that_cannot_be_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(CheckpointError, match=r"cannot write .*out: .* is not writable for this user"):
+        write(source)
 
 
 def test_why_nothing_is_left_to_quantize(tmp_path: Path) -> None:
