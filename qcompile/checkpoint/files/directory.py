@@ -39,16 +39,6 @@ def check_new(directory: Path) -> None:
         raise CheckpointError(f"cannot write {directory}: {whole.parent} is not writable for this user")
 
 
-def check_room(directory: Path, needed: int) -> None:
-    """Refuse a directory on a disk with less than `needed` bytes left."""
-    free = shutil.disk_usage(directory.resolve().parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"{directory} would need about {needed:,} bytes, and the disk has {free:,} left: free some, or name a"
-            " directory on another"
-        )
-
-
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """`<directory>.partial` to write into, renamed to `directory` when the body ends without an error.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from qcompile.checkpoint.files.directory import check_room
 from qcompile.checkpoint.formats import format_called
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
@@ -27,6 +26,7 @@ from qcompile.checkpoint.write.plan import (
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
+from qcompile.outputs import check_room
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.record import UNREACHED, record_of
 
@@ -98,7 +98,7 @@ def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> No
     origin, fmt = open_origin(source), format_called(format)
     plan = plan_recipe(recipe, origin.hub, calibrated=True)
     fmt.check(*contents_of(plan, origin.hub))
-    check_room(directory, estimated_bytes(plan, origin, fmt))
+    check_room({directory.resolve(): estimated_bytes(plan, origin, fmt)}, CheckpointError)
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

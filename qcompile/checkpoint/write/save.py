@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.export import ExportedProgram
 
-from qcompile.checkpoint.files.directory import carry_over, check_new, check_room, new_directory, write_configs
+from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
 from qcompile.checkpoint.files.shards import ShardWriter, parse_size
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
@@ -28,6 +28,7 @@ from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight
+from qcompile.outputs import check_room
 from qcompile.recipe import Recipe
 from qcompile.scales import scale_of
 
@@ -79,7 +80,7 @@ def save_checkpoint(
     job = read_job(model, source, recipe, format)
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
-    check_room(Path(directory), estimated_bytes(job.plan, job.origin, chosen))
+    check_room({Path(directory).resolve(): estimated_bytes(job.plan, job.origin, chosen)}, CheckpointError)
     job.plan.notices += chosen.notices(contents, shapes)
     _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qcompile
+from qcompile import outputs
 from qcompile.checkpoint.files import directory, shards
 from qcompile.checkpoint.files.directory import new_directory
 from qcompile.checkpoint.write.job import check_names
@@ -241,14 +242,15 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     size = sum(path.stat().st_size for path in source.with_name("out").glob("*"))
     assert report.bytes < size
     free: list[int] = [size - 1]
-    usage = directory.shutil.disk_usage(source)
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    usage = outputs.shutil.disk_usage(source)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     with pytest.raises(
-        CheckpointError, match=rf"again would need about [\d,]+ bytes, and the disk has {size - 1:,} left"
+        CheckpointError,
+        match=rf"no room for .*again: about [\d,]+ bytes are needed, and {size - 1:,} are free on that disk",
     ):
         write(source, source.with_name("again"), format=format, recipe=recipe)
     assert {path.name for path in source.parent.iterdir()} == {"source", "out"}
-    with pytest.raises(CheckpointError, match=r"would need about"):
+    with pytest.raises(CheckpointError, match=r"no room for .*again"):
         check_names(str(source), source.with_name("again"), "modelopt", qcompile.load_recipe("fp8"))
     free[0] = size + (2 << 20)
     write(source, source.with_name("again"), format=format, recipe=recipe)
