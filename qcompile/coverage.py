@@ -41,6 +41,15 @@ def coverage(gm: GraphModule, unquantized: Mapping[str, str]) -> dict[str, tuple
     return {kind: (counts[kind], counts[kind] + left[kind]) for kind in KINDS if counts[kind] + left[kind]}
 
 
+def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
+    """(kind, path) of each layer that `coverage` counts -> whether it is quantized."""
+    found: dict[tuple[str, str], bool] = {}
+    for kind, path, fmt in _modules(gm):
+        if kind in KINDS:
+            found[kind, path] = fmt is not None or found.get((kind, path), False)
+    return found
+
+
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
     """(kind, path, format or None) of each linear layer, mixture of experts, attention, and quantized norm."""
     for node in calls(gm.graph, *_LINEARS, SDPA, ATTENTION, *NORMS):

@@ -13,13 +13,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.lower.device import Device
-from qcompile.dynamo.compiled import CompiledGraph, keep
+from qcompile.dynamo.calls import check_expected, current_call
+from qcompile.dynamo.compiled import Binding, CompiledGraph, keep
 from qcompile.dynamo.explain import CompileReport, report_of
+from qcompile.dynamo.hooks import install
 from qcompile.dynamo.inductor import compile_inductor
 from qcompile.dynamo.inputs import Main, weights_as_inputs
 from qcompile.dynamo.middle import Lowered, lower
+from qcompile.dynamo.models import owners
+from qcompile.dynamo.names import Naming
 from qcompile.dynamo.options import Options
-from qcompile.dynamo.registry import remember
+from qcompile.dynamo.registry import Reported, remember
 from qcompile.dynamo.trace import Captured, Traced, trace
 
 logger = logging.getLogger("qcompile")
@@ -45,7 +49,10 @@ def qcompile_backend(
     Raises:
         QCompileError, which Dynamo shows in a BackendCompilerFailed.
     """
-    compiler = _Compiler(Options.read(options, mode), Captured.read(gm, example_inputs))
+    call = current_call()
+    is_region = call is not None and call.region.given is options  # its options, read when `torch.compile` was called
+    chosen = call.region.options if call is not None and is_region else Options.read(options, mode)
+    compiler = _Compiler(chosen, Captured.read(gm, example_inputs))
     traced = compiler.trace([example_inputs[i].item() for i in compiler.captured.scalars])
     captured = compiler.captured
     weights = [i for i in traced.weights.values() if i < len(example_inputs)]
@@ -69,9 +76,10 @@ class _Compiler:
 
     options: Options
     captured: Captured
-    reports: list[CompileReport] = field(default_factory=list)
+    reports: list[Reported] = field(default_factory=list)
     _traced: dict[tuple[Any, ...], Traced] = field(default_factory=dict)
     _functions: dict[object, Callable[..., Any]] = field(default_factory=dict)
+    _reported: dict[int, Reported] = field(default_factory=dict)
 
     def trace(self, numbers: Sequence[Any]) -> Traced:
         """The graph with these Python numbers in it."""
@@ -87,43 +95,66 @@ class _Compiler:
             keep(self._traced, key, trace(self.captured, numbers))
         return self._traced[key]
 
-    def bind(self, arguments: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[torch.Tensor | int]]:
+    def bind(self, arguments: Sequence[Any]) -> Binding:
         """The function for the weights and numbers among `arguments`, and what it reads beside the user's inputs."""
         start = time.perf_counter()
         traced = self.trace([arguments[i].item() for i in self.captured.scalars])
         unpacked = self.captured.unpacked(arguments)
+        traced = traced.named(_naming(traced, unpacked))
         weights = {name: unpacked[index] for name, index in traced.weights.items()}
         lowered = lower(traced, weights, self.options, _device(arguments))
+        if current_call() is None:  # or else at the end of the call: other graphs have layers, too
+            check_expected(lowered.layers, self.options.expect, {})
         main = weights_as_inputs(lowered.gm, traced, weights, self.captured.fake_mode)
-        if self.options.target == "torch_tensorrt":
-            return self._engine(traced, lowered, main, unpacked, start), []
         middle = time.perf_counter() - start
-        if main.structure not in self._functions:
-            keep(self._functions, main.structure, self._compile(main))
-            seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
-            self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
-            _log(self.reports[-1])
-        given = range(len(arguments))  # other positions are those of tensors that were unpacked
-        constants = [unpacked[c] if isinstance(c, int) and c not in given else c for c in main.constants]
-        return self._functions[main.structure], constants
+        constants: Sequence[torch.Tensor | int] = []
+        if self.options.target == "torch_tensorrt":
+            function = self._engine(traced, lowered, unpacked)
+        else:
+            if main.structure not in self._functions:
+                keep(self._functions, main.structure, self._compile(main))
+            function = self._functions[main.structure]
+            given = range(len(arguments))  # other positions are those of tensors that were unpacked
+            constants = [unpacked[c] if isinstance(c, int) and c not in given else c for c in main.constants]
+        seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
+        self._report(lowered, main, arguments, weights, seconds)
+        return Binding(function, constants, lowered.layers)
 
-    def _engine(
-        self, traced: Traced, lowered: Lowered, main: Main, arguments: Sequence[Any], start: float
-    ) -> Callable[..., Any]:
+    def _engine(self, traced: Traced, lowered: Lowered, arguments: Sequence[Any]) -> Callable[..., Any]:
         """An engine, which holds the weights: for others there is another."""
         from qcompile.torch_tensorrt import compile_module
 
-        middle = time.perf_counter() - start
-        engine = compile_module(lowered.gm, [arguments[i] for i in traced.inputs])
-        seconds = {"passes": middle, self.options.target: time.perf_counter() - start - middle}
-        self.reports.append(report_of(lowered, main, self.options, _device(arguments), seconds))
-        return engine
+        return compile_module(lowered.gm, [arguments[i] for i in traced.inputs])
+
+    def _report(
+        self,
+        lowered: Lowered,
+        main: Main,
+        arguments: Sequence[Any],
+        weights: Mapping[str, torch.Tensor],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Add a report if the function is new, or if its layers have other names with these weights."""
+        key = hash((main.structure, frozenset(lowered.layers.items())))
+        if key not in self._reported:
+            report = report_of(lowered, main, self.options, _device(arguments), seconds)
+            self.reports.append(Reported(report))
+            self._reported[key] = self.reports[-1]
+            _log(report)
+        self._reported[key].add(weights.values())
 
     def _compile(self, main: Main) -> Callable[..., Any]:
         if self.options.target == "eager":
             function: Callable[..., Any] = main.gm.forward
             return function
         return compile_inductor(main.gm, main.fakes, self.captured.fake_mode, self.options)
+
+
+def _naming(traced: Traced, arguments: Sequence[Any]) -> Naming:
+    """What weights and modules are called in the model that is called now."""
+    weights = {name: arguments[index] for name, index in traced.weights.items()}
+    call = current_call()
+    return Naming.of(traced.roots, weights, owners(call.modules()) if call is not None else {})
 
 
 def _log(report: CompileReport) -> None:
@@ -149,3 +180,6 @@ def _device(arguments: Sequence[Any]) -> Device:
     devices = [a.device for a in arguments if isinstance(a, torch.Tensor)]
     on_gpu = [device for device in devices if device.type != "cpu"]
     return Device.of((on_gpu or devices or [torch.device("cpu")])[0])
+
+
+install(qcompile_backend)

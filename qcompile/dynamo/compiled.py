@@ -8,9 +8,10 @@ others: identity, version counter and address of each are compared at every call
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch._dynamo.convert_frame import compile_lock
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qcompile.dynamo.calls import current_call
 from qcompile.dynamo.gradients import without_backward
 from qcompile.dynamo.packed import inner_tensors
 from qcompile.errors import CompileError
@@ -58,18 +60,27 @@ class State:
 
 
 @dataclass(frozen=True)
-class Bound:
+class Binding:
     """A function of the back end with the tensors that it reads beside the user's inputs.
 
     Attributes:
         function: called with the user's inputs, then `constants`.
         constants: for each either a tensor that passes made, or the position of a weight among Dynamo's arguments.
-        state: of the weights that those were made of.
+        layers: (kind, path) of each layer in it -> whether it is quantized.
     """
 
     function: Callable[..., Any]
     constants: Sequence[torch.Tensor | int]
+    layers: Mapping[tuple[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A binding, and the state of the weights that it was made of."""
+
+    binding: Binding
     state: State
+    serial: int = field(default_factory=count().__next__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class CompiledGraph:
 
     def __init__(
         self,
-        bind: Callable[[Sequence[Any]], tuple[Callable[..., Any], Sequence[torch.Tensor | int]]],
+        bind: Callable[[Sequence[Any]], Binding],
         weights: Sequence[int],
         packed: Sequence[int],
         inputs: Sequence[int],
@@ -107,10 +118,12 @@ class CompiledGraph:
         weights = self._weights_of(arguments)
         with torch._C._DisableAutocast():  # the graph has the casts that autocast makes
             bound = self._current(arguments, weights)
+            if (call := current_call()) is not None:
+                call.ran[bound.serial] = bound.binding.layers, weights
             inputs = [arguments[i] for i in self._inputs]
-            constants = [arguments[c] if isinstance(c, int) else c for c in bound.constants]
+            constants = [arguments[c] if isinstance(c, int) else c for c in bound.binding.constants]
             with torch.no_grad():
-                results = bound.function(*inputs, *constants)
+                results = bound.binding.function(*inputs, *constants)
         if torch.is_grad_enabled() and any(self._wanted):
             return without_backward(results, self._wanted, [*inputs, *weights])
         return results
@@ -157,10 +170,10 @@ class CompiledGraph:
         state = State.of(weights)
         # tracing and Inductor are not for several threads at once: Dynamo holds its lock only where it compiles itself
         with compile_lock, torch.inference_mode(False), torch.no_grad():
-            function, constants = self._bind(arguments)
+            binding = self._bind(arguments)
         kept = self._kept(weights)
         kept.pop(numbers, None)
-        keep(kept, numbers, bound := Bound(function, constants, state))
+        keep(kept, numbers, bound := Bound(binding, state))
         return bound
 
     def _kept(self, weights: Sequence[torch.Tensor]) -> dict[_Numbers, Bound]:

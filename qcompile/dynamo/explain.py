@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -17,9 +17,11 @@ from passes.base import Decline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from qcompile.dynamo.inputs import Main
+from qcompile.dynamo.left import layers_left, models_seen
 from qcompile.dynamo.middle import Lowered
+from qcompile.dynamo.models import modules_of
 from qcompile.dynamo.options import Options
-from qcompile.dynamo.registry import graphs_of
+from qcompile.dynamo.registry import graphs_of, nothing_compiled
 from qcompile.tables import show_coverage, show_declines, show_notices, show_rows, size
 
 
@@ -60,14 +62,21 @@ class Explanation:
 
     Attributes:
         graphs: one report for each graph that was compiled, in that order: graph breaks and recompiles make several.
+        left: module path -> why, of each layer that is in none of them, or that a call ran without them.
     """
 
     graphs: Sequence[CompileReport]
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, str]:
         """Module path -> format, over all graphs."""
         return {path: form for graph in self.graphs for path, form in graph.quantized.items()}
+
+    @property
+    def unquantized(self) -> dict[str, str]:
+        """Module path -> what it is, over all graphs; of a layer that Dynamo left alone, why."""
+        return {path: kind for graph in self.graphs for path, kind in graph.unquantized.items()} | dict(self.left)
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -80,14 +89,15 @@ class Explanation:
         return [decline for graph in self.graphs for decline in graph.declined]
 
     def to_json(self) -> str:
-        """The reports as JSON text."""
-        return json.dumps([dataclasses.asdict(graph) for graph in self.graphs], indent=2)
+        """`graphs` and `left` as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
         text = io.StringIO()
         console = Console(file=text, width=120)
         for index, graph in enumerate(self.graphs):
             _show(console, index, graph)
+        show_rows(console, "In no graph, unquantized", ("module", "why"), list(self.left.items()))
         return text.getvalue().rstrip()
 
 
@@ -101,7 +111,12 @@ def explain(compiled: Callable[..., Any] | None = None) -> Explanation:
     Raises:
         CompileError: nothing was compiled for it yet.
     """
-    return Explanation([report for reports in graphs_of(compiled).values() for report in reports])
+    graphs = graphs_of(compiled)
+    read = [weight for graph in graphs for weight in graph.weights()]
+    left = layers_left(models_seen() if compiled is None else modules_of(compiled), read)
+    if not graphs and left is None:
+        raise nothing_compiled()
+    return Explanation([report for reports in graphs.values() for report in reports], left or {})
 
 
 def report_of(

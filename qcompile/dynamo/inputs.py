@@ -54,7 +54,7 @@ def weights_as_inputs(
         if tensor is None:
             continue  # the graph of a control-flow operator
         if name not in owners:
-            owners[name] = graph.placeholder(f"c_{name.replace('.', '_')}")
+            owners[name] = graph.placeholder(f"c_{len(owners)}")  # one structure for blocks of whatever name
             owners[name].meta = copy.copy(node.meta)
             is_weight = name in weights and tensor is weights[name]
             constants[name] = traced.weights[name] if is_weight else _shared(tensor.detach(), name, weights)

@@ -14,10 +14,10 @@ from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
-from qcompile.coverage import KINDS, coverage, quantized_modules
+from qcompile.coverage import coverage, layers, quantized_modules
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
-from qcompile.errors import CalibrationError, CompileError, ExpectationError
+from qcompile.errors import CalibrationError, CompileError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph, without
@@ -31,6 +31,7 @@ class Lowered:
     Attributes:
         gm: weights, codes and scales as `get_attr`.
         quantized, unquantized, coverage: as in `qcompile.Report`, before the lowering.
+        layers: (kind, path) of each layer that `coverage` counts -> whether it is quantized.
         log: what passes did and declined.
         notices: of the recipe.
     """
@@ -39,6 +40,7 @@ class Lowered:
     quantized: Mapping[str, str]
     unquantized: Mapping[str, str]
     coverage: Mapping[str, tuple[int, int]]
+    layers: Mapping[tuple[str, str], bool]
     log: PassLog
     notices: list[str]
 
@@ -47,7 +49,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     """Quantize the graph, or read how it is quantized already, and write it in what `options.target` runs on `device`.
 
     Raises:
-        CalibrationError, RecipeError, PassError: what `qcompile.quantize` raises. ExpectationError: `options.expect`.
+        CalibrationError, RecipeError, PassError: what `qcompile.quantize` raises.
     """
     gm = traced.with_weights(weights)
     log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
@@ -76,12 +78,11 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         quantize_graph(gm, plan, amax, dtype, dtype)
         notices = [*map(str, plan.notices), *log.notices]
     quantized, unquantized = quantized_modules(gm)
-    counts = coverage(gm, unquantized)
-    _check_expected(counts, options.expect)
+    counts, found = coverage(gm, unquantized), layers(gm)
     if quantized and options.target == "inductor":
         pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
         run_pipeline(pipeline, gm, log, recompile=False)
-    return Lowered(gm, quantized, unquantized, counts, log, notices)
+    return Lowered(gm, quantized, unquantized, counts, found, log, notices)
 
 
 def _is_quantized(gm: GraphModule) -> bool:
@@ -92,12 +93,3 @@ def _is_foreign(gm: GraphModule) -> bool:
     """Whether another tool quantized the model."""
     tools = (*modelopt.NAMESPACES, pt2e.NAMESPACE)
     return any(getattr(node.target, "namespace", None) in tools for node in gm.graph.nodes)
-
-
-def _check_expected(counts: Mapping[str, tuple[int, int]], expected: Mapping[str, int]) -> None:
-    if unknown := sorted(set(expected) - set(KINDS)):
-        raise ExpectationError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
-    for kind, least in expected.items():
-        found, total = counts.get(kind, (0, 0))
-        if found < least:
-            raise ExpectationError(f"{found} of {total} {kind} are quantized, and {least} are expected")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ def roots_of(placeholders: Sequence[Node], graph: Graph) -> set[str]:
     return sources | {_dotted(path).partition(".")[0] for stack in stacks for path, _ in stack.values()}
 
 
-def weight_names(placeholders: Sequence[Node], fakes: Sequence[Any], roots: set[str]) -> dict[int, str]:
-    """Position -> dotted name, of parameters and buffers."""
+def weight_names(placeholders: Sequence[Node], fakes: Sequence[Any]) -> dict[int, str]:
+    """Position -> dotted name with its root, of parameters and buffers."""
     names: dict[int, str] = {}
     for index, (node, value) in enumerate(zip(placeholders, fakes, strict=True)):
         if isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.Tensor) and _is_static(node)):
-            name = _below_root(source_of(node), roots) or source_of(node)
+            name = source_of(node)
             names[index] = name if name not in names.values() else f"{name}_{index}"
     return names
 
@@ -43,13 +44,53 @@ def _dotted(source: str) -> str:
     return re.sub(r"^[LG]\.", "", re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", dotted))
 
 
-def _below_root(path: str, roots: set[str]) -> str:
-    """`path` without the variable that holds the model, if there is only one."""
-    root, _, rest = path.partition(".")
-    return rest if len(roots) == 1 or root == "self" else path
-
-
-def clean_stack(node: Node, roots: set[str]) -> None:
-    """Write the paths of modules as torch.export does: `layers.0.fc`, not `L['self'].layers[0].fc`."""
+def clean_stack(node: Node) -> None:
+    """Write the paths of modules with dots, as those of weights: `self.layers.0.fc`, not `L['self'].layers[0].fc`."""
     if stack := node.meta.get("nn_module_stack"):
-        node.meta["nn_module_stack"] = {k: (_below_root(_dotted(p), roots), kind) for k, (p, kind) in stack.items()}
+        node.meta["nn_module_stack"] = {key: (_dotted(path), kind) for key, (path, kind) in stack.items()}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Names in the frame that Dynamo captured -> names in the model.
+
+    Dynamo compiles the frame of a block by itself where it cannot capture what calls it, and behind a graph break a
+    module is what stood on the stack (`___stack0.weight`). Rules of recipes and ranges of calibration are for names in
+    the model, and so are reports.
+
+    Attributes:
+        roots: the variables of the frame that hold modules.
+        paths: variable -> path in the model of the module that it holds, where that is known.
+    """
+
+    roots: frozenset[str]
+    paths: Mapping[str, str]
+
+    @classmethod
+    def of(cls, roots: set[str], weights: Mapping[str, torch.Tensor], owners: Mapping[int, Sequence[str]]) -> Naming:
+        """
+        Args:
+            weights: dotted name with its root -> tensor.
+            owners: identity of a tensor -> paths of the modules in the model that have it.
+        """
+        fitting: dict[str, list[str]] = {}
+        for name, weight in weights.items():
+            root, _, owner = name.rpartition(".")[0].partition(".")
+            paths = [_without_end(path, owner) for path in owners.get(id(weight), ())]
+            found = [path for path in paths if path is not None]
+            if found:  # a weight that modules share has several paths: one that fits the others, too
+                fitting[root] = [path for path in fitting.get(root, found) if path in found] or fitting[root]
+        return cls(frozenset(roots), {root: paths[0] for root, paths in fitting.items()})
+
+    def __call__(self, name: str) -> str:
+        root, _, rest = name.partition(".")
+        if root in self.paths:
+            return ".".join(filter(None, (self.paths[root], rest)))
+        return rest if len(self.roots) == 1 or root == "self" else name
+
+
+def _without_end(path: str, end: str) -> str | None:
+    """`path` without `end`, or None if it ends otherwise."""
+    if not end or path == end:
+        return path if not end else ""
+    return path.removesuffix(f".{end}") if path.endswith(f".{end}") else None

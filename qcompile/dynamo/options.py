@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qcompile.coverage import KINDS
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.recipe.stacks import counts_from_end
@@ -28,7 +29,7 @@ class Options:
         mode: as `mode=` of torch.compile, which takes no options beside it: "reduce-overhead", "max-autotune", ...
         fast_accumulation: let a GPU add FP8 products in fewer digits than float32 where that is faster (Hopper).
         inductor: settings of `torch._inductor.config` for this model.
-        expect: least counts of what has to be quantized, such as {"linear": 49, "attention": 12}.
+        expect: least counts of what each call has to run quantized, such as {"linear": 49, "attention": 12}.
     """
 
     recipe: Recipe | None = None
@@ -58,8 +59,11 @@ class Options:
                 raise CompileError(f"options[{option!r}] is a mapping, not a {type(given[option]).__name__}")
         if not isinstance(fast := given.get("fast_accumulation", True), bool):
             raise CompileError(f"options['fast_accumulation'] is a bool, not a {type(fast).__name__}")
-        if unknown := sorted(set(given.get("inductor", {})) - set(torch._inductor.config.get_config_copy())):
+        settings = torch._inductor.config._config  # type: ignore[attr-defined]  # get_config_copy leaves aliases out
+        if unknown := sorted(set(given.get("inductor", {})) - set(settings)):
             raise CompileError(f"options['inductor']: torch._inductor.config has no {', '.join(unknown)}")
+        if unknown := sorted(set(given.get("expect", {})) - set(KINDS)):
+            raise CompileError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if "calibration" in given:
             given["calibration"] = {name: _range(name, amax) for name, amax in given["calibration"].items()}
         if "recipe" in given:

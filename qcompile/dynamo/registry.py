@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from qcompile.dynamo.compiled import CompiledGraph
-from qcompile.dynamo.packed import inner_tensors
+from qcompile.dynamo.models import modules_of, tensors_of
 from qcompile.errors import CompileError
 
 if TYPE_CHECKING:
     from qcompile.dynamo.explain import CompileReport
 
+
+@dataclass
+class Reported:
+    """A report, and the weights that it is true of: a graph serves other modules of a class, under other names."""
+
+    report: CompileReport
+    weights: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+
+    def add(self, weights: Iterable[Tensor]) -> None:
+        self.weights.update({id(weight): weakref.ref(weight) for weight in weights})
+
+    def is_of(self, wanted: Collection[int]) -> bool:
+        return not self.weights or any(key in wanted and ref() is not None for key, ref in self.weights.items())
+
+
 # graph that Dynamo can call -> (order, its reports)
-_KNOWN: weakref.WeakKeyDictionary[CompiledGraph, tuple[int, list[CompileReport]]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[CompiledGraph, tuple[int, list[Reported]]] = weakref.WeakKeyDictionary()
 _count = 0
 
 
-def remember(graph: CompiledGraph, reports: list[CompileReport]) -> None:
+def remember(graph: CompiledGraph, reports: list[Reported]) -> None:
     """Keep `graph` in the registry for as long as Dynamo keeps it."""
     global _count
     _count += 1
@@ -35,18 +50,25 @@ def graphs_of(compiled: Callable[..., Any] | None) -> dict[CompiledGraph, list[C
         compiled: what `torch.compile` returned, a module or function that it was made of, or None for all.
 
     Raises:
-        CompileError: there is none.
+        TypeError: it is nothing that can be compiled.
     """
-    known = [(*entry, graph) for graph, entry in _KNOWN.items() if graph.is_used()]
-    if compiled is not None:
-        wanted = set(map(id, _tensors(compiled)))
-        known = [k for k in known if any(id(weight) in wanted for weight in k[2].weights())]
-    if not known:
-        raise CompileError(
-            "nothing was compiled by backend='qcompile' for this: call it once first; a function is found by the"
-            " modules that it refers to"
-        )
-    return {graph: reports for _, reports, graph in sorted(known, key=lambda k: k[0])}
+    known = sorted(((*entry, graph) for graph, entry in _KNOWN.items() if graph.is_used()), key=lambda k: k[0])
+    if compiled is None:
+        return {graph: [reported.report for reported in reports] for _, reports, graph in known}
+    wanted = {id(tensor) for module in modules_of(compiled).values() for tensor in tensors_of(module)}
+    return {
+        graph: [reported.report for reported in reports if reported.is_of(wanted)]
+        for _, reports, graph in known
+        if any(id(weight) in wanted for weight in graph.weights())
+    }
+
+
+def nothing_compiled() -> CompileError:
+    """What to say where there is no graph."""
+    return CompileError(
+        "nothing was compiled by backend='qcompile' for this: call it once first; a function is found by the"
+        " modules that it refers to"
+    )
 
 
 def refresh(compiled: Callable[..., Any] | None = None) -> None:
@@ -61,19 +83,8 @@ def refresh(compiled: Callable[..., Any] | None = None) -> None:
     Raises:
         CompileError: nothing was compiled for it yet.
     """
-    for graph in graphs_of(compiled):
+    graphs = graphs_of(compiled)
+    if not graphs:
+        raise nothing_compiled()
+    for graph in graphs:
         graph.forget()
-
-
-def _tensors(compiled: Any) -> Iterator[torch.Tensor]:
-    """The parameters and buffers of a module, or of the modules that a function refers to, plain ones."""
-    original = getattr(compiled, "_torchdynamo_orig_callable", compiled)
-    if isinstance(original, torch.nn.Module):
-        modules = [original]
-    else:
-        found = inspect.getclosurevars(inspect.unwrap(original))
-        values = [*found.nonlocals.values(), *found.globals.values(), getattr(original, "__self__", None)]
-        modules = [value for value in values if isinstance(value, torch.nn.Module)]
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            yield from inner_tensors(tensor)

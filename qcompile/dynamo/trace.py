@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import aten
 from qcompile.dynamo.fast_path import ENCODER_LAYER, encoder_layer
-from qcompile.dynamo.names import clean_stack, roots_of, weight_names
+from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
 from qcompile.frontends import modelopt
 
@@ -34,6 +34,7 @@ class Traced:
     Attributes:
         graph: functional but for `copy_` into inputs at its end; a weight is a `get_attr`.
         constants: tensors that the graph itself holds, by name.
+        roots: the variables of the frame that hold modules; names begin with one of them until they are `named`.
         weights: name of a parameter or buffer -> position.
         inputs: position of each placeholder of `graph`: the inputs of the user, and sizes.
         autocast: whether fake values have dtypes that only autocast gives them.
@@ -41,17 +42,31 @@ class Traced:
 
     graph: Graph
     constants: Mapping[str, Any]
+    roots: set[str]
     weights: Mapping[str, int]
     inputs: Sequence[int]
     autocast: bool
 
-    def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> GraphModule:
-        """A copy of the graph that passes can edit, with these weights."""
+    def named(self, naming: Naming) -> Traced:
+        """A copy that passes can edit, with names as they are in the model."""
         graph = Graph()
         copied: dict[Node, Node] = {}
+        weights: dict[str, int] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-        return GraphModule({**self.constants, **tensors}, graph)
+            if stack := node.meta.get("nn_module_stack"):
+                copied[node].meta["nn_module_stack"] = {
+                    key: (naming(path), kind) for key, (path, kind) in stack.items()
+                }
+            if (position := self.weights.get(str(node.target))) is not None and node.op == "get_attr":
+                name = naming(str(node.target)) or str(node.target)
+                name = name if name not in weights else f"{name}_{position}"
+                weights[name], copied[node].target = position, name
+        return replace(self, graph=graph, weights=weights)
+
+    def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> GraphModule:
+        """The graph with these weights."""
+        return GraphModule({**self.constants, **tensors}, self.graph)
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
     """`traced` with its weights as `get_attr` nodes of their dotted names."""
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
     roots = roots_of(placeholders, traced.graph)
-    names = weight_names(placeholders, captured.fakes, roots)
+    names = weight_names(placeholders, captured.fakes)
     graph = Graph()
     copied: dict[Node, Node] = {}
     weights: dict[str, int] = {}
@@ -209,12 +224,12 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
         if node.op == "get_attr":
             constants[str(node.target)] = getattr(traced, str(node.target))
         copied[node] = graph.node_copy(node, lambda n: copied[n])
-        clean_stack(copied[node], roots)
+        clean_stack(copied[node])
     device = next((f.device.type for f in captured.fakes if isinstance(f, torch.Tensor)), "cpu")
     autocast_on = torch.is_autocast_enabled(device) or any(
         node.target is _enter_autocast for node in traced.graph.nodes
     )
-    return Traced(graph, constants, weights, inputs, autocast_on)
+    return Traced(graph, constants, roots, weights, inputs, autocast_on)
 
 
 def _is_written(node: Node) -> bool:

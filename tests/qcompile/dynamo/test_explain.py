@@ -150,7 +150,9 @@ def test_json_is_the_same_as_data() -> None:
     run = compiled(Mixed(), "nvfp4_weight_only")
     run(X)
     explained = qcompile.explain(run)
-    read: list[dict[str, Any]] = json.loads(explained.to_json())
+    whole: dict[str, Any] = json.loads(explained.to_json())
+    read = whole["graphs"]
+    assert whole["left"] == explained.left == {}
     assert [set(graph["quantized"]) for graph in read] == [set(graph.quantized) for graph in explained.graphs]
     assert [graph["declined"] for graph in read] == [
         [{"pass_name": d.pass_name, "reason": d.reason, "module": d.module, "nodes": list(d.nodes)} for d in g.declined]
@@ -183,3 +185,21 @@ def test_a_model_in_floating_point_is_explained_too() -> None:
     (graph,) = qcompile.explain(run).graphs
     assert graph.quantized == {} and graph.recipe == ""
     assert graph.coverage["linear"] == (0, 2)
+
+
+def test_dropped_layers_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device has no kernel for runs in the model's precision, and the printed text says so."""
+    from passes.lower.device import Device
+    from qcompile.dynamo import backend
+
+    monkeypatch.setattr(backend, "_device", lambda _: Device("cuda", (7, 5)))
+    run = compiled(Mlp(), DYNAMIC, target="inductor")
+    with torch.no_grad():
+        run(X)
+    explained = qcompile.explain(run)
+    assert set(explained.graphs[0].dropped) == {"up", "down"}
+    text = str(explained)
+    assert "In the model's own precision (2)" in text
+    for layer, why in explained.graphs[0].dropped.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{layer} ") and why[:30] in line)
+        assert "7.5" in line or "7.5" in why

@@ -11,7 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import qcompile
 from qcompile.dynamo.options import Options
-from qcompile.errors import CompileError, QCompileError
+from qcompile.errors import CompileError, ExpectationError, QCompileError
 from tests.qcompile.dynamo.support import (
     DYNAMIC,
     LINEARS,
@@ -53,15 +53,39 @@ def refusal(run: Any) -> str:
         ({"recipe": DYNAMIC, "calibration": [X]}, "options['calibration'] is a mapping, not a list"),
         ({"recipe": DYNAMIC, "fast_accumulation": "no"}, "options['fast_accumulation'] is a bool, not a str"),
         ({"recipe": DYNAMIC, "inductor": True}, "options['inductor'] is a mapping, not a bool"),
-        ({"recipe": DYNAMIC, "expect": {"linear": 3}, "target": "eager"}, "2 of 2 linear are quantized, and 3"),
-        ({"recipe": DYNAMIC, "expect": {"linears": 1}, "target": "eager"}, "linears"),
-        ({"expect": {"linear": 1}, "target": "eager"}, "are quantized, and 1 are expected"),
+        ({"recipe": DYNAMIC, "expect": {"linears": 1}, "target": "eager"}, "linears; known: linear, experts"),
         ({"recipe": DYNAMIC, "inductor": {"no_such_setting": 1}}, "no_such_setting"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_wrong_options(options: dict[str, Any], says: str) -> None:
-    assert says in refusal(torch.compile(Mlp(), backend="qcompile", options=options))
+    """Before the model is called."""
+    with pytest.raises(QCompileError) as caught:
+        torch.compile(Mlp(), backend="qcompile", options=options)
+    assert says in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"recipe": DYNAMIC, "expect": {"linear": 3}}, "2 of 2 linear are quantized, and 3 are expected"),
+        ({"recipe": DYNAMIC, "expect": {"attention": 1}}, "0 of 0 attention are quantized, and 1 are expected"),
+        ({"expect": {"linear": 1}}, "0 of 2 linear are quantized, and 1 are expected"),
+    ],
+)
+def test_expectations_that_are_not_met(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExpectationError, match=says):
+        compiled(Mlp(), **{"recipe": None, **options})(X)
+
+
+def test_expectations_of_a_back_end_that_is_called_by_another_one() -> None:
+    """Dynamo does not tell it of calls then: each graph has to meet them."""
+    from qcompile.dynamo.backend import qcompile_backend
+
+    def run_backend(gm: Any, inputs: Any) -> Any:
+        return qcompile_backend(gm, inputs, options={"recipe": DYNAMIC, "target": "eager", "expect": {"linear": 3}})
+
+    assert "2 of 2 linear are quantized, and 3 are expected" in refusal(torch.compile(Mlp(), backend=run_backend))
 
 
 def test_options_that_are_none_are_as_not_given() -> None:
@@ -105,7 +129,6 @@ def test_calibrated_state() -> None:
         pytest.param(lambda s: s.update({"up.input_quantizer": torch.tensor(torch.nan)}), "up.input", id="nan"),
         pytest.param(lambda s: s.update({"up.input_quantizer": torch.ones(3)}), "up.input_quantizer", id="shape"),
         pytest.param(lambda s: s.update({"up.input_quantizer": -torch.ones(())}), "up.input_quantizer", id="negative"),
-        pytest.param(lambda s: s.update({"up.input_quantizer": "3"}), "up.input_quantizer", id="type"),
     ],
 )  # fmt: skip
 def test_calibrated_state_that_does_not_fit(change: Any, says: str) -> None:
@@ -135,6 +158,11 @@ def test_a_layer_that_the_state_has_no_range_for_is_left(
     assert "up" in report.quantized and report.unquantized["down"] == "linear"
     assert [reason in d.reason for d in report.declined if d.module == "down"] == [True]
     assert "down" in caplog.text and reason in caplog.text
+
+
+def test_calibrated_state_of_another_type() -> None:
+    with pytest.raises(CompileError, match=r"the range of up\.input_quantizer is a str, not a tensor"):
+        compiled(Mlp(), "fp8", calibration={"up.input_quantizer": "3"})
 
 
 def test_state_of_a_number_in_python_is_a_range() -> None:
@@ -183,6 +211,11 @@ def test_program_of_quantize_with_and_without_a_recipe() -> None:
         torch._dynamo.reset()
         message = refusal(compiled(program, "fp8_per_channel_per_token"))
     assert "quantized already" in message
+
+
+def test_inductor_settings_under_another_name() -> None:
+    """`force_disable_caches` stands for a setting of torch.compiler, and is no part of a copy of the settings."""
+    assert Options.read({"inductor": {"force_disable_caches": True}}).inductor == {"force_disable_caches": True}
 
 
 def test_inductor_settings_reach_inductor() -> None:
