@@ -167,7 +167,7 @@ def test_a_float_that_changes_at_every_call(caplog: pytest.LogCaptureFixture, mo
     for step in range(15):
         assert_same(run(x, 1.0 - step / 100), judge(x, 1.0 - step / 100))
     bound = [b for g in _compiled_graphs() for weights in g._bound.values() for b in weights.by_numbers.values()]
-    codes = {id(c) for b in bound for c in b.constants if isinstance(c, Tensor) and c.dtype == torch.float8_e4m3fn}
+    codes = {id(c) for b in bound for c in b.binding.constants if isinstance(c, Tensor) and c.dtype == torch.float8_e4m3fn}
     assert len(codes) == 1
     assert len(bound) <= 11, "what is kept for numbers has a limit"
     said = [record.getMessage() for record in caplog.records if "Python number" in record.getMessage()]
