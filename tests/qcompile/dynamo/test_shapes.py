@@ -167,9 +167,12 @@ def test_a_float_that_changes_at_every_call(caplog: pytest.LogCaptureFixture, mo
     for step in range(15):
         assert_same(run(x, 1.0 - step / 100), judge(x, 1.0 - step / 100))
     bound = [b for g in _compiled_graphs() for weights in g._bound.values() for b in weights.by_numbers.values()]
-    codes = {id(c) for b in bound for c in b.binding.constants if isinstance(c, Tensor) and c.dtype == torch.float8_e4m3fn}
+    codes = {
+        id(c) for b in bound for c in b.binding.constants if isinstance(c, Tensor) and c.dtype == torch.float8_e4m3fn
+    }
     assert len(codes) == 1
     assert len(bound) <= 11, "what is kept for numbers has a limit"
+    assert len(bound) >= 8, "a number is a constant of what is compiled for it: passes and kernels read its value"
     said = [record.getMessage() for record in caplog.records if "Python number" in record.getMessage()]
     assert len(said) <= 1
     if graphs() < len(bound):  # the back end compiled where Dynamo did not
@@ -300,3 +303,21 @@ def test_the_sign_of_a_zero_among_numbers() -> None:
     for by in (1.0, 2.0, 3.0, 0.0, -0.0):
         result = run(x, by)
     assert bool((result == -torch.inf).all())
+
+
+def test_one_tensor_for_two_inputs_and_then_two() -> None:
+    """Dynamo makes one input of them, and has to look at that at the next call."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor, *more: Tensor) -> Tensor:
+            return self.q(x) @ self.k(y).T + sum(m.sum() for m in more)  # type: ignore[no-any-return]
+
+    model = Two()
+    judge = rounded_copy(model)
+    run, x, y = compiled(model, expect={"linear": 2}), torch.randn(3, 16), torch.randn(3, 16)
+    for given in [(x, x), (x, y), (y, x), (y, y), (x, y, y), (x, y, x), (x, x.view(3, 16)), (x, x[:2])]:
+        assert_same(run(*given), judge(*given))
