@@ -111,7 +111,7 @@ def export(
     onnx_target:
         tensorrt: the forms that fuse best there; portable: standard operators only.
     opset:
-        ONNX opset, 19 to 23. Default: 21, or 23 for NVFP4, which needs it.
+        ONNX opset, 19 to 23. Default: 21; 22 for a bfloat16 program and 23 for NVFP4, which need it.
     block_fp8:
         How weights in blocks of 128 x 128 (fp8_block) are multiplied. k_split: block by block, which is exact and
         writes the products of all blocks to memory; per_channel: quantized once more, with one scale for each channel

@@ -44,6 +44,7 @@ Target = Literal["tensorrt", "portable"]
 BlockFp8 = Literal["k_split", "per_channel"]
 OPSETS = range(19, 24)
 _DEFAULT_OPSET = 21
+_BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
 _PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _NOISY_LOGGERS = (
@@ -71,7 +72,7 @@ def export_onnx(
             whole if anything fails. Above 1.8 GB the weights go to `<path>.data`.
         target: `tensorrt` for the forms that TensorRT fuses into the fewest kernels; `portable` for standard operators
             only, in the shape of the model.
-        opset: 19 to 23; None is 21, or 23 where NVFP4 needs it.
+        opset: 19 to 23; None is 21, 22 for a program in bfloat16, 23 where NVFP4 needs it.
         block_fp8: how linear layers with FP8 weights in blocks of 128 x 128 are written: `k_split` multiplies block by
             block, exactly, and writes the products of all blocks to memory; `per_channel` quantizes the weights once
             more, with one scale for each channel, and the activations per token. The report tells what it costs.
@@ -133,7 +134,12 @@ def _check(program: object, target: str, opset: int | None, block_fp8: str) -> i
         )
     if opset is not None and opset < FP4_OPSET and uses_fp4(program):
         raise ExportError(f"opset {opset} has no FP4; leave `opset` out, or give {FP4_OPSET}")
-    return opset or (FP4_OPSET if uses_fp4(program) else _DEFAULT_OPSET)
+    return opset or (FP4_OPSET if uses_fp4(program) else _BFLOAT16_OPSET if _uses_bfloat16(program) else _DEFAULT_OPSET)
+
+
+def _uses_bfloat16(program: ExportedProgram) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in values)
 
 
 def _convert(lowered: ExportedProgram, opset: int) -> Any:

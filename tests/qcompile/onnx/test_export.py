@@ -76,6 +76,15 @@ def domains(path: Path) -> set[str]:
     return {node.domain for node in model.graph.node} | {f.domain for f in model.functions}
 
 
+def test_bfloat16_gets_the_opset_that_has_its_activations(tmp_path: Path) -> None:
+    """HardSwish, Softplus and others take bfloat16 from opset 22 on; torch.onnx writes them before it all the same."""
+    x = torch.randn(4, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Hardswish(), nn.Softplus(), nn.Linear(16, 16))
+    program = quantize(model, x, dtype=torch.bfloat16)
+    assert qcompile.export_onnx(program, tmp_path / "a.onnx", target="portable").opset == 22
+    onnx.checker.check_model(onnx.load(tmp_path / "a.onnx"), full_check=True)
+
+
 @pytest.mark.parametrize(
     ("opset", "targets"),
     [(19, ["tensorrt", "portable"]), (20, ["tensorrt"]), (21, ["portable"]), (22, ["tensorrt"]), (23, ["portable"])],
