@@ -90,7 +90,7 @@ def network(seed: int, *, dynamic: bool | None = None) -> Case:
     for _ in range(draw.randint(1, 6)):
         steps.append(made(draw, at, width))
         at = steps[-1].out
-    if not any(list(step.parameters()) for step in steps):
+    if not any(parameter.ndim == 2 for step in steps for parameter in step.parameters()):
         steps.append(made_linear(draw, at))
     returns = draw.choice(("tensor", "tensor", "tuple", "dict", "none"))
     again = draw.randrange(len(steps)) if draw.random() < 0.4 else None
