@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from passes.errors import PassError, QCompileError
 from passes.graph import module_path
 
 __all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline"]
@@ -50,7 +51,8 @@ class PassLog:
 class Pass(PassBase):
     """One rewrite. A subclass implements `rewrite` and calls `fire` once for each place it changed.
 
-    A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared.
+    A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared. What goes wrong in it
+    is a PassError that names the pass and, where known, the module and the node; a QCompileError stays as it is.
     """
 
     def __init__(self) -> None:
@@ -64,13 +66,18 @@ class Pass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         before = self.log.fired[self.name]
-        self.rewrite(graph_module)
-        modified = self.log.fired[self.name] > before
-        if modified:
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            if self.recompiles:
-                graph_module.recompile()
+        try:
+            self.rewrite(graph_module)
+            modified = self.log.fired[self.name] > before
+            if modified:
+                graph_module.graph.eliminate_dead_code()
+                graph_module.graph.lint()
+                if self.recompiles:
+                    graph_module.recompile()
+        except QCompileError:  # raised on purpose: its sentence says what is wrong
+            raise
+        except Exception as error:  # a fault of the pass, wherever in torch it shows
+            raise PassError(f"{self.name} failed{_where(error)}: {_said(error)}") from error
         return PassResult(graph_module, modified)
 
     @property
@@ -87,6 +94,26 @@ class Pass(PassBase):
     def notice(self, message: str) -> None:
         """Tell the user what was done to the numbers."""
         self.log.notices.append(message)
+
+
+def _where(error: Exception) -> str:
+    """Module and name of the node that the pass was at: the last one that its functions held in a variable."""
+    found: Node | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        held = trace.tb_frame.f_locals
+        found = next((value for value in (held.get("node"), *held.values()) if isinstance(value, Node)), found)
+        trace = trace.tb_next
+    if found is None:
+        return ""
+    path = module_path(found)
+    return f" at {path} (node {found.name})" if path else f" at node {found.name}"
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error of another package, and what kind of error it is."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def run_pipeline(

@@ -6,7 +6,8 @@ weight, `[..., 1]` per token; a format that has blocks wants a scale for each, `
 rounded up. A format of two levels is a chain, exactly as in ONNX: `s = dequantize(block_scales, global_scale)`,
 `x = dequantize(codes, s)`.
 Each operator has a fake and a reference in plain torch, so a program that holds them captures, exports, saves and runs
-anywhere. Back ends lower them; nothing evaluates them early.
+anywhere. Back ends lower them; nothing evaluates them early. They are for inference: where autograd would want a
+gradient of one, it refuses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from passes.formats import Format, get_format
+from passes.gradients import refuse_gradients
 
 _LIBRARY = torch.library.Library("qcompile", "DEF")
 _LIBRARY.define("quantize(Tensor x, Tensor scale, *, str format) -> Tensor")
@@ -150,6 +152,7 @@ def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 for _reference in (quantize, dequantize, dynamic_quantize, attention, batched_linear):
     _LIBRARY.impl(_reference.__name__, _reference, "CompositeExplicitAutograd")
+    refuse_gradients(_LIBRARY, _reference.__name__)
 
 
 @torch.library.register_fake("qcompile::quantize", lib=_LIBRARY)

@@ -73,6 +73,9 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     """`gm` as an ExportedProgram with the inputs, outputs, constraints and call specification of `program`.
 
     A tensor that `program` does not know becomes a parameter or a persistent buffer, so that it is saved with it.
+
+    Weights are frozen (`requires_grad` is False): the result is for inference. Parameters are new objects, so that
+    those of the model keep their gradients, but share memory with them where no pass made another tensor.
     """
     known = {spec.target: spec for spec in program.graph_signature.input_specs if spec.kind in _CONSTANT_KINDS}
     uses: dict[str, list[Node]] = {}
@@ -98,7 +101,7 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
             persistent = (spec.persistent if spec and was_buffer else True) if kind is InputKind.BUFFER else None
             specs.append(InputSpec(kind, TensorArgument(placeholder.name), target, persistent))
             saved = kind is InputKind.PARAMETER or persistent
-            (state if saved else constants)[target] = tensor
+            (state if saved else constants)[target] = _frozen(tensor)
     for node in gm.graph.nodes:
         if node not in copied:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
@@ -123,6 +126,13 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
         constants=constants,
         verifiers=[program.verifier],
     )
+
+
+def _frozen(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor` without a gradient, in an object of its own if it had one or could have."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor.detach(), requires_grad=False)
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def _kind(tensor: torch.Tensor | None, spec: InputSpec | None) -> InputKind:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import dtype, shape, val
+from qcompile.capture.inputs import laid_out
 from qcompile.errors import CalibrationError
 
 
@@ -33,7 +34,7 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
             f"{name} is called as {_describe(args, kwargs)}, but the model was captured as"
             f" {_describe(*example) if example else program.call_spec.in_spec}"
         )
-    return flat
+    return flat if example is None else laid_out(flat, pytree.tree_leaves(example))
 
 
 def _describe(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from passes.base import run_pipeline
 from passes.formats import FP8
 from passes.graph import calls, input_dependence, is_call
-from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import DEQUANTIZE
 from passes.pipelines import CANONICALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
@@ -22,14 +22,13 @@ from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
-from qcompile.frontends import modelopt, pt2e, torchao
-from qcompile.layer import QuantizedLinear
+from qcompile.frontends import modelopt, torchao
 from qcompile.quantization import check_dependence, compute_dtype, model_dtype, without
 from qcompile.recipe import QuantizerConfig
 from qcompile.record import QuantizeRecord, record
 from qcompile.scales import activation_ranges, scale_of
 
-_TOOLS = (modelopt, torchao, pt2e)
+_TOOLS = (modelopt, torchao)
 
 
 def import_quantized(
@@ -98,23 +97,6 @@ def _unquantized_queries(gm: GraphModule) -> list[Site]:
 
 def _is_fp8(operand: object) -> bool:
     return isinstance(operand, Node) and is_call(operand, DEQUANTIZE) and operand.kwargs["format"] == FP8.name
-
-
-def is_quantized(model: torch.nn.Module | ExportedProgram) -> bool:
-    """Whether `model` is something for `import_quantized`: quantized by one of the tools, or by `qcompile.quantize`."""
-    if isinstance(model, torch.nn.Module):
-        by_tool = any(tool.is_quantized(model) for tool in _TOOLS)
-        return by_tool or any(isinstance(module, QuantizedLinear) for module in model.modules())
-    return is_finished(model) or any(
-        getattr(node.target, "namespace", None) in (*modelopt.NAMESPACES, pt2e.NAMESPACE) for node in model.graph.nodes
-    )
-
-
-def is_finished(model: torch.nn.Module | ExportedProgram) -> bool:
-    """Whether `model` is a program with the operators of the IR, as `quantize` and `import_quantized` return it."""
-    return isinstance(model, ExportedProgram) and any(
-        calls(model.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)
-    )
 
 
 def _check_quantized(gm: GraphModule) -> None:

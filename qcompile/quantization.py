@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Decline, PassLog, run_pipeline
 from passes.errors import PassError
-from passes.graph import calls, input_dependence, val
-from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.graph import input_dependence, val
 from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
@@ -27,6 +26,7 @@ from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
+from qcompile.quantized import refuse_quantized, refuse_quantized_graph
 from qcompile.recipe import (
     QuantizerConfig,
     QuantizerName,
@@ -76,13 +76,17 @@ def quantize(
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
-        `load` keep it (import qcompile before loading).
+        `load` keep it (import qcompile before loading). It is for inference: its parameters are frozen, and its
+        operators refuse where a gradient is wanted. What is not quantized and keeps its dtype shares memory with the
+        model.
 
     Raises:
-        CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where.
+        CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where. QCompileError: the
+            model is quantized already.
     """
     chosen_recipe = load_recipe(recipe)
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
+    refuse_quantized(model)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     needed = input_dependence(gm)
@@ -125,6 +129,7 @@ def calibrate(
         CaptureError, RecipeError, CalibrationError: each names what is wrong and where.
     """
     chosen_recipe = load_recipe(recipe)
+    refuse_quantized(model)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     gm = unlift(program)
     plan = planned(gm, chosen_recipe, required=True)
@@ -161,10 +166,7 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
     Raises:
         QCompileError: the graph is quantized already. RecipeError: what the recipe wants is not supported.
     """
-    if any(calls(gm.graph, QUANTIZE, DEQUANTIZE)):
-        raise QCompileError(
-            "this model is quantized already: give it to qcompile.import_quantized, or quantize what it was made from"
-        )
+    refuse_quantized_graph(gm)
     log = run_pipeline(NORMALIZE, gm, log, recompile=False)
     sites = find_sites(gm)
     names = [QuantizerName(site.name, site.module_class) for site in sites]

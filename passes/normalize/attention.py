@@ -9,12 +9,12 @@ from passes.base import Pass
 from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
 from passes.normalize.attention_frame import Frame
 from passes.normalize.attention_scores import (
-    COPIES,
     MATMULS,
     RESHAPES,
     Mask,
     NotUnderstood,
     Scores,
+    is_copy,
     leads_to_product,
     read_scores,
     same,
@@ -88,7 +88,7 @@ def _hands_on(node: Node) -> bool:
     """Whether `node` makes the same probabilities in another dtype, memory layout or leading shape."""
     if is_call(node, *RESHAPES):
         return same(shape(node)[-2:], shape(node.args[0])[-2:])  # type: ignore[arg-type]  # a reshape's input is a node
-    return is_call(node, *COPIES) or (is_call(node, aten._to_copy.default) and dtype(node).is_floating_point)
+    return is_copy(node) or (is_call(node, aten._to_copy.default) and dtype(node).is_floating_point)
 
 
 def _attention(gm: GraphModule, scores: Scores, product: Node, softmax: Node) -> Node:

@@ -15,15 +15,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.constants import scalar
 from passes.graph import argument, aten, dtype, is_call, only_user, shape
+from passes.randomness import draws
 from passes.sdpa import HIDDEN
 
 __all__ = [
-    "COPIES",
     "MATMULS",
     "RESHAPES",
     "Mask",
     "NotUnderstood",
     "Scores",
+    "is_copy",
     "leads_to_product",
     "read_scores",
     "same",
@@ -32,7 +33,7 @@ __all__ = [
 
 MATMULS = (aten.matmul.default, aten.bmm.default)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.dropout.default)
+_COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.dropout.default)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDE = (aten.div.Tensor, aten.div.Scalar)
 _WHERE = (aten.where.self, aten.where.ScalarOther)
@@ -79,7 +80,7 @@ def read_scores(gm: GraphModule, scores: Node) -> Scores:
     while not is_call(node, *MATMULS):
         if only_user(node) is None:
             raise NotUnderstood(f"the attention scores {node.name} have another user")
-        if is_call(node, *COPIES) or _is_cast(node):
+        if is_copy(node) or _is_cast(node):
             node = _input(node, 0)
         elif is_call(node, *RESHAPES) and same(shape(node)[-2:], shape(_input(node, 0))[-2:]):
             reshapes.append(node)
@@ -114,8 +115,8 @@ def read_scores(gm: GraphModule, scores: Node) -> Scores:
 def unscaled(gm: GraphModule, node: Node) -> tuple[Node, float]:
     """`node` before it was multiplied with a number, and that number."""
     factor = 1.0
-    while is_call(node, *_MULTIPLY, *_DIVIDE, *COPIES):
-        if is_call(node, *COPIES):
+    while is_copy(node) or is_call(node, *_MULTIPLY, *_DIVIDE):
+        if is_copy(node):
             node = _input(node, 0)
             continue
         try:
@@ -154,12 +155,17 @@ def _split_sum(node: Node) -> tuple[Node, Node]:
     raise NotUnderstood(f"neither summand of {node.name} is a product of query and key")
 
 
+def is_copy(node: Node) -> bool:
+    """Whether `node` hands its input on; dropout does, where it is not switched on."""
+    return is_call(node, *_COPIES) and not draws(node)
+
+
 def leads_to_product(node: Node) -> bool:
     """Whether a walk up from `node`, through what changes scores, ends at a matrix product."""
     while not is_call(node, *MATMULS, aten.baddbmm.default):
         if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default):  # softcaps, sinks: some side of them
             return any(leads_to_product(side) for side in node.all_input_nodes)
-        if not is_call(node, *COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
+        if not is_call(node, *_COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
             return False
         source = node.args[1] if is_call(node, *_WHERE) else node.args[0]
         if not isinstance(source, Node):

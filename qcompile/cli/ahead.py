@@ -17,10 +17,10 @@ from qcompile.engine.profiles import checked_profiles
 from qcompile.engine.report import check_keys
 from qcompile.errors import CalibrationError, EngineError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint
-from qcompile.importing import is_quantized
 from qcompile.onnx.export import OPSETS
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
+from qcompile.quantized import is_quantized
 from qcompile.recipe.asked import asked_formats, calibrates
 from qcompile.sizes import least_bytes
 from qcompile.source import Source, check_calibration, parse_dynamic

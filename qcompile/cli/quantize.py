@@ -14,7 +14,7 @@ import qcompile
 from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.options import UsageError
 from qcompile.errors import CalibrationError, CaptureError
-from qcompile.importing import is_finished
+from qcompile.quantized import is_finished
 from qcompile.source import Source, load_calibration
 
 MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"

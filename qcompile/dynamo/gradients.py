@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import FunctionCtx
 
+from passes.gradients import NO_GRADIENT
 from qcompile.errors import CompileError
 
 
@@ -30,7 +31,4 @@ class _ForInference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise CompileError(
-            "qcompile compiles for inference, and a rounded weight has no gradient: train the model as it is, or with"
-            " the quantization-aware training of another tool, and compile the result"
-        )
+        raise CompileError(f"qcompile compiles for inference: {NO_GRADIENT}")

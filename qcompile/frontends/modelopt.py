@@ -12,7 +12,7 @@ import torch
 
 from qcompile.errors import CaptureError
 
-__all__ = ["NAMESPACES", "capture_ready", "dynamo_ready", "is_quantized"]
+__all__ = ["NAMESPACES", "capture_ready", "dynamo_ready", "first_quantizer", "is_quantized"]
 
 NAMESPACES = ("tensorrt", "qcompile_modelopt")
 """Of the operators in graphs that were captured in its export mode, or by Dynamo."""
@@ -24,7 +24,13 @@ _substituted: list[Any] = []
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether `model` has quantizers of nvidia-modelopt that are switched on."""
-    return any(not getattr(quantizer, "_disabled", False) for _, quantizer in _quantizers(model))
+    return first_quantizer(model) is not None
+
+
+def first_quantizer(model: torch.nn.Module) -> str | None:
+    """Path of a quantizer of nvidia-modelopt in `model` that is switched on; None if there is none."""
+    switched_on = (name for name, quantizer in _quantizers(model) if not getattr(quantizer, "_disabled", False))
+    return next(switched_on, None)
 
 
 @contextlib.contextmanager

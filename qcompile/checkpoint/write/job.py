@@ -27,6 +27,7 @@ from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.outputs import check_room
+from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.record import UNREACHED, record_of
 
@@ -66,6 +67,8 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     if not isinstance(model, ExportedProgram):
         if source is not None:
             raise CheckpointError("source= is for a program: a directory or a model is its own")
+        if isinstance(model, torch.nn.Module):
+            refuse_quantized(model)
         if recipe is None and format not in DEFAULT_RECIPES:
             raise CheckpointError(
                 f"format {format} holds many schemes: say which with recipe=, such as nvfp4_weight_only"

@@ -13,7 +13,6 @@ import torch
 from qcompile.capture import capture
 from qcompile.checkpoint.read.fused_experts import StackedLinears
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
-from qcompile.importing import is_quantized
 from qcompile.layer import (
     FP8_BLOCK,
     FP8_CHANNEL_TOKEN,
@@ -23,6 +22,7 @@ from qcompile.layer import (
     QuantizedWeight,
     Scheme,
 )
+from qcompile.quantized import is_quantized
 from qcompile.source import load_source
 
 transformers = pytest.importorskip("transformers")

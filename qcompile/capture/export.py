@@ -1,0 +1,118 @@
+"""A PyTorch model as a normalized ATen graph, captured with torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from passes.program import written_tensors
+from qcompile.capture.inputs import own_copies, shapes_by_input
+from qcompile.capture.reasons import reason, without_graphs
+from qcompile.capture.suspects import check_inference, check_inputs, check_operators
+from qcompile.capture.unwrap import unwrapped
+from qcompile.errors import CaptureError
+from qcompile.experts import dense_experts
+
+
+def capture(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> ExportedProgram:
+    """Capture `model` for inference as a functional ATen program with linear layers and attention kept whole.
+
+    Args:
+        model: a module, captured in eval mode, without a key/value cache and without wrappers of torch around it or in
+            it, then left as it was; or a program that `torch.export` made, with its own example inputs and dynamic
+            shapes.
+        args, kwargs: example inputs. They are copied: a tensor that stands in two places is two inputs.
+        dynamic_shapes: as in `torch.export.export`.
+
+    Raises:
+        CaptureError: no example inputs, no values for the weights, torch.export failed (the message carries its
+            reason), a program exported in training mode, or a model that writes to a buffer, parameter or input while
+            it runs.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise CaptureError(f"args is a tuple of arguments, not a {type(args).__name__}: write (x,) for one argument")
+    if isinstance(model, ExportedProgram):
+        if args or kwargs or dynamic_shapes is not None:
+            raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes go with a module")
+        check_inputs(model)
+        functional = _functional(model, model)
+    else:
+        with unwrapped(model) as inner:
+            if not args and not kwargs:
+                raise CaptureError("a module is captured with example inputs: give args or kwargs")
+            shapes = shapes_by_input(dynamic_shapes, inner, tuple(args), dict(kwargs or {}))
+            copies = own_copies(tuple(args), dict(kwargs or {}))
+            with _for_inference(inner), dense_experts(inner), torch.no_grad():
+                program = _export(inner, *copies, shapes)
+                functional = _functional(program, inner)
+    check_operators(functional)
+    check_inference(functional, exported=isinstance(model, ExportedProgram))
+    _check_pure(functional)
+    return functional
+
+
+def _check_pure(program: ExportedProgram) -> None:
+    """Passes take buffers for constants, and calibration runs the graph many times: nothing may be written to."""
+    if written := written_tensors(program):
+        raise CaptureError(
+            f"the model writes to {', '.join(written)} while it runs: use eval mode before torch.export, no"
+            " key/value cache, and no operation in place on an input or a buffer"
+        )
+
+
+def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
+    try:
+        with without_graphs():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises whatever the model or a guard raises
+        found = reason(error, model, (args, kwargs))
+        raise CaptureError(f"torch.export could not capture {type(model).__name__}: {found}") from error
+
+
+def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgram) -> ExportedProgram:
+    """`program` without operations in place. The empty table does only that; the default one would split linear and
+    attention."""
+    try:
+        with warnings.catch_warnings(), without_graphs():
+            warnings.filterwarnings(
+                "ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning
+            )  # torch 2.13, of itself
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    except Exception as error:  # caches, guards on strides, and what torch asserts of itself
+        name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
+        found = reason(error, model, program.example_inputs)
+        raise CaptureError(f"torch.export captured {name} and could not make it functional: {found}") from error
+
+
+@contextlib.contextmanager
+def _for_inference(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and, for Hugging Face models, no key/value cache; everything is put back on the way out."""
+    training = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    # graphs of torch.export and pt2e refuse both by attributes of their own
+    refusals = [(m, n, m.__dict__.pop(n)) for m in training for n in ("eval", "train") if n in m.__dict__]
+    try:
+        model.eval()
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+        for module, mode in training.items():
+            module.training = mode
+        for module, name, refusal in refusals:
+            module.__dict__[name] = refusal
