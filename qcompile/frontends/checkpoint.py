@@ -129,7 +129,7 @@ def _with_floats(cls: Any, config: Any, parts: QuantizedParts, store: TensorStor
         raise CheckpointError(f"{store.directory}: the weights cannot be loaded: {first_line(error)}") from error
     model.__class__ = cls
     _check_loaded(info, parts, store)
-    return model
+    return model.requires_grad_(False)  # its operators are for inference
 
 
 def _first_float(store: TensorStore) -> torch.dtype:
