@@ -24,10 +24,10 @@ def check(case: Case, recipe: str, dtype: torch.dtype, target: str) -> str:
         AssertionError: a wrong number. Anything that is no QCompileError is a fault, too.
     """
     torch._dynamo.reset()
-    model = case.model.to(dtype)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs)
     with torch.no_grad():
-        floats = leaves(model(*inputs))
+        floats = leaves(case.model(*case.inputs))
+        model = case.model.to(dtype)
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs)
         try:
             state = qcompile.calibrate(model, inputs, recipe=recipe, calibration=[inputs], progress=False)
             program = qcompile.quantize(model, inputs, recipe=recipe, calibration=state, dtype=dtype, progress=False)
@@ -37,8 +37,9 @@ def check(case: Case, recipe: str, dtype: torch.dtype, target: str) -> str:
         dynamic = True if case.dynamic_shapes else None
         run: Any = torch.compile(model, backend="qcompile", dynamic=dynamic, options=options)
         found = leaves(run(*inputs))
-        hold(found, leaves(program.module()(*inputs)), floats, dtype, f"torch.compile, {target}")
-    assert all(got.dtype == want.dtype for got, want in zip(found, floats, strict=True))
+        wanted = leaves(program.module()(*inputs))
+    hold(found, wanted, floats, dtype, f"torch.compile, {target}")
+    assert [result.dtype for result in found] == [result.dtype for result in wanted]
     quantized, _ = qcompile.coverage.quantized_modules(program.graph_module)
     explained = qcompile.explain(run)
     known = len(explained.quantized) + len(explained.left)  # a weight that no module multiplies has two names
@@ -64,7 +65,7 @@ def run_seeds(seeds: range, target: str) -> None:
 
 
 def test_random_networks() -> None:
-    run_seeds(range(12), "eager")
+    run_seeds(range(5), "eager")
 
 
 @pytest.mark.slow
