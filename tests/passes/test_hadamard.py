@@ -69,6 +69,7 @@ def test_the_largest_block_in_small_factors(width: int, blocks: int, left: int, 
     rotation = rotation_for(width)
     assert rotation is not None
     assert (width // rotation.block, rotation.left, rotation.right) == (blocks, left, right)
+    assert all(isinstance(size, int) for size in (rotation.left, rotation.right, *rotation.blocked_shape))
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 7, 10, 250, 1021])

@@ -26,6 +26,7 @@ class Shifted(nn.Module):
         self.register_buffer("scale", torch.tensor(0.05))
         self.register_buffer("rows", torch.full((4, 1), 0.01))
         self.register_buffer("block", torch.full((1, 1), 0.01))
+        self.register_buffer("codes", torch.randn(4, 8).to(torch.float8_e4m3fn))
 
     def forward(self, x: Tensor) -> Any:
         codes = QUANTIZE(x + self.offset, self.scale, format="int8")
@@ -39,6 +40,8 @@ class Shifted(nn.Module):
         elif self.weight == "blocks":
             codes, scale = DYNAMIC_QUANTIZE(weight, None, format="fp8_128x128")
             weight = DEQUANTIZE(codes, self.block, format="fp8_128x128", dtype=x.dtype)
+        elif self.weight == "stored blocks":
+            weight = DEQUANTIZE(self.codes, self.block, format="fp8_128x128", dtype=x.dtype)
         elif self.weight == "computed":
             weight = weight * x.mean()
         bias = self.linear.bias * x.mean() if self.weight == "bias" else self.linear.bias
@@ -66,7 +69,7 @@ def test_another_reader_keeps_the_shifted_values() -> None:
     assert count(gm, aten.sub.Tensor) == 1
 
 
-@pytest.mark.parametrize("weight", ["computed", "measured", "blocks", "bias"])
+@pytest.mark.parametrize("weight", ["computed", "measured", "blocks", "stored blocks", "bias"])
 def test_a_weight_or_bias_that_is_computed_is_left(weight: str) -> None:
     (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight=weight), X))
     assert "computed at run time" in reason

@@ -131,6 +131,28 @@ def test_two_layers_with_one_weight_share_its_codes() -> None:
     assert names == {"layer.weight", "layer.weight_block_scale"}
 
 
+def test_parallel_layers_lie_side_by_side_in_memory() -> None:
+    """So that what merges them copies nothing; a layer with another input has memory of its own."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(32, 16), nn.Linear(32, 8), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x)
+            return self.k(x) + self.out(q)
+
+    gm = graph_of(Block(), torch.randn(2, 32))
+    insert(gm, {"weight": G}, NVFP4)
+    rewrites(FoldWeights, gm, torch.randn(2, 32), fired=3)
+    for name in ("weight", "weight_block_scale"):
+        q, k, out = (gm.get_parameter(f"{layer}.{name}") for layer in ("q", "k", "out"))
+        assert k.data_ptr() == q.data_ptr() + q.numel() * q.element_size()
+        assert q.untyped_storage().nbytes() == (q.numel() + k.numel()) * q.element_size()
+        assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
+
+
 def test_a_tied_weight_stays_beside_its_codes() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

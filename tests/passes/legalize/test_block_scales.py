@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8_PER_TOKEN, NVFP4
 from passes.graph import aten
-from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynamic_quantize
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynamic_quantize
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
@@ -77,6 +77,8 @@ def test_a_layer_with_both_operands(dtype: torch.dtype, lead: tuple[int, ...]) -
     x[0] = 0
     rewrites(SpellOutBlockScales, gm, x)
     assert (count(gm, DYNAMIC_QUANTIZE), count(gm, QUANTIZE), count(gm, aten.amax.default)) == (0, 2, 1)
+    assert count(gm, DEQUANTIZE) == 4  # codes and scales of both operands, each once
+    assert set(gm.state_dict()) >= {"one", "weight", "weight_block_scale", "weight_global_scale"}
 
 
 def test_two_layers_with_one_input_measure_it_once() -> None:

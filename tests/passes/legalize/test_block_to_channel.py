@@ -52,7 +52,8 @@ def test_codes_of_the_dequantized_blocks(width: int, bias: bool) -> None:
     gm = block_graph(module, torch.randn(4, width), dynamic_shapes=({0: DYNAMIC},))
     rewrites(BlocksToPerChannel, gm, torch.randn(6, width), **TOLERANCE)
     assert {n.kwargs["format"] for n in calls(gm.graph, DEQUANTIZE)} == {"fp8", "fp8_per_token"}
-    assert set(dict(gm.named_parameters())) >= {"weight"} and gm.get_parameter("weight").shape == (200, width)
+    assert set(gm.state_dict()) == {"weight", "weight_scale"} | ({"bias"} if bias else set())
+    assert gm.get_parameter("weight").shape == (200, width)
     assert error(weight_of(gm), per_channel(in_blocks(module.weight.detach().numpy(), 128))) <= 1e-6
     MeasuredToConstant()(gm)
     assert count(gm, DYNAMIC_QUANTIZE) == 0
@@ -70,6 +71,19 @@ def test_experts(experts: int) -> None:
     gm = block_graph(module, torch.randn(experts, 4, 256))
     rewrites(BlocksToPerChannel, gm, torch.randn(experts, 4, 256), **TOLERANCE)
     assert error(weight_of(gm), per_channel(in_blocks(module.weight.detach().numpy(), 128))) <= 1e-6
+
+
+def test_codes_that_something_else_reads_stay() -> None:
+    gm, x = block_graph(nn.Linear(256, 64), torch.randn(4, 256)), torch.randn(4, 256)
+    (codes,) = (n for n in gm.graph.find_nodes(op="get_attr") if constant(gm, n).dtype is FP8.storage)  # type: ignore[union-attr]
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        again = gm.graph.get_attr(str(codes.target))
+    again.meta |= codes.meta
+    gm.graph.output_node().args = ((*gm.graph.output_node().args[0], again),)  # type: ignore[misc]
+    gm.recompile()
+    before = run(gm, x)[1].clone()
+    assert BlocksToPerChannel()(gm).modified
+    assert torch.equal(run(gm, x)[1].view(torch.uint8), before.view(torch.uint8))
 
 
 def test_weight_only() -> None:
