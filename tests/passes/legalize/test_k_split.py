@@ -56,6 +56,8 @@ def test_a_product_for_each_block(lead: tuple[int, ...], width: int, bias: bool)
     assert (count(gm, aten.linear.default), count(gm, DYNAMIC_QUANTIZE)) == (0, 0)
     assert (count(gm, aten.matmul.default), count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (1, 1, 2)
     assert (count(gm, aten.add.Tensor), count(gm, aten.constant_pad_nd.default)) == (bias, width % 128 != 0)
+    # of the input and the weight; rows become a matrix, with their scales, and the result gets its axes back
+    assert count(gm, aten.reshape.default) == (2 if len(lead) == 1 else 5)
     product = only_call(gm, aten.matmul.default)
     blocks = -(-width // 128)
     assert shape(product)[0] == blocks and shape(product)[2] == 200 and product.meta[K_SPLIT]

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from passes.fold.constants import FoldConstants
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8, NVFP4, Format
-from passes.graph import aten, shape
+from passes.graph import aten, calls, module_path, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dynamic_quantize
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from tests.passes.blocks import block_graph
@@ -71,9 +71,12 @@ class ExpertsWithScales(nn.Module):
 
 def test_a_global_scale_for_each_expert_moves_behind_the_product() -> None:
     gm = graph_of(ExpertsWithScales(), torch.randn(3, 4, 32), dynamic_shapes=({1: DYNAMIC},))
+    scale = next(node for node in calls(gm.graph, DEQUANTIZE) if node.kwargs["format"] == FP8.name)
+    scale.meta["nn_module_stack"] = {"quantizer": ("quantizer", nn.Module)}
     rewrites(StoreWeightsTransposed, gm, torch.randn(3, 7, 32), rtol=1e-4, atol=1e-4)
     product = only_call(gm, aten.matmul.default)
     weight = product.args[1].args[0]  # type: ignore[union-attr]
+    assert (module_path(weight.args[1]), module_path(weight)) == ("quantizer", "")  # type: ignore[union-attr,arg-type]
     assert shape(weight.args[1].args[1]) == ()  # type: ignore[union-attr,arg-type]
     (factor,) = product.users
     assert factor.target is aten.mul.Tensor and shape(factor.args[1]) == (3, 1, 1)  # type: ignore[arg-type]

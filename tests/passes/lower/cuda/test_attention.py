@@ -20,7 +20,7 @@ from passes.quantize.sites import find_sites
 from passes.sdpa import SDPA
 from passes.sdpa import Attention as Arguments
 from tests.passes.lower.cuda.support import trace
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, run
+from tests.passes.support import DYNAMIC, Attention, blank, count, declines, graph_of, insert, only_call, returns, run
 
 S = torch.tensor(0.02)
 
@@ -91,6 +91,16 @@ def test_half_precision() -> None:
     (got,) = run(gm, x, None)
     torch.testing.assert_close(got, run(before, x, None)[0], rtol=1e-2, atol=1e-2)
     assert got.dtype == torch.half and float((got - quantized[0]).abs().max()) < 0.2
+
+
+def test_operands_that_were_dequantized_to_another_dtype() -> None:
+    x = torch.randn(1, 2, 5, 8).half()
+    gm, emit, (node, scale) = blank(x, S)
+    codes = emit(QUANTIZE, node, scale, format="fp8")
+    operand = emit(DEQUANTIZE, codes, scale, format="fp8", dtype=torch.float32)
+    AttentionToSdpa()(returns(gm, emit(SDPA, operand, operand, operand)))
+    (got,) = run(gm, x, S)
+    torch.testing.assert_close(got, scaled_dot_product_attention(x.float(), x.float(), x.float()))
 
 
 class SharedKey(nn.Module):
