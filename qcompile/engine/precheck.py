@@ -6,6 +6,7 @@ import onnx
 
 from qcompile.engine.capability import lacking
 from qcompile.engine.graph import OnnxGraph, module_path, node_name
+from qcompile.engine.network import NetworkGraph
 from qcompile.errors import EngineError
 from qcompile.onnxfile.refused import refused
 
@@ -16,9 +17,11 @@ _TYPES = {
 
 
 def precheck(graph: OnnxGraph, target: int) -> None:
-    """Raise EngineError for quantization that TensorRT does not have, for types that the target cannot run, and for
-    block-scaled FP8 weights in a static FP8 GEMM."""
-    problems = [f"{module_path(node)}: {why} (node {node_name(node)})" for node, why in refused(graph.model)]
+    """Raise EngineError for types that the target cannot run, for block-scaled FP8 weights in a static FP8 GEMM, and, in
+    a file, for quantization that TensorRT does not have: a network is made of TensorRT's own layers."""
+    problems = []
+    if not isinstance(graph, NetworkGraph):
+        problems = [f"{module_path(node)}: {why} (node {node_name(node)})" for node, why in refused(graph.model)]
     if problems:
         more = f"\n  and {len(problems) - 1} more of the kind" if len(problems) > 1 else ""
         raise EngineError(f"TensorRT cannot take the file: {problems[0]}{more}")

@@ -49,6 +49,7 @@ class Experts(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(32, 64) for _ in range(4)) if form == "layers" else None
         self.up = nn.Parameter(torch.randn(4, 32, 64) / 8)
         self.norm = nn.LayerNorm(32)
+        self.down = nn.Linear(64, 32) if form == "gathered" else None  # a recipe that quantizes nothing is an error
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         x = self.norm(x)
@@ -62,7 +63,7 @@ class Experts(nn.Module):
             return torch.einsum("teh,te->th", torch.einsum("td,edh->teh", x, self.up), weights)
         else:
             chosen = self.up[weights.argmax(-1)]
-            return torch.bmm(x.unsqueeze(1), chosen).squeeze(1)
+            return self.down(torch.bmm(x.unsqueeze(1), chosen).squeeze(1))
         return torch.stack(parts).sum(0)
 
 
@@ -100,6 +101,6 @@ def test_an_einsum_over_experts(recipe: str, tmp_path: Path) -> None:
 
 def test_a_gathered_weight_never_goes_unnoticed(tmp_path: Path) -> None:
     report, program, _ = report_of("gathered", tmp_path)
-    assert report.unquantized == {"up": "experts"} and report.coverage == {"experts": (0, 1)}
+    assert report.unquantized == {"up": "experts"} and report.coverage == {"linear": (1, 1), "experts": (0, 1)}
     assert [d.reason for d in report.declined if "give qcompile.quantize the module" in d.reason]
     assert any(node.target is aten.bmm.default for node in program.graph.nodes)

@@ -11,7 +11,7 @@ import torch
 import qcompile
 from qcompile.recipe import list_recipes
 from tests.fuzz.generator import Case, network
-from tests.fuzz.judge import hold, leaves
+from tests.fuzz.judge import ROUNDING, hold, leaves
 
 RECIPES = list_recipes()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,7 +38,7 @@ def check(case: Case, recipe: str, dtype: torch.dtype, target: str) -> str:
         run: Any = torch.compile(model, backend="qcompile", dynamic=dynamic, options=options)
         found = leaves(run(*inputs))
         wanted = leaves(program.module()(*inputs))
-    hold(found, wanted, floats, dtype, f"torch.compile, {target}")
+    hold(found, wanted, floats, dtype, f"torch.compile, {target}", ROUNDING[dtype])
     assert [result.dtype for result in found] == [result.dtype for result in wanted]
     quantized, _ = qcompile.coverage.quantized_modules(program.graph_module)
     explained = qcompile.explain(run)

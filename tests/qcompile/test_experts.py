@@ -79,8 +79,8 @@ def test_an_expert_that_overflows_on_a_token_of_another_does_no_harm() -> None:
     experts = decoder("Mixtral").model.layers[0].mlp.experts.half()
     with torch.no_grad():
         experts.gate_up_proj[0], experts.down_proj[0] = 1e4, 1e4
-    x, index = torch.rand(3, 32).half() + 1, torch.tensor([[1, 2], [3, 1], [2, 3]])
-    found = dense_experts_forward(experts, x, index, torch.full((3, 2), 0.5).half())
+        x, index = torch.rand(3, 32).half() + 1, torch.tensor([[1, 2], [3, 1], [2, 3]])
+        found = dense_experts_forward(experts, x, index, torch.full((3, 2), 0.5).half())
     assert found.isfinite().all()
 
 

@@ -165,13 +165,16 @@ def test_a_width_that_16_does_not_divide_is_left_with_a_reason(rotate: bool) -> 
 
 
 def test_zeros_give_zeros() -> None:
-    """A tensor without a range has the global scale 1."""
+    """A weight of zeros has the global scale 1; an input that was zero in calibration has no range."""
     layer = nn.Linear(32, 16)
     nn.init.zeros_(layer.weight)
-    x = torch.zeros(4, 32)
+    x = torch.randn(4, 32)
     program = quantize(layer, x, recipe="nvfp4", dtype=torch.float32)
-    assert {program.state_dict[f"{name}_global_scale"].item() for name in ("input", "weight")} == {1.0}
-    torch.testing.assert_close(program.module()(x), layer.bias.detach().expand(4, 16), rtol=0, atol=0)
+    assert program.state_dict["weight_global_scale"].item() == 1.0
+    for inputs in (x, torch.zeros(4, 32)):
+        torch.testing.assert_close(program.module()(inputs), layer.bias.detach().expand(4, 16), rtol=0, atol=0)
+    unseen = quantize(layer, torch.zeros(4, 32), recipe="nvfp4", dtype=torch.float32)
+    assert not any("global_scale" in name for name in unseen.state_dict)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -198,13 +201,12 @@ def test_nvfp4_goes_with_nvfp4() -> None:
         quantize(model, torch.randn(5, 32), recipe=recipe)
 
 
-@pytest.mark.parametrize("factor", [1e7, 1e-12])
-def test_weights_that_half_precision_cannot_hold(factor: float) -> None:
+def test_weights_that_half_precision_cannot_hold() -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     with torch.no_grad():
-        model[0].weight.mul_(factor)
+        model[0].weight.mul_(1e7)
     with pytest.raises(
-        QCompileError, match=r"0\.weight_quantizer: the largest weight is .* which torch.float16 cannot hold"
+        QCompileError, match=r"0\.weight_quantizer: the largest weight is 1\.\d+e\+06, and torch.float16 ends at 65504"
     ):
         quantize(model, torch.randn(5, 32), recipe="nvfp4")
     quantize(model, torch.randn(5, 32), recipe="nvfp4", dtype=torch.bfloat16)

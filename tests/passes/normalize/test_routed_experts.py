@@ -119,4 +119,5 @@ def test_an_expert_that_overflows_on_a_token_of_another_does_no_harm() -> None:
     gm = graph_of(copy.deepcopy(module), x, index, weights)
     run_pipeline(NORMALIZE, gm)
     assert count(gm, BATCHED_LINEAR) == 2
-    assert torch.isfinite(gm(x, index, weights)[0]).all()
+    with torch.no_grad():
+        assert torch.isfinite(gm(x, index, weights)[0]).all()
