@@ -17,8 +17,8 @@ _TYPES = {
 
 
 def precheck(graph: OnnxGraph, target: int) -> None:
-    """Raise EngineError for types that the target cannot run, for block-scaled FP8 weights in a static FP8 GEMM, and, in
-    a file, for quantization that TensorRT does not have: a network is made of TensorRT's own layers."""
+    """Raise EngineError for types that the target cannot run, for block-scaled FP8 weights in a static FP8 GEMM, and
+    for quantization in a file that TensorRT does not have: a network is made of TensorRT's own layers."""
     problems = []
     if not isinstance(graph, NetworkGraph):
         problems = [f"{module_path(node)}: {why} (node {node_name(node)})" for node, why in refused(graph.model)]
