@@ -1,4 +1,4 @@
-"""What the chosen forms of dynamic FP8 cost in an engine, as notices of the report."""
+"""What the chosen forms cost in the tools that run them, as notices of the report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import PassLog
-from passes.formats import FP8_1X128
-from passes.graph import dtype, is_call, module_path, shape
-from passes.ir import DEQUANTIZE
+from passes.formats import FP8_1X128, INT8
+from passes.graph import calls, dtype, is_call, module_path, shape
+from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.k_split import K_SPLIT
 from passes.legalize.measured_scales import MeasuredToConstant
@@ -19,7 +19,7 @@ def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
 
     The sizes are those of the example inputs; a dynamic one counts as it was there, or as 1 if that is not known.
     """
-    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_measured_scales(log)]
+    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_measured_scales(log), *_of_integers(gm)]
 
 
 def _of_products(gm: GraphModule) -> list[str]:
@@ -63,6 +63,16 @@ def _of_measured_scales(log: PassLog) -> list[str]:
     return [
         f"scales measured at run time, per token or tensor: {_count(count, 'tensor')}; TensorRT has about one kernel"
         " more for each GEMM that reads one than with scales from calibration"
+    ]
+
+
+def _of_integers(gm: GraphModule) -> list[str]:
+    formats = {node.kwargs["format"] for node in calls(gm.graph, QUANTIZE)}
+    if INT8.name not in formats:
+        return []
+    return [
+        "INT8 in ONNX Runtime on an x86 CPU without VNNI: sums of products saturate at 16 bits, and results can be off"
+        " by 10 to 30 %, unless the session option session.x64quantprecision is 1; qcompile.onnx_session is exact"
     ]
 
 

@@ -93,7 +93,9 @@ def test_right_or_refused(name: str, recipe: str, dtype: torch.dtype, bias: bool
     program = qcompile.quantize(model.eval(), args, recipe=recipe, calibration=[args], dtype=dtype, progress=False)
     expected = program.module()(*args).numpy(force=True)
     for target in ("portable", "tensorrt") if name != "relu, 2-D" else ("portable",):
-        qcompile.export_onnx(program, tmp_path / "m.onnx", target=target)  # type: ignore[arg-type]
+        report = qcompile.export_onnx(program, tmp_path / "m.onnx", target=target)  # type: ignore[arg-type]
+        named = [notice for notice in report.notices if "session.x64quantprecision" in notice]
+        assert len(named) == (recipe == "int8")  # the one option that `opened` needs for right numbers
         exact = opened(tmp_path / "m.onnx", "ORT_DISABLE_ALL", args)
         assert exact is not None
         # float16 moves codes, and ONNX Runtime rounds less often than torch does
