@@ -25,14 +25,6 @@ README = ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
-class Results(dict[str, Any]):
-    """The rows of benchmarks/results/<name>.json, read when a template asks for them."""
-
-    def __missing__(self, name: str) -> list[dict[str, Any]]:
-        self[name] = json.loads((RESULTS / f"{name}.json").read_text())["results"]
-        return self[name]
-
-
 def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """The one row with these values. Raises ValueError if there is none, or several that differ in a figure."""
     found = [r for r in rows if all(r.get(key) == value for key, value in wanted.items())]
@@ -61,9 +53,8 @@ def render(template: str) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
-    results = Results()
-    names = {path.stem: results[path.stem] for path in RESULTS.glob("*.json")}
-    return environment.get_template(template).render(names, row=row, same=same)
+    results = {path.stem: json.loads(path.read_text())["results"] for path in RESULTS.glob("*.json")}
+    return environment.get_template(template).render(results, row=row, same=same)
 
 
 def texts() -> dict[Path, str]:
