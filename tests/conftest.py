@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,22 @@ settings.register_profile("qcompile", deadline=None, max_examples=30, derandomiz
 settings.load_profile("qcompile")
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it does
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.everyday(n)`: n of a test's parameter sets, from the first to the last, run every day."""
+    families: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("everyday") and not item.get_closest_marker("slow"):
+            families[item.nodeid.partition("[")[0]].append(item)
+    for family in families.values():
+        (count,) = family[0].get_closest_marker("everyday").args  # type: ignore[union-attr]
+        last = len(family) - 1
+        kept = {round(index * last / max(count - 1, 1)) for index in range(count)}
+        for index, item in enumerate(family):
+            if index not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("name", ["flux", "sd35", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2", "sd3"))])
 @pytest.mark.parametrize("target", ["tensorrt", pytest.param("portable", marks=pytest.mark.slow)])
 def test_every_attention_and_linear_is_quantized_and_the_file_agrees(name: str, target: Any, tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_a_dynamic_file_runs_at_another_size(name: str, tmp_path: Path) -> None:
     assert distance(run_file(path, batch), quantized) < 0.01
 
 
+@pytest.mark.slow
 def test_timesteps_and_positions_beyond_2048_survive_half_precision() -> None:
     """Nearly nothing is quantized, so that what is left is the rounding to float16: of data, but of no angle."""
     example = make("flux")
@@ -118,6 +120,7 @@ def test_timesteps_and_positions_beyond_2048_survive_half_precision() -> None:
     assert distance(half, model) < 0.006  # 0.015 with the angles in float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2", "sd3", "sd35"))])
 @pytest.mark.parametrize("target", ["sm89", pytest.param("sm120", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])

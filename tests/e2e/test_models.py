@@ -71,6 +71,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("make", "args", "options", "tolerance"),
     [

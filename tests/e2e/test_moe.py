@@ -22,6 +22,7 @@ from benchmarks import moe_models
 MODELS = [moe_models.qwen3_moe, partial(moe_models.deepseek_v3, dynamic=True), moe_models.gpt_oss]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("make", MODELS, ids=["qwen3_moe", "deepseek_v3-dynamic", "gpt_oss"])
 def test_every_expert_is_quantized_and_the_file_agrees(make: Any, tmp_path: Path) -> None:
     example = make()
@@ -92,6 +93,7 @@ def test_slices_of_a_fused_weight_are_linears(form: str, tmp_path: Path) -> None
     assert floats == []
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_per_channel_per_token", "int8"])
 def test_an_einsum_over_experts(recipe: str, tmp_path: Path) -> None:
     report, _, _ = report_of("einsum", tmp_path, recipe)

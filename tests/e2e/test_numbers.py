@@ -50,6 +50,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.reshape(len(value), -1) if value.ndim == 4 else value for name, value in state.items()}
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_codes_are_equal_with_power_of_two_scales(example: Example, target: Any, tmp_path: Path) -> None:
     """In fp32: weights as ml_dtypes makes them, activations as ONNX Runtime makes them, and every layer close."""
@@ -69,6 +70,7 @@ def test_codes_are_equal_with_power_of_two_scales(example: Example, target: Any,
     assert max(d.badness for d in others) < 1e-5
 
 
+@pytest.mark.everyday(1)
 def test_half_precision_program_and_file_agree(example: Example, tmp_path: Path) -> None:
     """In fp16, where ONNX Runtime rounds less often: weights exact, outputs close and of the model's dtypes."""
     path = tmp_path / "model.onnx"

@@ -23,6 +23,7 @@ def export(model: Model, path: Path, **options: Any) -> qcompile.Report:
     return qcompile.export_onnx(example.quantized(dtype=model.dtype), path, **options)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_every_attention_is_quantized(name: str, tmp_path: Path) -> None:
     model = BY_NAME[name]
@@ -33,6 +34,7 @@ def test_every_attention_is_quantized(name: str, tmp_path: Path) -> None:
     assert all(check.passed for check in report.checks)
 
 
+@pytest.mark.slow
 def test_heads_of_two_widths_fuse_in_an_engine(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model = BY_NAME["deepseek-v3-dense"]

@@ -116,6 +116,7 @@ def description(program: ExportedProgram) -> tuple[Any, ...]:
     return program.graph_module.code, str(program.graph_signature), list(program.constants), meta
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
 def test_round_trip(case: str, saved: bool) -> None:
@@ -133,6 +134,7 @@ def test_round_trip(case: str, saved: bool) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_graph_can_be_lifted_and_unlifted_again(case: str) -> None:
     module, args, kwargs, dynamic_shapes = CASES[case]

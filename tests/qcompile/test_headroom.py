@@ -158,6 +158,7 @@ class Attention(nn.Module):
 WAYS = ["sdpa", "soft_cap", "fill", "infinity", "float", "add", "twice"]
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_are_no_values(way: str) -> None:
     keep = torch.ones(2, 8, dtype=torch.bool)
@@ -173,6 +174,7 @@ def test_masks_are_no_values(way: str) -> None:
     assert error(found[1], model(X, keep)[1]) < 0.1  # not of queries that see no key, which have no one answer
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("way", ["sdpa", "add", "fill"])
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_gemm"])
 def test_scores_beyond_float16_are_found_in_every_spelling(way: str, recipe: str) -> None:

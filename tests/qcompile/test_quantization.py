@@ -321,6 +321,7 @@ class Outputs(nn.Module):
         return {"tensor": y, "tuple": (y, x), "list": [y, {"z": y}], "none": (y, None), "number": (y, 3)}[self.kind]
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "none", "number"])
 def test_the_structure_of_outputs_is_kept(kind: str) -> None:
     model, x = Outputs(kind).eval(), torch.randn(4, 16)

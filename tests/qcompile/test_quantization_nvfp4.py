@@ -124,6 +124,7 @@ def test_activations_under_a_global_scale_need_calibration(model: Block) -> None
         quantize(model, X, recipe="nvfp4", calibration=None)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_values_are_near_the_model(model: Block, dtype: torch.dtype | None, rotate: bool) -> None:

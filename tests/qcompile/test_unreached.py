@@ -67,6 +67,7 @@ def declined(program: ExportedProgram) -> dict[str, str]:
     return {d.module: d.reason for d in record_of(program).declined if d.pass_name == "Calibration"}
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "nvfp4"])
 def test_an_expert_without_tokens_stays_unquantized(recipe: str, caplog: pytest.LogCaptureFixture) -> None:
     model = Mixture().eval()
@@ -81,6 +82,7 @@ def test_an_expert_without_tokens_stays_unquantized(recipe: str, caplog: pytest.
     assert 0 < error(program.module()(seen), model(seen)) < 0.3
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "nvfp4_fp8_attention"])
 def test_a_branch_of_zeros_stays_unquantized_and_its_file_is_legal(recipe: str, tmp_path: Path) -> None:
     model = Branches().eval()
@@ -121,6 +123,7 @@ class Small(nn.Module):
         return self.linear(x * self.size)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
 @pytest.mark.parametrize(("size", "weight"), [(2e-6, 1.0), (1.0, 2e-5), (2e-6, 2e-5)])
 def test_small_numbers_are_no_refusal(recipe: str, size: float, weight: float, tmp_path: Path) -> None:

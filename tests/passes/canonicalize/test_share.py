@@ -61,6 +61,7 @@ class Beside(nn.Module):
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("layers", "fired", "left"),
     [

@@ -53,6 +53,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("weight", ["float", "quantized"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC},)])

@@ -28,6 +28,7 @@ def fused(module: nn.Module, *inputs: Any, **options: Any) -> GraphModule:
     return gm
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

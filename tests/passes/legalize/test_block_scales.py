@@ -67,6 +67,7 @@ def test_a_nan_stays_in_its_block(spelled_out: GraphModule) -> None:
     assert values[0, :16].isnan().all() and values[0, 16:].isfinite().all() and values[1].isfinite().all()
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lead", [(3,), (2, 3), (2, 2, 3)], ids=str)
 def test_a_layer_with_both_operands(dtype: torch.dtype, lead: tuple[int, ...]) -> None:

@@ -240,6 +240,7 @@ class TwiceUsedMask(AddedMask):
         return q * (mask == 0), scaled_dot_product_attention(q * mask.clamp(-1.0), q, q, mask)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("module", [AddedMask(), FilledMask(), WhereMask(), SdpaMask(), TwiceUsedMask()],
                          ids=lambda m: type(m).__name__)  # fmt: skip
 def test_masks_do_not_become_infinite(module: nn.Module) -> None:

@@ -45,6 +45,7 @@ class Shared(nn.Module):
         return self.a(x), self.b(self.b(x)), x.sin()
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("width", [256, 192, 100])
 @pytest.mark.parametrize("bias", [False, True])
@@ -145,6 +146,7 @@ def test_another_reader_keeps_the_blocks() -> None:
     assert (count(gm, DYNAMIC_QUANTIZE), count(gm, aten.linear.default), count(gm, aten.matmul.default)) == (1, 1, 1)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("joint", [False, True], ids=["own rows", "same rows"])
 @pytest.mark.parametrize("width", [256, 192])
 @pytest.mark.parametrize("bias", [False, True])

@@ -157,6 +157,7 @@ def test_the_amax_is_divided_out_and_multiplied_back(fmt: Format) -> None:
     assert (count(gm, QUANTIZE), count(gm, DYNAMIC_QUANTIZE)) == ((0, 1) if fmt is NVFP4 else (1, 0))
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("fmt", [FP8, INT8, NVFP4], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 200.0])
 def test_tensors_of_every_size_in_half_precision(fmt: Format, size: float) -> None:

@@ -60,6 +60,7 @@ class Masked(nn.Module):
         return scores.softmax(-1) @ x
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("way", ["add", "where", "maximum"])
 @pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
 def test_a_mask_in_a_buffer_stays_finite_in_float16(way: str, hidden: float) -> None:

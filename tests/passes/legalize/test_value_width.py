@@ -38,6 +38,7 @@ def fused(keys: int, values: int, **options: Any) -> GraphModule:
     return gm
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(("keys", "values"), [(12, 8), (8, 12)])
 def test_the_narrower_side_is_padded(keys: int, values: int, dynamic: bool) -> None:

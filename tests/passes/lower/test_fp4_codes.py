@@ -34,6 +34,7 @@ def graph(x: Tensor, scale: float = 1e-3, *, dynamic: bool = False) -> GraphModu
     return graph_of(Quantize(scale), x, dynamic_shapes=({0: DYNAMIC},) if dynamic else None)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_bytes_stay(to: torch.dtype, dynamic: bool) -> None:

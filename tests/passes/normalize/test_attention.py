@@ -170,6 +170,7 @@ FORMS = (
 )
 
 
+@pytest.mark.everyday(8)
 @pytest.mark.parametrize("form", FORMS)
 def test_fires(form: Callable[..., Tensor]) -> None:
     args = inputs()
@@ -250,6 +251,7 @@ def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q[0, 0] @ k[0, 0].T).softmax(-1) @ v[0, 0]
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
@@ -291,6 +293,7 @@ def test_second_user_of_the_scaled_query_keeps_it() -> None:
     assert count(gm, aten.mul.Tensor) == 1
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("form", [bert, timm, two_booleans])
 def test_dynamic_shapes(form: Callable[..., Tensor]) -> None:
     args = inputs()

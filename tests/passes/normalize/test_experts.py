@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_becomes_a_batched_linear(case: tuple[Any, tuple[int, ...], tuple[int, ...], Any]) -> None:
     function, x_shape, w_shape, dynamic = case

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import FileCheck
@@ -65,6 +65,7 @@ def test_fires(repeat: object) -> None:
     assert [n.meta["val"].shape[1] for n in (attention.q, attention.k, attention.v)] == [4, 2, 2]
 
 
+@settings(max_examples=8)  # each is an export
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 4))
 def test_any_number_of_heads(batch: int, kv_heads: int, times: int) -> None:
     args = inputs(batch, kv_heads * times, kv_heads)

@@ -98,6 +98,7 @@ def lookup(q: Tensor, padding: Tensor) -> Tensor:
     return padding.bool()[rows, columns]
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mask", [all_true, all_zero])
 def test_removes_a_mask_that_hides_nothing(mask: Mask, dynamic: bool) -> None:
@@ -107,6 +108,7 @@ def test_removes_a_mask_that_hides_nothing(mask: Mask, dynamic: bool) -> None:
     FileCheck().check_not("arange").check_not("zeros").run(gm.code)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mask", [arange_causal, additive_causal, where_causal])
 def test_recognises_a_causal_mask(mask: Mask, dynamic: bool) -> None:
@@ -154,6 +156,7 @@ def test_a_window_is_causal_only_while_it_is_not_shorter(length: int) -> None:
         assert declines(NormalizeAttentionMask, gm) == [PATTERN]
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("size", [2, 19, 100, 1000])
 def test_declines_a_window_of_any_size_if_lengths_are_dynamic(size: int) -> None:
     def sliding(q: Tensor, padding: Tensor) -> Tensor:
@@ -258,6 +261,7 @@ ADDITIVE: dict[str, Mask] = {
 }
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_additive_masks_that_hide_become_boolean(name: str) -> None:
     gm = prepared(ADDITIVE[name])

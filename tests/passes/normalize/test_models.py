@@ -81,6 +81,7 @@ def padding() -> torch.Tensor:
     return torch.ones(2, 12, dtype=torch.long).index_fill_(1, torch.tensor([10, 11]), 0)
 
 
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 def test_vit(implementation: str, dynamic: bool) -> None:
@@ -91,6 +92,7 @@ def test_vit(implementation: str, dynamic: bool) -> None:
     assert count(gm, aten.arange.default) == 0
 
 
+@pytest.mark.everyday(2)
 @every_form
 @every_attention
 @pytest.mark.parametrize("padded", [False, True])
@@ -110,6 +112,7 @@ def test_bert(implementation: str, dynamic: bool, padded: bool) -> None:
     assert count(gm, aten.index.Tensor) == 0 and log.declined == []
 
 
+@pytest.mark.everyday(2)
 @every_form
 @every_attention
 @pytest.mark.parametrize("padded", [False, True])
@@ -124,6 +127,7 @@ def test_llama(implementation: str, dynamic: bool, padded: bool) -> None:
     assert log.declined == []
 
 
+@pytest.mark.everyday(1)
 @every_attention
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_llama_in_half(implementation: str, dtype: torch.dtype) -> None:
@@ -133,6 +137,7 @@ def test_llama_in_half(implementation: str, dtype: torch.dtype) -> None:
     assert count(gm, aten.rms_norm.default) == 5
 
 
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 def test_gpt2(implementation: str, dynamic: bool) -> None:
@@ -149,6 +154,7 @@ def test_gpt2(implementation: str, dynamic: bool) -> None:
     assert [(a.mask, a.is_causal) for a in attentions(gm)] == [(None, True)] * 2
 
 
+@pytest.mark.slow
 def test_gpt_neo_has_a_causal_buffer_and_a_local_one() -> None:
     config = transformers.GPTNeoConfig(
         num_layers=2,
@@ -167,6 +173,7 @@ def test_gpt_neo_has_a_causal_buffer_and_a_local_one() -> None:
     assert len(log.declined) == 1 and "sliding window" in log.declined[0].reason
 
 
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 def test_mistral_with_a_sliding_window(implementation: str, dynamic: bool) -> None:
@@ -177,6 +184,7 @@ def test_mistral_with_a_sliding_window(implementation: str, dynamic: bool) -> No
     assert ["sliding window" in d.reason for d in log.declined] == [True, True]
 
 
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 def test_swin_keeps_its_relative_position_bias(implementation: str, dynamic: bool) -> None:
@@ -196,6 +204,7 @@ def test_swin_keeps_its_relative_position_bias(implementation: str, dynamic: boo
     assert all(a.mask is not None and a.mask.meta["val"].dtype is torch.float32 for a in found)
 
 
+@pytest.mark.slow
 def test_returned_attentions_are_not_fused() -> None:
     config = transformers.BertConfig(**TEXT, attn_implementation="eager", output_attentions=True)
     gm = graph_of(transformers.BertModel(config), input_ids=ids())

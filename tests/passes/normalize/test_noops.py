@@ -45,6 +45,7 @@ NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("name", NO_OPS)
 def test_removes(name: str) -> None:
     x = torch.randn(2, 3, 4)
@@ -70,6 +71,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_keeps_what_does_something(name: str) -> None:
     gm = graph_of(Apply(lambda x: OPERATIONS[name](x.relu()).neg()), torch.randn(2, 3, 4))

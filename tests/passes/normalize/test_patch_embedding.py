@@ -56,6 +56,7 @@ def captured(module: nn.Module, x: Tensor, **options: Any) -> GraphModule:
     return gm
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     "module",
     [Patches(), Patches((2, 4)), Patches(bias=False), Patches(padding="valid"), Permuted()],
@@ -68,6 +69,7 @@ def test_the_tokens_come_straight_from_one_linear_layer(module: nn.Module) -> No
     assert (count(gm, aten.transpose.int), count(gm, aten.permute.default)) == (0, 1)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("module", [Both(), Patches().projection, Joined()], ids=["both", "image only", "joined"])
 def test_other_users_get_the_image_back(module: nn.Module) -> None:
     gm = captured(module, torch.randn(2, 3, 8, 12))
@@ -91,6 +93,7 @@ def test_an_image_of_part_patches_is_declined() -> None:
     assert "9x8 is not a whole number of 4x4 patches" in reason
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("module", "channels"),
     [

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -68,6 +68,7 @@ def prepared(module: nn.Module, x: Tensor, dynamic: object = None) -> GraphModul
     return gm
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("norm", [Llama, T5, Gemma, Root, Power, Unweighted])
 def test_fires(norm: type[Norm], dtype: torch.dtype) -> None:
@@ -92,6 +93,7 @@ def test_computes_in_half_only_if_the_weight_is_multiplied_in_half(norm: type[No
     assert only_call(gm, aten.rms_norm.default).meta["val"].dtype is expected
 
 
+@settings(max_examples=10)  # each is an export
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 33), st.floats(0.01, 100))
 def test_values(batch: int, length: int, width: int, size: float) -> None:
     x = torch.randn(batch, length, width) * size

@@ -56,6 +56,7 @@ def normalized(module: nn.Module, x: Tensor, **options: Any) -> GraphModule:
     return gm
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -100,6 +101,7 @@ def test_an_expert_that_is_chosen_twice_counts_twice() -> None:
     rewrites(RoutedExpertsToDense, gm, *ROUTED, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "change", ["other rows", "other experts", "mixes rows", "reads the rows", "no weights", "largest"]
 )

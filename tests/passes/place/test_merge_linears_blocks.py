@@ -32,6 +32,7 @@ class GateUp(nn.Module):
         return self.gate(x).relu() * self.up(x)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("columns", [128, 256, 192, 70])
 @pytest.mark.parametrize("width", [256, 100])
 def test_gate_and_up(columns: int, width: int) -> None:

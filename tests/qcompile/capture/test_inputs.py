@@ -35,6 +35,7 @@ class Two(nn.Module):
 MODEL = Two().eval()
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [((X, X), {}), ((X,), {"y": X}), ((), {"x": X, "y": X}), ((X, [X]), {}), ((X, {"y": X}), {})],
@@ -131,6 +132,7 @@ def views() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("name", views())
 def test_strides_of_examples_are_no_guards(name: str) -> None:
     program = capture(MODEL.left, (views()[name],), dynamic_shapes=({0: Dim.DYNAMIC},))

@@ -63,6 +63,7 @@ TRAINED: dict[str, Callable[[], Net]] = {
 }
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_program_exported_in_training_mode_is_refused(name: str) -> None:
     model = TRAINED[name]()

@@ -35,6 +35,7 @@ def write(model: Any, directory: Path, **options: Any) -> CheckpointReport:
     return save_checkpoint(model, directory, progress=False, **options)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(("format", "recipe"), CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_directory_model_and_program_give_the_same_tensors(
@@ -95,6 +96,7 @@ def test_siblings_and_the_experts_of_a_mixture_share_their_global_scale(tmp_path
     assert len(gate_up) == 1 and len(down) == 1 and gate_up != down
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("format", "recipe"),
     [("modelopt", "fp8"), ("modelopt", "nvfp4"), ("compressed-tensors", "fp8"), ("compressed-tensors", "nvfp4")],

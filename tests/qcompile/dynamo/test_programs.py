@@ -40,6 +40,7 @@ def program(recipe: Any = "fp8", dtype: torch.dtype = torch.float32) -> Any:
     ).module()  # fmt: skip
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_a_program_of_each_recipe_computes_the_same(recipe: str) -> None:
     module = program(recipe)
@@ -107,6 +108,7 @@ CHECKPOINTS = [
 ]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("kind", "fmt", "scheme"), CHECKPOINTS)
 def test_a_checkpoint_computes_what_its_imported_program_does(kind: str, fmt: str, scheme: Any, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

@@ -70,6 +70,7 @@ def everyday(cases: Iterable[str], *quick: str) -> list[Any]:
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("case", everyday(TORCHAO, "fp8_row", "nvfp4"))
 def test_torchao(case: str, torchao: Make) -> None:
     (model, x), (other, _) = torchao(case), torchao(case)

@@ -28,6 +28,7 @@ def nonzero(counts: dict[str, int]) -> dict[str, int]:
     return {precision: count for precision, count in counts.items() if count}
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("shape", [(128, 64), (2, 64, 64), (5, 64)], ids=str)
 def test_every_linear_layer_is_an_fp4_gemm(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = exported(tmp_path, x=torch.randn(shape))
@@ -58,6 +59,7 @@ def test_weights_only_multiply_in_half_precision(tmp_path: Path) -> None:
     assert len(report.not_low_precision) == 2
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("options", [{}, {"rotate": True}, {"weight_only": True}], ids=str)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_a_gpu_without_fp4_is_refused_before_the_build(

@@ -250,6 +250,7 @@ def test_what_is_not_quantized_stays_a_linear_layer(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, QuantizedLinear)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("fmt", ["modelopt", "compressed-tensors"])
 def test_key_value_caches_are_quantized(fmt: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "with", tiny_model("qwen3"), fmt, FP8_TENSOR, kv=(0.05, 0.01))
@@ -265,6 +266,7 @@ def test_key_value_caches_are_quantized(fmt: str, tmp_path: Path) -> None:
         assert ["dequantize" in str(operand.target) for operand in node.args[:3]] == [False, True, True]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     "kind, fmt, scheme",
     [

@@ -87,6 +87,7 @@ def recorded(model: nn.Module, *args: Tensor) -> dict[str, tuple[Tensor, Tensor]
     return {name: (x.detach(), y.detach()) for name, (x, y) in found.items()}
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("name", ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"])
 def test_every_quantizer_gives_what_modelopts_gives(name: str) -> None:
     more = (ATTENTION_FP8,) if name.startswith("FP8") else ()

@@ -51,6 +51,7 @@ def converted(quantizer: Any, *, fold: bool = True) -> Any:
     return quantize_pt2e.convert_pt2e(prepared, fold_quantize=fold)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("quantizer", "fold"), [(x86, True), (x86, False), (xnnpack, True)])
 def test_the_graph_computes_what_it_did(quantizer: Any, fold: bool) -> None:
     model = converted(quantizer(), fold=fold)

@@ -98,6 +98,7 @@ def test_layers_keep_codes_and_scales(case: str, quantized: Any) -> None:
             assert float((outputs[name].float() - own).norm() / own.norm()) < 1e-2
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(("case", "shared"), [("fp8_tensor", 3), ("fp8_row", 3), ("int8", 3), ("nvfp4", 3)])
 def test_layers_with_one_input_share_its_quantizer(case: str, shared: int, quantized: Any) -> None:
     model, x = quantized(case)

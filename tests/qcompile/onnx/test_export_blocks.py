@@ -44,6 +44,7 @@ def result(path: Path, x: Tensor) -> np.ndarray:
     return np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("width", "columns", "dtype", "target"),
     [
@@ -65,6 +66,7 @@ def test_a_layer_against_the_oracle(target: Any, width: int, columns: int, dtype
     assert error(result(tmp_path / "m.onnx", other), oracle(other, module.weight, module.bias)) <= bar
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 @pytest.mark.parametrize("hidden", [384, 200])
 def test_the_program_and_its_file_agree(target: Any, hidden: int, tmp_path: Path) -> None:
@@ -110,6 +112,7 @@ def test_per_channel_on_request(target: Any, tmp_path: Path) -> None:
     assert error(result(tmp_path / "m.onnx", x), program.module()(x).double().detach().numpy()) <= 0.1
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("width", [256, 200])
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_weights_only(target: Any, width: int, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def w4a4() -> ExportedProgram:
     return quantized(Mlp(), X)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_file_is_valid_and_computes_what_the_program_does(
     program: ExportedProgram, tmp_path: Path, target: Any
@@ -89,6 +90,7 @@ def test_an_opset_without_fp4_is_an_error(w4a4: ExportedProgram, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(tmp_path: Path, target: Any, dtype: torch.dtype) -> None:

@@ -96,6 +96,7 @@ def test_checker_and_strict_shape_inference_take_it(shape: list[Any], elem_type:
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("lead", [(4,), (2, 3)], ids=str)

@@ -89,6 +89,7 @@ def test_codes_of_quantize_equal_ml_dtypes_at_each_opset(tmp_path: Path, opset: 
     assert all(check.passed for check in verify_onnx(tmp_path / "m.onnx"))
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("opset", [19, 23])
 @pytest.mark.parametrize(("weighted", "eps"), [(True, 1e-5), (False, 1e-5), (True, None)])
 def test_rms_norm(tmp_path: Path, opset: int, weighted: bool, eps: float | None) -> None:

@@ -45,6 +45,7 @@ def oracle(x: Tensor, module: Experts, weight: Tensor, tokens: bool) -> Any:
     return result if module.bias is None else result + module.bias.detach().double().numpy()[:, None]
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("shared", [False, True], ids=["own rows", "same rows"])
 @pytest.mark.parametrize("input", [STATIC, TOKENS], ids=["static", "tokens"])
@@ -76,6 +77,7 @@ def test_float32_experts_with_the_same_rows() -> None:
     assert kernels(gm)[0].kernel == "scaled_mm, scales of rows after it"
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     ("device", "to", "module", "reason"),
     [
