@@ -14,7 +14,7 @@ from benchmarks.coverage import measure
 from benchmarks.zoo import ZOO, Model
 
 # what each of these needed is in the names of its passes
-EVERYDAY = {"gemma3": "FoldMasks", "deepseek-v3-dense": "ScattersToConcat", "swin": "FoldMasks"}
+FIRED = {"gemma3": "FoldMasks", "deepseek-v3-dense": "ScattersToConcat", "swin": "FoldMasks"}
 BY_NAME = {model.name: model for model in ZOO}
 
 
@@ -23,13 +23,13 @@ def export(model: Model, path: Path, **options: Any) -> qcompile.Report:
     return qcompile.export_onnx(example.quantized(dtype=model.dtype), path, **options)
 
 
-@pytest.mark.everyday(1)
-@pytest.mark.parametrize("name", EVERYDAY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRED)
 def test_every_attention_is_quantized(name: str, tmp_path: Path) -> None:
     model = BY_NAME[name]
     report = export(model, tmp_path / "model.onnx")
     assert report.fired["FuseAttentionQdq"] == model.attentions
-    assert report.fired[EVERYDAY[name]] >= 1
+    assert report.fired[FIRED[name]] >= 1
     assert set(report.unquantized) <= {"lm_head"}
     assert all(check.passed for check in report.checks)
 

@@ -38,7 +38,7 @@ def run_seeds(seeds: range, folder: Path) -> None:
 
 
 def test_random_networks(tmp_path: Path) -> None:
-    run_seeds(range(4), tmp_path)
+    run_seeds(range(2), tmp_path)
 
 
 @pytest.mark.slow
