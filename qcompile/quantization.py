@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Decline, PassLog, run_pipeline
 from passes.errors import PassError
-from passes.graph import input_dependence, val
+from passes.graph import calls, input_dependence, val
+from passes.ir import DEQUANTIZE
 from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
@@ -99,6 +100,7 @@ def quantize(
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
     quantize_graph(gm, plan, weights | ranges.amax, source, target)
     check_dependence(needed, input_dependence(gm))
+    _tell_nothing(gm, plan)
     quantized = lift(gm, program)
     notices = [*map(str, plan.notices), *ranges.notices, *plan.log.notices]
     name, log = chosen_recipe.metadata.name, plan.log
@@ -269,6 +271,17 @@ def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> N
     for site, value in weights.items():
         if (largest := float(value.max())) > torch.finfo(target).max:
             raise PassError(f"{site.name}: the largest weight is {largest:.3g}, and {beyond(target)}")
+
+
+def _tell_nothing(gm: GraphModule, plan: Plan) -> None:
+    """A recipe that named layers, all of which were declined: the program is valid, and none of it quantized."""
+    if not any(calls(gm.graph, DEQUANTIZE)):
+        reasons = dict.fromkeys(f"{decline.module or 'the root'}: {decline.reason}" for decline in plan.log.declined)
+        told = (
+            f"nothing of this model is quantized, as everything that the recipe names was declined: {some([*reasons])}"
+        )
+        plan.log.notices.append(told)
+        logger.warning("%s", told)
 
 
 def _tell_small_weights(plan: Plan, amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:

@@ -165,6 +165,14 @@ def test_a_width_that_16_does_not_divide_is_left_with_a_reason(rotate: bool) -> 
     assert rotations == (["hadamard_32"] if rotate else [])  # and none for the layer that stays
 
 
+def test_that_every_layer_was_declined_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    program = quantize(nn.Sequential(nn.Linear(24, 36), nn.Linear(36, 4)), torch.randn(5, 24), recipe="nvfp4")
+    assert quantized_modules(unlift(program))[0] == {}
+    (notice,) = (notice for notice in record_of(program).notices if notice.startswith("nothing of this model"))
+    assert "0: nvfp4 has blocks of 16 elements, and the reduction axis has 24" in notice and "1: nvfp4" in notice
+    assert notice in caplog.messages
+
+
 def test_zeros_give_zeros() -> None:
     """A weight of zeros has the global scale 1; an input that was zero in calibration has no range."""
     layer = nn.Linear(32, 16)
