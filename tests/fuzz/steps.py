@@ -298,7 +298,7 @@ PLAIN: tuple[Callable[[Tensor, Context], Tensor], ...] = (
     lambda x, c: x.detach().to(torch.float32) + 0.5,
     lambda x, c: x.softmax(-1),
     lambda x, c: x.cumsum(1) / 4,
-    lambda x, c: x.masked_fill(x > 1, 0.0),
+    lambda x, c: x.masked_fill(x > 1, 1.0),  # a jump there would tell apart what rounding does not
     lambda x, c: x.permute(0, 2, 1).reshape(x.shape[0], x.shape[2], -1).permute(0, 2, 1),
     lambda x, c: x + c["other"].mean(),
     lambda x, c: F.normalize(x, dim=-1),
