@@ -126,6 +126,7 @@ def test_round_trip(case: str, saved: bool) -> None:
     lifted = saved_and_loaded(lifted) if saved else lifted
     assert lifted.state_dict.keys() == program.state_dict.keys()
     assert lifted.call_spec == program.call_spec
+    torch.testing.assert_close(lifted.example_inputs, program.example_inputs, rtol=0, atol=0)
     assert sorted(map(str, lifted.range_constraints.values())) == sorted(map(str, program.range_constraints.values()))
     got_module, want_module = lifted.module(), program.module()
     for a, k in ((args, kwargs), (resized(args, case), resized(kwargs, case))):

@@ -15,14 +15,27 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import FileCheck
 
+from passes.constants import add_constant
 from passes.fold.constants import FoldConstants
 from passes.fuse.attention_qdq import FuseAttentionQdq
-from passes.graph import aten, dtype
+from passes.graph import aten, calls, dtype, module_path
 from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.noops import RemoveNoOps
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, Attention, Mlp, count, declines, graph_of, insert, only_call, run
+from tests.passes.support import (
+    DYNAMIC,
+    Attention,
+    Mlp,
+    blank,
+    count,
+    declines,
+    graph_of,
+    insert,
+    only_call,
+    returns,
+    run,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 LOWEST = torch.finfo(torch.float32).min
@@ -100,6 +113,23 @@ def test_positions_stay_float32_even_beyond_2048() -> None:
     torch.testing.assert_close(got[0], expected[0], rtol=0.01, atol=0.01)
     FileCheck().check("aten.cos.default").check("aten._to_copy.default(cos").check("aten.mul").run(gm.code)
     assert dtype(only_call(gm, aten.cos.default)) is torch.float32
+
+
+def test_a_cast_belongs_to_the_module_that_made_the_values() -> None:
+    gm, emit, (x,) = blank(torch.randn(3, 4))
+    steps = emit(aten.arange.start_step, 0.0, 4.0, dtype=torch.float32)
+    product = emit(aten.mul.Tensor, x, emit(aten.cos.default, steps))
+    weight = add_constant(gm, "w", nn.Parameter(torch.eye(4)), x)
+    phases = emit(aten.matmul.default, product, weight)
+    positive = emit(aten.relu.default, phases)  # stands between the phases and the sine, which widens them
+    angles = emit(aten.sin.default, phases)
+    for node, path in ((product.args[1], "rotary"), (product, "attention"), (angles, "waves")):
+        node.meta["nn_module_stack"] = {path: (path, nn.Module)}  # type: ignore[union-attr]
+    returns(to_half(returns(gm, angles, positive)), angles)
+    owners = {(node.args[0].op, module_path(node)) for node in calls(gm.graph, aten._to_copy.default)}  # type: ignore[union-attr]
+    assert owners - {("call_function", "")} == {  # those of the outputs belong to nobody
+        ("get_attr", ""), ("placeholder", "attention"), ("call_function", "rotary"), ("call_function", "waves"),
+    }  # fmt: skip
 
 
 class Timestep(nn.Module):

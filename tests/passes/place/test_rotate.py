@@ -22,7 +22,20 @@ from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, Mlp, count, declines, export, graph_of, only_call, rewrites, run, scale_of
+from tests.passes.support import (
+    DYNAMIC,
+    Mlp,
+    blank,
+    count,
+    declines,
+    export,
+    graph_of,
+    only_call,
+    returns,
+    rewrites,
+    run,
+    scale_of,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -183,6 +196,25 @@ def test_reasons_to_decline() -> None:
     assert declines(rotating(gm), gm) == ["the input is a constant, whose rotation would be folded away"]
     gm = graph_of(Mlp(), torch.randn(2, 8))
     assert declines(lambda: RotateLinears(()), gm) == []
+
+
+def test_a_layer_that_is_refused_does_not_end_the_search() -> None:
+    gm, emit, (x,) = blank(torch.randn(3, 8, 10))
+    weights = {"experts": (3, 8, 10), "other": (8, 10), "last": (4, 8)}
+    experts, other, last = (
+        add_constant(gm, name, nn.Parameter(torch.randn(size)), emit.before) for name, size in weights.items()
+    )
+    first = emit(BATCHED_LINEAR, x, experts)
+    unchosen = emit(aten.linear.default, x, other)
+    computed = emit(aten.linear.default, unchosen, emit(aten.select.int, first, 0, 0))
+    product = emit(aten.linear.default, unchosen, last)
+    returns(gm, product, computed, first)
+    log = rewrites(lambda: RotateLinears([first, computed, product]), gm, torch.randn(3, 8, 10), **CLOSE)
+    assert [decline.reason for decline in log.declined] == [
+        "the order of no Hadamard matrix, from 4 on, divides 10",
+        "the weight is not a constant, so it cannot be rotated ahead of time",
+    ]
+    assert unchosen.args[1] is other and is_call(product.args[1], HADAMARD)
 
 
 def values_of(gm: GraphModule, x: Tensor) -> dict[Node, Tensor]:

@@ -191,6 +191,22 @@ def test_one_tensor_as_every_operand_is_quantized_once() -> None:
     assert len({operand for operand in only_call(gm, SDPA).args[:3]}) == 1
 
 
+def test_a_parameter_as_an_operand_is_quantized_behind_the_inputs() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 2, 3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(self.query, x, x)
+
+    gm = graph_of(Queries(), torch.randn(1, 2, 3, 4))
+    insert(gm, {"q": S})
+    assert only_call(gm, QUANTIZE).args[0].op == "get_attr"  # type: ignore[union-attr]
+    ops = [node.op for node in gm.graph.nodes if node.op != "get_attr"]
+    assert ops == sorted(ops, key=["placeholder", "call_function", "output"].index)
+
+
 def test_the_softmax_is_left_to_fusion() -> None:
     gm = graph_of(Attention(), torch.randn(1, 3, 16))
     instance = InsertQdq({s: Quantizer(FP8, S) for s in find_sites(gm) if s.operand == "softmax"})
