@@ -79,6 +79,17 @@ def test_checker_shape_inference_and_the_reference_evaluator_take_it(opset: int)
         assert np.abs(found - expected).mean() < 1e-3 * np.abs(expected).mean()
 
 
+def test_no_score_of_a_hidden_key_is_infinite_in_float16() -> None:
+    model = model_of(1, 1, 4, dtype=onnx.TensorProto.FLOAT16)
+    for outputs in (model.functions[0].output, model.graph.node[0].output):
+        outputs.append("masked")
+    model.graph.output.append(helper.make_tensor_value_info("masked", onnx.TensorProto.FLOAT16, None))
+    q, k = np.full((1, 1, 3, 4), -16, np.float16), np.full((1, 1, 3, 4), 16, np.float16)
+    _, masked = ReferenceEvaluator(model).run(None, {"q": q, "k": k, "v": k, "scale": np.array(1 / 448, np.float16)})
+    assert masked.dtype == np.float16 and np.isfinite(masked).all()
+    assert (masked[..., np.triu_indices(3, 1)[0], np.triu_indices(3, 1)[1]] < -3e4).all()
+
+
 def test_a_key_in_the_future_has_no_say() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, 5, 8)).astype(np.float16) for _ in range(3))
