@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.testing import FileCheck
 
-from passes.graph import aten
+from passes.graph import aten, is_call
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
@@ -147,6 +147,11 @@ def five_axes(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1) @ v
 
 
+def five_axes_with_a_mask(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    q, k, v = (x.reshape(1, 2, 2, *x.shape[2:]) for x in (q, k, v))
+    return (q @ k.mT * SCALE + torch.where(p[None, :, None, None, :], 0.0, MIN)).softmax(-1) @ v
+
+
 FORMS = (
     bert,
     timm,
@@ -167,6 +172,7 @@ FORMS = (
     one_key_head,
     low_level_softmax,
     five_axes,
+    five_axes_with_a_mask,
 )
 
 
@@ -181,6 +187,16 @@ def test_fires(form: Callable[..., Tensor]) -> None:
     assert found.scale == pytest.approx(SCALE) and found.dropout == 0.0 and not found.is_causal
     for operand in (found.q, found.k, found.v):
         assert operand.meta["val"].ndim == 4
+
+
+@pytest.mark.parametrize(("form", "permutes"), [(timm, 0), (divided, 0), (key_made_transposed, 1)])
+def test_the_transpose_of_the_key_is_undone(form: Callable[..., Tensor], permutes: int) -> None:
+    gm = prepared(form)
+    NormalizeAttention()(gm)
+    gm.graph.eliminate_dead_code()
+    key = Attention.of(only_call(gm, SDPA)).k
+    assert is_call(key, aten.permute.default) == bool(permutes)
+    assert count(gm, aten.permute.default) == permutes
 
 
 @pytest.mark.parametrize("form", [fused_heads_with_mask, fused_heads])
@@ -231,6 +247,11 @@ def capped(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return ((q @ k.mT).tanh() * SCALE).softmax(-1) @ v
 
 
+def sink(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT * SCALE, m.bias[:, :, :, :1].expand(2, 2, 5, 1)], -1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
 def learned_scale(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT * m.bias[:, :, :1, :1]).softmax(-1) @ v
 
@@ -257,6 +278,7 @@ def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     [
         (returned_probabilities, "the attention probabilities have another user"),
         (returned_scores, "have another user"),
+        (sink, "or a column without a value"),
         (capped, "aten.tanh.default between the product of query and key and the softmax"),
         (learned_scale, "scales by something that is not a constant number"),
         (filled_with_little, "scores are replaced by something that is not a very negative number"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passes.graph import aten
 from passes.ir import BATCHED_LINEAR
 from passes.normalize.experts import NormalizeExperts
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
@@ -53,6 +54,7 @@ def test_becomes_a_batched_linear(case: tuple[Any, tuple[int, ...], tuple[int, .
     log = rewrites(NormalizeExperts, gm, x, **TOLERANCE)
     assert not log.declined and count(gm, BATCHED_LINEAR) == 1
     assert only_call(gm, BATCHED_LINEAR).args[1].meta["val"].shape == (E, N, K)  # type: ignore[union-attr]
+    assert function is not torch.bmm or count(gm, aten.reshape.default) == 0  # the axes are there already
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_becomes_a_batched_linear(case: tuple[Any, tuple[int, ...], tuple[int, .
         (lambda x, w: torch.einsum("ted,eef->tef", x, w), (5, K, E), (K, K, N), "axis"),
         (lambda x, w: torch.baddbmm(torch.ones(N), x, w, beta=2), (E, 5, K), (E, K, N), "multiplied by a number"),
         (torch.matmul, (2, 5, K), (1, K, N), "broadcast"),
+        (lambda x, w: torch.einsum("efd,efd->ef", x, w), (E, N, K), (E, N, K), "two batch axes"),
     ],
 )
 def test_declines(function: Any, x: tuple[int, ...], shape: tuple[int, ...], reason: str) -> None:
@@ -77,6 +80,15 @@ def test_products_of_activations_and_matrices_are_not_looked_at() -> None:
 
     assert declines(NormalizeExperts, graph_of(Activations(), torch.randn(2, 3, 4), torch.randn(2, 4, 5))) == []
     assert declines(NormalizeExperts, graph_of(Product(torch.matmul, (K, N)), torch.randn(2, 5, K))) == []
+
+
+def test_what_is_not_looked_at_or_declined_does_not_end_the_search() -> None:
+    def three(x: Tensor, w: Tensor) -> Tensor:
+        return torch.bmm(torch.einsum("bmk,ekn->bmn", torch.bmm(x, x.mT) @ x, w)[..., :K], w)
+
+    x = torch.randn(E, 5, K)
+    log = rewrites(NormalizeExperts, graph_of(Product(three, (E, K, N)), x), x, **TOLERANCE)
+    assert len(log.declined) == 1
 
 
 def test_another_user_of_the_product_gets_the_same() -> None:

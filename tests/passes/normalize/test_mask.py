@@ -166,6 +166,14 @@ def test_declines_a_window_of_any_size_if_lengths_are_dynamic(size: int) -> None
     assert declines(NormalizeAttentionMask, prepared(sliding, dynamic=True)) == [PATTERN]
 
 
+def test_declines_a_window_whose_size_stands_in_the_first_branch() -> None:
+    def sliding(q: Tensor, padding: Tensor) -> Tensor:
+        at = torch.arange(length_of(q))
+        return (at[:, None] - at[None, :] < 100) & (at[None, :] <= at[:, None])
+
+    assert declines(NormalizeAttentionMask, prepared(sliding, dynamic=True)) == [PATTERN]
+
+
 def test_declines_a_window_whose_size_is_a_constant_tensor() -> None:
     class Sized(Masked):
         def forward(self, q: Tensor, padding: Tensor) -> Tensor:

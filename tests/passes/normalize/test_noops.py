@@ -11,7 +11,7 @@ from torch.testing import FileCheck
 from passes.graph import aten
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
 
 
 class Apply(nn.Module):
@@ -154,3 +154,12 @@ def test_padding_by_nothing_and_a_cast_to_the_same_type_go() -> None:
     rewrites(RemoveNoOps, gm, x, fired=2)
     moved = graph_of(Apply(lambda x: nn.functional.pad(x.relu(), (1, -1)).neg()), x)
     assert declines(RemoveNoOps, moved) == []
+
+
+@pytest.mark.parametrize(("share", "training", "goes"), [(0.5, False, True), (0.0, True, True), (0.5, True, False)])
+def test_dropout_goes_where_it_drops_nothing(share: float, training: bool, goes: bool) -> None:
+    gm, emit, (x,) = blank(torch.randn(3))
+    dropped = emit(aten.dropout.default, emit(aten.relu.default, x), share, training)
+    returns(gm, emit(aten.neg.default, dropped))
+    assert RemoveNoOps()(gm).modified == goes
+    assert count(gm, aten.dropout.default) == (not goes)

@@ -157,6 +157,8 @@ def test_weight_of_another_dtype_stays_a_multiplication() -> None:
         lambda x: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + EPS),  # not squares
         lambda x: x.neg() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),  # of something else
         lambda x: x * (x.pow(2).mean(-1, keepdim=True) + EPS),  # no root
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - EPS),  # less eps
+        lambda x: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), EPS, alpha=2)),  # twice eps
     ],
 )
 def test_leaves_what_is_no_rms_norm(forward: object) -> None:

@@ -17,7 +17,7 @@ from passes.normalize.noops import RemoveNoOps
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.views import ViewsToReshape
 from passes.pipelines import NORMALIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,6 +68,16 @@ def test_becomes_dense(name: str, implementation: str, dynamic: bool) -> None:
     assert count(gm, aten.bmm.default, aten.sort.default, aten.repeat_interleave.self_int) == 0
 
 
+@pytest.mark.parametrize("arguments", [(-1, True), (0, True)])
+def test_rows_that_are_sorted_backwards_are_not_the_groups(arguments: tuple[int, bool]) -> None:
+    gm = normalized(block("Mixtral", "grouped_mm"), X)
+    sort = only_call(gm, aten.sort.default)
+    sort.args = (sort.args[0], *arguments)
+    gm.recompile()
+    reasons = declines(RoutedExpertsToDense, gm)
+    assert len(reasons) == 2 and all("cannot be made dense" in reason for reason in reasons)
+
+
 class Gathered(nn.Module):
     """As "batched_mm" writes it, with one thing changed."""
 
@@ -79,6 +89,8 @@ class Gathered(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         rows = x.repeat(2, 1) if self.change == "other rows" else x.repeat_interleave(2, 0)
+        if self.change == "repeated once":
+            rows = torch.cat([x, x]).repeat_interleave(1, 0)
         ids = index.reshape(-1)
         others = (3 - index).reshape(-1) if self.change == "other experts" else ids
         hidden = torch.bmm(self.up[ids], rows.unsqueeze(-1)).squeeze(-1)
@@ -103,7 +115,8 @@ def test_an_expert_that_is_chosen_twice_counts_twice() -> None:
 
 @pytest.mark.everyday(3)
 @pytest.mark.parametrize(
-    "change", ["other rows", "other experts", "mixes rows", "reads the rows", "no weights", "largest"]
+    "change",
+    ["other rows", "repeated once", "other experts", "mixes rows", "reads the rows", "no weights", "largest"],
 )
 def test_declines_what_is_another_mixture(change: str) -> None:
     gm = graph_of(Gathered(change), *ROUTED)
