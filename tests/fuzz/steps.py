@@ -289,7 +289,7 @@ PLAIN: tuple[Callable[[Tensor, Context], Tensor], ...] = (
     lambda x, c: x.transpose(1, 2).contiguous().transpose(1, 2),
     lambda x, c: x.roll(1, -1),
     lambda x, c: x.flip(-1),
-    lambda x, c: x - x.mean(1, keepdim=True),
+    lambda x, c: x - x.mean(1, keepdim=True) / 2,  # less all of it, nothing but rounding is left of equal rows
     lambda x, c: x.unsqueeze(2).squeeze(2),
     lambda x, c: F.pad(x, (0, 0, 1, 0))[:, :-1],
     lambda x, c: torch.stack([x, x.abs()], 0).mean(0),
