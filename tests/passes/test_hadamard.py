@@ -76,7 +76,7 @@ def test_the_largest_block_in_small_factors(width: int, blocks: int, left: int, 
 def test_a_width_without_a_rotation(width: int) -> None:
     assert rotation_for(width) is None
     with pytest.raises(PassError, match=f"axis of {width} elements"):
-        hadamard(torch.ones(2, width))
+        hadamard(torch.ones(3, 2, width))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -60,6 +60,14 @@ def test_fp8_computes_what_the_operator_does(per_channel: bool) -> None:
     assert gm.state_dict()["linear.weight"].dtype == torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_pair_of_an_int8_weight_reads_the_weight_itself(narrow: bool) -> None:
+    gm = graph_of(Quantized(torch.tensor(3.0), torch.tensor(0.2), (8, 0, False, narrow)), torch.randn(4, 32))
+    ModeloptToQdq()(gm)
+    x, weight = (pair.args[0].args[0] for pair in only_call(gm, aten.linear.default).args[:2])  # type: ignore[union-attr]
+    assert weight.op == "get_attr" and (x.op == "placeholder") != narrow  # activations are clamped to the range before
+
+
 @settings(max_examples=5)
 @given(
     values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=30, max_size=30),

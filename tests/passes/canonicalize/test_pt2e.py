@@ -86,6 +86,7 @@ def test_a_layer_keeps_its_codes_and_its_zero_point_moves(zero_point: int, folde
     rewrites(Pt2eToQdq, gm, x, fired=2, rtol=1e-5, atol=1e-5)
     stored = gm.state_dict()["linear.weight" if not folded else "weight"]
     assert torch.equal(stored, OPS.quantize_per_channel(module.linear.weight, module.scales, module.zeros, 0, *INT8))
+    assert stored.dtype is torch.int8
     if zero_point != 128:
         rewrites(MoveZeroPoints, gm, x, rtol=1e-5, atol=1e-5)
     linear = only_call(gm, aten.linear.default)

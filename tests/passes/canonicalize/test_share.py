@@ -78,6 +78,19 @@ def test_equal_quantizers_become_one(layers: list[nn.Module], fired: int, left: 
         assert {target: count(gm, target) for target in left} == left
 
 
+def test_quantizers_that_measure_the_same_become_one() -> None:
+    class Measured(nn.Module):
+        """A scale of its own, from magnitudes of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = x.abs().amax() / 448
+            return DEQUANTIZE(QUANTIZE(x, scale, format="fp8"), scale, format="fp8", dtype=x.dtype)
+
+    gm = graph_of(Beside(Measured(), Measured()), X)
+    rewrites(ShareQuantizers, gm, X, fired=2)
+    assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "layers",
     [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from passes.canonicalize.zero_points import MoveZeroPoints
+from passes.constants import ConstantRows
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
@@ -62,6 +63,14 @@ def test_the_offset_moves_behind_the_product(weight: str, bias: bool, dynamic: A
     rewrites(MoveZeroPoints, gm, X, **CLOSE)
     assert count(gm, aten.sub.Tensor) == 0 and count(gm, aten.linear.default) == 1
     assert str(only_call(gm, aten.linear.default).args[2].target).startswith("linear.bias" if bias else "bias")  # type: ignore[union-attr]
+
+
+def test_one_scale_serves_every_piece_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConstantRows, "_CHUNK", 16)  # two rows at a time
+    module = Shifted(0.7, weight="quantized")
+    module.rows = torch.full((1, 1), 0.01)
+    gm = graph_of(module, X)
+    rewrites(MoveZeroPoints, gm, X, **CLOSE)
 
 
 def test_another_reader_keeps_the_shifted_values() -> None:

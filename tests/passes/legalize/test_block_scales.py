@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8_PER_TOKEN, NVFP4
-from passes.graph import aten
+from passes.graph import aten, calls
+from passes.graph import dtype as dtype_of
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynamic_quantize
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.quantize.insert import InsertQdq, Quantizer
@@ -78,6 +79,7 @@ def test_a_layer_with_both_operands(dtype: torch.dtype, lead: tuple[int, ...]) -
     x[0] = 0
     rewrites(SpellOutBlockScales, gm, x)
     assert (count(gm, DYNAMIC_QUANTIZE), count(gm, QUANTIZE), count(gm, aten.amax.default)) == (0, 2, 1)
+    assert {dtype_of(node.args[0]) for node in calls(gm.graph, QUANTIZE)} == {torch.float32}  # type: ignore[arg-type]
     assert count(gm, DEQUANTIZE) == 4  # codes and scales of both operands, each once
     assert set(gm.state_dict()) >= {"one", "weight", "weight_block_scale", "weight_global_scale"}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from passes.graph import aten, calls, dtype
 from passes.legalize.choices import choices
 from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.normalize.views import ViewsToReshape
 from tests.passes.support import DYNAMIC, graph_of, only_call, run
 
 
@@ -69,6 +70,18 @@ def test_a_choice_that_is_only_returned_is_none() -> None:
     assert choices(gm.graph) == set()
     ConvertComputeDtype(torch.float32, torch.float16)(gm)
     assert dtype(only_call(gm, aten.linear.default)) is torch.float16
+
+
+def test_scores_that_are_reshaped_on_the_way_are_scores() -> None:
+    class Flat(Router):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = self.gate(x).reshape(-1, 4).softmax(-1).topk(2)[1]
+            return self.up(x).reshape(-1, 4).gather(-1, chosen)
+
+    gm = graph_of(Flat(), torch.randn(2, 3, 8))
+    ViewsToReshape()(gm)
+    gate, _ = calls(gm.graph, aten.linear.default)
+    assert gate in choices(gm.graph)
 
 
 class Routers(Router):

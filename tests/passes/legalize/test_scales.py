@@ -46,6 +46,13 @@ def test_a_scale_that_the_dtype_cannot_hold_is_an_error_with_its_name(value: flo
         RoundScales()(half_graph(torch.tensor(value)))
 
 
+@pytest.mark.parametrize(("worst", "named"), [(1e6, "1e[+]06"), (-0.5, "-0.5")])
+def test_the_scale_that_cannot_be_held_is_named(worst: float, named: str) -> None:
+    gm = half_graph(torch.tensor([[0.1], [worst], [0.2], [0.3]]), operand="weight")
+    with pytest.raises(PassError, match=rf"0\.weight_scale is {named}, which"):
+        RoundScales()(gm)
+
+
 @pytest.mark.parametrize("value", [1e-9, 1e6])
 def test_what_float16_cannot_hold_bfloat16_can(value: float) -> None:
     assert RoundScales()(half_graph(torch.tensor(value), torch.bfloat16)).modified
