@@ -7,7 +7,7 @@ of another tool's: capture -> CANONICALIZE -> [calibration] -> quantize_pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.k_split import SplitK
+from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
@@ -90,10 +91,12 @@ def quantize_pipeline(
     softmax: Mapping[Node, torch.Tensor] | None,
     source: torch.dtype,
     target: torch.dtype,
+    fully_masked: Collection[Node] = (),
 ) -> Pipeline:
     """Q/DQ at `quantizers`, attention fused where `softmax` has a scale (everywhere if it is None), computing in
-    `target`, weights as codes."""
+    `target`, weights as codes; zeros for queries that see no key in the attentions of `fully_masked`."""
     return (
+        partial(ZeroMaskedRows, fully_masked),
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from passes.graph import Emitter, argument, aten, shape
 
-__all__ = ["HIDDEN", "SDPA", "Attention", "attention_scale"]
+__all__ = ["HIDDEN", "HIDDEN_ROUNDED", "SDPA", "Attention", "attention_scale", "fully_masked"]
 
 SDPA = aten.scaled_dot_product_attention.default
 HIDDEN = -1e4  # adding this or less to a score leaves a probability that is zero in every dtype
+HIDDEN_ROUNDED = -9984.0  # what that is in bfloat16: the limit for masks that may have been rounded
 
 
 @dataclass
@@ -60,3 +62,9 @@ def attention_scale(node: Node) -> float:
     scale = argument(node, "scale")
     assert isinstance(node.args[0], Node)
     return float(scale) if scale is not None else float(shape(node.args[0])[-1]) ** -0.5
+
+
+def fully_masked(mask: torch.Tensor) -> torch.Tensor:
+    """Which queries `mask` `[..., Sq, Sk]`, boolean or added to the scores, hides every key from: `[..., Sq, 1]`."""
+    hidden = mask.logical_not() if mask.dtype is torch.bool else mask <= HIDDEN_ROUNDED
+    return hidden.all(-1, keepdim=True)

@@ -11,11 +11,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.graph import aten, calls, module_path, strip
 from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
 from passes.sdpa import SDPA, attention_scale
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
-from qcompile.statistics import Largest, LargestBeforeSoftmax, LargestScore
+from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
 
 NEAR = 2.0  # other data, and quantization, can give that much more than calibration saw
 
@@ -39,7 +40,7 @@ class Headroom:
 
 
 class Watch:
-    """What calibration runs, and whose largest magnitude it keeps.
+    """What calibration runs, whose largest magnitude it keeps, and the masks that it looks at.
 
     For a program in float16 that is everything that float16 might not hold, in a copy of the model's graph that
     computes as the program will, quantizers aside: there masks and numbers have the size that they will have, and what
@@ -47,7 +48,8 @@ class Watch:
 
     Attributes:
         gm: the graph to run, with halves widened to float32.
-        statistics: node of `gm` -> what to keep of it.
+        statistics: node of `gm` -> the ranges to keep of it.
+        masks: mask of an attention in `gm` -> whether it hid all.
     """
 
     def __init__(self, gm: GraphModule, source: torch.dtype, target: torch.dtype) -> None:
@@ -55,11 +57,26 @@ class Watch:
         self.source, self.target = source, target
         self.gm: GraphModule = gm
         self.statistics: dict[Node, list[Largest]] = defaultdict(list)
+        self.masks: dict[Node, FullyMasked] = {}
         self._copies: Mapping[Node, Node] = {}
         if target is torch.float16:
             if source != target:
                 self._convert(gm)
             self._watch_all()
+        self._masked = {node: self._mask(mask) for node, mask in masked_attentions(gm)}
+
+    @property
+    def watched(self) -> dict[Node, list[Statistic]]:
+        """All that is kept, by the node of `gm` that it is kept of."""
+        found: dict[Node, list[Statistic]] = {node: list(kept) for node, kept in self.statistics.items()}
+        for node, mask in self.masks.items():
+            found.setdefault(node, []).append(mask)
+        return found
+
+    @property
+    def fully_masked(self) -> set[Node]:
+        """The attentions of the model's graph whose mask hid every key from some query."""
+        return {node for node, mask in self._masked.items() if mask.found}
 
     @property
     def converted(self) -> bool:
@@ -74,6 +91,9 @@ class Watch:
             plain.append(Largest())
             self.statistics[node] += plain
         return plain[0]
+
+    def _mask(self, mask: Node) -> FullyMasked:
+        return self.masks.setdefault(self._copies.get(mask, mask), FullyMasked())
 
     def check(self) -> list[str]:
         """What to say of the tensors that left the dtype, or nearly did.

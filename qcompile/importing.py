@@ -81,7 +81,8 @@ def import_quantized(
     ranges = activation_ranges(gm, program, configs, calibration, (source, target), progress)
     configs = without(configs, ranges.unreached, log)
     quantizers = {s: Quantizer(FP8, scale_of(ranges.amax[s], config, False)) for s, config in configs.items()}
-    run_pipeline(quantize_pipeline(quantizers, None, source, target), gm, log, recompile=False)
+    pipeline = quantize_pipeline(quantizers, None, source, target, ranges.fully_masked)
+    run_pipeline(pipeline, gm, log, recompile=False)
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
     notices = [*ranges.notices, *log.notices]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from qcompile.recipe import (
 )
 from qcompile.recipe.notices import Notice
 from qcompile.record import UNREACHED, QuantizeRecord, record
-from qcompile.scales import activation_ranges, has_constant, scale_of, weight_amax
+from qcompile.scales import activation_ranges, has_constant, mask_state, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -66,8 +66,9 @@ def quantize(
         recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
         calibration: representative batches, as argument tuples, keyword dicts or single tensors; needed by recipes
             with static activations. They are run through the captured graph in the model's own dtype, and show what
-            float16 would not hold, for every recipe. Or what `calibrate` returned. A layer that they never reach, or
-            only with zeros, is not quantized, and listed as declined.
+            float16 would not hold, for every recipe; in an attention whose mask hides every key from some query of
+            theirs, such queries get zeros. Or what `calibrate` returned. A layer that they never reach, or only with
+            zeros, is not quantized, and listed as declined.
         dynamic_shapes: as in `torch.export.export`.
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
             model's own and gives a float32 model float16, as TensorRT fuses no FP8 attention in float32. What
@@ -98,7 +99,7 @@ def quantize(
     _check_range(weights, target)
     ranges = activation_ranges(gm, program, plan.configs, calibration, (source, target), progress)
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
-    quantize_graph(gm, plan, weights | ranges.amax, source, target)
+    quantize_graph(gm, plan, weights | ranges.amax, source, target, ranges.fully_masked)
     check_dependence(needed, input_dependence(gm))
     _tell_nothing(gm, plan)
     quantized = lift(gm, program)
@@ -123,7 +124,8 @@ def calibrate(
     Args: as of `quantize`.
 
     Returns:
-        Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar. It is the
+        Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar; and for each
+        attention whose mask hid every key from some query, `layers.0.self_attn.fully_masked` -> True. It is the
         `calibration` of `quantize`, of any model with these modules, and that of `torch.compile(backend="qcompile")`;
         `torch.save` and safetensors keep it.
 
@@ -139,7 +141,7 @@ def calibrate(
     ranges = activation_ranges(gm, program, plan.configs, calibration, same, progress)
     for notice in ranges.notices:
         logger.warning("%s", notice)
-    return {site.name: value for site, value in ranges.amax.items()}
+    return {site.name: value for site, value in ranges.amax.items()} | mask_state(ranges.fully_masked)
 
 
 @dataclass(frozen=True)
@@ -214,12 +216,14 @@ def quantize_graph(
     amax: Mapping[Site, torch.Tensor],
     source: torch.dtype,
     target: torch.dtype,
+    fully_masked: Collection[Node] = (),
 ) -> None:
     """Carry `plan` out on its graph.
 
     Args:
         amax: of `weight_amax`, and of the activations that have constant scales; of others it has no effect.
         source: the dtype that the model computes in. target: the one that the result computes in.
+        fully_masked: attentions whose mask hid every key from some query in calibration.
     """
     _tell_small_weights(plan, amax, target)
 
@@ -233,7 +237,8 @@ def quantize_graph(
         if site.operand != "softmax"
     }
     softmax = {site.consumer: scale(site, config) for site, config in plan.configs.items() if site.operand == "softmax"}
-    run_pipeline(quantize_pipeline(quantizers, softmax, source, target), gm, plan.log, recompile=False)
+    pipeline = quantize_pipeline(quantizers, softmax, source, target, fully_masked)
+    run_pipeline(pipeline, gm, plan.log, recompile=False)
 
 
 def model_dtype(gm: GraphModule) -> torch.dtype:

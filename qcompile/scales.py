@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import ConstantRows, is_constant_expression
 from passes.formats import get_format
+from passes.graph import name_in_module
+from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
 from qcompile.calibrate import observe
@@ -26,6 +28,9 @@ NEVER = "calibration never reached it"
 ZEROS = "it was zero in all of calibration"
 NEVER_OR_ZEROS = "calibration never reached it, or it was zero in all of calibration"
 ABSENT = "the calibrated state has no range for it"
+
+_FULLY_MASKED = "fully_masked"  # what a state calls a mask that hid every key from some query, below the module's path
+_STATE = ("_quantizer", _FULLY_MASKED)
 
 
 def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Tensor]:
@@ -70,12 +75,14 @@ class Ranges:
         unreached: of these tensors, those that have no range -> why.
         headroom: how near the tensors came to the end of the compute dtype; empty without data.
         notices: what the user should know of the data, or of the lack of it.
+        fully_masked: the attentions whose mask hid every key from some query.
     """
 
     amax: dict[Site, torch.Tensor]
     unreached: dict[Site, str] = field(default_factory=dict)
     headroom: list[Headroom] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    fully_masked: set[Node] = field(default_factory=set)
 
 
 def activation_ranges(
@@ -97,7 +104,7 @@ def activation_ranges(
     """
     static = static_sites(configs)
     if is_state(calibration):
-        return _known_ranges(configs, calibration, dtypes)
+        return _known_ranges(gm, configs, calibration, dtypes)
     constants = [site for site in static if is_constant_expression(site.tensor)]
     if constants:
         name = constants[0].name
@@ -115,21 +122,29 @@ def activation_ranges(
         return Ranges({}, notices=_unknown_ranges(source, target))
     watch = Watch(gm, source, target)
     seen = {site: watch.quantizer(site.tensor) for site in static}
-    if not watch.statistics:
+    if not watch.watched:
         return Ranges(
             {}, notices=[f"calibration data is not used: the recipe needs none, and no range ends in {target}"]
         )
-    notices = observe(watch.gm, program, watch.statistics, calibration, widen=watch.converted, progress=progress)
+    notices = observe(watch.gm, program, watch.watched, calibration, widen=watch.converted, progress=progress)
+    if not watch.statistics:
+        notices = [
+            "calibration data is used to see what masks hide, and for nothing else: the recipe needs none, and no range"
+            f" ends in {target}"
+        ]
     for site, largest in seen.items():
         if not bool(torch.isfinite(largest.value)):
             raise CalibrationError(f"{site.name}: calibration found {float(largest.value)} in {site.tensor.name}")
     unreached = {site: NEVER if not s.reached else ZEROS for site, s in seen.items() if not float(s.value)}
     amax = {site: largest.value for site, largest in seen.items()}
-    return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices])
+    return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices], watch.fully_masked)
 
 
 def _known_ranges(
-    configs: Mapping[Site, QuantizerConfig], state: Mapping[str, torch.Tensor], dtypes: tuple[torch.dtype, torch.dtype]
+    gm: GraphModule,
+    configs: Mapping[Site, QuantizerConfig],
+    state: Mapping[str, torch.Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> Ranges:
     """The ranges of what `qcompile.calibrate` returned."""
     amax, unreached = known_amax(configs, state)
@@ -137,7 +152,8 @@ def _known_ranges(
     limit = torch.finfo(target).max
     if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
         raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
-    return Ranges(amax, unreached, notices=_unknown_ranges(source, target))
+    notices = _unknown_ranges(source, target)
+    return Ranges(amax, unreached, notices=notices, fully_masked=known_masks(gm, state))
 
 
 def _unknown_ranges(source: torch.dtype, target: torch.dtype) -> list[str]:
@@ -156,7 +172,7 @@ def static_sites(configs: Mapping[Site, QuantizerConfig]) -> list[Site]:
 
 def is_state(calibration: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
     """Whether `calibration` is what `qcompile.calibrate` returned, not data to calibrate with."""
-    return isinstance(calibration, Mapping) and all(str(name).endswith("_quantizer") for name in calibration)
+    return isinstance(calibration, Mapping) and all(str(name).endswith(_STATE) for name in calibration)
 
 
 def known_amax(
@@ -184,6 +200,17 @@ def known_amax(
         amax[site] = value.detach().float().reshape(()).cpu()
     unreached = {site: ABSENT if site in missing else NEVER_OR_ZEROS for site in static if not float(amax[site])}
     return amax, unreached
+
+
+def mask_state(attentions: Iterable[Node]) -> dict[str, torch.Tensor]:
+    """What a state keeps of the attentions whose mask hid every key from some query."""
+    return {name_in_module(node, _FULLY_MASKED): torch.tensor(True) for node in attentions}
+
+
+def known_masks(gm: GraphModule, state: Mapping[str, torch.Tensor]) -> set[Node]:
+    """The attentions of a normalized graph of which what `qcompile.calibrate` returned says that."""
+    names = {name for name, value in state.items() if name.endswith(_FULLY_MASKED) and torch.as_tensor(value).any()}
+    return {node for node, _ in masked_attentions(gm) if name_in_module(node, _FULLY_MASKED) in names}
 
 
 def has_constant(config: QuantizerConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from passes.ir import repeat_kv
-from passes.sdpa import HIDDEN
+from passes.sdpa import HIDDEN, fully_masked
 
 
 class Statistic:
@@ -107,3 +107,17 @@ class LargestScore(Largest):
         for index in (bound >= self.limit).nonzero().tolist():  # a head at a time: all scores at once take memory
             scores = q[tuple(index)] @ k[tuple(index)].transpose(-1, -2) * self.scale
             self.add(self.magnitude(scores))
+
+
+class FullyMasked(Statistic):
+    """Whether the mask of an attention hid every key from some query.
+
+    Attributes:
+        found: whether it did.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
+        self.found = self.found or (result.numel() > 0 and bool(fully_masked(result).any()))

@@ -50,6 +50,9 @@ class FoldMasks(Pass):
             mask = attention.args[3] if len(attention.args) > 3 else None
             if isinstance(mask, Node):
                 self._fold(gm, mask, functions, looked_at)
+            for user in list(attention.users):
+                if is_call(user, aten.masked_fill.Scalar):  # of `ZeroMaskedRows`
+                    self._fold(gm, user.args[1], functions, looked_at)  # type: ignore[arg-type]  # a node
 
     def _fold(self, gm: GraphModule, node: Node, functions: SizeFunctions, looked_at: set[Node]) -> None:
         """Store `node` if nothing changes it, else what of its operands nothing changes."""

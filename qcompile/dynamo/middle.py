@@ -21,7 +21,7 @@ from qcompile.errors import CalibrationError, CompileError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph, without
-from qcompile.scales import known_amax, static_sites, weight_amax
+from qcompile.scales import known_amax, known_masks, static_sites, weight_amax
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         amax, unreached = known_amax(plan.configs, options.calibration or {})
         amax |= weight_amax(gm, plan.configs)
         plan = replace(plan, configs=without(plan.configs, unreached, log))
-        quantize_graph(gm, plan, amax, dtype, dtype)
+        quantize_graph(gm, plan, amax, dtype, dtype, known_masks(gm, options.calibration or {}))
         notices = [*map(str, plan.notices), *log.notices]
     quantized, unquantized = quantized_modules(gm)
     counts, found = coverage(gm, unquantized), layers(gm)
