@@ -111,7 +111,7 @@ def _additive(mask: Node, to: torch.dtype, made: dict[tuple[Node, torch.dtype], 
     """`mask` as something to add to the scores: a boolean one becomes 0 where True and very negative elsewhere.
 
     Half the lowest finite number stays finite when a score is added to it, so a row that is masked as a whole gives
-    the average of the values and not NaN.
+    an average of values and not NaN, where `ZeroMaskedRows` has not been told of it.
     """
     if val(mask).dtype != torch.bool:
         return mask

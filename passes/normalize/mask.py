@@ -40,7 +40,7 @@ class NormalizeAttentionMask(Pass):
 
     Requires: the symbols' ranges in the shape environment of the graph's fake values.
     Ensures: the same attention for every query that may see a key. (Where a query sees none, an additive finfo.min
-        gives the mean of all values and a boolean mask gives zeros.)
+        gives the mean of all values and a boolean mask gives zeros; `ZeroMaskedRows` makes it zeros.)
     Declines when: a mask of sizes only is neither all true nor causal (a sliding window), or too large to compute.
     Why: an always-true mask costs eight kernels, and a causal mask as a tensor keeps attention from skipping half of
         its work; builders fuse attention with boolean masks that broadcast.

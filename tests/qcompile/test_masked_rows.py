@@ -142,8 +142,8 @@ def check(kind: str, recipe: str, dtype: torch.dtype, target: Any, folder: Path,
 @pytest.mark.parametrize(
     ("kind", "recipe", "dtype", "target"),
     [
-        ("bool", "int8", torch.float16, "portable"),
         ("input", "fp8", torch.float16, "tensorrt"),
+        pytest.param("bool", "int8", torch.float16, "portable", marks=pytest.mark.slow),
         pytest.param("eager", DYNAMIC, torch.float32, "portable", marks=pytest.mark.slow),
     ],
 )
@@ -186,6 +186,19 @@ def test_data_is_used_for_masks_alone_where_nothing_else_needs_it() -> None:
     assert not notices(quantize(Net(mask=added(None)), recipe=DYNAMIC, calibration=None))  # nothing can be known
 
 
+@pytest.mark.slow
+def test_a_model_that_is_quantized_already_is_calibrated_for_it() -> None:
+    model, mask, full = Net(), *(as_input("input", keep) for keep in (MASK, FULL))
+    program = quantize(model, full, recipe="int8")
+    assert not notices(program) and ran(program, X, mask)[0][ROWS].any()
+    imported = qcompile.import_quantized(program, calibration=[(X, mask)], progress=False)
+    assert notices(imported)
+    before, after = ran(program, X, mask), ran(imported, X, mask)
+    assert not after[0][ROWS].any()
+    torch.testing.assert_close(after[0][~ROWS], before[0][~ROWS], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
 def test_left_padding_under_a_causal_mask_and_other_sizes(tmp_path: Path) -> None:
     """One batch among several has such queries; batch and length are dynamic."""
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 3: Dim.DYNAMIC})

@@ -63,7 +63,7 @@ def test_an_additive_mask_means_the_same(hides: float, dtype: torch.dtype) -> No
     assert not zeroed(gm)(gm).modified
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([-torch.inf, MIN, -3e4]))
 def test_random_masks(seed: int, density: float, hides: float) -> None:
     """Against torch's boolean masks, whose rows without a key are zeros."""
