@@ -78,6 +78,10 @@ def divided_by_a_constant(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) 
     return (q / m.root @ k.mT).masked_fill(~p[:, None, None, :], -torch.inf).softmax(-1) @ v
 
 
+def number_first(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (m.root * (q @ k.mT) / 8).softmax(-1) @ v
+
+
 def two_masks(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     scores = q @ k.mT * SCALE + m.bias
     return (scores + torch.where(p[:, None, None, :], 0.0, MIN / 2)).softmax(-1) @ v
@@ -159,6 +163,7 @@ FORMS = (
     scaled_transposed,
     divided,
     divided_by_a_constant,
+    number_first,
     two_masks,
     scaled_after_the_bias,
     bias_and_where,
@@ -264,6 +269,10 @@ def broadcast_batch(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Ten
     return (q @ k[:1].mT).softmax(-1) @ v
 
 
+def broadcast_keys(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return torch.where(p[:, None, None, :], q @ k[:, :, :1].mT, MIN).softmax(-1) @ v
+
+
 def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).double() @ v.double()
 
@@ -283,6 +292,7 @@ def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         (learned_scale, "scales by something that is not a constant number"),
         (filled_with_little, "scores are replaced by something that is not a very negative number"),
         (broadcast_batch, "query and key have different batches or heads, which broadcast"),
+        (broadcast_keys, "broadcasts the scores to another shape"),
         (wide_value, "query, key and value are torch.float32, torch.float32 and torch.float64"),
         (matrices, "query and key are matrices, without an axis for heads or the batch"),
     ],

@@ -80,6 +80,8 @@ def test_products_of_activations_and_matrices_are_not_looked_at() -> None:
 
     assert declines(NormalizeExperts, graph_of(Activations(), torch.randn(2, 3, 4), torch.randn(2, 4, 5))) == []
     assert declines(NormalizeExperts, graph_of(Product(torch.matmul, (K, N)), torch.randn(2, 5, K))) == []
+    dots = Product(lambda x, w: torch.einsum("...d,edf->...ef", x, w), (E, K, N))
+    assert declines(NormalizeExperts, graph_of(dots, torch.randn(2, 5, K))) == []
 
 
 def test_what_is_not_looked_at_or_declined_does_not_end_the_search() -> None:

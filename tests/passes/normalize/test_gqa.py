@@ -55,7 +55,11 @@ def prepare(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("repeat", [repeat_kv, repeat_interleave])
+def repeat_interleave_from_the_end(x: Tensor, times: int) -> Tensor:
+    return x.repeat_interleave(times, dim=-3)
+
+
+@pytest.mark.parametrize("repeat", [repeat_kv, repeat_interleave, repeat_interleave_from_the_end])
 def test_fires(repeat: object) -> None:
     args = inputs()
     gm = prepare(graph_of(Grouped(repeat), *args))
@@ -94,6 +98,15 @@ def test_repetition_of_whole_groups_is_another_order() -> None:
         return x[:, None].expand(batch, times, heads, length, width).reshape(batch, heads * times, length, width)
 
     gm = prepare(graph_of(Grouped(tile), *inputs()))
+    assert declines(UnexpandGroupedQuery, gm) == []
+
+
+def test_copies_that_differ_are_no_repetition() -> None:
+    def weighted(x: Tensor, times: int) -> Tensor:
+        batch, heads, length, width = x.shape
+        return (x[:, :, None] * torch.rand(times, 1, 1)).reshape(batch, heads * times, length, width)
+
+    gm = prepare(graph_of(Grouped(weighted), *inputs()))
     assert declines(UnexpandGroupedQuery, gm) == []
 
 

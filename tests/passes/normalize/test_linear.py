@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.testing import FileCheck
 
-from passes.graph import aten, shape
+from passes.constants import add_constant
+from passes.graph import aten, module_path, shape
 from passes.normalize.linear import NormalizeLinear
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 PRODUCTS = (aten.mm.default, aten.matmul.default, aten.addmm.default)
@@ -74,6 +75,18 @@ def test_a_transposed_weight_is_a_linear_layer_as_it_is(form: Callable[..., Tens
 def test_a_permute_that_moves_nothing_is_not_a_transpose() -> None:
     gm = graph_of(Product(lambda x, w, b: x @ w.permute(0, 1), weight=(4, 4)), torch.randn(3, 4))
     rewrites(NormalizeLinear, gm, torch.randn(3, 4), **TOLERANCE)
+
+
+def test_the_layer_belongs_to_the_module_of_the_product() -> None:
+    gm, emit, (x,) = blank(torch.randn(3, 4))
+    weight, bias = (
+        add_constant(gm, *named, emit.before) for named in (("w", torch.randn(4, 6)), ("b", torch.randn(6)))
+    )
+    product = emit(aten.mm.default, x, weight)
+    product.meta["nn_module_stack"] = {"layer": ("layer", nn.Linear)}
+    returns(gm, emit(aten.add.Tensor, product, bias))
+    NormalizeLinear()(gm)
+    assert module_path(only_call(gm, aten.linear.default)) == "layer"
 
 
 def test_leading_axes_and_their_sizes_are_free() -> None:
