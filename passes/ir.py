@@ -27,7 +27,6 @@ _LIBRARY.define(
 )
 _LIBRARY.define("batched_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 
-_EPSILON = 1e-6  # amax of an all-zero block: any positive number gives zeros
 LEAST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3
 
 
@@ -54,8 +53,8 @@ def dynamic_quantize(
         global_scale: fp32 scalar for a format of two levels, None for the others.
 
     Returns:
-        Codes, and their scale: for blocks of a number of elements one each, in float32, or of a format of two levels
-        the codes of those scales, to be dequantized with `global_scale`; else in the dtype of `x`.
+        Codes, and their scale in float32: one for each block, each token or the tensor; of a format of two levels the
+        codes of those scales, to be dequantized with `global_scale`.
     """
     fmt = get_format(format)
     if (global_scale is None) != (fmt.scale is None):
@@ -70,10 +69,24 @@ def dynamic_quantize(
         # a block of zeros, or as good as, has the scale 1: any positive number gives zeros
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
         return quantize(x, scale, format=format), scale
-    amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else x.abs().amax()
-    # float16 would round the scale of a token below 1e-5 to 0, and its codes would be NaN
-    scale = (amax.float().clamp_min(_EPSILON) / fmt.max).to(x.dtype).clamp_min(torch.finfo(x.dtype).smallest_normal)
+    amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else _largest(x)
+    # not in float16: 448 times the rounded scale of 65504 would be an infinity, and tiny scales have few digits
+    scale = amax.float().clamp_min(least_amax(x.dtype)) / fmt.max
     return quantize(x, scale, format=format), scale
+
+
+def least_amax(dtype: torch.dtype) -> float:
+    """What takes the place of a smaller amax where one is measured for each token or the tensor: zeros stay zeros.
+
+    Its reciprocal is finite in `dtype`, and the scale a normal float32.
+    """
+    return 2.0**-14 if dtype == torch.float16 else 2.0**-100
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in `x` `[..., K]`, 0 where another axis than the last is empty."""
+    rows = x.abs().amax(dim=-1).reshape(-1)
+    return torch.cat([rows, rows.new_zeros(1)]).amax()
 
 
 def block_amax(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -174,9 +187,9 @@ def _dynamic_quantize_fake(
     fmt = get_format(format)
     if fmt.sizes:
         sizes = (*x.shape[: -len(fmt.sizes)], *fmt.blocks(x.shape))
-        scale = x.new_empty(sizes, dtype=fmt.scale.storage if fmt.scale else torch.float32)
     else:
-        scale = x.new_empty((*x.shape[:-1], 1) if fmt.block else ())
+        sizes = (*x.shape[:-1], 1) if fmt.block else ()
+    scale = x.new_empty(sizes, dtype=fmt.scale.storage if fmt.scale else torch.float32)
     return _codes_like(x, fmt), scale
 
 

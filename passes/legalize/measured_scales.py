@@ -9,7 +9,7 @@ from passes.base import Pass
 from passes.constants import add_constant, constant
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, get_format
 from passes.graph import Emitter, aten, calls, dtype, is_call, name_in_module, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, least_amax
 from passes.pairs import constant_pair, measured_by
 
 # What is measured -> the format with the constant scale that takes its place.
@@ -23,7 +23,7 @@ class MeasuredToConstant(Pass):
         q, s = dynamic_quantize(x, None, format=fp8_per_token)      # s[..., 1] = amax(|x|) / 448
         y = linear(dequantize(q, s), w, bias)
     After:
-        a = maximum(amax(abs(x), -1, keepdim), eps)
+        a = maximum(amax(abs(x), -1, keepdim), least)
         y = add(mul(linear(dequantize(quantize(div(x, a), 1/448), 1/448), w), a), bias)
 
     The same for one scale for the tensor, with a scalar `a`: FP8, INT8 (1/127), and the global scale of NVFP4 where
@@ -54,11 +54,10 @@ class MeasuredToConstant(Pass):
         static, x = _CONSTANT[fmt], dynamic.args[0]
         assert isinstance(x, Node)
         emit = Emitter(dynamic)
-        # the smallest normal float16: below it the quotient itself would overflow
-        tiny = torch.tensor(torch.finfo(torch.float16).tiny, dtype=dtype(x))
+        floor = torch.tensor(least_amax(dtype(x)), dtype=dtype(x))
         over = ([-1], True) if fmt.block == (None,) else (list(range(len(shape(x)))),)
         largest = emit(aten.amax.default, emit(aten.abs.default, x), *over)
-        least = add_constant(gm, name_in_module(dynamic, "least_amax"), tiny, dynamic)
+        least = add_constant(gm, name_in_module(dynamic, "least_amax"), floor, dynamic)
         amax = emit(aten.maximum.default, largest, least)
         scaled = emit(aten.div.Tensor, x, amax)
         scale = torch.tensor(1 / static.global_max, dtype=torch.float32 if static.scale else dtype(x))

@@ -94,8 +94,8 @@ def test_layers_keep_codes_and_scales(case: str, quantized: Any) -> None:
     if case in ON_CPU:
         for name, layer in originals.items():
             own = layer(x).float()
-            # scales of activations: rounded to bfloat16 here, amax / 127.5 there
-            assert float((outputs[name].float() - own).norm() / own.norm()) < 1e-2
+            # scales of activations: torchao rounds those of FP8 to bfloat16, and those of INT8 are amax / 127.5 there
+            assert float((outputs[name].float() - own).norm() / own.norm()) < 1.5e-2
 
 
 @pytest.mark.everyday(2)
