@@ -185,10 +185,9 @@ def _dynamic_quantize_fake(
     x: torch.Tensor, global_scale: torch.Tensor | None, *, format: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = get_format(format)
+    sizes = (*x.shape[:-1], 1) if fmt.block else ()
     if fmt.sizes:
         sizes = (*x.shape[: -len(fmt.sizes)], *fmt.blocks(x.shape))
-    else:
-        sizes = (*x.shape[:-1], 1) if fmt.block else ()
     scale = x.new_empty(sizes, dtype=fmt.scale.storage if fmt.scale else torch.float32)
     return _codes_like(x, fmt), scale
 

@@ -9,13 +9,15 @@ from qcompile.onnx.names import NAME_SCOPES
 
 
 def tidy(model: onnx_ir.Model) -> None:
-    """Store per-channel scales flat, and keep of the exporter's notes only the module path of each node.
+    """Store per-channel scales flat and zero points of INT8 weights apart, and keep of the exporter's notes only the
+    module path of each node.
 
     The notes hold stack traces with paths of the machine that exported, and are larger than the graph.
     """
     for node in list(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             _flatten_scale(model, node)
+            _own_zero_point(model, node)
         scopes = node.metadata_props.get(NAME_SCOPES)
         node.metadata_props.clear()
         if scopes is not None:
@@ -47,6 +49,26 @@ def _flatten_scale(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
     node.replace_input_with(1, model.graph.initializers[name])
     if not scale.uses():
         model.graph.remove(reshape, safe=True)
+
+
+def _own_zero_point(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
+    """Give an INT8 weight zero points of its own, which torch.onnx shares with others of that many channels.
+
+    With `session.x64quantprecision` ONNX Runtime 1.31 makes uint8 of both, by the name of the zero points, and refuses
+    the file where that exists already.
+    """
+    codes, _, zero = (*node.inputs, None)[:3]
+    if zero is None or zero.const_value is None or codes is None or codes.const_value is None:
+        return
+    if codes.dtype is not onnx_ir.DataType.INT8 or len(zero.uses()) < 2:
+        return
+    name = f"{codes.name}_zero_point"
+    if name not in model.graph.initializers:  # a weight that is dequantized twice has one
+        own = onnx_ir.tensor(zero.const_value.numpy(), dtype=zero.const_value.dtype, name=name)
+        shape = onnx_ir.Shape(own.shape.numpy())
+        value = onnx_ir.Value(name=name, shape=shape, type=onnx_ir.TensorType(own.dtype), const_value=own)
+        model.graph.register_initializer(value)
+    node.replace_input_with(2, model.graph.initializers[name])
 
 
 def _keep_packed(value: onnx_ir.Value) -> None:
