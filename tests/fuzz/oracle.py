@@ -68,7 +68,7 @@ def _blocks(x: Tensor, rows: int, columns: int) -> Tensor:
 _DYNAMIC: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "fp8_per_channel_per_token": (
         lambda w: fp8(w, _rows(w)),
-        lambda x: fp8(x, _rows(x).clamp_min(1e-6)),
+        lambda x: fp8(x, _rows(x).clamp_min(2.0**-100)),
     ),
     "fp8_block": (
         lambda w: fp8(w, _blocks(w, 128, 128)),
