@@ -87,6 +87,7 @@ def test_without_time_rows_are_skipped_and_resumed(tmp_path: Path) -> None:
     assert again["rows"] == resumed["rows"]
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing where every row is there; a case that lacks one as a whole, as rows of two runs cannot be compared."""
     names = [variant.name for variant in variants.VARIANTS[:2]]

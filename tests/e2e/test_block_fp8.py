@@ -42,6 +42,7 @@ def logits(program: torch.export.ExportedProgram) -> np.ndarray:
         return np.asarray(program.module()(input_ids=IDS).logits.double().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "target", "dtype"),
     [

@@ -61,7 +61,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd35", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2", "sd3"))])
 @pytest.mark.parametrize("target", ["tensorrt", pytest.param("portable", marks=pytest.mark.slow)])
 def test_every_attention_and_linear_is_quantized_and_the_file_agrees(name: str, target: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from benchmarks.zoo import ZOO
 TYPES = {"*.mlp.gate": "float", "lm_head": "half", "*.mlp.*": "fp4", "*.self_attn.*": "fp8"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("llama", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow), "qwen3-moe"]
 )

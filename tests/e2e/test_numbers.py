@@ -50,7 +50,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: value.reshape(len(value), -1) if value.ndim == 4 else value for name, value in state.items()}
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_codes_are_equal_with_power_of_two_scales(example: Example, target: Any, tmp_path: Path) -> None:
     """In fp32: weights as ml_dtypes makes them, activations as ONNX Runtime makes them, and every layer close."""

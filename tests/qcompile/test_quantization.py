@@ -135,6 +135,7 @@ def test_each_reader_of_one_tensor_gets_the_range_that_was_given_for_it(model: B
     assert len(quantizers) == 2, "k and v share a pair"
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
 def test_structure_dtypes_and_values_for_each_compute_dtype(model: Block, dtype: torch.dtype | None) -> None:
     program = quantize(model, X, dtype=dtype)
@@ -255,6 +256,7 @@ def test_dynamic_activations_need_none(model: Block) -> None:
     assert error(program.module()(X)["hidden"], model(X)["hidden"]) < 0.08
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
 def test_nan_and_inf_in_a_weight_name_it(recipe: str, bad: float) -> None:

@@ -140,7 +140,7 @@ def test_small_numbers_are_no_refusal(recipe: str, size: float, weight: float, t
     np.testing.assert_allclose(run, found.numpy(), rtol=0.02, atol=1.2e-7)  # two of float16's least numbers
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.floats(-9, 0), min_size=16, max_size=16), st.floats(-7, 2))
 def test_channels_of_any_size_are_finite_and_saturate_nothing(channels: list[float], size: float) -> None:
     model = Small(10.0**size, 1.0).eval()

@@ -323,6 +323,7 @@ def test_other_blocks_are_errors(module: nn.Module, reason: str) -> None:
         ModeloptToQdq()(graph_of(module, torch.randn(4, 32)))
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     ("module", "reason"),
     [

@@ -79,6 +79,7 @@ def test_another_reader_keeps_the_shifted_values() -> None:
     assert count(gm, aten.sub.Tensor) == 1
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("weight", ["computed", "measured", "blocks", "stored blocks", "bias"])
 def test_a_weight_or_bias_that_is_computed_is_left(weight: str) -> None:
     (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight=weight), X))
@@ -103,7 +104,7 @@ def test_a_layer_without_a_zero_point_is_left() -> None:
     assert declines(MoveZeroPoints, graph_of(nn.Linear(8, 4), X)) == []
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(offset=st.floats(-100, 100, allow_nan=False, width=32), rows=st.integers(1, 4))
 def test_any_offset(offset: float, rows: int) -> None:
     if not offset:

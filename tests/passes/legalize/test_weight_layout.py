@@ -85,6 +85,7 @@ def test_float_layers_and_weights_that_are_no_codes_yet_stay() -> None:
     assert count(gm, aten.linear.default) == 2
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [torch.tensor(0.01), torch.rand(3, 6, 1) + 0.01], ids=["tensor", "channel"])
 def test_experts(bias: bool, scale: Tensor) -> None:

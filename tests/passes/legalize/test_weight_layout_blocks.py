@@ -91,6 +91,7 @@ def test_packed_experts(experts: int, bias: bool) -> None:
     assert gm.get_parameter("weight").shape == (3, 6, 16)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("fmt", [FP8, INT8], ids=lambda f: f.name)
 @pytest.mark.parametrize("experts", [1, 3], ids=["same rows", "own rows"])
 def test_experts_with_one_scale(fmt: Format, experts: int) -> None:

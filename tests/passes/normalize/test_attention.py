@@ -355,7 +355,7 @@ PLACES = st.lists(st.sampled_from(["query", "key", "scores", "after"]), max_size
 MASKS = st.lists(st.sampled_from(["bias", "where", "fill", "additive"]), max_size=3)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(PLACES, MASKS, st.floats(0.2, 2), st.booleans(), st.integers(1, 3))
 def test_any_order_of_scales_and_masks(
     places: list[str], masks: list[str], factor: float, divide: bool, batch: int

@@ -54,6 +54,7 @@ def test_a_product_with_a_bias_is_one_linear_layer(form: Callable[..., Tensor]) 
     assert len(only_call(gm, aten.linear.default).args) == 3
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "form",
     [
@@ -141,6 +142,7 @@ def test_another_user_of_the_product_keeps_its_values() -> None:
     assert (count(gm, aten.linear.default), count(gm, aten.add.Tensor)) == (1, 1)
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     ("form", "weight"),
     [

@@ -92,7 +92,7 @@ def test_vit(implementation: str, dynamic: bool) -> None:
     assert count(gm, aten.arange.default) == 0
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 @pytest.mark.parametrize("padded", [False, True])
@@ -112,7 +112,7 @@ def test_bert(implementation: str, dynamic: bool, padded: bool) -> None:
     assert count(gm, aten.index.Tensor) == 0 and log.declined == []
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @every_form
 @every_attention
 @pytest.mark.parametrize("padded", [False, True])
@@ -127,7 +127,7 @@ def test_llama(implementation: str, dynamic: bool, padded: bool) -> None:
     assert log.declined == []
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @every_attention
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_llama_in_half(implementation: str, dtype: torch.dtype) -> None:

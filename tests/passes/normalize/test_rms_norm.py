@@ -93,7 +93,7 @@ def test_computes_in_half_only_if_the_weight_is_multiplied_in_half(norm: type[No
     assert only_call(gm, aten.rms_norm.default).meta["val"].dtype is expected
 
 
-@settings(max_examples=10)  # each is an export
+@settings(max_examples=6)  # each is an export
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 33), st.floats(0.01, 100))
 def test_values(batch: int, length: int, width: int, size: float) -> None:
     x = torch.randn(batch, length, width) * size
@@ -150,6 +150,7 @@ def test_weight_of_another_dtype_stays_a_multiplication() -> None:
     assert count(gm, aten.mul.Tensor) == 1
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "forward",
     [

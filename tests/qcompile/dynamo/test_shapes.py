@@ -278,6 +278,7 @@ def test_vit_with_any_batch(target: str) -> None:
     assert qcompile.explain(run).graphs[0].coverage["linear"][0] >= 12
 
 
+@pytest.mark.slow
 def test_a_float_that_changes_through_inductor() -> None:
     """More values than Dynamo compiles for: the model would run without quantization then, with no word from us."""
     model = Scaled()

@@ -171,6 +171,7 @@ CHANGES: list[Callable[[Mlp], None]] = [
 ]
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_seen_at_the_next_call(change: Callable[[Mlp], None]) -> None:
     model = Mlp()

@@ -58,6 +58,7 @@ def test_the_file_is_valid_and_computes_what_the_program_does(
         assert not np.allclose(found, reference(tmp_path / "m.onnx", {"x": -x.numpy()}), atol=1e-2)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_weight_is_left_in_floats(program: ExportedProgram, tmp_path: Path, target: Any) -> None:
     """A quantization operator is never evaluated early: of what has two axes only rotations are floats."""

@@ -184,7 +184,7 @@ def agree(found: Runs, args: tuple[Any, ...], model: nn.Module, recipe: str, dty
 EVERYDAY = {
     ("fp8", FLOAT32, "mlp", "portable"),
     ("int8", FLOAT32, "mlp", "portable"),
-    ("fp8_per_channel_per_token", FLOAT16, "block", "portable"),
+    ("fp8_per_channel_per_token", FLOAT16, "mlp", "portable"),
 }
 CASES = [
     pytest.param(*case, marks=() if case in EVERYDAY else (pytest.mark.slow,))

@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Module):
         return torch.nn.functional.linear(x, w)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("fmt", ["fp8", "int8"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_scales_are_scalars_or_vectors_on_the_axis_of_the_channels(tmp_path: Path, fmt: str, per_channel: bool) -> None:
@@ -70,6 +71,7 @@ def test_scales_are_scalars_or_vectors_on_the_axis_of_the_channels(tmp_path: Pat
     np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("opset", OPSETS)
 def test_codes_of_quantize_equal_ml_dtypes_at_each_opset(tmp_path: Path, opset: int) -> None:
     class Codes(nn.Module):

@@ -93,6 +93,7 @@ def test_a_fragment_of_the_user_is_an_import_too(tmp_path: Path) -> None:
     assert told(tmp_path, rules) == [("undone", 3)]
 
 
+@pytest.mark.everyday(60)
 @pytest.mark.parametrize("recipe", list_recipes())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shipped_recipes_make_no_noise(recipe: str, family: str) -> None:

@@ -109,6 +109,7 @@ def test_a_description_says_what_the_table_says(recipe: str) -> None:
     assert ("Activations" in description.split(". ")[-1]) == (recipe == "nvfp4_weight_only")
 
 
+@pytest.mark.everyday(60)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_a_recipe_does_what_the_table_says(recipe: str, family: str) -> None:
@@ -122,6 +123,7 @@ def test_a_recipe_does_what_the_table_says(recipe: str, family: str) -> None:
             assert (config.format if config else None) == wanted, f"{name.name} ({role})"
 
 
+@pytest.mark.everyday(12)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", ["fp8_qkvo-nvfp4_mlp", "nvfp4_mlp_only"])  # they import all fragments
 def test_a_wrapper_changes_no_decision(recipe: str, family: str) -> None:
@@ -176,6 +178,7 @@ def test_attention_in_a_vision_tower_stays_out() -> None:
         assert not resolve(load_recipe(recipe), found).configs
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize(
     ("path", "role"),
     [

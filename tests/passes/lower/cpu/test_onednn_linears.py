@@ -131,6 +131,7 @@ def test_another_reader_of_the_weight_keeps_it() -> None:
     assert count(gm, DEQUANTIZE) == 2 + len(weights)
 
 
+@pytest.mark.everyday(7)
 @pytest.mark.parametrize("axes", [{0: DYNAMIC}, {1: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch_and_length(form: str, axes: dict[int, Any]) -> None:

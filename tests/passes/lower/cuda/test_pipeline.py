@@ -81,7 +81,7 @@ def _quantized_block(name: str) -> GraphModule:
     return gm
 
 
-@pytest.mark.everyday(5)
+@pytest.mark.everyday(3)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("name", RECIPES)
