@@ -272,7 +272,7 @@ class Buffered(Step):
         if self.form == "gamma":
             return x * self.gamma
         if self.form == "where":
-            return torch.where(x > 0, x, table)
+            return torch.where(x > 0, x, x * table)  # without a jump, as rounding turns signs
         token = self.gamma.expand(x.shape[0], 1, -1)
         return torch.cat([token, x], 1)[:, : x.shape[1]]
 
