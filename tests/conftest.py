@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch._export import utils as export_utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # Compiling and exporting inside an example makes its first run slow, which says nothing about the code under test.
@@ -42,8 +43,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_registry() -> Iterator[None]:
-    """torch.onnx parses its 500 functions anew at each export, longer than a tiny model takes; here it does once."""
+def _once() -> Iterator[None]:
+    """What torch does at each export, longer than a tiny model takes, is done once here: torch.onnx parses its 500
+    functions, and torch.export looks up all operators that are made of others."""
     parsed = functools.cache(ONNXRegistry.from_torchlib)
 
     def registry(**opset: int) -> Any:
@@ -53,4 +55,5 @@ def _one_registry() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
+        patch.setattr(export_utils, "_materialize_cpp_cia_ops", functools.cache(export_utils._materialize_cpp_cia_ops))
         yield

@@ -87,6 +87,7 @@ def test_per_channel_on_request_is_as_far_from_the_model(tmp_path: Path) -> None
     assert blocks <= 0.1 and channels <= 1.5 * blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm89", pytest.param("sm120", marks=SLOW)])
 def test_every_linear_layer_is_fp8_in_the_engine(target: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines are built with it: pip install 'qcompile[tensorrt-rtx]'")

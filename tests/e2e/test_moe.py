@@ -22,7 +22,7 @@ from benchmarks import moe_models
 MODELS = [moe_models.qwen3_moe, partial(moe_models.deepseek_v3, dynamic=True), moe_models.gpt_oss]
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS, ids=["qwen3_moe", "deepseek_v3-dynamic", "gpt_oss"])
 def test_every_expert_is_quantized_and_the_file_agrees(make: Any, tmp_path: Path) -> None:
     example = make()

@@ -29,7 +29,7 @@ def parameters(*slow: str) -> list[object]:
     return made
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     "case",
     parameters(

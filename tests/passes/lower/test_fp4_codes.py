@@ -81,6 +81,7 @@ def test_other_formats_stay() -> None:
     assert declines(SpellOutFp4Codes, graph_of(Blocks(), torch.randn(2, 128))) == []
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it() -> None:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -127,6 +127,7 @@ class OwnAutocast(nn.Module):
         return self.head(y)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_ambient_autocast(target: str) -> None:
     model = Mlp()
@@ -210,6 +211,7 @@ class Cache(nn.Module):
         return x @ self.keys.T + self.count
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_key_value_cache_and_counter(target: str) -> None:
     model = Cache()

@@ -184,6 +184,7 @@ def test_torch_refuses_mode_beside_options() -> None:
         torch.compile(Mlp(), backend="qcompile", mode="max-autotune", options={"recipe": DYNAMIC})
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_modes_run(mode: str) -> None:
     model = Mlp()

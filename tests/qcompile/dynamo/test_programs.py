@@ -108,7 +108,7 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fmt", "scheme"), CHECKPOINTS)
 def test_a_checkpoint_computes_what_its_imported_program_does(kind: str, fmt: str, scheme: Any, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

@@ -267,6 +267,7 @@ def rounded_vit(model: nn.Module) -> Any:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_vit_with_any_batch(target: str) -> None:
     model = vit()

@@ -89,6 +89,7 @@ def test_torchao(case: str, torchao: Make) -> None:
         assert_same(run(x), imported(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["fp8_weight", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_torchao_through_inductor(case: str, torchao: Make) -> None:
     model, x = torchao(case)

@@ -89,6 +89,7 @@ def lowered(gm: GraphModule) -> GraphModule:
     return gm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS if f != "fp8")])
 def test_compiled_layers_equal_the_reference(form: str) -> None:
     """One layer each way round a ReLU: what a second layer rounds is the result of the first."""
