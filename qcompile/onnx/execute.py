@@ -21,6 +21,7 @@ from onnx import external_data_helper, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_reduce_mean import ReduceMean_18
+from onnx.reference.ops.op_reduce_sum import ReduceSum_13
 
 from qcompile.errors import VerificationError
 from qcompile.onnx.extract import CARRIED, GIVEN, extract, live_nodes
@@ -121,7 +122,7 @@ def _run(view: ModelView, given: Mapping[str, Array], wanted: list[str]) -> Exec
             external_data_helper.load_external_data_for_model(model, str(view.base_dir))
         inputs = {value.name for value in model.graph.input}
         feeds = {GIVEN.format(name): value for name, value in given.items() if GIVEN.format(name) in inputs}
-        outputs = ReferenceEvaluator(model, new_ops=[MatMul, ReduceMean]).run(None, feeds)
+        outputs = ReferenceEvaluator(model, new_ops=[MatMul, ReduceMean, ReduceSum]).run(None, feeds)
         values = {name: _restored(view, name, np.asarray(out)) for name, out in zip(wanted, outputs, strict=True)}
         return Execution(values, dict.fromkeys(wanted, REFERENCE), [f"ONNX Runtime: {' '.join(str(error).split())}"])
 
@@ -137,15 +138,24 @@ class MatMul(OpRun):  # the evaluator knows it by the name of the class
         return (np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype),)
 
 
-class ReduceMean(ReduceMean_18):
-    """ReduceMean of half-precision operands with sums in float32; numpy's in bfloat16 stand still at 256."""
+class _WideSum:
+    """A sum of half-precision numbers in float32; numpy's in bfloat16 stands still at 256."""
 
     op_domain = ""
 
-    def _run(self, data: Array, *axes: Array | None, **attributes: Any) -> tuple[Array]:
-        wide = data.astype(np.float32) if data.dtype.itemsize <= 2 else data
-        (mean,) = super()._run(wide, *axes, **attributes)  # type: ignore[no-untyped-call]
-        return (mean.astype(data.dtype),)
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[Array]:
+        x, *axes = inputs
+        wide = x.astype(np.float32) if x.dtype.itemsize <= 2 else x
+        (result,) = super()._run(wide, *axes, **attributes)  # type: ignore[misc]  # of the evaluator's class
+        return (result.astype(x.dtype),)
+
+
+class ReduceMean(_WideSum, ReduceMean_18):
+    pass
+
+
+class ReduceSum(_WideSum, ReduceSum_13):
+    pass
 
 
 def _run_ort(view: ModelView, given: Mapping[str, Array], wanted: list[str]) -> Execution:

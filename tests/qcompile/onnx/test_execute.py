@@ -167,17 +167,18 @@ def test_only_the_layer_that_onnxruntime_lacks_falls_back() -> None:
     assert run.values["y"].tobytes() == (x + 1).tobytes()
 
 
-def test_a_mean_in_half_precision_is_summed_in_float32() -> None:
-    """Of 1000 ones in bfloat16 numpy's is 0.26; ONNX Runtime has no kernel for it on a CPU."""
+@pytest.mark.parametrize(("operator", "wanted", "numpys"), [("Mean", 1.0, 0.255859375), ("Sum", 1000.0, 256.0)])
+def test_a_sum_in_half_precision_is_one_in_float32(operator: str, wanted: float, numpys: float) -> None:
+    """ONNX Runtime has no kernels for bfloat16 on a CPU."""
     graph = helper.make_graph(
-        [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)],
-        "mean",
+        [helper.make_node(f"Reduce{operator}", ["x", "axes"], ["y"], keepdims=0)],
+        "sum",
         [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [2, 1000])],
         [helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [2])],
         [numpy_helper.from_array(np.array([1], np.int64), "axes")],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     x = np.ones((2, 1000), ml_dtypes.bfloat16)
-    assert ReferenceEvaluator(proto).run(None, {"x": x})[0].astype(float).tolist() == [0.255859375] * 2
+    assert ReferenceEvaluator(proto).run(None, {"x": x})[0].astype(float).tolist() == [numpys] * 2
     run = run_onnx_intermediates(proto, {"x": x}, ["y"])
-    assert run.evaluators == {"y": REFERENCE} and run.values["y"].astype(float).tolist() == [1.0, 1.0]
+    assert run.evaluators == {"y": REFERENCE} and run.values["y"].astype(float).tolist() == [wanted] * 2
