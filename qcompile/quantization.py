@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Decline, PassLog, run_pipeline
 from passes.errors import PassError
-from passes.graph import calls, input_dependence, val
-from passes.ir import DEQUANTIZE
+from passes.graph import input_dependence, val
 from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
@@ -27,7 +26,7 @@ from passes.quantize.sites import Site, find_sites
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
-from qcompile.quantized import refuse_quantized, refuse_quantized_graph
+from qcompile.quantized import is_finished, refuse_quantized, refuse_quantized_graph
 from qcompile.recipe import (
     QuantizerConfig,
     QuantizerName,
@@ -101,8 +100,9 @@ def quantize(
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
     quantize_graph(gm, plan, weights | ranges.amax, source, target, ranges.fully_masked)
     check_dependence(needed, input_dependence(gm))
-    _tell_nothing(gm, plan)
     quantized = lift(gm, program)
+    if not is_finished(quantized):
+        _tell_nothing(plan.log)
     notices = [*map(str, plan.notices), *ranges.notices, *plan.log.notices]
     name, log = chosen_recipe.metadata.name, plan.log
     record(quantized, QuantizeRecord(name, log.fired, log.declined, notices, ranges.headroom))
@@ -278,15 +278,12 @@ def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> N
             raise PassError(f"{site.name}: the largest weight is {largest:.3g}, and {beyond(target)}")
 
 
-def _tell_nothing(gm: GraphModule, plan: Plan) -> None:
+def _tell_nothing(log: PassLog) -> None:
     """A recipe that named layers, all of which were declined: the program is valid, and none of it quantized."""
-    if not any(calls(gm.graph, DEQUANTIZE)):
-        reasons = dict.fromkeys(f"{decline.module or 'the root'}: {decline.reason}" for decline in plan.log.declined)
-        told = (
-            f"nothing of this model is quantized, as everything that the recipe names was declined: {some([*reasons])}"
-        )
-        plan.log.notices.append(told)
-        logger.warning("%s", told)
+    reasons = dict.fromkeys(f"{decline.module or 'the root'}: {decline.reason}" for decline in log.declined)
+    told = f"nothing of this model is quantized, as everything that the recipe names was declined: {some([*reasons])}"
+    log.notices.append(told)
+    logger.warning("%s", told)
 
 
 def _tell_small_weights(plan: Plan, amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:

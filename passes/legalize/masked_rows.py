@@ -49,11 +49,13 @@ class ZeroMaskedRows(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         masked = [(node, mask) for node, mask in masked_attentions(gm) if not _is_zeroed(gm, node, mask)]
-        constants = _Constants(gm) if masked else None
+        if not masked:
+            return
+        constants = _Constants(gm)
         rows: dict[Node, Node] = {}
         places: dict[str, None] = {}
         for node, mask in masked:
-            if node not in self.seen and not (constants is not None and constants.hide_all(mask)):
+            if node not in self.seen and not constants.hide_all(mask):
                 continue
             if mask not in rows:
                 rows[mask] = _rows(mask, node)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile.onnx.initializers import initializer
 from qcompile.onnx.moves import FP8, is_operator, quantizers, sources
 
 _LIKE_MOVES = {"Relu", "Clip", "Max", "Min"}
@@ -72,12 +73,6 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
 
 
 def _row(model: ir.Model, bias: ir.Value) -> ir.Value:
-    name = f"{bias.name}_row"
-    if name not in model.graph.initializers:
-        tensor = bias.const_value
-        assert tensor is not None
-        row = ir.tensor(tensor.numpy().reshape(1, -1), dtype=tensor.dtype, name=name)
-        model.graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape(row.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=row)
-        )
-    return model.graph.initializers[name]
+    tensor = bias.const_value
+    assert tensor is not None
+    return initializer(model, f"{bias.name}_row", tensor.numpy().reshape(1, -1), tensor.dtype)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.initializers import initializer
 from qcompile.onnx.moves import is_operator
 
 _REDUCE = tuple(
@@ -60,15 +61,6 @@ def _count_input(model: ir.Model, node: ir.Node, rank: int) -> None:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
     known = ir.convenience.get_const_tensor(axes) if axes is not None else None
     if known is not None and bool((known.numpy() < 0).any()):
-        node.replace_input_with(1, _axes(model, [int(axis) % rank for axis in known.numpy()]))
-
-
-def _axes(model: ir.Model, axes: list[int]) -> ir.Value:
-    """An initializer that holds `axes`, one for all who want them."""
-    name = "_".join(("axes", *map(str, axes)))
-    if name not in model.graph.initializers:
-        tensor = ir.tensor(np.array(axes, np.int64), name=name)
-        model.graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape([len(axes)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        )
-    return model.graph.initializers[name]
+        counted = [int(axis) % rank for axis in known.numpy()]
+        name = "_".join(("axes", *map(str, counted)))  # one for all who want them
+        node.replace_input_with(1, initializer(model, name, np.array(counted, np.int64)))

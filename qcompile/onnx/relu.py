@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.initializers import initializer
 from qcompile.onnx.moves import FP8, quantizers, sources
 
 
@@ -49,10 +50,4 @@ def _makes_fp8(quantize: ir.Node) -> bool:
 
 def _zero(model: ir.Model, dtype: ir.DataType) -> ir.Value:
     """A scalar 0, one for each type."""
-    name = f"relu_zero_{dtype.name.lower()}"
-    if name not in model.graph.initializers:
-        tensor = ir.tensor(np.zeros((), dtype.numpy()), dtype=dtype, name=name)
-        model.graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(dtype), const_value=tensor)
-        )
-    return model.graph.initializers[name]
+    return initializer(model, f"relu_zero_{dtype.name.lower()}", np.zeros((), dtype.numpy()), dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import torch
 
+from qcompile.onnx.initializers import initializer
 from qcompile.onnx.names import NAME_SCOPES
 
 
@@ -38,15 +39,8 @@ def _flatten_scale(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
         return
     source = reshape.inputs[0]
     assert source is not None and source.const_value is not None and source.name is not None
-    name = f"{source.name}_flat"
-    if name not in model.graph.initializers:
-        flat = onnx_ir.tensor(source.const_value.numpy().reshape(-1), dtype=source.const_value.dtype, name=name)
-        model.graph.register_initializer(
-            onnx_ir.Value(
-                name=name, shape=onnx_ir.Shape([flat.size]), type=onnx_ir.TensorType(flat.dtype), const_value=flat
-            )
-        )
-    node.replace_input_with(1, model.graph.initializers[name])
+    flat = source.const_value.numpy().reshape(-1)
+    node.replace_input_with(1, initializer(model, f"{source.name}_flat", flat, source.const_value.dtype))
     if not scale.uses():
         model.graph.remove(reshape, safe=True)
 
@@ -62,13 +56,9 @@ def _own_zero_point(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
         return
     if codes.dtype is not onnx_ir.DataType.INT8 or len(zero.uses()) < 2:
         return
-    name = f"{codes.name}_zero_point"
-    if name not in model.graph.initializers:  # a weight that is dequantized twice has one
-        own = onnx_ir.tensor(zero.const_value.numpy(), dtype=zero.const_value.dtype, name=name)
-        shape = onnx_ir.Shape(own.shape.numpy())
-        value = onnx_ir.Value(name=name, shape=shape, type=onnx_ir.TensorType(own.dtype), const_value=own)
-        model.graph.register_initializer(value)
-    node.replace_input_with(2, model.graph.initializers[name])
+    # a weight that is dequantized twice has one
+    own = initializer(model, f"{codes.name}_zero_point", zero.const_value.numpy(), zero.const_value.dtype)
+    node.replace_input_with(2, own)
 
 
 def _keep_packed(value: onnx_ir.Value) -> None:

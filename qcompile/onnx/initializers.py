@@ -1,0 +1,24 @@
+"""Constants that are added to a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.onnx.view import Array
+
+__all__ = ["initializer"]
+
+
+def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    """The initializer `name` of the graph; it is added with the numbers of `array` if there is none.
+
+    `dtype` is that of the file where numpy's does not tell.
+    """
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.asarray(array), dtype=dtype, name=name)
+        shape = ir.Shape(tensor.shape.numpy())
+        model.graph.register_initializer(
+            ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return model.graph.initializers[name]
