@@ -39,7 +39,9 @@ from passes.lower.cpu.pipeline import cpu_pipeline
 from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
+from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.normalize.autocast import MaterializeAutocast
+from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
@@ -61,12 +63,14 @@ NORMALIZE: Pipeline = (
     ViewsToReshape,
     RemoveNoOps,
     ScattersToConcat,
+    NormalizeEinsum,
     RoutedExpertsToDense,
     NormalizeExperts,
     NormalizeLinear,
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
     NormalizeAttention,
+    AttentionToFourAxes,
     NormalizeAttentionMask,
     UnexpandGroupedQuery,
 )

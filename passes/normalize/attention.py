@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
 from passes.normalize.attention_frame import Frame
+from passes.normalize.attention_layout import same
 from passes.normalize.attention_scores import (
     MATMULS,
     RESHAPES,
@@ -17,10 +18,8 @@ from passes.normalize.attention_scores import (
     is_copy,
     leads_to_product,
     read_scores,
-    same,
     unscaled,
 )
-from passes.sdpa import Attention
 
 __all__ = ["NormalizeAttention"]
 
@@ -106,15 +105,13 @@ def _attention(gm: GraphModule, scores: Scores, product: Node, softmax: Node) ->
     key, more_scale = _operand(gm, key, dtype(value))
     if not dtype(query) == dtype(key) == dtype(value):
         raise NotUnderstood(f"query, key and value are {dtype(query)}, {dtype(key)} and {dtype(value)}")
-    frame = Frame(scores, query, right, value)
+    frame = Frame(scores, query, right, value, product)
     emit = Emitter(before=product, like=softmax)
     if axes is not None:
         key = emit(aten.permute.default, key, axes)
     mask = _combined(frame, scores.masks, dtype(query), emit)
     scale = scores.scale * query_scale * key_scale * more_scale
-    q, k, v = (frame.place(operand, emit) for operand in (query, key, value))
-    attention = Attention(q, k, v, mask, scale=scale, enable_gqa=frame.one_head)
-    return frame.restore(attention.emit(emit), emit)
+    return frame.attention(query, key, value, mask, scale, emit)
 
 
 def _operand(gm: GraphModule, node: Node, wanted: torch.dtype) -> tuple[Node, float]:

@@ -1,6 +1,6 @@
-"""The shape `[B, H, S, D]` for attentions that are written on `[B*H, S, D]` or with more leading axes.
+"""How an attention that reshapes its scores or probabilities on the way is brought to `[B, H, S, D]`.
 
-Used by `NormalizeAttention`. TensorRT fuses attention of four axes only.
+Used by `NormalizeAttention`. `Layout` does it where the model keeps the leading axes as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.graph import Emitter, aten, is_call, shape
-from passes.normalize.attention_scores import RESHAPES, Mask, NotUnderstood, Scores, same
+from passes.normalize.attention_layout import Layout, is_one, same
+from passes.normalize.attention_scores import RESHAPES, Mask, NotUnderstood, Scores
+from passes.sdpa import Attention
 
 __all__ = ["Frame"]
 
@@ -20,60 +22,61 @@ __all__ = ["Frame"]
 class Frame:
     """How the operands of one attention, its masks and its result are brought to four axes and back.
 
-    Three axes become four by a split of the first one if the model itself reshapes its scores so (to add a mask), else
-    with one head; more than four become four by merging all before the heads.
+    `[B*H, S, D]` becomes four axes by a split of the first one if the model itself reshapes its scores so (to add a
+    mask); all else is up to `Layout`.
+
+    Args:
+        product: the matrix product of probabilities and value.
 
     Raises:
-        NotUnderstood: the leading axes of query, key, value and scores are not the same.
+        NotUnderstood: the model reshapes in a way that no attention needs.
     """
 
-    def __init__(self, scores: Scores, query: Node, key: Node, value: Node) -> None:
+    def __init__(self, scores: Scores, query: Node, key: Node, value: Node, product: Node) -> None:
         self.scores = scores
         self.query = query
         self.rank = len(shape(scores.product))
-        leading = shape(scores.product)[:-2]
-        if self.rank < 3:
-            raise NotUnderstood("query and key are matrices, without an axis for heads or the batch")
-        one_head = [*leading[:-1], 1]
-        self.one_head = self.rank == 4 and all(same(shape(n)[:-2], one_head) for n in (key, value))
-        self.one_head = self.one_head and not statically_known_true(leading[-1] == 1)
-        if not same(shape(query)[:-2], leading) or not (self.one_head or same(shape(key)[:-2], leading)):
-            raise NotUnderstood("query and key have different batches or heads, which broadcast")
-        if not self.one_head and not _same_count(shape(value)[:-2], leading):
-            raise NotUnderstood("key and value have different batches or heads, which broadcast")
-        self.out_rank = len(shape(value))
-        if self.out_rank not in (self.rank, 3):
-            raise NotUnderstood(f"scores of {self.rank} axes meet a value of {self.out_rank}")
+        self.out_rank = len(shape(product))
         split = [r for r in scores.reshapes if len(shape(r)) == 4] if self.rank == 3 else []
         self.split = split[0] if split and any(len(m.frame) == 4 for m in scores.masks) else None
+        self.layout: Layout | None = None
+        if self.split is None and self.out_rank == self.rank:
+            self.layout = Layout(query, key, value)
+            if not same(self.layout.leading, shape(product)[:-2]):
+                raise NotUnderstood("a mask broadcasts the batch or the heads")
+            return
+        leading = shape(scores.product)[:-2]
+        if not same(shape(query)[:-2], leading) or not same(shape(key)[:-2], leading):
+            raise NotUnderstood("query and key have different batches or heads, which broadcast")
+        if not _same_count(shape(value)[:-2], leading):
+            raise NotUnderstood("key and value have different batches or heads, which broadcast")
+        if len(shape(value)) != self.out_rank or self.out_rank not in (self.rank, 3) or self.rank not in (3, 4):
+            raise NotUnderstood(f"scores of {self.rank} axes meet a value of {len(shape(value))}")
 
-    def place(self, operand: Node, emit: Emitter) -> Node:
-        """`operand` `[..., S, D]` on four axes."""
-        rank = len(shape(operand))
-        if rank == 4:
-            return operand
-        if self.split is None and self.rank == 3:
-            return emit(aten.unsqueeze.default, operand, 1)
-        sizes = emit.sizes(operand)[-2:]
-        if self.split is not None:
-            wanted = [*shape(self.split)[:2], *shape(operand)[-2:]]
-            source = operand.args[0] if is_call(operand, *RESHAPES) else None
-            if isinstance(source, Node) and same(shape(source), wanted):
-                return source
-            return emit(aten.reshape.default, operand, [*_written(self.split)[:2], *sizes])
-        if self.rank == 4:
-            return emit(aten.reshape.default, operand, [*emit.sizes(self.query)[:2], *sizes])
-        return emit(aten.reshape.default, operand, [-1, emit.sizes(self.query)[-3], *sizes])
-
-    def restore(self, result: Node, emit: Emitter) -> Node:
-        """The attention's `result` on as many axes as the model has."""
+    def attention(self, query: Node, key: Node, value: Node, mask: Node | None, scale: float, emit: Emitter) -> Node:
+        """The attention of these operands, in the shape of the model."""
+        if self.layout is not None:
+            q, k, v = self.layout.query(query, emit), self.layout.key(key, emit), self.layout.value(value, emit)
+            result = Attention(q, k, v, mask, scale=scale, enable_gqa=self.layout.enable_gqa).emit(emit)
+            return self.layout.restore(result, emit)
+        q, k, v = (self._place(operand, emit) for operand in (query, key, value))
+        result = Attention(q, k, v, mask, scale=scale).emit(emit)
         if self.out_rank == 4:
             return result
-        if self.out_rank == 3 and self.split is None and self.rank == 3:
-            return emit(aten.squeeze.dim, result, 1)
-        sizes = emit.sizes(result)[-2:]
-        leading = [-1] if self.out_rank == 3 else emit.sizes(self.query)[:-2]
-        return emit(aten.reshape.default, result, [*leading, *sizes])
+        return emit(aten.reshape.default, result, [-1, *emit.sizes(result)[-2:]])
+
+    def _place(self, operand: Node, emit: Emitter) -> Node:
+        """`operand` `[..., S, D]` on four axes."""
+        if len(shape(operand)) == 4:
+            return operand
+        sizes = emit.sizes(operand)[-2:]
+        if self.split is None:
+            return emit(aten.reshape.default, operand, [*emit.sizes(self.query)[:2], *sizes])
+        wanted = [*shape(self.split)[:2], *shape(operand)[-2:]]
+        source = operand.args[0] if is_call(operand, *RESHAPES) else None
+        if isinstance(source, Node) and same(shape(source), wanted):
+            return source
+        return emit(aten.reshape.default, operand, [*_written(self.split)[:2], *sizes])
 
     def masks(self, masks: list[Mask], emit: Emitter) -> list[Node]:
         """The nodes of `masks` so that they broadcast to scores of four axes."""
@@ -90,7 +93,7 @@ class Frame:
         if rank == self.rank or (self.split is not None and same(mask.frame, shape(self.split))):
             return []
         sizes: list[Any] = []
-        written = next(_written(r) for r in self.scores.reshapes if same(shape(r), mask.frame))
+        written = next((_written(r) for r in self.scores.reshapes if same(shape(r), mask.frame)), [-1] * rank)
         for axis in range(rank - 3):
             size = mask.frame[axis] if isinstance(mask.frame[axis], int) else written[axis]
             if size == -1:
@@ -102,24 +105,17 @@ class Frame:
         return sizes
 
     def _mask(self, node: Node, expanded: list[Any], emit: Emitter) -> Node:
-        if expanded or self.rank > 4:
-            return self._merged(node, expanded, emit)
-        while len(shape(node)) < 2:
+        if self.layout is not None and not expanded:
+            return self.layout.mask(node, emit)
+        while len(shape(node)) < (len(expanded) + 3 if expanded else 2):
             node = emit(aten.unsqueeze.default, node, 0)
-        if len(shape(node)) == 3 and self.rank == 3 and not statically_known_true(shape(node)[0] == 1):
-            return self.place(node, emit)
-        return node
-
-    def _merged(self, node: Node, expanded: list[Any], emit: Emitter) -> Node:
-        """`node` with its leading axes, all before the heads, expanded and merged into one."""
-        leading = expanded or emit.sizes(self.query)[:-3]
-        rank = len(leading) + 3
-        while len(shape(node)) < rank:
-            node = emit(aten.unsqueeze.default, node, 0)
+        if not expanded:
+            own_batch = len(shape(node)) == 3 and self.rank == 3 and not is_one(shape(node)[0])
+            return self._place(node, emit) if own_batch else node
         rest = emit.sizes(node)[-3:]
-        if all(statically_known_true(size == 1) for size in shape(node)[:-3]):
+        if all(map(is_one, shape(node)[:-3])):
             return emit(aten.reshape.default, node, [1, *rest])
-        node = emit(aten.expand.default, node, [*leading, -1, -1, -1])
+        node = emit(aten.expand.default, node, [*expanded, -1, -1, -1])
         return emit(aten.reshape.default, node, [-1, *rest])
 
 

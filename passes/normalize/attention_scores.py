@@ -6,15 +6,14 @@ passes, so that the order in which a model scales, masks and casts does not matt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.constants import scalar
 from passes.graph import argument, aten, dtype, is_call, only_user, shape
+from passes.normalize.attention_layout import same
 from passes.randomness import draws
 from passes.sdpa import HIDDEN
 
@@ -27,11 +26,11 @@ __all__ = [
     "is_copy",
     "leads_to_product",
     "read_scores",
-    "same",
     "unscaled",
 ]
 
-MATMULS = (aten.matmul.default, aten.bmm.default)
+MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+_ADDED = (aten.baddbmm.default, aten.addmm.default)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.dropout.default)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
@@ -100,8 +99,9 @@ def read_scores(gm: GraphModule, scores: Node) -> Scores:
             _check_hides(gm, node.args[2], factor)
             masks.append(Mask(_input(node, 1), shape(node), negated=True))
             node = _input(node, 0)
-        elif is_call(node, aten.baddbmm.default):
-            masks.append(Mask(_input(node, 0), shape(node), factor * argument(node, "beta")))
+        elif is_call(node, *_ADDED):
+            if argument(node, "beta") != 0:  # else what is added is not read
+                masks.append(Mask(_input(node, 0), shape(node), factor * argument(node, "beta")))
             return Scores(node, factor * argument(node, "alpha"), masks, reshapes)
         else:
             raise NotUnderstood(f"{node.target} between the product of query and key and the softmax")
@@ -162,7 +162,7 @@ def is_copy(node: Node) -> bool:
 
 def leads_to_product(node: Node) -> bool:
     """Whether a walk up from `node`, through what changes scores, ends at a matrix product."""
-    while not is_call(node, *MATMULS, aten.baddbmm.default):
+    while not is_call(node, *MATMULS, *_ADDED):
         if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default):  # softcaps, sinks: some side of them
             return any(leads_to_product(side) for side in node.all_input_nodes)
         if not is_call(node, *_COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
@@ -189,8 +189,3 @@ def _input(node: Node, index: int) -> Node:
     if not isinstance(source, Node):
         raise NotUnderstood(f"{node.name} has a number for an input")
     return source
-
-
-def same(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two shapes are provably the same."""
-    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
-from passes.normalize.attention_scores import same
+from passes.normalize.attention_layout import same
 
 __all__ = ["ScattersToConcat"]
 

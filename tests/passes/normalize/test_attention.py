@@ -156,7 +156,37 @@ def five_axes_with_a_mask(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) 
     return (q @ k.mT * SCALE + torch.where(p[None, :, None, None, :], 0.0, MIN)).softmax(-1) @ v
 
 
+def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q[0, 0] @ k[0, 0].T * SCALE + m.bias[0, 0]).softmax(-1) @ v[0, 0]
+
+
+def matrices_by_mm(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return torch.mm((torch.addmm(m.bias[0, 0], q[0, 0], k[0, 0].T, alpha=SCALE)).softmax(-1), v[0, 0])
+
+
+def one_query(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """As learned queries."""
+    return (q[:1] @ k.mT * SCALE + m.bias).softmax(-1) @ v
+
+
+def one_key_head_for_a_group(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    k, v = k[:, :1, None], v[:, :1, None]
+    return (q[:, None] @ k.mT * SCALE).masked_fill(~p[:, None, None, None], -torch.inf).softmax(-1) @ v
+
+
+def baddbmm_of_nothing(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """As BLOOM and Falcon write it: what is multiplied by zero is not read, and can be NaN."""
+    q, k, v = (x.reshape(4, x.shape[2], 8) for x in (q, k, v))
+    nothing = torch.full((4, 5, 7), torch.nan)
+    return torch.bmm(torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=SCALE).softmax(-1), v)
+
+
 FORMS = (
+    matrices,
+    matrices_by_mm,
+    one_query,
+    one_key_head_for_a_group,
+    baddbmm_of_nothing,
     bert,
     timm,
     both_scaled,
@@ -208,8 +238,8 @@ def test_the_transpose_of_the_key_is_undone(form: Callable[..., Tensor], permute
 def test_reshapes_to_fused_heads_are_undone_where_the_model_shows_the_heads(form: Callable[..., Tensor]) -> None:
     gm = prepared(form)
     NormalizeAttention()(gm)
-    heads = Attention.of(only_call(gm, SDPA)).q.meta["val"].shape[1]
-    assert heads == (2 if form is fused_heads_with_mask else 1)
+    shape = Attention.of(only_call(gm, SDPA)).q.meta["val"].shape
+    assert shape[:2] == ((2, 2) if form is fused_heads_with_mask else (1, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -265,20 +295,12 @@ def filled_with_little(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> 
     return (q @ k.mT).masked_fill(~p[:, None, None, :], -10.0).softmax(-1) @ v
 
 
-def broadcast_batch(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    return (q @ k[:1].mT).softmax(-1) @ v
-
-
 def broadcast_keys(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return torch.where(p[:, None, None, :], q @ k[:, :, :1].mT, MIN).softmax(-1) @ v
 
 
 def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).double() @ v.double()
-
-
-def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    return (q[0, 0] @ k[0, 0].T).softmax(-1) @ v[0, 0]
 
 
 @pytest.mark.everyday(4)
@@ -291,10 +313,8 @@ def matrices(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         (capped, "aten.tanh.default between the product of query and key and the softmax"),
         (learned_scale, "scales by something that is not a constant number"),
         (filled_with_little, "scores are replaced by something that is not a very negative number"),
-        (broadcast_batch, "query and key have different batches or heads, which broadcast"),
         (broadcast_keys, "broadcasts the scores to another shape"),
         (wide_value, "query, key and value are torch.float32, torch.float32 and torch.float64"),
-        (matrices, "query and key are matrices, without an axis for heads or the batch"),
     ],
 )
 def test_declines(form: Callable[..., Any], reason: str) -> None:

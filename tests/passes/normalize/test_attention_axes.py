@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from passes.normalize.attention_axes import AttentionToFourAxes
+from passes.sdpa import SDPA, Attention
+from tests.passes.support import DYNAMIC, blank, declines, graph_of, only_call, returns, rewrites
+
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+S, T, D = 5, 7, 8
+
+
+def attention(query: tuple[int, ...], key: tuple[int, ...], mask: tuple[int, ...] | None, **options: Any) -> Any:
+    """A graph of one attention whose query and key have these leading axes, and its inputs."""
+    inputs = [torch.randn(*query, S, D), torch.randn(*key, T, D), torch.randn(*key, T, D)]
+    if mask is not None:
+        inputs.append(torch.rand(mask) > 0.3)
+        inputs[-1][..., 0] = True
+    gm, emit, nodes = blank(*inputs)
+    node = emit(SDPA, *nodes[:3], nodes[3] if mask else None, 0.0, options.pop("is_causal", False), **options)
+    return returns(gm, node), inputs
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "mask", "shape"),
+    [
+        ((), (), None, (1, 1)),
+        ((), (), (S, T), (1, 1)),
+        ((4,), (4,), None, (1, 4)),
+        ((4,), (4,), (4, S, T), (1, 4)),
+        ((4,), (1,), (1, 1, T), (1, 4)),
+        ((2, 3, 4), (2, 3, 4), None, (6, 4)),
+        ((2, 3, 4), (2, 3, 4), (S, T), (6, 4)),
+        ((2, 3, 4), (2, 3, 4), (3, 1, S, T), (6, 4)),  # one for each window
+        ((2, 3, 4), (2, 3, 4), (1, 1, 4, S, T), (6, 4)),
+        ((2, 3, 4), (2, 3, 4), (2, 1, 1, 1, T), (6, 4)),
+        ((2, 3, 4), (2, 3, 1), (3, 1, S, T), (2, 12)),  # a key head for a group
+        ((2, 3, 4), (2, 3, 1), (2, 3, 4, S, T), (2, 12)),
+        ((2, 3, 4, 6), (2, 3, 4, 6), (4, 1, S, 1), (24, 6)),
+        ((1, 4), (2, 4), None, (2, 4)),  # learned queries
+        ((4,), (2, 4), (2, 1, 1, T), (2, 4)),
+        ((2, 4), (2, 1), None, (2, 4)),
+        ((2, 1, 4), (2, 3, 4), None, (6, 4)),
+    ],
+)
+def test_fires(query: Any, key: Any, mask: Any, shape: tuple[int, int]) -> None:
+    gm, inputs = attention(query, key, mask)
+    rewrites(AttentionToFourAxes, gm, *inputs, **CLOSE)
+    found = Attention.of(only_call(gm, SDPA))
+    assert found.q.meta["val"].shape == (*shape, S, D) and found.k.meta["val"].ndim == 4
+    assert found.mask is None or found.mask.meta["val"].ndim <= 4
+
+
+@pytest.mark.parametrize(("query", "key"), [((4,), (2,)), ((2, 3, 4), (2, 3, 2))])
+def test_grouped_heads_and_a_causal_mask(query: Any, key: Any) -> None:
+    gm, inputs = attention(query, key, None, enable_gqa=True, is_causal=True, scale=0.3)
+    rewrites(AttentionToFourAxes, gm, *inputs, **CLOSE)
+    found = Attention.of(only_call(gm, SDPA))
+    assert found.enable_gqa and found.is_causal and found.scale == 0.3
+    assert (found.q.meta["val"].shape[1], found.k.meta["val"].shape[1]) == (4, 2)
+
+
+@pytest.mark.parametrize(("query", "key", "options"), [((2, 4), (2, 4), {}), ((2, 4), (2, 2), {"enable_gqa": True})])
+def test_leaves_four_axes(query: Any, key: Any, options: dict[str, Any]) -> None:
+    gm, _ = attention(query, key, (2, 1, S, T), **options)
+    assert declines(AttentionToFourAxes, gm) == []
+
+
+@pytest.mark.parametrize(("axis", "heads"), [(1, 4), (2, 1)], ids=["windows", "heads"])
+def test_dynamic_shapes(axis: int, heads: int) -> None:
+    """A number of heads that is not known goes into the batch."""
+
+    class Windows(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(x, x, x, mask)
+
+    inputs = torch.randn(2, 3, 4, S, D), torch.rand(2, 1, 1, S, S) > 0.3
+    inputs[1][..., 0] = True
+    dynamic = ({0: DYNAMIC, axis: DYNAMIC, 3: DYNAMIC}, {0: DYNAMIC, 3: DYNAMIC, 4: DYNAMIC})
+    gm = graph_of(Windows(), *inputs, dynamic_shapes=dynamic)
+    rewrites(AttentionToFourAxes, gm, *inputs, **CLOSE)
+    assert Attention.of(only_call(gm, SDPA)).q.meta["val"].shape[1] == heads
