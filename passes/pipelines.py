@@ -41,6 +41,7 @@ from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.normalize.autocast import MaterializeAutocast
+from passes.normalize.complex import ComplexToReal
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.gqa import UnexpandGroupedQuery
@@ -48,6 +49,7 @@ from passes.normalize.linear import NormalizeLinear
 from passes.normalize.mask import NormalizeAttentionMask
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
+from passes.normalize.promotion import WriteOutPromotion
 from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
@@ -62,6 +64,7 @@ Pipeline = tuple[Callable[[], Pass], ...]
 NORMALIZE: Pipeline = (
     ViewsToReshape,
     RemoveNoOps,
+    ComplexToReal,
     ScattersToConcat,
     NormalizeEinsum,
     RoutedExpertsToDense,
@@ -73,6 +76,7 @@ NORMALIZE: Pipeline = (
     AttentionToFourAxes,
     NormalizeAttentionMask,
     UnexpandGroupedQuery,
+    WriteOutPromotion,
 )
 """What models write in many ways gets one form."""
 
@@ -116,6 +120,8 @@ BLOCKS_TO_CHANNELS: Pipeline = (BlocksToPerChannel,)
 
 TENSORRT: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
+    ComplexToReal,
+    WriteOutPromotion,
     SplitPackedHeads,
     MergeParallelLinears,
     MeasuredToConstant,
@@ -131,6 +137,8 @@ TENSORRT: Pipeline = (
 
 PORTABLE: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
+    ComplexToReal,
+    WriteOutPromotion,
     MeasuredToConstant,
     SplitK,
     SpellOutBlockActivations,

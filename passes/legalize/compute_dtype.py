@@ -13,11 +13,14 @@ from torch.utils import _pytree as pytree
 from passes.base import Pass
 from passes.constants import is_constant_expression, root_constants
 from passes.errors import PassError
-from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, val
+from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, place_of, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.choices import choices
+from passes.legalize.half_kernels import lacks_half_kernel, operator_name
+from passes.legalize.islands import global_scales, of_their_own, without_half_kernel
 from passes.legalize.positions import is_periodic, positions
 from passes.legalize.ranges import beyond, largest, least, may_mask
+from passes.messages import some
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}
@@ -39,9 +42,10 @@ class ConvertComputeDtype(Pass):
         assertion of a dtype is left to fail; the source dtype is the model's.
     Ensures: inputs and outputs of the program keep their dtype, and so do global scales that are measured at run time.
         A float value that depends on no floating-point input and no parameter stays as it was up to where it meets one;
-        so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), and the
-        scores of routers (`passes.legalize.choices`), if the target has fewer digits than the source. A weight that is
-        quantized stays in the source dtype, so its codes come from the original numbers. Casts of constants are left to
+        so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), the scores
+        of routers (`passes.legalize.choices`), complex numbers and what has no kernel in half precision, which a notice
+        names, if the target has fewer digits than the source. What is quantized is cast before its codes are made, a
+        weight not at all, so that its codes come from the original numbers. Casts of constants are left to
         `FoldConstants`.
     Declines when: never; raises `PassError` naming a constant that holds a number beyond the target dtype.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
@@ -66,8 +70,12 @@ class ConvertComputeDtype(Pass):
         exact: set[Node] = set()
         if torch.finfo(self.target).eps > torch.finfo(self.source).eps:
             exact = positions(gm.graph, _dependents(gm, parameters), self.source) | choices(gm.graph)
-        exact |= _global_scales(gm, self.source)
-        data = _dependents(gm, inputs | parameters, {node for node in exact if is_periodic(node)})
+            exact |= self._without_kernel(gm, _dependents(gm, inputs | parameters))
+            exact |= of_their_own(gm, exact)
+        exact |= global_scales(gm, self.source)
+        codes = calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE)
+        quantized = {node for node in codes if not is_constant_expression(node.args[0])}
+        data = _dependents(gm, inputs | parameters | quantized, {node for node in exact if is_periodic(node)})
         reached = _dependents(gm, inputs | parameters)
         self.computed = {node for node in gm.graph.nodes if node.op == "call_function" and node not in reached}
         casts: dict[Node, Node] = {}
@@ -78,6 +86,15 @@ class ConvertComputeDtype(Pass):
                 self._widen(node, casts)
             elif node.op == "call_function" and node in data:
                 self._convert(node, casts)
+
+    def _without_kernel(self, gm: GraphModule, data: set[Node]) -> set[Node]:
+        """What half precision has no kernel for; a notice names those that are computed from data."""
+        found = without_half_kernel(gm)
+        lacking = [node for node in gm.graph.nodes if node in found & data and lacks_half_kernel(node)]
+        if lacking:
+            named = list(dict.fromkeys(f"{place_of(node)} ({operator_name(node)})" for node in lacking))
+            self.notice(f"in {self.source}, as torch has no kernel of it in half precision: {some(named)}")
+        return found
 
     def _is_source(self, node: Node) -> bool:
         value = node.meta.get("val")
@@ -161,20 +178,6 @@ class ConvertComputeDtype(Pass):
 def _is_block_scale(node: Node) -> bool:
     """Whether `node` makes the scales of blocks for another dequantize: a half could not hold them."""
     return is_call(node, DEQUANTIZE) and any(is_call(u, DEQUANTIZE) and u.args[1] is node for u in node.users)
-
-
-def _global_scales(gm: GraphModule, source: torch.dtype) -> set[Node]:
-    """What turns an amax that is measured at run time into a global scale, in float32: a half would round it to 0."""
-    found: set[Node] = set()
-    pending = [node.args[1] for node in calls(gm.graph, DYNAMIC_QUANTIZE)]
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, Node) or node.op != "call_function" or is_call(node, aten.amax.default):
-            continue
-        if val(node).dtype == source and not val(node).ndim:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
 
 
 def _dependents(gm: GraphModule, roots: set[Node], but: Collection[Node] = ()) -> set[Node]:
