@@ -29,6 +29,7 @@ from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
+from passes.legalize.group_norm import LengthenGroupNorm
 from passes.legalize.k_split import SplitK
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
@@ -129,6 +130,7 @@ TENSORRT: Pipeline = (
     SpellOutBlockActivations,
     FlattenRows,
     PadHeadWidths,
+    LengthenGroupNorm,
     partial(DecomposeAttention, unless=is_causal_without_mask),
     StoreWeightsTransposed,
     FoldConstants,

@@ -32,6 +32,7 @@ from qcompile.onnx.interface import check_interface, name_interface, required_de
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.relu import relus_to_max
+from qcompile.onnx.restate import restate_shapes
 from qcompile.onnx.save import written_beside
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
@@ -97,6 +98,7 @@ def export_onnx(
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     allow_empty(converted.model)
+    restate_shapes(converted.model)
     tidy(converted.model)
     relus_to_max(converted.model)
     biases_to_rows(converted.model)

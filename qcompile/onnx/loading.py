@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import helper, numpy_helper
 
@@ -81,3 +84,26 @@ def skeleton(model: onnx.ModelProto, base_dir: Path | None) -> onnx.ModelProto:
         elif tensor.name not in declared:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return result
+
+
+@contextlib.contextmanager
+def without_weights(model: ir.Model) -> Iterator[onnx.ModelProto]:
+    """A proto of `model` with each large initializer as an input: inference copies all that it is given."""
+    graph, inputs = model.graph, list(model.graph.inputs)
+    large = [v for v in graph.initializers.values() if v.const_value is None or v.const_value.nbytes > SMALL_BYTES]
+    tensors = [value.const_value for value in large]
+    try:
+        for value, tensor in zip(large, tensors, strict=True):
+            if tensor is not None and value.shape is None:
+                value.shape, value.type = ir.Shape(list(tensor.shape.numpy())), ir.TensorType(tensor.dtype)
+            del graph.initializers[str(value.name)]
+            value.const_value = None
+            if value not in inputs:
+                graph.inputs.append(value)
+        proto = ir.serde.serialize_model(model)
+    finally:
+        graph.inputs[:] = inputs
+        for value, tensor in zip(large, tensors, strict=True):
+            value.const_value = tensor
+            graph.register_initializer(value)
+    yield proto

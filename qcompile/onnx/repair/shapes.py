@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-import onnx
 import onnx_ir as ir
 from onnx import shape_inference
 
 from qcompile.errors import RepairError
-from qcompile.onnx.loading import SMALL_BYTES
+from qcompile.onnx.loading import without_weights
 from qcompile.onnx.repair.legacy import is_opaque
 from qcompile.onnx.repair.state import State
 
@@ -30,7 +26,7 @@ def infer(state: State, *, strict: bool) -> None:
 
     Raises: RepairError (strict only) if operators, or what the graph says of its outputs, contradict each other.
     """
-    with _without_weights(state.model) as proto:
+    with without_weights(state.model) as proto:
         try:
             inferred = shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=True)
         except shape_inference.InferenceError as error:
@@ -44,26 +40,3 @@ def infer(state: State, *, strict: bool) -> None:
             if known is not None and value.const_value is None:
                 value.type = known.type if known.type is not None else value.type
                 value.shape = known.shape if known.shape is not None else value.shape
-
-
-@contextlib.contextmanager
-def _without_weights(model: ir.Model) -> Iterator[onnx.ModelProto]:
-    """A proto of `model` with each large initializer as an input: inference copies all that it is given."""
-    graph, inputs = model.graph, list(model.graph.inputs)
-    large = [v for v in graph.initializers.values() if v.const_value is None or v.const_value.nbytes > SMALL_BYTES]
-    tensors = [value.const_value for value in large]
-    try:
-        for value, tensor in zip(large, tensors, strict=True):
-            if tensor is not None and value.shape is None:
-                value.shape, value.type = ir.Shape(list(tensor.shape.numpy())), ir.TensorType(tensor.dtype)
-            del graph.initializers[str(value.name)]
-            value.const_value = None
-            if value not in inputs:
-                graph.inputs.append(value)
-        proto = ir.serde.serialize_model(model)
-    finally:
-        graph.inputs[:] = inputs
-        for value, tensor in zip(large, tensors, strict=True):
-            value.const_value = tensor
-            graph.register_initializer(value)
-    yield proto
