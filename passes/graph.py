@@ -15,7 +15,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -123,21 +123,6 @@ def module_class(node: Node) -> str | None:
     """Qualified class name of the innermost module around `node`."""
     stack = module_stack(node)
     return stack[-1][1] if stack else None
-
-
-def input_dependence(gm: GraphModule) -> list[set[str]]:
-    """For each output, the names of the user inputs whose values it depends on (their sizes do not count)."""
-    reached: dict[Node, set[str]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            reached[node] = {node.name}
-        elif is_call(node, aten.sym_size.int):
-            reached[node] = set()
-        else:
-            reached[node] = set().union(*(reached[operand] for operand in node.all_input_nodes))
-    results = gm.graph.output_node().args[0]
-    assert isinstance(results, (list, tuple))
-    return [reached[result] if isinstance(result, Node) else set() for result in results]
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
+from passes.dependence import input_dependence
 from passes.formats import FP8
-from passes.graph import calls, input_dependence, is_call
+from passes.graph import calls, is_call
 from passes.ir import DEQUANTIZE
 from passes.pipelines import CANONICALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale

@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from passes.base import Decline, PassLog, run_pipeline
+from passes.dependence import fixed_nodes, input_dependence
 from passes.errors import PassError
-from passes.graph import input_dependence, val
+from passes.graph import val
 from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
@@ -38,7 +39,7 @@ from qcompile.recipe import (
     unsupported,
 )
 from qcompile.recipe.notices import Notice
-from qcompile.record import UNREACHED, QuantizeRecord, record
+from qcompile.record import FIXED, UNREACHED, QuantizeRecord, record
 from qcompile.scales import activation_ranges, has_constant, mask_state, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
@@ -179,6 +180,7 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
         check_quantizes(recipe, names, resolution)
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
+    configs = _reached(gm, configs, log)
     for notice in resolution.notices:
         logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
 
@@ -188,6 +190,16 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
     placing = (partial(PlaceAttentionScale, queries), partial(RotateLinears, rotated))
     run_pipeline(placing, gm, log, recompile=False)
     return Plan(recipe, configs, resolution.notices, log)
+
+
+def _reached(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], log: PassLog) -> dict[Site, QuantizerConfig]:
+    """`configs` less the layers and attentions that give the same at every call: back ends store what they give."""
+    fixed = fixed_nodes(gm)
+    for site in {site.consumer: site for site in configs if site.consumer in fixed}.values():
+        log.declined.append(
+            Decline(FIXED, "not quantized: no user input reaches it", site.module, (site.consumer.name,))
+        )
+    return {site: config for site, config in configs.items() if site.consumer not in fixed}
 
 
 def without(

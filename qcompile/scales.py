@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes.constants import ConstantRows, is_constant_expression
+from passes.constants import ConstantRows
 from passes.formats import get_format
 from passes.graph import name_in_module
 from passes.legalize.masked_rows import masked_attentions
@@ -105,13 +105,6 @@ def activation_ranges(
     static = static_sites(configs)
     if is_state(calibration):
         return _known_ranges(gm, configs, calibration, dtypes)
-    constants = [site for site in static if is_constant_expression(site.tensor)]
-    if constants:
-        name = constants[0].name
-        raise CalibrationError(
-            f"{name}: the input is a constant, which no calibration can change; leave the layer out by a rule such as"
-            f' {{quantizer: "{name.rpartition(".")[0]}.*", enable: false}}'
-        )
     source, target = dtypes
     if calibration is None:
         if static:

@@ -15,10 +15,11 @@ from passes.constants import (
     root_constants,
 )
 from passes.formats import get_format
-from passes.graph import aten, calls, val
-from passes.ir import DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
+from passes.graph import aten, calls, is_call, val
+from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
 from passes.pairs import measured_by
 from passes.quantize.sites import linear_name
+from passes.sdpa import SDPA
 
 
 class FoldWeights(Pass):
@@ -39,7 +40,8 @@ class FoldWeights(Pass):
     Requires: scales in their final dtype, as codes are made with exactly the scale that multiplies them later.
     Ensures: codes equal `round(w / scale)` in fp32 with saturation; the float weight is gone if nothing else reads it,
         and the codes take its name.
-    Declines when: never.
+    Declines when: an attention reads it, without a note: learned queries are no weights, and `FoldFixed` stores them
+        once they are laid out.
     Why: the dequantize stays, so that back ends see a quantized weight and no float copy of it. Blocks of parallel
         layers (q, k, v; gate, up) lie side by side in memory, so that a back end that merges them copies nothing.
     """
@@ -53,7 +55,7 @@ class FoldWeights(Pass):
         self.groups, self.rooms = _parallel(gm), {}
         for node in calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE):
             weight, scale = node.args
-            if not isinstance(weight, Node) or not is_constant_expression(weight):
+            if not isinstance(weight, Node) or not is_constant_expression(weight) or _is_attended(node):
                 continue
             if node.target is DYNAMIC_QUANTIZE:
                 self._fold_blocks(gm, node)
@@ -107,6 +109,10 @@ class FoldWeights(Pass):
             part.replace_all_uses_with(stored)
             gm.graph.erase_node(part)
         replace_with_constant(gm, node, codes)
+
+
+def _is_attended(quantize: Node) -> bool:
+    return any(is_call(reader, ATTENTION, SDPA) for pair in quantize.users for reader in pair.users)
 
 
 def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:

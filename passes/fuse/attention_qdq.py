@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import add_constant, is_constant_expression
+from passes.constants import add_constant
 from passes.formats import get_format
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, name_in_module, shape, val
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
@@ -26,8 +26,8 @@ class FuseAttentionQdq(Pass):
     Requires: `PlaceAttentionScale` ran; masks are normalized.
     Ensures: the probabilities are quantized per tensor, at 1 / format.max if not told otherwise; a boolean mask becomes
         an additive one, made once for all attentions that share it.
-    Declines when: one of q, k and v is not quantized with a constant scale, is a constant, or has other axes than
-        [B,H,S,D]; formats differ; the softmax quantizer is off; scale is not 1; or there is dropout.
+    Declines when: one of q, k and v is not quantized with a constant scale, or has other axes than [B,H,S,D]; formats
+        differ; the softmax quantizer is off; scale is not 1; or there is dropout.
     Why: TensorRT fuses no FP8 attention without Q/DQ on the softmax output. Probabilities are at most 1, so the scale
         needs no calibration.
     """
@@ -102,8 +102,6 @@ def _unfit(name: str, operand: object) -> str | None:
         return f"{name} has {len(shape(operand))} axes instead of batch, heads, length and width"
     if not isinstance(codes, Node) or not is_call(codes, QUANTIZE):
         return f"{name} is not quantized with a constant scale"
-    if is_constant_expression(codes.args[0]):
-        return f"{name} is a constant, which attention kernels do not take"
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.dependence import fixed_nodes
 from passes.graph import Emitter, aten, calls, dtype, is_call, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 
@@ -23,11 +24,12 @@ class DecomposeAttention(Pass):
         y = matmul(dequantize(quantize(p, s), s), v)
 
     Requires: `FuseAttentionQdq` made the node, so the attention scale is in front of the query's quantizer.
-    Ensures: the same codes; the transpose of K comes before its Q, grouped keys and values are repeated before theirs;
-        a causal mask is added as 0 and a large negative number.
+    Ensures: the same codes; the transpose of K comes before its Q, behind its DQ where no input reaches K; grouped keys
+        and values are repeated before their Q; a causal mask is added as 0 and a large negative number.
     Declines when: `unless` holds, without a note: the back end has an operator for it.
     Why: TensorRT fuses this into one FP8 kernel that writes FP8 for the output projection, one kernel less than with
-        its own quantized-attention operator; and every runtime can run it.
+        its own quantized-attention operator; and every runtime can run it. Codes of K that are stored, and stored
+        transposed, it does not fuse.
     """
 
     def __init__(self, unless: Callable[[Node], bool] = lambda node: False) -> None:
@@ -36,16 +38,20 @@ class DecomposeAttention(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         causal: dict[tuple[object, ...], Node] = {}
+        fixed = fixed_nodes(gm)
         for node in calls(gm.graph, ATTENTION):
             if not self.unless(node):
-                self._rewrite(node, causal)
+                self._rewrite(node, causal, fixed)
                 self.fire()
 
-    def _rewrite(self, node: Node, causal: dict[tuple[object, ...], Node]) -> None:
+    def _rewrite(self, node: Node, causal: dict[tuple[object, ...], Node], fixed: set[Node]) -> None:
         query, key, value, mask, scale = node.args
         assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
         emit = Emitter(node)
-        scores = emit(aten.matmul.default, query, _before_qdq(key, shape(query)[1], transpose=True))
+        transposed = _before_qdq(key, shape(query)[1], transpose=key not in fixed)
+        if key in fixed:
+            transposed = emit(aten.transpose.int, transposed, -1, -2)
+        scores = emit(aten.matmul.default, query, transposed)
         if node.kwargs["is_causal"]:
             scores = emit(aten.add.Tensor, scores, _causal_mask(query, key, causal, emit))
         if mask is not None:

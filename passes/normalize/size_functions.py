@@ -14,23 +14,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from passes.constants import constant
+from passes.dependence import metadata_operand, value_operands
 from passes.graph import aten, fake_mode, val
 from passes.normalize.size_choice import Sizes, choose_sizes
 
 __all__ = ["NotEvaluable", "SizeFunctions"]
 
 MAX_BYTES = 128 << 20  # of one tensor of an evaluation
-# Operators that take the shape, dtype or device of their first argument and ignore its values.
-_READS_METADATA = (
-    aten.sym_size.int,
-    aten.sym_numel.default,
-    aten.new_ones.default,
-    aten.new_zeros.default,
-    aten.new_full.default,
-    aten.ones_like.default,
-    aten.zeros_like.default,
-    aten.full_like.default,
-)
 
 
 class NotEvaluable(Exception):
@@ -78,10 +68,7 @@ class SizeFunctions:
             return False
         if node.target.namespace == "qcompile":  # a quantization operator is never evaluated early
             return False
-        inputs = node.all_input_nodes
-        if node.target in _READS_METADATA:
-            inputs = [n for n in inputs if n is not node.args[0]]
-        return all(self.is_size_function(n) for n in inputs)
+        return all(self.is_size_function(n) for n in value_operands(node))
 
     def samples(self, node: Node) -> Iterator[tuple[Sizes, torch.Tensor]]:
         """The value of `node` at its static size, or at sizes that together tell what function of the sizes it is.
@@ -109,10 +96,9 @@ class SizeFunctions:
                 continue
             seen[current] = None
             if current.op == "call_function" and not isinstance(current.meta.get("val"), int | torch.SymInt):
-                metadata = current.args[0] if current.target in _READS_METADATA else None
-                if isinstance(metadata, Node):
+                if (metadata := metadata_operand(current)) is not None:
                     seen[metadata] = None
-                pending += [n for n in current.all_input_nodes if n is not metadata]
+                pending += value_operands(current)
         return list(seen)
 
     def _evaluate(self, node: Node, sizes: Sizes, memo: dict[Node, Any]) -> Any:
@@ -128,7 +114,7 @@ class SizeFunctions:
         expected = tuple(_number(size, sizes) for size in val(node).shape)
         if _bytes(node, expected) > MAX_BYTES:
             raise TooLarge(f"{node.name} has shape {expected} at sizes {_text(sizes)}, too large to compute")
-        skip = node.args[0] if node.target in _READS_METADATA else None
+        skip = metadata_operand(node)
 
         def argument(arg: Node) -> Any:
             if arg is not skip:

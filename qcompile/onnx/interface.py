@@ -6,7 +6,7 @@ import onnx_ir
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
-from passes.graph import input_dependence
+from passes.dependence import input_dependence
 from passes.program import unlift
 from qcompile.errors import ExportError
 from qcompile.signature import interface_problem, output_names, tensor_inputs

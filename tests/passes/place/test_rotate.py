@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
 from passes.constants import add_constant, constant
+from passes.dependence import input_dependence
 from passes.formats import FP8, INT8
-from passes.graph import aten, calls, dtype, input_dependence, is_call
+from passes.graph import aten, calls, dtype, is_call
 from passes.hadamard import HADAMARD, hadamard
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize, quantize
 from passes.pipelines import quantize_pipeline
