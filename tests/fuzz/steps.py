@@ -179,7 +179,7 @@ class Attention(Step):
         q, k, v = self._operands(x, context["other"] if self.mask == "cross" else x)
         mask = context["mask"] if self.mask == "input" else None
         if self.mask == "float":
-            mask = torch.zeros(x.shape[1], x.shape[1]).masked_fill(context["mask"][0, 0], -3.0)
+            mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype).masked_fill(context["mask"][0, 0], -3.0)
         y = attend(self.path, q, k, v, mask, self.causal, self.form)
         y = y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
         return x + project(self.name("o_proj"), y, self.o_proj.weight, self.o_proj.bias, lambda x, w, b: self.o_proj(x))
