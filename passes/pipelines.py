@@ -55,6 +55,7 @@ from passes.normalize.promotion import WriteOutPromotion
 from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
+from passes.normalize.softmax import NormalizeSoftmax
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -74,6 +75,7 @@ NORMALIZE: Pipeline = (
     NormalizeLinear,
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
+    NormalizeSoftmax,
     NormalizeAttention,
     AttentionToFourAxes,
     NormalizeAttentionMask,

@@ -6,23 +6,28 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
+from passes.graph import Emitter, aten, calls, dtype, is_call, shape
 from passes.normalize.attention_frame import Frame
-from passes.normalize.attention_layout import same
+from passes.normalize.attention_probabilities import (
+    Probabilities,
+    derive_from_product,
+    reach_product,
+    read_probabilities,
+)
 from passes.normalize.attention_scores import (
-    MATMULS,
-    RESHAPES,
     Mask,
     NotUnderstood,
     Scores,
-    is_copy,
-    leads_to_product,
     read_scores,
     unscaled,
 )
 
 __all__ = ["NormalizeAttention"]
 
+_OTHERWISE = (
+    "the attention probabilities have another user, or a column without a value, or are changed before they meet the"
+    " value in a way that attention has no argument for"
+)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
@@ -32,15 +37,17 @@ class NormalizeAttention(Pass):
     Before:
         scores = matmul(q * a, transpose(k, -1, -2)) * b + mask      # or where, masked_fill, baddbmm, several masks
         p = to(softmax(to(scores, fp32), -1), fp16)                  # the casts if the model has them
+        p = masked_fill(nan_to_num(p), mask, 0) * gate[..., :1]      # if the model has that
         y = matmul(p, v)                                             # or bmm, on [B*H, S, D]
     After:
-        y = sdpa(q, k, v, mask, 0.0, False, scale=a * b)             # on [B, H, S, D]
+        y = sdpa(q, k, v, mask, 0.0, False, scale=a * b) * gate      # on [B, H, S, D]
 
     Requires: `ViewsToReshape` and `RemoveNoOps` ran.
     Ensures: the same values up to rounding (scores are scaled and rounded elsewhere). Masks are boolean (true: visible)
-        if the model replaces scores and are in the dtype of q if it adds to them; several are combined.
+        if the model replaces scores and are in the dtype of q if it adds to them; several are combined. Zeros in the
+        place of a NaN, or of probabilities that a mask of the scores hides, are left to the mask.
     Declines when: scores or probabilities have another user (a model that returns attentions), or something happens
-        to scores that attention has no argument for.
+        to scores or probabilities that attention has no argument for.
     Why: attention has one form for all later passes, whatever order a model scales, masks and casts in.
     """
 
@@ -49,69 +56,45 @@ class NormalizeAttention(Pass):
             scores = softmax.args[0]
             if not isinstance(scores, Node) or softmax.args[1] not in (-1, len(shape(softmax)) - 1):
                 continue
-            product = _product_with_value(softmax)
-            if product is None:
-                if leads_to_product(scores) and _reaches_product(softmax):
-                    self.decline("the attention probabilities have another user, or a column without a value", softmax)
+            use = read_probabilities(gm, softmax)
+            if use is None:
+                if derive_from_product(scores) and reach_product(softmax):
+                    self.decline(_OTHERWISE, softmax)
                 continue
             try:
-                new = _attention(gm, read_scores(gm, scores), product, softmax)
+                new = _attention(gm, read_scores(gm, scores), use, softmax)
             except NotUnderstood as reason:
                 self.decline(str(reason), softmax)
                 continue
-            product.replace_all_uses_with(new)
+            use.product.replace_all_uses_with(new)
             self.fire()
 
 
-def _product_with_value(softmax: Node) -> Node | None:
-    """The matrix product of the probabilities and the value, if that is all they are used for."""
-    node = softmax
-    while (user := only_user(node)) is not None:
-        if is_call(user, *MATMULS) and user.args[0] is node:
-            return user if user.args[1] is not node else None
-        if not _hands_on(user):
-            return None
-        node = user
-    return None
-
-
-def _reaches_product(node: Node) -> bool:
-    """Whether some user of the probabilities `node`, or of copies of them, is a matrix product."""
-    return any(
-        is_call(u, *MATMULS) or ((_hands_on(u) or is_call(u, aten.slice.Tensor)) and _reaches_product(u))
-        for u in node.users  # a slice drops the column of an attention sink
-    )
-
-
-def _hands_on(node: Node) -> bool:
-    """Whether `node` makes the same probabilities in another dtype, memory layout or leading shape."""
-    if is_call(node, *RESHAPES):
-        return same(shape(node)[-2:], shape(node.args[0])[-2:])  # type: ignore[arg-type]  # a reshape's input is a node
-    return is_copy(node) or (is_call(node, aten._to_copy.default) and dtype(node).is_floating_point)
-
-
-def _attention(gm: GraphModule, scores: Scores, product: Node, softmax: Node) -> Node:
-    """Write the attention whose scores are `scores` and whose last product is `product`; its result, shaped as that.
+def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Node) -> Node:
+    """Write the attention whose scores are `scores` and whose last product is `use.product`; its result, shaped so.
 
     Raises:
         NotUnderstood: the operands' dtypes or shapes are not those of an attention. Nothing has been written then.
     """
+    use.check(scores.masks)
     left, right = scores.product.args[-2:]
-    value = product.args[1]
-    assert isinstance(left, Node) and isinstance(right, Node) and isinstance(value, Node)
+    value, value_axes = _untransposed(use.value) if use.transposed else (use.value, None)
+    assert isinstance(left, Node) and isinstance(right, Node)
     query, query_scale = _operand(gm, left, dtype(value))
     transposed, key_scale = _operand(gm, right, dtype(value))
     key, axes = _untransposed(transposed)
     key, more_scale = _operand(gm, key, dtype(value))
     if not dtype(query) == dtype(key) == dtype(value):
         raise NotUnderstood(f"query, key and value are {dtype(query)}, {dtype(key)} and {dtype(value)}")
-    frame = Frame(scores, query, right, value, product)
-    emit = Emitter(before=product, like=softmax)
+    frame = Frame(scores, query, right, use.value, use.product)
+    emit = Emitter(before=use.product, like=softmax)
     if axes is not None:
         key = emit(aten.permute.default, key, axes)
+    if value_axes is not None:
+        value = emit(aten.permute.default, value, value_axes)
     mask = _combined(frame, scores.masks, dtype(query), emit)
     scale = scores.scale * query_scale * key_scale * more_scale
-    return frame.attention(query, key, value, mask, scale, emit)
+    return use.finished(frame.attention(query, key, value, mask, scale, emit), emit)
 
 
 def _operand(gm: GraphModule, node: Node, wanted: torch.dtype) -> tuple[Node, float]:

@@ -26,7 +26,7 @@ class Frame:
     mask); all else is up to `Layout`.
 
     Args:
-        product: the matrix product of probabilities and value.
+        product: the matrix product of probabilities and value, or of the transposes.
 
     Raises:
         NotUnderstood: the model reshapes in a way that no attention needs.

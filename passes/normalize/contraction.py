@@ -62,7 +62,10 @@ def _is_right(a: Term, b: Term, kept: str) -> bool:
 
 def _matmul(left: Term, right: Term, batch: list[str], summed: list[str], kept: str, emit: Emitter) -> Term:
     """`matmul(left [batch, M..., K], right [batch, 1..., K, N])`."""
-    rows = [label for label in kept if label in left.labels and label not in batch]
+    order = kept
+    if left.labels.endswith("".join(summed)) and left.labels.startswith("".join(sorted(batch, key=left.labels.index))):
+        order, batch = left.labels, sorted(batch, key=left.labels.index)  # probabilities stay as they are
+    rows = [label for label in order if label in left.labels and label not in batch and label not in summed]
     columns = [label for label in kept if label in right.labels and label not in batch]
     of_left, of_right = left.sizes(emit), right.sizes(emit)
     sizes = {**of_right, **{label: size for label, size in of_left.items() if size != 1 or label not in of_right}}

@@ -14,6 +14,7 @@ from passes.program import written_tensors
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs, check_operators
+from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
 from qcompile.experts import dense_experts
@@ -53,7 +54,7 @@ def capture(
                 raise CaptureError("a module is captured with example inputs: give args or kwargs")
             shapes = shapes_by_input(dynamic_shapes, inner, tuple(args), dict(kwargs or {}))
             copies = own_copies(tuple(args), dict(kwargs or {}))
-            with _for_inference(inner), dense_experts(inner), torch.no_grad():
+            with _for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
                 program = _export(inner, *copies, shapes)
                 functional = _functional(program, inner)
     check_operators(functional)

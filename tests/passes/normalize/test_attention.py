@@ -181,7 +181,48 @@ def baddbmm_of_nothing(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> 
     return torch.bmm(torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=SCALE).softmax(-1), v)
 
 
+def no_nan(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE).masked_fill(~p[:, None, None, :], -torch.inf)
+    return m.dropout(scores.softmax(-1).nan_to_num()) @ v
+
+
+def zeros_where_hidden(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """As DeBERTa writes it."""
+    hidden = ~p[:, None, None, :]
+    return (q @ k.mT * SCALE).masked_fill(hidden, MIN).softmax(-1).masked_fill(hidden, 0) @ v
+
+
+def zeros_where_hidden_by_where(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    scores = torch.where(p[:, None, None, :], q @ k.mT * SCALE, -1e9)
+    return torch.where(p[:, None, None, :].expand(2, 2, 5, 7), scores.softmax(-1), 0.0) @ v
+
+
+def times_the_mask(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    scores = torch.where(p[:, None, None, :], q @ k.mT * SCALE, -1e9)
+    return (scores.softmax(-1) * p[:, None, None, :].float()) @ v
+
+
+def gated_heads(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((q @ k.mT * SCALE).softmax(-1) * m.bias[:, :, :, :1].sigmoid() / 2) @ v
+
+
+def transposed(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """As the autoencoder of latent diffusion writes it, with the channels first."""
+    return (v.mT @ (q @ k.mT * SCALE).softmax(-1).permute(0, 1, 3, 2)).mT
+
+
+def transposed_and_gated(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (v.mT.contiguous().relu() @ ((q @ k.mT * SCALE).softmax(-1) * m.bias[:, :, :, :1]).mT).mT
+
+
 FORMS = (
+    no_nan,
+    zeros_where_hidden,
+    zeros_where_hidden_by_where,
+    times_the_mask,
+    gated_heads,
+    transposed,
+    transposed_and_gated,
     matrices,
     matrices_by_mm,
     one_query,
@@ -287,6 +328,26 @@ def sink(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return scores.softmax(-1)[..., :-1] @ v
 
 
+def renormalized(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1) * p[:, None, None, :]
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def mixed_heads(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """Talking heads."""
+    mixing = m.bias[0, :, :2, 0]
+    scores = nn.functional.linear((q @ k.mT).permute(0, 2, 3, 1), mixing).permute(0, 3, 1, 2)
+    return nn.functional.linear(scores.softmax(-1).permute(0, 2, 3, 1), mixing).permute(0, 3, 1, 2) @ v
+
+
+def half_hidden(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).masked_fill(~p[:, None, None, :], 0) @ v
+
+
+def gated_keys(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * m.bias[:, :, :1]) @ v
+
+
 def learned_scale(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT * m.bias[:, :, :1, :1]).softmax(-1) @ v
 
@@ -310,6 +371,10 @@ def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         (returned_probabilities, "the attention probabilities have another user"),
         (returned_scores, "have another user"),
         (sink, "or a column without a value"),
+        (renormalized, "are changed before they meet the value"),
+        (mixed_heads, "are changed before they meet the value"),
+        (half_hidden, "to zero that the scores do not hide"),
+        (gated_keys, "are changed before they meet the value"),
         (capped, "aten.tanh.default between the product of query and key and the softmax"),
         (learned_scale, "scales by something that is not a constant number"),
         (filled_with_little, "scores are replaced by something that is not a very negative number"),
@@ -327,7 +392,7 @@ def test_declines(form: Callable[..., Any], reason: str) -> None:
     [
         lambda m, q, k, v, p: (q @ k.mT).softmax(-2) @ v,  # over queries
         lambda m, q, k, v, p: q.softmax(-1),  # no product at all
-        lambda m, q, k, v, p: v.mT @ (q @ k.mT).softmax(-1).mT,  # probabilities on the right
+        lambda m, q, k, v, p: v.mT @ k.relu().softmax(-1),  # of no product
     ],
 )
 def test_leaves_what_is_no_attention(form: Callable[..., Tensor]) -> None:

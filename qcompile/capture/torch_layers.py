@@ -1,0 +1,31 @@
+"""What stops torch's own transformer layers from being captured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn.modules import transformer
+
+
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """Within the body `nn.Transformer` and its layers run without a test of what is in their masks, and part by part.
+
+    Without an `is_causal` they read the values of a mask to find out whether it is causal, which a graph cannot. Taken
+    for a mask like any other it gives the same result; `NormalizeAttentionMask` recognises it where it is known. And
+    what eval mode calls, one operator for a layer and nested tensors for padding, has no linear layers to be found.
+    """
+    tests_mask, is_fast = transformer._detect_is_causal_mask, torch.backends.mha.get_fastpath_enabled()
+    transformer._detect_is_causal_mask = _is_said_to_be_causal
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = tests_mask
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+
+
+def _is_said_to_be_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
