@@ -32,6 +32,7 @@ CLIP: Roles = {
 }
 JOINT = names("transformer_blocks.N.attn.", "to_q to_k to_v to_out.N add_q_proj add_k_proj add_v_proj to_add_out")
 NORMS = [*names("transformer_blocks.N.", "normN.linear normN_context.linear"), "norm_out.linear"]
+UNET = ("down_blocks.N", "mid_block", "up_blocks.N")
 DIFFUSION: dict[str, Any] = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
 
 # family -> (library, class, configuration, roles); paths with N for numbers
@@ -289,6 +290,70 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Roles]] = {
                 *names("time_text_embed.", "timestep_embedder.linear_N text_embedder.linear_N"),
             ],
             "head": ["proj_out"],
+        },
+    ),
+    "sdxl": (
+        "diffusers",
+        "UNet2DConditionModel",
+        dict(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8)
+        | dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True)
+        | dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time")
+        | dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, attention_head_dim=8),
+        {
+            "attn": [
+                f"{part}.attentions.N.transformer_blocks.N.attnN.{layer}"
+                for part in UNET
+                for layer in ("to_q", "to_k", "to_v", "to_out.N")
+            ],
+            "mlp": [
+                f"{part}.attentions.N.transformer_blocks.N.ff.{layer}"
+                for part in UNET
+                for layer in ("net.N.proj", "net.N")
+            ],
+            "other": [f"{part}.attentions.N.{layer}" for part in UNET for layer in ("proj_in", "proj_out")],
+            "conv": [
+                *names("", "conv_in conv_out down_blocks.N.downsamplers.N.conv up_blocks.N.upsamplers.N.conv"),
+                *names("down_blocks.N.resnets.N.", "convN conv_shortcut"),
+                *names("up_blocks.N.resnets.N.", "convN conv_shortcut"),
+                "mid_block.resnets.N.convN",
+            ],
+            "conditioning": [
+                *names("", "time_embedding.linear_N add_embedding.linear_N"),
+                *(f"{part}.resnets.N.time_emb_proj" for part in UNET),
+            ],
+        },
+    ),
+    "cogvideox": (
+        "diffusers",
+        "CogVideoXTransformer3DModel",
+        dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1)
+        | dict(
+            text_embed_dim=32, time_embed_dim=32, sample_width=8, sample_height=8, sample_frames=5, ofs_embed_dim=32
+        ),
+        {
+            "attn": names("transformer_blocks.N.attnN.", "to_q to_k to_v to_out.N"),
+            "mlp": names("transformer_blocks.N.ff.", "net.N.proj net.N"),
+            "other": ["patch_embed.text_proj"],
+            "conv": ["patch_embed.proj"],
+            "conditioning": [
+                *names("", "time_embedding.linear_N ofs_embedding.linear_N norm_out.linear"),
+                "transformer_blocks.N.normN.linear",
+            ],
+            "head": ["proj_out"],
+        },
+    ),
+    "dit": (
+        "diffusers",
+        "DiTTransformer2DModel",
+        dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=1, sample_size=8)
+        | dict(norm_num_groups=8),
+        {
+            "attn": names("transformer_blocks.N.attnN.", "to_q to_k to_v to_out.N"),
+            "mlp": names("transformer_blocks.N.ff.", "net.N.proj net.N"),
+            "conv": ["pos_embed.proj"],
+            "conditioning": names("transformer_blocks.N.normN.", "emb.timestep_embedder.linear_N linear"),
+            "embedding": ["transformer_blocks.N.normN.emb.class_embedder.embedding_table"],
+            "head": ["proj_out_N"],
         },
     ),
 }
