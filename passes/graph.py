@@ -6,6 +6,7 @@ true for the nodes that a pass adds. Constants are in `passes.constants`.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -134,8 +135,32 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def fake_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What a call of `target` would make, from the fake values of the nodes among its arguments."""
     fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (args, kwargs))
-    with mode, enable_python_dispatcher():  # without the dispatcher torch 2.11 reads symbolic sizes in C++, and fails
+    env = mode.shape_env
+    unbound = env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext()
+    # without the dispatcher torch 2.11 reads symbolic sizes in C++, and fails
+    with mode, enable_python_dispatcher(), unbound:
         return target(*fake_args, **fake_kwargs)
+
+
+def fake_again(node: Node) -> Any:
+    """What the call `node` makes now, after its arguments have got other dtypes or strides.
+
+    Sizes and numbers that the values of its operands decide (of `nonzero`, `item`) keep the symbols that they have: the
+    rest of the graph knows those.
+    """
+    assert callable(node.target)
+    mode = fake_mode(node.graph)
+    value = fake_call(mode, node.target, node.args, node.kwargs)
+    if not node.meta.get("unbacked_bindings"):
+        return value
+
+    def as_before(new: Any, old: Any) -> Any:
+        if not isinstance(new, torch.Tensor):
+            return old
+        with mode:
+            return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device)
+
+    return pytree.tree_map(as_before, value, val(node))
 
 
 def following(node: Node) -> Node:

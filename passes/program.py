@@ -29,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constants import constant
 from passes.errors import PassError
+from passes.symbols import separate
 
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION)
@@ -43,7 +44,7 @@ def written_tensors(program: ExportedProgram) -> list[str]:
 def unlift(program: ExportedProgram) -> GraphModule:
     """A GraphModule with the graph of `program`, its tensors shared, weights as `get_attr` and flat user inputs.
 
-    `program` keeps its own graph: editing the result does not change it.
+    `program` keeps its own graph, graphs in it and symbols of sizes: editing the result does not change it.
 
     Raises:
         PassError: the program writes to a buffer, parameter or input, which passes would take for constants.
@@ -64,9 +65,36 @@ def unlift(program: ExportedProgram) -> GraphModule:
             copied[node].meta = copy.copy(node.meta)
             continue
         if node.op == "get_attr":  # a sub-graph of a control-flow operator
-            tensors[str(node.target)] = getattr(program.graph_module, str(node.target))
+            tensors[str(node.target)] = _copied(getattr(program.graph_module, str(node.target)))
         copied[node] = graph.node_copy(node, lambda n: copied[n])
-    return GraphModule(tensors, graph)
+    gm = GraphModule(tensors, graph)
+    separate(gm)
+    return gm
+
+
+def separated(program: ExportedProgram) -> ExportedProgram:
+    """`program` with its tensors shared and a graph of its own: tracing that again changes nothing of `program`."""
+    gm = _copied(program.graph_module)
+    separate(gm)
+    return ExportedProgram(
+        root=gm,
+        graph=gm.graph,
+        graph_signature=copy.copy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=[program.verifier],
+    )
+
+
+def _copied(module: Any) -> Any:
+    """A GraphModule with copies of the graphs in `module`; anything else is shared."""
+    if not isinstance(module, GraphModule):
+        return module
+    used = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    return GraphModule({name: _copied(getattr(module, name)) for name in used}, copy.deepcopy(module.graph))
 
 
 def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from passes.base import Pass
 from passes.constants import is_constant_expression, root_constants
 from passes.errors import PassError
-from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, place_of, val
+from passes.graph import Emitter, aten, calls, fake_again, following, is_call, place_of, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.choices import choices
 from passes.legalize.half_kernels import lacks_half_kernel, operator_name
@@ -110,8 +110,7 @@ class ConvertComputeDtype(Pass):
                 node.replace_input_with(operand, self._cast(operand, node, casts))
                 self.fire()
         node.args, node.kwargs = pytree.tree_map(self._argument, (node.args, node.kwargs))
-        assert callable(node.target)
-        value = fake_call(fake_mode(node.graph), node.target, node.args, node.kwargs)
+        value = fake_again(node)
         if self._is_source(node) and value.dtype == self.target:
             self.converted.add(node)
             self.fire()

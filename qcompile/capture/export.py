@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from passes.program import written_tensors
+from passes.program import separated, written_tensors
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs, check_operators
@@ -47,7 +47,7 @@ def capture(
         if args or kwargs or dynamic_shapes is not None:
             raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes go with a module")
         check_inputs(model)
-        functional = _functional(model, model)
+        functional = _functional(separated(model), model)
     else:
         with unwrapped(model) as inner:
             if not args and not kwargs:

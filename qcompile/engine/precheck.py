@@ -8,7 +8,7 @@ from qcompile.engine.capability import lacking
 from qcompile.engine.graph import OnnxGraph, module_path, node_name
 from qcompile.engine.network import NetworkGraph
 from qcompile.errors import EngineError
-from qcompile.onnxfile.refused import refused
+from qcompile.onnxfile.refused import refused, sized_by_data
 
 _TYPES = {
     "nvfp4": ("FP4 (FLOAT4E2M1)", onnx.TensorProto.FLOAT4E2M1),
@@ -36,6 +36,20 @@ def precheck(graph: OnnxGraph, target: int) -> None:
                 "TensorRT-RTX 1.7.1 builds this into a wrong result without saying so. Use per-tensor or per-channel "
                 f"weight scales, or leave the activation unquantized (node {node_name(node)})"
             )
+
+
+def check_sizes(graph: OnnxGraph) -> None:
+    """Raise EngineError for tensors whose size depends on data, which TensorRT-RTX has no operator for."""
+    found = list(sized_by_data(graph.model.graph))
+    if not found:
+        return
+    node, *others = found
+    more = f"; so do {len(others)} more" if len(others) > 1 else "; so does one more" if others else ""
+    raise EngineError(
+        f"TensorRT-RTX cannot take the file: {module_path(node)}: {node.op_type} makes a tensor whose size depends on"
+        f" data (node {node_name(node)}){more}. Compute all places and choose with torch.where instead of x[mask],"
+        " nonzero or unique, or run the file in ONNX Runtime"
+    )
 
 
 def _first(graph: OnnxGraph, data_type: int) -> str | None:

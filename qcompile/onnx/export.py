@@ -23,12 +23,14 @@ from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
+from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
 from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
+from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.relu import relus_to_max
@@ -37,6 +39,7 @@ from qcompile.onnx.save import written_beside
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
+from qcompile.onnxfile.refused import is_sized_by_data
 from qcompile.outputs import check_room, check_writable
 from qcompile.record import record_of
 from qcompile.report import Report
@@ -104,6 +107,7 @@ def export_onnx(
     biases_to_rows(converted.model)
     name_interface(converted.model, program)
     _add_functions(converted.model, opset)
+    costs += _not_for_tensorrt(converted.model) if target == "tensorrt" else []
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 
@@ -122,6 +126,15 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
         function = FUNCTIONS[name](opset)
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
+
+
+def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
+    """A notice where TensorRT-RTX will refuse the file: the size of a tensor depends on data."""
+    nodes = onnx_ir.traversal.RecursiveGraphIterator(model.graph)
+    found = [describe(onnx_ir.to_proto(node)) for node in nodes if is_sized_by_data(node.op_type, node.domain)]
+    if not found:
+        return []
+    return [f"TensorRT-RTX has no operator whose output has a size that depends on data, and this has: {some(found)}"]
 
 
 def _check(program: object, target: str, opset: int | None, block_fp8: str) -> int:

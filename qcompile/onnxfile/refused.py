@@ -17,6 +17,22 @@ _INTEGER_OPERATORS = {
     "DynamicQuantizeLinear": "measures scales at run time; use constant scales, of calibration",
     **dict.fromkeys(("MatMulInteger", "ConvInteger"), "multiplies codes; write QuantizeLinear and DequantizeLinear"),
 }
+_SIZED_BY_DATA = ("NonZero", "NonMaxSuppression", "Compress", "Unique")
+
+
+def is_sized_by_data(op_type: str, domain: str = "") -> bool:
+    """Whether the values of an operator's input decide how large its output is: TensorRT-RTX has none of these."""
+    return op_type in _SIZED_BY_DATA and domain in _STANDARD
+
+
+def sized_by_data(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of `graph` and of graphs in it that make a tensor of a size that data decides."""
+    for node in graph.node:
+        if is_sized_by_data(node.op_type, node.domain):
+            yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from sized_by_data(inner)
 
 
 def refused(model: onnx.ModelProto, stored: Collection[str] = ()) -> Iterator[tuple[onnx.NodeProto, str]]:

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from passes.constants import add_constant
 from passes.errors import PassError
 from passes.fold.weights import FoldWeights
-from passes.graph import Emitter, aten
+from passes.graph import Emitter, aten, fake_mode
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.program import lift, unlift, written_tensors
+from passes.legalize.compute_dtype import ConvertComputeDtype
+from passes.program import lift, separated, unlift, written_tensors
 from tests.passes.support import DYNAMIC, Attention, Mlp, count, export, graph_of, insert, only_call, run, scale_of
 
 
@@ -278,3 +279,33 @@ def test_a_program_with_the_operators_of_the_ir_saves_and_loads(fmt: str) -> Non
     assert (count(program.graph_module, QUANTIZE), count(program.graph_module, DEQUANTIZE)) == (1, 1)
     x = torch.randn(7, 8)
     torch.testing.assert_close(saved_and_loaded(program).module()(x), Qdq()(x), rtol=0, atol=0)
+
+
+class Nonzero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[(x > 0).nonzero()[:, 0]] + 1
+
+
+def test_a_graph_has_symbols_of_its_own() -> None:
+    program = export(Nonzero(), torch.randn(6))
+    env = fake_mode(program.graph).shape_env
+    assert env is not None
+    known = set(env.var_to_range)
+    gm = unlift(program)
+    assert fake_mode(gm.graph).shape_env is not env
+    ConvertComputeDtype(torch.float32, torch.float16)(gm)  # runs `index` on fake values again
+    shapes = {str(node.meta["val"].shape) for node in gm.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    first, second = lift(gm, program).run_decompositions({}), lift(gm, program).run_decompositions({})
+    assert str(first) == str(second)
+    assert set(env.var_to_range) == known
+    assert not env.pending_fresh_unbacked_symbols
+    assert shapes == {"torch.Size([6])", "torch.Size([u0, 1])", "torch.Size([u0])"}
+
+
+def test_a_separated_program_is_traced_alone() -> None:
+    program = export(Nonzero(), torch.randn(6))
+    before = str(program)
+    apart = separated(program)
+    assert str(apart) == before
+    assert str(apart.run_decompositions({})) == str(separated(program).run_decompositions({}))
+    assert str(program) == before
