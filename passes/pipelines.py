@@ -49,6 +49,7 @@ from passes.normalize.experts import NormalizeExperts
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
 from passes.normalize.mask import NormalizeAttentionMask
+from passes.normalize.masked_writes import MaskedWritesToWhere
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.promotion import WriteOutPromotion
@@ -56,6 +57,7 @@ from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.softmax import NormalizeSoftmax
+from passes.normalize.spellings import PlainSpellings
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -68,6 +70,8 @@ NORMALIZE: Pipeline = (
     ViewsToReshape,
     RemoveNoOps,
     ComplexToReal,
+    PlainSpellings,
+    MaskedWritesToWhere,
     ScattersToConcat,
     NormalizeEinsum,
     RoutedExpertsToDense,
