@@ -46,6 +46,7 @@ from passes.normalize.autocast import MaterializeAutocast
 from passes.normalize.complex import ComplexToReal
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
+from passes.normalize.flex_attention import SpellOutFlexAttention
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
 from passes.normalize.mask import NormalizeAttentionMask
@@ -58,6 +59,7 @@ from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.softmax import NormalizeSoftmax
 from passes.normalize.spellings import PlainSpellings
+from passes.normalize.subgraphs import LeaveSubgraphs
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -80,11 +82,13 @@ NORMALIZE: Pipeline = (
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
     NormalizeSoftmax,
+    SpellOutFlexAttention,
     NormalizeAttention,
     AttentionToFourAxes,
     NormalizeAttentionMask,
     UnexpandGroupedQuery,
     WriteOutPromotion,
+    LeaveSubgraphs,
 )
 """What models write in many ways gets one form."""
 

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from passes.graph import aten
+from passes.graph import aten, val
 from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
@@ -37,8 +38,13 @@ class _Observer(Interpreter):
         self.needed = _ancestors(statistics)
         self.weight = 1.0
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        if self.widen and isinstance(n.target, torch._ops.HigherOrderOperator):  # its graphs name the dtypes they have
+            return map_arg((n.args, dict(n.kwargs)), lambda operand: _as_captured(self.env[operand], operand))
+        return super().fetch_args_kwargs_from_env(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.widen and target not in _LOOKUPS:
+        if self.widen and target not in _LOOKUPS and not isinstance(target, torch._ops.HigherOrderOperator):
             args, kwargs = pytree.tree_map(_widened, (args, kwargs))
             if target is aten._to_copy.default and kwargs == {"dtype": args[0].dtype}:
                 return args[0]  # a cast from or to half
@@ -62,6 +68,11 @@ def _ancestors(nodes: Iterable[Node]) -> set[Node]:
         found.update(new)
         pending += new
     return found
+
+
+def _as_captured(value: Any, node: Node) -> Any:
+    """`value`, widened perhaps, in the dtype that `node` made when it was captured."""
+    return value.to(val(node).dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _widened(argument: Any) -> Any:

@@ -12,8 +12,9 @@ from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.routing import is_grouped
 from passes.place.rotate import FACTOR
-from passes.quantize.sites import NORMS, linear_name
+from passes.quantize.sites import NORMS, linear_name, weight_name
 from passes.sdpa import SDPA
+from passes.subgraphs import inner_calls, operator_name, subgraph_calls
 
 KINDS = ("linear", "experts", "attention")
 _LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
@@ -62,8 +63,21 @@ def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         else:
             yield _LINEARS[node.target], linear_name(node), _linear_format(node)  # type: ignore[index]
-    for kind, name in _loose_weights(gm):
+    for kind, name in (*_loose_weights(gm), *_inner_layers(gm)):
         yield kind, name, None
+
+
+def _inner_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
+    """(kind, name) of the layers in graphs that calls hold (`passes.subgraphs`); a layer in both branches is one."""
+    found: dict[tuple[str, str], None] = {}
+    for node, body in inner_calls(gm, (*_LINEARS, SDPA)):
+        weight = body.operands.get(node.args[1]) if node.target in _LINEARS else None  # type: ignore[arg-type]
+        name = weight_name(str(weight.target)) if weight is not None and weight.op == "get_attr" else ""
+        found[str(_LINEARS.get(node.target, "attention")), name or module_path(body.call)] = None  # type: ignore[arg-type]
+    for node in subgraph_calls(gm.graph):
+        if operator_name(node) == "flex_attention":
+            found["attention", module_path(node)] = None
+    yield from found
 
 
 def _linear_format(node: Node) -> str | None:

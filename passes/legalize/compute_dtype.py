@@ -21,6 +21,7 @@ from passes.legalize.islands import global_scales, of_their_own, without_half_ke
 from passes.legalize.positions import is_periodic, positions
 from passes.legalize.ranges import beyond, largest, least, may_mask
 from passes.messages import some
+from passes.subgraphs import subgraph_calls
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}
@@ -44,9 +45,9 @@ class ConvertComputeDtype(Pass):
         A float value that depends on no floating-point input and no parameter stays as it was up to where it meets one;
         so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), the scores
         of routers (`passes.legalize.choices`), complex numbers and what has no kernel in half precision, which a notice
-        names, if the target has fewer digits than the source. What is quantized is cast before its codes are made, a
-        weight not at all, so that its codes come from the original numbers. Casts of constants are left to
-        `FoldConstants`.
+        names, if the target has fewer digits than the source. Graphs in a call (`passes.subgraphs`) compute in
+        the source dtype. What is quantized is cast before its codes are made, a weight not at all, so that its codes
+        come from the original numbers. Casts of constants are left to `FoldConstants`.
     Declines when: never; raises `PassError` naming a constant that holds a number beyond the target dtype.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
         timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
@@ -72,7 +73,7 @@ class ConvertComputeDtype(Pass):
             exact = positions(gm.graph, _dependents(gm, parameters), self.source) | choices(gm.graph)
             exact |= self._without_kernel(gm, _dependents(gm, inputs | parameters))
             exact |= of_their_own(gm, exact)
-        exact |= global_scales(gm, self.source)
+        exact |= global_scales(gm, self.source) | set(subgraph_calls(gm.graph))
         codes = calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE)
         quantized = {node for node in codes if not is_constant_expression(node.args[0])}
         data = _dependents(gm, inputs | parameters | quantized, {node for node in exact if is_periodic(node)})

@@ -88,7 +88,11 @@ def linear_name(node: Node) -> str:
     if not is_constant_expression(weight):
         return module_path(node)
     roots = root_constants(weight)
-    name = str(roots[0].target)
     if len(roots) != 1:
         return module_path(node)
-    return re.sub(r"[._]?weight(_\d+)?$", "", name) or module_path(node)  # a number if another layer kept the name
+    return weight_name(str(roots[0].target)) or module_path(node)
+
+
+def weight_name(name: str) -> str:
+    """The path of the layer whose weight is called `name`, perhaps with a number if another layer kept the name."""
+    return re.sub(r"[._]?weight(_\d+)?$", "", name)

@@ -15,6 +15,7 @@ from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs, check_operators
 from qcompile.capture.torch_layers import plain_layers
+from qcompile.capture.suspects import check_inference, check_inputs
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
 from qcompile.experts import dense_experts
@@ -57,7 +58,6 @@ def capture(
             with _for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
                 program = _export(inner, *copies, shapes)
                 functional = _functional(program, inner)
-    check_operators(functional)
     check_inference(functional, exported=isinstance(model, ExportedProgram))
     _check_pure(functional)
     return functional

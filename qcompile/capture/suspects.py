@@ -50,17 +50,6 @@ def check_inputs(program: ExportedProgram) -> None:
     )
 
 
-def check_operators(program: ExportedProgram) -> None:
-    """Raises CaptureError for operators that hold graphs of their own: passes do not look into those."""
-    for node in _calls(program):
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(
-                f"{place_of(node)}: torch.ops.higher_order.{node.target} (torch.cond, while_loop, scan, map,"
-                " flex_attention and the like) holds a graph of its own, which is not supported yet: write it with"
-                " torch.where, a loop over a constant number, or scaled_dot_product_attention"
-            )
-
-
 def check_inference(program: ExportedProgram, *, exported: bool) -> None:
     """Raises for what only training does in a program that was `exported` by the user; warns of what else is random."""
     random = [node for node in _calls(program) if draws(node)]

@@ -16,11 +16,14 @@ from typing import Any, Literal
 import onnx_ir
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
+from passes.graph import place_of
 from passes.normalize.attention import NormalizeAttention
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
+from passes.subgraphs import bodies, operator_name, subgraph_calls
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
@@ -52,6 +55,7 @@ _DEFAULT_OPSET = 21
 _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
 _PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
+_WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
 _NOISY_LOGGERS = (
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",
@@ -97,6 +101,7 @@ def export_onnx(
         gm = unlift(program)
         log = run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm)
         costs = cost_notices(gm, log)
+        _check_subgraphs(gm)
         lowered = lift(gm, program)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
@@ -126,6 +131,17 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
         function = FUNCTIONS[name](opset)
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
+
+
+def _check_subgraphs(gm: GraphModule) -> None:
+    """Raises ExportError for a call that holds graphs, and that torch.onnx does not write."""
+    inner = (node for body in bodies(gm) for node in subgraph_calls(body.gm.graph))
+    for node in (*subgraph_calls(gm.graph), *inner):
+        if operator_name(node) not in _WRITTEN_WITH_GRAPHS:
+            raise ExportError(
+                f"{place_of(node)}: {operator_name(node)} has no form in ONNX: write it with"
+                f" {', '.join(_WRITTEN_WITH_GRAPHS[:3])} of torch, or attention as scaled_dot_product_attention"
+            )
 
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:

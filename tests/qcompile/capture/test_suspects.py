@@ -122,22 +122,3 @@ def test_dropout_of_a_model_is_not_lost_with_its_attention() -> None:
     program = qcompile.quantize(model, (X,), recipe="fp8", calibration=[X], dtype=torch.float32, progress=False)
     assert any(calls(program.graph, QUANTIZE))
     assert not torch.equal(program.module()(X), program.module()(X))
-
-
-def while_loop(self: Net, x: Tensor) -> Tensor:
-    from torch._higher_order_ops.while_loop import while_loop
-
-    result: Tensor = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 1.5), (torch.tensor(0), x))[1]
-    return result
-
-
-HIGHER: dict[str, Callable[[Net, Tensor], Tensor]] = {
-    "cond": lambda self, x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,)),
-    "while_loop": while_loop,
-}
-
-
-@pytest.mark.parametrize("name", HIGHER)
-def test_an_operator_with_a_graph_of_its_own_is_named(name: str) -> None:
-    with pytest.raises(CaptureError, match=f"higher_order.{name}.*not supported yet"):
-        qcompile.quantize(Net(HIGHER[name]).eval(), (X,), recipe="fp8", calibration=[X], progress=False)
