@@ -34,9 +34,11 @@ from passes.legalize.group_norm import LengthenGroupNorm
 from passes.legalize.k_split import SplitK
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
+from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.legalize.wide_sums import WideIndexedSums
 from passes.lower.cpu.pipeline import cpu_pipeline
 from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
@@ -134,6 +136,7 @@ TENSORRT: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,
+    PickedRowsToAll,
     SplitPackedHeads,
     MergeParallelLinears,
     MeasuredToConstant,
@@ -153,6 +156,7 @@ PORTABLE: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,
+    WideIndexedSums,
     MeasuredToConstant,
     SplitK,
     SpellOutBlockActivations,

@@ -93,8 +93,11 @@ def _copied(module: Any) -> Any:
     """A GraphModule with copies of the graphs in `module`; anything else is shared."""
     if not isinstance(module, GraphModule):
         return module
-    used = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    return GraphModule({name: _copied(getattr(module, name)) for name in used}, copy.deepcopy(module.graph))
+    graph = copy.deepcopy(module.graph)
+    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        new.name = old.name  # as in `lift`: FX makes `input_1` of `input`, and the signature knows the name
+    used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    return GraphModule({name: _copied(getattr(module, name)) for name in used}, graph)
 
 
 def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:

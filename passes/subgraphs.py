@@ -37,7 +37,7 @@ def subgraph_calls(graph: Graph) -> Iterator[Node]:
 
 def operator_name(node: Node) -> str:
     """What torch calls the operator of such a call."""
-    return str(node.target.name()) if isinstance(node.target, torch._ops.HigherOrderOperator) else str(node.target)
+    return str(node.target)
 
 
 def bodies(gm: GraphModule) -> Iterator[Body]:

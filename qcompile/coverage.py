@@ -71,9 +71,10 @@ def _inner_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
     """(kind, name) of the layers in graphs that calls hold (`passes.subgraphs`); a layer in both branches is one."""
     found: dict[tuple[str, str], None] = {}
     for node, body in inner_calls(gm, (*_LINEARS, SDPA)):
-        weight = body.operands.get(node.args[1]) if node.target in _LINEARS else None  # type: ignore[arg-type]
+        kind = next((kind for target, kind in _LINEARS.items() if target is node.target), "attention")
+        weight = body.operands.get(node.args[1]) if kind != "attention" else None  # type: ignore[arg-type]
         name = weight_name(str(weight.target)) if weight is not None and weight.op == "get_attr" else ""
-        found[str(_LINEARS.get(node.target, "attention")), name or module_path(body.call)] = None  # type: ignore[arg-type]
+        found[kind, name or module_path(body.call)] = None
     for node in subgraph_calls(gm.graph):
         if operator_name(node) == "flex_attention":
             found["attention", module_path(node)] = None

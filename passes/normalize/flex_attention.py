@@ -66,16 +66,17 @@ class _Programs:
     """The programs of one call: for scores, with its buffers, and for the mask, with others."""
 
     def __init__(self, gm: GraphModule, node: Node) -> None:
-        self.q, self.k, self.v, score, block_mask, self.scale, _, *buffers = node.args
-        mask = block_mask[-1]  # type: ignore[index]
+        args: tuple[Any, ...] = node.args
+        self.q, self.k, self.v, score, block_mask, self.scale, _, *buffers = args
+        mask = block_mask[-1]
         self.node = node
         self.score_buffers, self.mask_buffers = (*buffers, (), ())[:2]
-        self.score = getattr(gm, str(score.target))  # type: ignore[union-attr]
+        self.score = getattr(gm, str(score.target))
         self.mask = getattr(gm, str(mask.target))
 
     def check(self) -> None:
         """Raises _Unknown for what `_replace` could not write; nothing has been written then."""
-        q, k, v = (shape(n) for n in (self.q, self.k, self.v))  # type: ignore[arg-type]
+        q, k, v = (shape(n) for n in (self.q, self.k, self.v))
         if not all(statically_known_true(a == b) for a, b in ((q[0], k[0]), (k[0], v[0]))):
             raise _Unknown("query and key have batches that broadcast")
         if not isinstance(q[1], int) or not isinstance(k[1], int):
@@ -98,7 +99,7 @@ def _check(program: GraphModule, count: int) -> None:
         varying.add(node)
         buffers = [n for n in node.all_input_nodes if n not in varying and len(shape(n))]
         if is_call(node, aten.index.Tensor):
-            if None in node.args[1] or buffers[1:]:  # type: ignore[operator]
+            if None in node.args[1] or buffers[1:]:
                 raise _Unknown(f"its program has an index that is no single number ({node.name})")
         elif buffers or not (is_pointwise(node) or is_call(node, *_POINTWISE)):
             raise _Unknown(f"its program has {node.target}, which does not work on single numbers")
@@ -109,7 +110,6 @@ def _check(program: GraphModule, count: int) -> None:
 def _replace(node: Node, programs: _Programs) -> None:
     emit = Emitter(node)
     q, k, v = programs.q, programs.k, programs.v
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     groups = shape(q)[1] // shape(k)[1]
     if groups > 1:
         k, v = (emit(aten.repeat_interleave.self_int, operand, groups, 1) for operand in (k, v))
@@ -129,10 +129,10 @@ def _replace(node: Node, programs: _Programs) -> None:
         probabilities = emit(aten._to_copy.default, probabilities, dtype=dtype(v))
     results = (emit(aten.matmul.default, probabilities, v), scores, scores)
     for user in list(node.users):
-        index = user.args[1] if is_call(user, operator.getitem) else 0
+        index = int(user.args[1]) if is_call(user, operator.getitem) else 0  # type: ignore[arg-type]
         if not user.users:
             continue
-        result = results[index]  # type: ignore[call-overload]
+        result = results[index]
         if index:  # the logarithm of the sum, or the largest, in units of log 2
             reduced = (
                 emit(aten.logsumexp.default, scores, [-1]) if index == 1 else emit(aten.amax.default, scores, [-1])

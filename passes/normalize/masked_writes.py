@@ -15,7 +15,7 @@ from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
 from passes.normalize.mask_simplifier import unexpanded
 
-__all__ = ["MaskedWritesToWhere", "mask_of"]
+__all__ = ["MaskedWritesToWhere", "as_bool", "column_of", "mask_of"]
 
 
 _DROPS_AXIS = (
@@ -38,7 +38,7 @@ class MaskedWritesToWhere(Pass):
         an error, as before. Rows that are left over are ignored by `masked_scatter`, as before; `index_put` asserts
         in torch that there are none, and files hold no assertion.
     Declines when: values are added to what is there (`accumulate`), or indices are other than a mask or all places of
-        one.
+        one; or rows that are as many as data says, as they were picked by a mask themselves.
     Why: `index_put` with a mask lists the places of the mask, a tensor whose size depends on data: TensorRT has no
         NonZero.
     """
@@ -76,7 +76,7 @@ class _Write:
 def _written(write: _Write, emit: Emitter) -> Node:
     """The tensor after `write`."""
     lead = len(shape(write.into)) - len(write.rest)
-    mask = write.mask
+    mask = as_bool(write.mask, emit)
     while len(shape(mask)) < lead:
         mask = emit(aten.unsqueeze.default, mask, 0)
     sizes = emit.sizes(write.into)
@@ -102,9 +102,7 @@ def _picked(write: _Write, mask: Node, sizes: list[int | Node], emit: Emitter) -
 
 
 def _assert_count(flat: Node, rows: Node, emit: Emitter) -> None:
-    """Let torch say where there are more rows than places, unless the rows were picked by a mask themselves."""
-    if free_unbacked_symbols(shape(rows)[0]):
-        return
+    """Let torch say where there are more rows than places."""
     count = emit(aten.sum.default, flat)
     message = "as many values as the mask has places are wanted"
     emit(aten._assert_async.msg, emit(aten.eq.Scalar, count, emit.sizes(rows)[0]), message)
@@ -154,25 +152,32 @@ def _index_put(node: Node) -> _Write | None:
         values = emit(aten.squeeze.dim, values, 0)
     if len(shape(values)) <= len(rest):
         return _Write(into, mask, rest, values, same=True, exact=False)
+    if free_unbacked_symbols(shape(values)[0]):  # picked by a mask themselves: `PickedRowsToAll` sees to both
+        return None
     if list(shape(values)[1:]) != rest:
         values = emit(aten.expand.default, values, [-1, *rest])
     return _Write(into, mask, rest, values, same=False, exact=True)
 
 
+def as_bool(mask: Node, emit: Emitter) -> Node:
+    """`mask` as a boolean: `nonzero` lists the places of numbers, too."""
+    return mask if dtype(mask) is torch.bool else emit(aten.ne.Scalar, mask, 0)
+
+
 def mask_of(indices: Sequence[object]) -> Node | None:
-    """The mask whose places `indices` of a tensor's first axes are: it itself, or what `nonzero` and `where` list."""
+    """The mask, of any dtype, whose places `indices` of a tensor's first axes are: itself, or what `nonzero` lists."""
     if len(indices) == 1 and isinstance(indices[0], Node) and dtype(indices[0]) is torch.bool:
         return indices[0]
-    columns = [_column(index) if isinstance(index, Node) else None for index in indices]
+    columns = [column_of(index) if isinstance(index, Node) else None for index in indices]
     masks = {column[0] for column in columns if column is not None}
     if len(masks) != 1 or None in columns:
         return None
     (mask,) = masks
     in_order = [column[1] for column in columns if column is not None] == list(range(len(shape(mask))))
-    return mask if in_order and dtype(mask) is torch.bool else None
+    return mask if in_order else None
 
 
-def _column(index: Node) -> tuple[Node, int] | None:
+def column_of(index: Node) -> tuple[Node, int] | None:
     """(mask, axis) of one axis of the places of a mask."""
     source = index.args[0] if index.args else None
     if is_call(index, operator.getitem) and is_call(source, aten.where.default, aten.nonzero_numpy.default):

@@ -18,6 +18,14 @@ from passes.sdpa import SDPA
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch.export captures flex_attention through Dynamo, with the sizes of what that has compiled before."""
+    torch._dynamo.reset()
+
+
 S = 8
 Q, K, V = (torch.randn(2, 2, S, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
 Program = Callable[..., Tensor]

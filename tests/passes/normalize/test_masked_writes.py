@@ -43,6 +43,7 @@ WRITES: dict[str, Write] = {
     "masked_scatter, more rows": lambda h, m, f: h.masked_scatter(m[..., None], torch.cat([f, f])),
     "mask": lambda h, m, f: put(h, m, f),
     "where": lambda h, m, f: put(h, torch.where(m), f),
+    "where of numbers": lambda h, m, f: put(h, torch.where(m.long() * 3), f),
     "nonzero": lambda h, m, f: put(h, torch.nonzero(m, as_tuple=True), f),
     "columns of nonzero": lambda h, m, f: put(h, (m.nonzero()[:, 0], m.nonzero()[:, 1]), f),
     "unbind": lambda h, m, f: put(h, m.nonzero().unbind(-1), f),

@@ -1,0 +1,118 @@
+"""Rows that a mask picks, worked on and put back: loops over experts and their like, on all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from passes.formats import FP8, FP8_PER_TOKEN
+from passes.graph import aten
+from passes.legalize.picked_rows import PickedRowsToAll
+from passes.quantize.insert import InsertQdq, Quantizer
+from passes.quantize.sites import find_sites
+from tests.passes.support import Mlp, count, declines, graph_of, insert, rewrites, run
+
+T, WIDTH, EXPERTS, TOP = 12, 8, 3, 2
+X = torch.randn(T, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Loop(nn.Module):
+    """A mixture of experts: each works on the tokens that chose it."""
+
+    def __init__(self, choices: int = EXPERTS) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = nn.ModuleList(Mlp(WIDTH, 16) for _ in range(EXPERTS))
+        self.choices = choices
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x)[:, : self.choices].softmax(-1).topk(TOP, -1)
+        chosen = F.one_hot(index, EXPERTS).permute(2, 1, 0)  # [E,K,T]
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            choice, token = torch.where(chosen[number])
+            result = result.index_add(0, token, expert(x[token]) * weights[token, choice, None])
+        return result
+
+
+class Picks(nn.Module):
+    """`function(layer, x)`."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x)
+
+
+def put(y: Tensor, index: object, rows: Tensor) -> Tensor:
+    y = y.clone()
+    y[index] = rows
+    return y
+
+
+PICKS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "put by a mask": lambda layer, x: put(x, x[:, 0] > 0, layer(x[x[:, 0] > 0])),
+    "put by its places": lambda layer, x: put(x, (m := torch.where(x[:, 0] > 0)), layer(x[m]).relu()),
+    "added by a mask": lambda layer, x: x.index_put((x[:, 0] > 0,), layer(x[x[:, 0] > 0]), accumulate=True),
+    "in place": lambda layer, x: put(x, (m := x[:, 0] > 0), x[m] + layer(x[m])),
+}
+
+
+def test_a_loop_over_experts() -> None:
+    gm = graph_of(Loop(), X)
+    rewrites(PickedRowsToAll, gm, X, fired=EXPERTS, rtol=1e-5, atol=1e-6)
+    assert count(gm, aten.index.Tensor, aten.index_add.default) == 0
+
+
+@pytest.mark.parametrize("quantized", ["fp8", "fp8 per token"])
+def test_a_loop_over_quantized_experts(quantized: str) -> None:
+    gm = graph_of(Loop(), X)
+    if quantized == "fp8":
+        insert(gm, {"input": torch.tensor(0.02), "weight": torch.tensor(0.01)})
+    else:
+        sites = {site: Quantizer(FP8_PER_TOKEN, None) for site in find_sites(gm) if site.operand == "input"}
+        weights = {site: Quantizer(FP8, torch.tensor(0.01)) for site in find_sites(gm) if site.operand == "weight"}
+        InsertQdq(sites | weights)(gm)
+    rewrites(PickedRowsToAll, gm, X, fired=EXPERTS, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_that_nobody_chose_and_one_that_overflows() -> None:
+    model = Loop(choices=2)
+    gm = graph_of(model, X)
+    expected = run(gm, X)[0]
+    with torch.no_grad():
+        gm.get_parameter("experts.2.down.weight").mul_(torch.inf)
+    PickedRowsToAll()(gm)
+    torch.testing.assert_close(run(gm, X)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", PICKS.values(), ids=PICKS.keys())
+def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    gm = graph_of(Picks(function), X)
+    if gm.graph.find_nodes(op="call_function", target=aten.gt.Scalar)[1:]:  # a mask is one node in a model
+        first, *others = gm.graph.find_nodes(op="call_function", target=aten.gt.Scalar)
+        for other in others:
+            other.replace_all_uses_with(first)
+    rewrites(PickedRowsToAll, gm, X, rtol=1e-5, atol=1e-6)
+    assert count(gm, aten.index_put.default) == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layer, x: put(x, (m := x[:, 0] > 0), layer(x[m]).softmax(0)),
+        lambda layer, x: put(x, (m := x[:, 0] > 0), layer(x[m]).flip(0)),
+        lambda layer, x: put(x, x[:, 0] > 0, x[: T // 2]),
+    ],
+    ids=["softmax over rows", "another order", "other rows"],
+)
+def test_what_works_on_more_than_rows_stays(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    x = torch.cat([X.abs()[: T // 2], -X.abs()[T // 2 :]])
+    assert declines(PickedRowsToAll, graph_of(Picks(function), x)) == []
