@@ -13,9 +13,8 @@ from torch.export import ExportedProgram
 from passes.program import separated, written_tensors
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
-from qcompile.capture.suspects import check_inference, check_inputs, check_operators
-from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.suspects import check_inference, check_inputs
+from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
 from qcompile.experts import dense_experts
