@@ -41,7 +41,8 @@ class ConvertComputeDtype(Pass):
 
     Requires: `NormalizeRmsNorm` ran, so that no sum of squares is left to overflow; `RemoveNoOps` did, so that no
         assertion of a dtype is left to fail; the source dtype is the model's.
-    Ensures: inputs and outputs of the program keep their dtype, and so do global scales that are measured at run time.
+    Ensures: of a float32 model on its way to float16 the parts in bfloat16 compute in float16, too.
+        Inputs and outputs of the program keep their dtype, and so do global scales that are measured at run time.
         A float value that depends on no floating-point input and no parameter stays as it was up to where it meets one;
         so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), the scores
         of routers (`passes.legalize.choices`), complex numbers and what has no kernel in half precision, which a notice
@@ -62,6 +63,13 @@ class ConvertComputeDtype(Pass):
         self.parameters: set[Node] = set()
 
     def rewrite(self, gm: GraphModule) -> None:
+        if (self.source, self.target) == (
+            torch.float32,
+            torch.float16,
+        ):
+            part = ConvertComputeDtype(torch.bfloat16, self.target)
+            part.log = self.log
+            part.rewrite(gm)
         self.converted.clear()
         self.gm = gm
         names = dict(gm.named_parameters(remove_duplicate=False))  # a tied weight has a name for each use
@@ -101,9 +109,18 @@ class ConvertComputeDtype(Pass):
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and value.dtype == self.source
 
+    def _is_of_source(self, node: Node) -> bool:
+        """Whether `node` reads or makes a number of the source dtype, or of what was one."""
+        made = pytree.tree_leaves(node.meta.get("val"))
+        if any(isinstance(value, torch.Tensor) and value.dtype == self.source for value in made):
+            return True
+        return any(self._is_source(operand) or operand in self.converted for operand in node.all_input_nodes)
+
     def _convert(self, node: Node, casts: dict[Node, Node]) -> None:
         is_weight = is_call(node, QUANTIZE, DYNAMIC_QUANTIZE) and is_constant_expression(node.args[0])
         if is_weight or is_constant_expression(node) or _is_block_scale(node) or self._is_boundary(node):
+            return
+        if not self._is_of_source(node):
             return
         scale = node.args[_SCALE[node.target]] if node.target in _SCALE else None
         for operand in node.all_input_nodes:

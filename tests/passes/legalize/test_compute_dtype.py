@@ -380,6 +380,31 @@ def test_explicit_downcasts_keep_their_dtype() -> None:
     assert count(gm, aten._to_copy.default) <= 3
 
 
+class Parts(nn.Module):
+    """A float32 model with a layer and a table in bfloat16, which it casts, and a position beyond 65504."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.body = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(4).bfloat16())
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.part(x.bfloat16())
+        return self.body(y.float() + x * self.table.float() + (t * 100000.0).sin()), y
+
+
+def test_parts_of_a_float32_model_in_bfloat16_compute_in_float16() -> None:
+    x, t = torch.randn(2, 4), torch.tensor([[0.981], [3.25]])
+    gm = graph_of(Parts(), x, t)
+    RemoveNoOps()(gm)
+    expected = run(gm, x, t)
+    got = run(to_half(gm), x, t)
+    assert {dtype(n) for n in gm.graph.nodes if n.target is aten.linear.default} == {torch.float16}
+    assert dtype(only_call(gm, aten.sin.default)) is torch.float32
+    assert got[1].dtype is torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.03, atol=0.03)
+
+
 def test_inputs_outputs_and_integers_keep_their_dtype() -> None:
     class Embeds(nn.Module):
         def __init__(self) -> None:
