@@ -177,12 +177,13 @@ def _uses_bfloat16(program: ExportedProgram) -> bool:
 
 def _convert(lowered: ExportedProgram, opset: int) -> Any:
     """The lowered program as an ONNXProgram of torch.onnx."""
-    retrace = lowered.run_decompositions
+    retrace, written = lowered.run_decompositions, lowered
 
     def decomposed(table: Container[object]) -> ExportedProgram:
-        program = retrace(table) if _needs_retrace(lowered, table) else lowered
-        as_float4(program)  # a trace would undo it
-        return program
+        nonlocal written
+        written = retrace(table) if _needs_retrace(lowered, table) else lowered
+        as_float4(written)  # a trace would undo it
+        return written
 
     setattr(lowered, "run_decompositions", decomposed)  # noqa: B010  # on this object alone, which nobody else has
     with _quiet():
@@ -196,7 +197,24 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"torch.onnx could not export the program: {_root_cause(error)}") from error
+            cause = _root_cause(error)
+            raise ExportError(
+                _untranslated(cause, written) or f"torch.onnx could not export the program: {cause}"
+            ) from error
+
+
+def _untranslated(cause: str, program: ExportedProgram) -> str | None:
+    """What to say where `cause` is that an operator of `program` has no translation; None for another cause."""
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", cause)
+    if found is None:
+        return None
+    name = f"{found[1]}.{found[2]}"
+    calls = (node for node in program.graph.nodes if node.op == "call_function" and str(node.target) == name)
+    places = list(dict.fromkeys(place_of(node) for node in calls))
+    return (
+        f"{some(places) or 'the program'}: torch.onnx does not write {found[1]}; write this part with other operators,"
+        " or compute it outside of the exported model"
+    )
 
 
 def _root_cause(error: BaseException) -> str:
