@@ -14,6 +14,7 @@ from passes.pairs import constant_pair, measured_by
 
 # What is measured -> the format with the constant scale that takes its place.
 _CONSTANT = {FP8_PER_TOKEN: FP8, INT8_PER_TOKEN: INT8, FP8: FP8, INT8: INT8, NVFP4: NVFP4}
+_LINEARS = (aten.linear.default, BATCHED_LINEAR)
 
 
 class MeasuredToConstant(Pass):
@@ -26,12 +27,17 @@ class MeasuredToConstant(Pass):
         a = maximum(amax(abs(x), -1, keepdim), least)
         y = add(mul(linear(dequantize(quantize(div(x, a), 1/448), 1/448), w), a), bias)
 
+    Before another reader (the output quantizer of a norm, in models of other tools):
+        z = avg_pool1d(dequantize(q, s), 2)
+    After:
+        z = avg_pool1d(mul(dequantize(quantize(div(x, a), 1/448), 1/448), a), 2)
+
     The same for one scale for the tensor, with a scalar `a`: FP8, INT8 (1/127), and the global scale of NVFP4 where
     that is computed at run time, which becomes 1/2688.
 
     Requires: weights in their linear layers (before `StoreWeightsTransposed`).
     Ensures: the same codes up to the rounding of `x / a` in the compute dtype.
-    Declines when: something else than linear layers reads the dequantized tensor.
+    Declines when: never.
     Why: TensorRT has no FP8 GEMM with a scale that is computed at run time, and this form is one, in three kernels that
         join the norm before it (a scale of 1 and quotients up to 448 would overflow float16).
     """
@@ -41,15 +47,10 @@ class MeasuredToConstant(Pass):
             dynamic = _measured(gm, node)
             if dynamic is None:
                 continue
-            readers = list(node.users)
-            if not all(is_call(user, aten.linear.default, BATCHED_LINEAR) and user.args[0] is node for user in readers):
-                granularity = "per-token" if get_format(str(node.kwargs["format"])).block == (None,) else "dynamically"
-                self.decline(f"a {granularity} quantized tensor is read by something else than linear layers", node)
-                continue
-            self._rewrite(gm, node, dynamic, readers)
+            self._rewrite(gm, node, dynamic)
             self.fire()
 
-    def _rewrite(self, gm: GraphModule, node: Node, dynamic: Node, readers: list[Node]) -> None:
+    def _rewrite(self, gm: GraphModule, node: Node, dynamic: Node) -> None:
         fmt = get_format(str(node.kwargs["format"]))
         static, x = _CONSTANT[fmt], dynamic.args[0]
         assert isinstance(x, Node)
@@ -62,7 +63,11 @@ class MeasuredToConstant(Pass):
         scaled = emit(aten.div.Tensor, x, amax)
         scale = torch.tensor(1 / static.global_max, dtype=torch.float32 if static.scale else dtype(x))
         source = constant_pair(gm, scaled, scale, static, name_in_module(dynamic, "input_scale"), emit)
-        for linear in readers:
+        linears = [user for user in node.users if is_call(user, *_LINEARS) and user.args[1] is not node]
+        if len(linears) < len(node.users):
+            values = emit(aten.mul.Tensor, source, amax)
+            node.replace_all_uses_with(values, delete_user_cb=lambda user: user not in linears)
+        for linear in linears:
             _multiply_after(linear, source, amax)
 
 

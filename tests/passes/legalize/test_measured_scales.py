@@ -24,7 +24,7 @@ from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
 from tests.passes.legalize.test_k_split import Experts
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import DYNAMIC, count, graph_of, rewrites, run
 
 
 class Readers(nn.Module):
@@ -73,12 +73,26 @@ def test_experts_have_a_bias_each(bias: bool) -> None:
     assert count(gm, BATCHED_LINEAR) == count(gm, QUANTIZE) == 1
 
 
-def test_another_reader_is_declined() -> None:
-    """An output quantizer gives the quantized tensor to whoever reads it."""
-    gm = per_token(nn.Sequential(nn.LayerNorm(8), nn.ReLU()), torch.randn(2, 8), operand="output")
-    assert declines(MeasuredToConstant, gm) == [
-        "a per-token quantized tensor is read by something else than linear layers"
-    ]
+@pytest.mark.parametrize("fmt", [FP8_PER_TOKEN, FP8, INT8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_readers_get_the_values(fmt: Format, dtype: torch.dtype) -> None:
+    """An output quantizer gives the quantized tensor to whoever reads it: a layer, and what is none."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.proj = nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.norm(x)
+            return nn.functional.avg_pool1d(y, 2), self.proj(y)
+
+    x = torch.randn(3, 2, 8, dtype=dtype)
+    gm = graph_of(Normed().to(dtype), x, dynamic_shapes=({0: DYNAMIC},))
+    InsertQdq({s: Quantizer(fmt, None) for s in find_sites(gm) if s.name == "norm.output_quantizer"})(gm)
+    rewrites(MeasuredToConstant, gm, x, rtol=0.1, atol=0.1)
+    assert (count(gm, DYNAMIC_QUANTIZE), count(gm, QUANTIZE), count(gm, aten.div.Tensor)) == (0, 1, 1)
+    assert count(gm, aten.mul.Tensor) == 2
 
 
 @pytest.fixture(scope="module")
