@@ -24,11 +24,12 @@ class StoreWeightsTransposed(Pass):
         y = add(matmul(x, transpose(dequantize(codes[N,K], rows(s)))), bias)    # FP8 in blocks, rows(s)[N,K/128]
         y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s[E,N,1] or [E,1,1]
         z = mul(matmul(x, transpose(dequantize(codes, dequantize(b, max(g))))), g / max(g))     # two levels, g[E,1,1]
+        y = add(matmul(x, transpose(w[E,N,K])), bias)                       # experts that are not quantized
 
     Requires: `FoldWeights` ran; `FoldConstants` follows and stores the transposed codes.
     Ensures: the same product and scale, with the bias added after it; of experts with a scale each, or one per channel,
         the product within the rounding of one more multiplication.
-    Declines when: never; a weight that is not quantized stays in its linear layer.
+    Declines when: never; a weight that is not quantized stays in its linear layer, which ONNX has for all but experts.
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
         node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
         TensorRT from the low-precision GEMM; a Mul behind the product does not. DequantizeLinear has blocks on one axis
@@ -39,10 +40,11 @@ class StoreWeightsTransposed(Pass):
         matrices: dict[Node, tuple[Node, Node | None]] = {}  # layers that share a weight (ALBERT) go on sharing it
         for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
             weight = node.args[1]
-            if is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0]):  # type: ignore[union-attr]
-                assert isinstance(weight, Node)
+            assert isinstance(weight, Node)
+            is_quantized = is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0])
+            if is_quantized or node.target is BATCHED_LINEAR:
                 if weight not in matrices:
-                    matrices[weight] = _transposed(gm, weight, node)
+                    matrices[weight] = _transposed(gm, weight, node) if is_quantized else (_plain(weight, node), None)
                 self._rewrite(node, *matrices[weight])
                 self.fire()
 
@@ -55,6 +57,10 @@ class StoreWeightsTransposed(Pass):
             bias = node.args[2] if node.target is aten.linear.default else emit(aten.unsqueeze.default, node.args[2], 1)
             result = emit(aten.add.Tensor, result, bias)
         node.replace_all_uses_with(result)
+
+
+def _plain(weight: Node, before: Node) -> Node:
+    return Emitter(before)(aten.transpose.int, weight, -1, -2)
 
 
 def _transposed(gm: GraphModule, weight: Node, before: Node) -> tuple[Node, Node | None]:
