@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, shape
+from passes.graph import Emitter, argument, aten, calls, shape
 
 __all__ = ["PlainSpellings"]
 
@@ -16,7 +16,8 @@ _RENAMED = {
 
 
 class PlainSpellings(Pass):
-    """Rewrite `_is_all_true` as `all`, `_is_any_true` as `any`, and `masked_select` as indexing.
+    """Rewrite `_is_all_true` as `all`, `_is_any_true` as `any`, `amax` of all axes with their numbers, and
+    `masked_select` as indexing.
 
     Before:
         _assert_scalar(item(_is_all_true(counts == n)))
@@ -36,6 +37,13 @@ class PlainSpellings(Pass):
         for node in calls(gm.graph, *_RENAMED):
             node.target = _RENAMED[node.target]  # type: ignore[index]
             self.fire()
+        for node in calls(gm.graph, aten.amax.default, aten.amin.default):
+            if not argument(node, "dim"):
+                x = node.args[0]
+                assert isinstance(x, Node)
+                node.args = (x, list(range(len(shape(x)))), argument(node, "keepdim"))
+                node.kwargs = {}
+                self.fire()
         for node in calls(gm.graph, aten.masked_select.default):
             x, mask = node.args
             assert isinstance(x, Node) and isinstance(mask, Node)

@@ -39,7 +39,7 @@ def cond(inner: nn.Module, y: Tensor) -> Tensor:
 
 def nested(inner: nn.Module, y: Tensor) -> Tensor:
     def other(y: Tensor) -> Tensor:
-        result: Tensor = torch.cond(y.amax() > 1, lambda y: inner(y), lambda y: y * 2, (y,))
+        result: Tensor = torch.cond(y.mean() > 1, lambda y: inner(y), lambda y: y * 2, (y,))
         return result
 
     result: Tensor = torch.cond(y.sum() > 100, lambda y: y.cos(), other, (y,))

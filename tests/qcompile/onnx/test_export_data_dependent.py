@@ -101,3 +101,37 @@ def test_tensorrt_refuses_before_it_builds(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(EngineError, match=r"NonZero makes a tensor whose size depends on data.*torch\.where"):
         qcompile.build_engine(tmp_path / "m.onnx", target="sm89", progress=False)
+
+
+class Experts(nn.Module):
+    """The usual loop over experts: each works on the tokens that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x).softmax(-1).topk(2, -1)
+        chosen = nn.functional.one_hot(index, 3).permute(2, 1, 0)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            choice, token = torch.where(chosen[number])
+            result = result.index_add(0, token, expert(x[token]).relu() * weights[token, choice, None])
+        return result
+
+
+@pytest.mark.slow
+def test_a_loop_over_experts_runs_and_builds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = X.reshape(24, 16)
+    program = qcompile.quantize(Experts(), (x,), calibration=[(x,)], progress=False)
+    want = program.module()(x).detach().numpy()
+    for target in ("portable", "tensorrt"):
+        files = [written(program, tmp_path / f"{target}.onnx", target) for _ in range(3)]
+        assert len(set(files)) == 1
+        (got,) = qcompile.onnx_session(tmp_path / f"{target}.onnx").run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+    pytest.importorskip("tensorrt_rtx")
+    engine = qcompile.build_engine(tmp_path / "tensorrt.onnx", target="sm89", progress=False)
+    assert engine.gemms["fp8"] and not engine.gemms["half"]  # what reads one tensor is merged
