@@ -1,4 +1,4 @@
-"""Which linear layers, experts and attentions of a program are quantized, and which stayed in floating point."""
+"""Which linear layers, experts and attentions of a program are quantized, and what stayed in floating point."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from passes.sdpa import SDPA
 from passes.subgraphs import inner_calls, operator_name, subgraph_calls
 
 KINDS = ("linear", "experts", "attention")
+_RECURRENT = [f"aten.{n}" for n in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+_RECURRENT += [f"{name}_cell" for name in _RECURRENT]
 _LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
 _PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::addmm", "aten::einsum")
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
@@ -52,7 +54,8 @@ def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
 
 
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
-    """(kind, path, format or None) of each linear layer, mixture of experts, attention, and quantized norm."""
+    """(kind, path, format or None) of each linear layer, mixture of experts, attention, recurrent layer, and quantized
+    norm."""
     for node in calls(gm.graph, *_LINEARS, SDPA, ATTENTION, *NORMS):
         if node.target is ATTENTION:
             yield "attention", module_path(node), str(node.kwargs["format"])
@@ -63,6 +66,9 @@ def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         else:
             yield _LINEARS[node.target], linear_name(node), _linear_format(node)  # type: ignore[index]
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and str(node.target.overloadpacket) in _RECURRENT:
+            yield "recurrent", module_path(node), None
     for kind, name in (*_loose_weights(gm), *_inner_layers(gm)):
         yield kind, name, None
 

@@ -24,7 +24,8 @@ class Report:
         target, opset, recipe: what was asked for.
         ops: ONNX operator type -> count, most frequent first.
         quantized: module path -> format, for linear layers, experts, attentions and norms with a quantized output.
-        unquantized: module path -> what it is (`linear`, `experts` or `attention`) if it stayed in floating point.
+        unquantized: module path -> what it is (`linear`, `experts`, `attention` or `recurrent`, an LSTM, GRU or RNN) if
+            it stayed in floating point.
         coverage: `linear`, `experts`, `attention` -> (how many are quantized, how many there are). A fused weight of
             all experts counts once.
         declined: places that a pass looked at and left, with the reason.

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qcompile.errors import CompileError
-
 ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 
 
@@ -39,20 +37,18 @@ def encoder_layer(
 
     Args:
         src: `[B, S, embed_dim]`.
-
-    Raises:
-        CompileError: there is a mask, which that operator reads in ways of its own.
+        mask: of the attention, `[S, S]` or, if `mask_type` is 2, `[B, num_heads, S, S]`; of keys, `[B, S]`, if that is
+            1. What is not zero is hidden, also in a mask of floating point.
     """
+    visible = None
     if mask is not None:
-        raise CompileError(
-            "nn.TransformerEncoderLayer with a mask takes torch's fast path, one operator that holds the whole layer:"
-            " call torch.backends.mha.set_fastpath_enabled(False) before the model"
-        )
+        visible = mask.logical_not()
+        visible = visible[:, None, None] if mask_type == 1 else visible
 
     def attention(x: torch.Tensor) -> torch.Tensor:
         parts = functional.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
         q, k, v = (part.reshape(*part.shape[:2], num_heads, -1).transpose(1, 2) for part in parts)
-        heads = functional.scaled_dot_product_attention(q, k, v)
+        heads = functional.scaled_dot_product_attention(q, k, v, visible)
         return functional.linear(heads.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
     def feed_forward(x: torch.Tensor) -> torch.Tensor:
