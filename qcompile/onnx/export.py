@@ -106,12 +106,12 @@ def export_onnx(
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
     allow_empty(converted.model)
-    restate_shapes(converted.model)
     tidy(converted.model)
     relus_to_max(converted.model)
     biases_to_rows(converted.model)
     name_interface(converted.model, program)
     _add_functions(converted.model, opset)
+    restate_shapes(converted.model)
     costs += _not_for_tensorrt(converted.model) if target == "tensorrt" else []
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
