@@ -15,7 +15,7 @@ import qcompile
 from benchmarks.zoo import ZOO
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipe", "format"),
     [

@@ -37,6 +37,7 @@ def file_accuracy(path: Path) -> float:
     return float((torch.from_numpy(logits).argmax(-1) == digits.test_labels).double().mean())
 
 
+@pytest.mark.slow
 def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly trained, the logits are close together: what is held to here is the route, not the accuracy."""
     monkeypatch.setenv("COLUMNS", "200")  # a narrow table breaks its cells

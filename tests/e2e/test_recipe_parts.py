@@ -102,6 +102,7 @@ def exports(chosen: dict[str, Any], folder: Path) -> bool:
     return True
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("name", "off"),
     [

@@ -80,6 +80,7 @@ def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("inspect", "build.json") == 0
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_and_a_program_that_was_saved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dynamic = ("--dynamic-batch", "--dynamic", "tokens:1=length:32:128", "--onnx-target", "portable", "--opset", "19")
     assert run(*EXPORT, *dynamic, "--save-program", "model.pt2") == 0
@@ -149,6 +150,7 @@ def test_wrong_usage_is_one_message_and_writes_nothing(
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == before
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("choice", "words"), [("k_split", "K-split products"), ("per_channel", "quantized once more")])
 def test_blocks_of_fp8_are_multiplied_as_asked(here: Path, choice: str, words: str) -> None:
     options = ("--recipe", "fp8_block", "--block-fp8", choice, "--report", "report.json", "--no-compare")

@@ -36,7 +36,7 @@ def decoder(name: str) -> Any:
     return model
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_transformers_and_leaves_the_model_alone(name: str) -> None:
     model = decoder(name)

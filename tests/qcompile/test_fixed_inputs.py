@@ -112,6 +112,7 @@ def quantized(name: str, recipe: str, dynamic: bool, **options: Any) -> tuple[An
     )
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("name", "recipe", "dynamic"), CASES)
 def test_listed_exported_and_equal(name: str, recipe: str, dynamic: bool, tmp_path: Path) -> None:
     program, fixed = quantized(name, recipe, dynamic, dtype=torch.float32)

@@ -59,6 +59,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_per_channel_per_token"])
 def test_a_residual_beyond_float16_is_refused_by_name_and_works_in_bfloat16(recipe: str) -> None:
     model = Net(outlier=5e3)
@@ -158,7 +159,7 @@ class Attention(nn.Module):
 WAYS = ["sdpa", "soft_cap", "fill", "infinity", "float", "add", "twice"]
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_are_no_values(way: str) -> None:
     keep = torch.ones(2, 8, dtype=torch.bool)

@@ -72,7 +72,7 @@ def _input_scale(program: ExportedProgram, name: str) -> Tensor:
     return found
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", SCHEMES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_layers_with_codes_are_what_quantize_makes(recipe: str, dynamic: bool) -> None:

@@ -189,6 +189,7 @@ def test_program_file(tmp_path: Path) -> None:
     assert source.dims == {"x": [2, 8], "ids": [2]}
 
 
+@pytest.mark.slow
 def test_quantized_program_of_a_transformers_model(tmp_path: Path) -> None:
     """In a fresh process, which knows neither our operators nor transformers' output classes."""
     import subprocess

@@ -57,6 +57,7 @@ WRITES: dict[str, Write] = {
 }
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 def test_writes_become_a_choice(write: Write) -> None:
     model = Merge(write)

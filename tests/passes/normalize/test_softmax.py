@@ -60,6 +60,7 @@ def by_log_softmax(x: Tensor, v: Tensor) -> Tensor:
     return x.log_softmax(-1).exp() @ v
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     "form",
     [

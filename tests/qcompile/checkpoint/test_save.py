@@ -150,6 +150,7 @@ def test_old_names_of_the_hub_are_kept(tmp_path: Path) -> None:
     assert all(same(tensor, tensors[name]) for name, tensor in read(tmp_path / "program").items())
 
 
+@pytest.mark.slow
 def test_blocks_from_the_end_are_those_of_the_graph(tmp_path: Path) -> None:
     """Names of a directory and names of a graph are counted alike."""
     model = tiny("llama", num_hidden_layers=3)

@@ -457,6 +457,7 @@ def test_codes_of_a_changed_weight_replace_the_old_ones() -> None:
     assert codes((40, 24)) == 1
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_model() -> None:
     """Another module of the class keeps the compiled code alive, and with it what it holds."""
     keep, model = Wide(), Wide()
@@ -471,6 +472,7 @@ def test_nothing_outlives_a_model() -> None:
     assert_current(run_keep, keep, WIDE)
 
 
+@pytest.mark.slow
 def test_reset_frees_codes_of_models_that_live_on() -> None:
     model = Wide()
     compiled(model)(WIDE)

@@ -33,7 +33,7 @@ def test_k_split_products_are_fp8_gemms(target: str, hidden: int) -> None:
     assert report.kernels <= 3 * 2 + 1
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_dynamic_shapes_in_each_dtype(dtype: torch.dtype) -> None:
     shapes = ({0: DYNAMIC, 1: DYNAMIC},)

@@ -125,6 +125,7 @@ def test_the_model_is_not_changed() -> None:
         assert torch.equal(model(PIXELS)[0], want)
 
 
+@pytest.mark.slow
 def test_attention_of_a_vit_and_of_grouped_queries_is_fused() -> None:
     program = qcompile.import_quantized(quantized(vit(), config("FP8_DEFAULT_CFG", ATTENTION_FP8), PIXELS), (PIXELS,))
     assert sum(1 for _ in calls(program.graph, ATTENTION)) == 2

@@ -85,7 +85,7 @@ def test_bfloat16_gets_the_opset_that_has_its_activations(tmp_path: Path) -> Non
     onnx.checker.check_model(onnx.load(tmp_path / "a.onnx"), full_check=True)
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("opset", "targets"),
     [(19, ["tensorrt", "portable"]), (20, ["tensorrt"]), (21, ["portable"]), (22, ["tensorrt"]), (23, ["portable"])],

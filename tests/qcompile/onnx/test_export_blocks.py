@@ -96,6 +96,7 @@ def test_the_report_tells_the_choice_and_its_cost(tmp_path: Path) -> None:
     assert token.startswith("scales measured at run time, per token or tensor: 2 tensors")
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_count_as_those_of_the_example(tmp_path: Path) -> None:
     program = program_of(Mlp(), torch.randn(2, 16, 256), dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},))
     (notice,) = notices(qcompile.export_onnx(program, tmp_path / "m.onnx"))

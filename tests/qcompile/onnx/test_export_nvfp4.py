@@ -91,7 +91,7 @@ def test_an_opset_without_fp4_is_an_error(w4a4: ExportedProgram, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(tmp_path: Path, target: Any, dtype: torch.dtype) -> None:

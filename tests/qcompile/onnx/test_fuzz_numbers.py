@@ -39,10 +39,10 @@ _MADE: dict[Any, Any] = {}
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 16)
+        self.fc1, self.fc2 = nn.Linear(32, 32), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)))
+        return self.fc2(torch.relu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -251,7 +251,7 @@ def test_weights_of_every_size(weights: str, recipe: str, dtype: torch.dtype, tm
     """Numbers beyond float16 are refused for it; all else agrees, and stays finite where the float model does."""
     model, _, _ = network("mlp")
     with torch.no_grad():
-        WEIGHTS[weights](model.a.weight)  # type: ignore[arg-type, union-attr]
+        WEIGHTS[weights](model.fc1.weight)  # type: ignore[arg-type, union-attr]
     if weights == "beyond float16" and dtype == FLOAT16:
         with pytest.raises(qcompile.QCompileError, match="65504"):
             runs(recipe, dtype, tmp_path / "m.onnx", "mlp", model=model)

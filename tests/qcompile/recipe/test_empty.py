@@ -80,6 +80,7 @@ class Network(nn.Module):
         return y
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["bare", "wrapped"])
 def test_a_model_of_convolutions_and_a_head(wrap: Any) -> None:
     x = torch.randn(2, 3, 8, 8)
