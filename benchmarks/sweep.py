@@ -1,0 +1,236 @@
+"""Claim: of what plain torch.export captures, nearly everything is quantized, exported, verified and built.
+
+Each architecture of `benchmarks.architectures` goes, in a process of its own, through recipe `fp8` (or another), both
+targets, ONNX Runtime and the TensorRT-RTX builder. No layer may be missing from the report's lists. Where a model is
+refused, the sentence is kept: a refusal is a result, too.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+import qcompile
+from benchmarks import record
+from benchmarks.architectures import ARCHITECTURES, Architecture
+from benchmarks.coverage import MAX_DIFFERENCE
+from benchmarks.models import Example
+
+app = cyclopts.App(help=__doc__)
+
+LIMIT = 240  # seconds of CPU time for one model
+CLOSE = 0.02  # relative difference of ONNX Runtime's outputs from the program's; float16 sums in another order
+STAGES = ("example", "torch.export", "quantize", "tensorrt", "portable", "lists", "onnxruntime", "build", "done")
+
+
+@dataclass
+class Row:
+    """One architecture.
+
+    Attributes:
+        stage: the first of `STAGES` that failed, or `done`.
+        error: what was said, its first line; `kind` is the class of the exception.
+        coverage: of the file for TensorRT, as in its report. kernels: of the engine.
+        difference: of ONNX Runtime from the program, relative, over all floating-point outputs.
+    """
+
+    name: str
+    stage: str = "example"
+    kind: str = ""
+    error: str = ""
+    coverage: dict[str, Any] = field(default_factory=dict)
+    kernels: int | None = None
+    difference: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether plain torch.export takes the model, so that we are asked to."""
+        return STAGES.index(self.stage) > STAGES.index("torch.export")
+
+    @property
+    def is_done(self) -> bool:
+        return self.stage == "done"
+
+
+def measure(architecture: Architecture, recipe: str, target: str) -> Row:
+    """Take one model through all stages, as far as it goes."""
+    row, start = Row(architecture.name), time.process_time()
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _stages(architecture, row, recipe, target, Path(folder))
+    except Exception as error:  # whatever it is, it is the result
+        row.kind = type(error).__name__ if isinstance(error, qcompile.QCompileError) else f"raw {type(error).__name__}"
+        row.error = (str(error).strip() or row.kind).partition("\n")[0][:400]
+    row.seconds = round(time.process_time() - start, 1)
+    return row
+
+
+def _stages(architecture: Architecture, row: Row, recipe: str, target: str, folder: Path) -> None:
+    example = architecture.example()
+    linears = _run(example)
+    row.stage = "torch.export"
+    torch.export.export(example.model, example.args, example.kwargs, strict=False)
+    row.stage = "quantize"
+    program = example.quantized(recipe=recipe)
+    row.stage = "tensorrt"
+    report = qcompile.export_onnx(program, folder / "tensorrt.onnx", target="tensorrt")
+    row.coverage = report.coverage
+    row.stage = "portable"
+    qcompile.export_onnx(program, folder / "portable.onnx", target="portable")
+    row.stage = "lists"
+    _check_lists(report, linears)
+    row.stage = "onnxruntime"
+    row.difference = _difference(program, folder / "portable.onnx", example)
+    if not row.difference <= CLOSE:  # a router that chose otherwise, or a layer that is wrong?
+        batch = example.args or example.kwargs
+        compared = qcompile.export_onnx(program, folder / "portable.onnx", target="portable", compare=batch).comparison
+        assert compared is not None
+        worst = compared.worst(1)[0]
+        if not worst.badness <= MAX_DIFFERENCE:
+            raise AssertionError(
+                f"ONNX Runtime differs from the program by {row.difference:.3g}, {worst.name} by {worst.badness:.3g} on"
+                " the program's own inputs"
+            )
+    row.stage = "build"
+    row.kernels = qcompile.build_engine(folder / "tensorrt.onnx", target=target, progress=False).kernels
+    row.stage = "done"
+
+
+def _run(example: Example) -> list[str]:
+    """Run the model once; returns the paths of the linear layers that took part."""
+    used: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: used.append(name))
+        for name, module in example.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    example.model(*example.args, **example.kwargs)
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(used))
+
+
+def _check_lists(report: qcompile.Report, linears: Sequence[str]) -> None:
+    """Raises AssertionError naming the linear layers that the report does not know."""
+    known = {*report.quantized, *report.unquantized, *(decline.module for decline in report.declined)}
+    parts = {part for name in known for part in name.replace("+", " ").split()}
+    missing = [name for name in linears if not any(part == name or part.endswith(f".{name}") for part in parts)]
+    if missing:
+        raise AssertionError(f"in no list of the report: {', '.join(missing[:8])}")
+
+
+def _difference(program: ExportedProgram, path: Path, example: Example) -> float:
+    """The largest relative difference of a floating-point output of ONNX Runtime from that of the program."""
+    given = [x for x in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(x, torch.Tensor)]
+    by_name = {name: x for name, x in example.kwargs.items() if isinstance(x, torch.Tensor)}
+    session = qcompile.onnx_session(path)
+    names = [argument.name for argument in session.get_inputs()]
+    if len(names) == len(given):
+        by_name = dict(zip(names, given, strict=True)) | {n: x for n, x in by_name.items() if n in names}
+    feeds = {name: by_name[name].numpy() for name in names}
+    wanted = pytree.tree_leaves(program.module()(*example.args, **example.kwargs))
+    found = [torch.from_numpy(x) for x in session.run(None, feeds)]
+    tensors = [x for x in wanted if isinstance(x, torch.Tensor)]
+    pairs = [(a.double(), b.double()) for a, b in zip(found, tensors, strict=True) if b.is_floating_point()]
+    return max((float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs), default=0.0)
+
+
+def in_child(architecture: Architecture, recipe: str, target: str) -> Row:
+    """`measure` in a forked process: a crash or an endless build costs one row."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        writer.send(measure(architecture, recipe, target))
+
+    child = context.Process(target=work)
+    child.start()
+    writer.close()
+    try:
+        row = reader.recv()
+        assert isinstance(row, Row)
+        return row
+    except EOFError:  # the child ended without a word
+        child.join()
+        said = f"the process ended with exit code {child.exitcode}, within {LIMIT} s of CPU time"
+        return Row(architecture.name, "quantize", "crash", said)
+    finally:
+        child.join()
+
+
+def run(architectures: Sequence[Architecture], recipe: str, target: str, jobs: int) -> Iterator[Row]:
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda architecture: in_child(architecture, recipe, target), architectures)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    captured = [row for row in rows if row.is_captured]
+    done = [row for row in captured if row.is_done]
+    share = len(done) / len(captured) if captured else 0.0
+    return (
+        f"{len(rows)} architectures, {len(captured)} captured by torch.export, {len(done)} of them exported, verified"
+        f" and built: {share:.1%}"
+    )
+
+
+@app.default
+def main(
+    *,
+    only: list[str] | None = None,
+    recipe: str = "fp8",
+    target: str = "sm89",
+    jobs: int = 2,
+    failed: bool = False,
+    output: Annotated[Path | None, cyclopts.Parameter(name="--json")] = None,
+) -> int:
+    """Take every architecture through quantize, both exports, ONNX Runtime and the builder.
+
+    Parameters
+    ----------
+    only: names, or globs such as "timm/*"; all without it.
+    recipe: name of a shipped recipe.
+    target: what engines are built for.
+    jobs: how many at a time.
+    failed: only those that are not done in the file.
+    output: JSON file, in place of benchmarks/results/sweep.json; rows that are not run again are kept.
+    """
+    path = output or record.RESULTS / "sweep.json"
+    old = {r["name"]: Row(**r) for r in json.loads(path.read_text())["results"]} if path.exists() else {}
+    chosen = [a for a in ARCHITECTURES if only is None or any(fnmatchcase(a.name, glob) for glob in only)]
+    if failed:
+        chosen = [a for a in chosen if a.name not in old or not old[a.name].is_done]
+    order = [architecture.name for architecture in ARCHITECTURES]
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for row in run(chosen, recipe, target, jobs):
+        old[row.name] = row
+        print(f"{row.name}: {row.stage} {row.kind} {row.error}".rstrip(), file=sys.stderr, flush=True)
+        rows = [old[name] for name in order if name in old]
+        record.write("sweep", [asdict(row) for row in rows], path, recipe=recipe, target=target)
+    rows = [old[name] for name in order if name in old]
+    print(summary(rows))
+    return int(any(row.is_captured and not row.is_done for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(app())
