@@ -32,6 +32,7 @@ from benchmarks import record
 from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.coverage import MAX_DIFFERENCE
 from benchmarks.models import Example
+from passes.graph import module_path
 
 app = cyclopts.App(help=__doc__)
 
@@ -86,9 +87,8 @@ def measure(architecture: Architecture, recipe: str, target: str) -> Row:
 
 def _stages(architecture: Architecture, row: Row, recipe: str, target: str, folder: Path) -> None:
     example = architecture.example()
-    linears = _run(example)
     row.stage = "torch.export"
-    torch.export.export(example.model, example.args, example.kwargs, strict=False)
+    linears = _linears(torch.export.export(example.model, example.args, example.kwargs, strict=False))
     row.stage = "quantize"
     program = example.quantized(recipe=recipe)
     row.stage = "tensorrt"
@@ -115,18 +115,12 @@ def _stages(architecture: Architecture, row: Row, recipe: str, target: str, fold
     row.stage = "done"
 
 
-def _run(example: Example) -> list[str]:
-    """Run the model once; returns the paths of the linear layers that took part."""
-    used: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: used.append(name))
-        for name, module in example.model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    example.model(*example.args, **example.kwargs)
-    for hook in hooks:
-        hook.remove()
-    return list(dict.fromkeys(used))
+def _linears(program: ExportedProgram) -> list[str]:
+    """The paths of the linear layers that an output depends on."""
+    graph = program.graph
+    graph.eliminate_dead_code()
+    layers = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return list(dict.fromkeys(module_path(node) for node in layers))
 
 
 def _check_lists(report: qcompile.Report, linears: Sequence[str]) -> None:

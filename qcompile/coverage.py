@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.base import Decline
 from passes.constants import LAYOUT, constant
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
 from passes.place.rotate import FACTOR
 from passes.quantize.sites import NORMS, linear_name, weight_name
@@ -24,11 +26,18 @@ _PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::ad
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
 
 
-def quantized_modules(gm: GraphModule) -> tuple[dict[str, str], dict[str, str]]:
-    """(path -> format of what is quantized, path -> kind of what is not) in a quantized program, by module path."""
+def quantized_modules(gm: GraphModule, declined: Iterable[Decline] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """(path -> format of what is quantized, path -> kind of what is not) in a quantized program, by module path.
+
+    Args:
+        declined: what passes left, among it attentions that are written in a way that no site could be found for.
+    """
     found = list(_modules(gm))
     quantized = {path: fmt for _, path, fmt in found if fmt is not None}
     left = {path: kind for kind, path, fmt in found if fmt is None}
+    for decline in declined:
+        if decline.pass_name == NormalizeAttention.__name__:
+            left.setdefault(decline.module, "attention")
     return quantized, left
 
 

@@ -77,7 +77,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         plan = replace(plan, configs=without(plan.configs, unreached, log))
         quantize_graph(gm, plan, amax, dtype, dtype, known_masks(gm, options.calibration or {}))
         notices = [*map(str, plan.notices), *log.notices]
-    quantized, unquantized = quantized_modules(gm)
+    quantized, unquantized = quantized_modules(gm, log.declined)
     counts, found = coverage(gm, unquantized), layers(gm)
     if quantized and options.target == "inductor":
         pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)

@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
-from passes.normalize.attention import NormalizeAttention
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
 from passes.subgraphs import bodies, operator_name, subgraph_calls
@@ -265,10 +264,7 @@ def _report(
 ) -> Report:
     record = record_of(program)
     gm = unlift(program)
-    quantized, unquantized = quantized_modules(gm)
-    for decline in record.declined:
-        if decline.pass_name == NormalizeAttention.__name__:  # written in a way that no site could be found for
-            unquantized.setdefault(decline.module, "attention")
+    quantized, unquantized = quantized_modules(gm, record.declined)
     return Report(
         target=target,
         opset=opset,

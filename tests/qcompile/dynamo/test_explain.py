@@ -146,6 +146,20 @@ def test_reports_say_what_was_left_and_why() -> None:
     assert graph.weight_bytes == codes + scales + rest
 
 
+def test_an_attention_that_no_pass_understands_is_counted() -> None:
+    class Renormalized(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            weights = (x @ x.mT).softmax(-1) * x.mean(-1)[:, None]
+            return super().forward((weights / weights.sum(-1, keepdim=True)) @ x)
+
+    run = compiled(Renormalized())
+    run(X.expand(2, 3, 16))
+    found = qcompile.explain(run)
+    assert found.unquantized == {"": "attention"}
+    assert found.graphs[0].coverage == {"linear": (2, 2), "attention": (0, 1)}
+    assert "changed before they meet the value" in found.declined[0].reason
+
+
 def test_json_is_the_same_as_data() -> None:
     run = compiled(Mixed(), "nvfp4_weight_only")
     run(X)
