@@ -117,10 +117,13 @@ def _stages(architecture: Architecture, row: Row, recipe: str, target: str, fold
 
 def _linears(program: ExportedProgram) -> list[str]:
     """The paths of the linear layers that an output depends on."""
-    graph = program.graph
-    graph.eliminate_dead_code()
-    layers = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    return list(dict.fromkeys(module_path(node) for node in layers))
+    needed, pending = set(), [program.graph.output_node()]
+    while pending:
+        new = [node for node in pending.pop().all_input_nodes if node not in needed]
+        needed.update(new)
+        pending += new
+    layers = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return list(dict.fromkeys(module_path(node) for node in layers if node in needed))
 
 
 def _check_lists(report: qcompile.Report, linears: Sequence[str]) -> None:
