@@ -31,6 +31,7 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
+from qcompile.onnx.initializers import register_constants
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
@@ -104,6 +105,7 @@ def export_onnx(
         lowered = lift(gm, program)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
+    register_constants(converted.model)
     allow_empty(converted.model)
     tidy(converted.model)
     relus_to_max(converted.model)
