@@ -32,7 +32,7 @@ from benchmarks import record
 from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.coverage import MAX_DIFFERENCE
 from benchmarks.models import Example
-from passes.graph import module_path
+from passes.graph import ancestors, module_path
 
 app = cyclopts.App(help=__doc__)
 
@@ -117,11 +117,7 @@ def _stages(architecture: Architecture, row: Row, recipe: str, target: str, fold
 
 def _linears(program: ExportedProgram) -> list[str]:
     """The paths of the linear layers that an output depends on."""
-    needed, pending = set(), [program.graph.output_node()]
-    while pending:
-        new = [node for node in pending.pop().all_input_nodes if node not in needed]
-        needed.update(new)
-        pending += new
+    needed = ancestors([program.graph.output_node()])
     layers = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     return list(dict.fromkeys(module_path(node) for node in layers if node in needed))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -124,6 +124,16 @@ def module_class(node: Node) -> str | None:
     """Qualified class name of the innermost module around `node`."""
     stack = module_stack(node)
     return stack[-1][1] if stack else None
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """`nodes` and all that they are computed from."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
+        found.update(new)
+        pending += new
+    return found
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from passes.graph import aten, val
+from passes.graph import ancestors, aten, val
 from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
@@ -35,7 +35,7 @@ class _Observer(Interpreter):
     def __init__(self, gm: GraphModule, statistics: Mapping[Node, Sequence[Statistic]], widen: bool) -> None:
         super().__init__(gm)
         self.statistics, self.widen = statistics, widen
-        self.needed = _ancestors(statistics)
+        self.needed = ancestors(statistics)
         self.weight = 1.0
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
@@ -58,16 +58,6 @@ class _Observer(Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             statistic.update(result, args, self.weight)
         return result
-
-
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """`nodes` and all that they are computed from."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
-        found.update(new)
-        pending += new
-    return found
 
 
 def _as_captured(value: Any, node: Node) -> Any:
