@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.errors import PassError, QCompileError
 from passes.graph import module_path
+from passes.subgraphs import graphs
 
 __all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline"]
 
@@ -51,6 +52,8 @@ class PassLog:
 class Pass(PassBase):
     """One rewrite. A subclass implements `rewrite` and calls `fire` once for each place it changed.
 
+    It is called for the graph and for each that passes work on in its calls (`passes.subgraphs`).
+
     A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared. What goes wrong in it
     is a PassError that names the pass and, where known, the module and the node; a QCompileError stays as it is.
     """
@@ -65,20 +68,21 @@ class Pass(PassBase):
         """Change `gm.graph` in place; the base class removes what became dead, lints and recompiles."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        before = self.log.fired[self.name]
+        start = self.log.fired[self.name]
         try:
-            self.rewrite(graph_module)
-            modified = self.log.fired[self.name] > before
-            if modified:
-                graph_module.graph.eliminate_dead_code()
-                graph_module.graph.lint()
-                if self.recompiles:
-                    graph_module.recompile()
+            for gm in graphs(graph_module):
+                before = self.log.fired[self.name]
+                self.rewrite(gm)
+                if self.log.fired[self.name] > before:
+                    gm.graph.eliminate_dead_code()
+                    gm.graph.lint()
+                    if self.recompiles or gm is not graph_module:  # an Interpreter calls the graphs in calls as modules
+                        gm.recompile()
         except QCompileError:  # raised on purpose: its sentence says what is wrong
             raise
         except Exception as error:  # a fault of the pass, wherever in torch it shows
             raise PassError(f"{self.name} failed{_where(error)}: {_said(error)}") from error
-        return PassResult(graph_module, modified)
+        return PassResult(graph_module, self.log.fired[self.name] > start)
 
     @property
     def name(self) -> str:

@@ -24,6 +24,21 @@ def constant(gm: GraphModule, node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def named_constant(gm: GraphModule, name: str) -> torch.Tensor | None:
+    """The tensor that `gm` has under a dotted `name`; None if there is none."""
+    value = _lookup(gm, name.split("."))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN, and formats that torch does not compare, are equal, too."""
+    if a is b:
+        return True
+    if (a.dtype, a.shape, a.device) != (b.dtype, b.shape, b.device):
+        return False
+    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
 def constant_before(node: Node, before: Node) -> Node:
     """Another `get_attr` of the constant that `node` reads, placed before `before`."""
     with before.graph.inserting_before(before):

@@ -2,7 +2,8 @@
 
 An ExportedProgram lifts weights to graph inputs and describes them in a signature beside the graph. Passes want them in
 place: `unlift` makes every parameter, buffer and constant a `get_attr` node of one self-contained GraphModule, and
-`lift` turns what a pipeline left of it back into an ExportedProgram of the same interface.
+`lift` turns what a pipeline left of it back into an ExportedProgram of the same interface. The same goes for graphs in
+calls.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constants import constant
 from passes.errors import PassError
+from passes.subgraph_constants import hoist_constants, sink_constants
+from passes.subgraphs import copied_graph
 from passes.symbols import separate
 
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -41,8 +44,11 @@ def written_tensors(program: ExportedProgram) -> list[str]:
     return [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind in _MUTATIONS]
 
 
-def unlift(program: ExportedProgram) -> GraphModule:
+def unlift(program: ExportedProgram, *, sink: bool = True) -> GraphModule:
     """A GraphModule with the graph of `program`, its tensors shared, weights as `get_attr` and flat user inputs.
+
+    Args:
+        sink: weights of graphs in calls (`passes.subgraphs`) are constants of those, as passes want them, not operands.
 
     `program` keeps its own graph, graphs in it and symbols of sizes: editing the result does not change it.
 
@@ -65,16 +71,19 @@ def unlift(program: ExportedProgram) -> GraphModule:
             copied[node].meta = copy.copy(node.meta)
             continue
         if node.op == "get_attr":  # a sub-graph of a control-flow operator
-            tensors[str(node.target)] = _copied(getattr(program.graph_module, str(node.target)))
+            part = getattr(program.graph_module, str(node.target))
+            tensors[str(node.target)] = copied_graph(part) if isinstance(part, GraphModule) else part
         copied[node] = graph.node_copy(node, lambda n: copied[n])
     gm = GraphModule(tensors, graph)
     separate(gm)
+    if sink:
+        sink_constants(gm)
     return gm
 
 
 def separated(program: ExportedProgram) -> ExportedProgram:
     """`program` with its tensors shared and a graph of its own: tracing that again changes nothing of `program`."""
-    gm = _copied(program.graph_module)
+    gm = copied_graph(program.graph_module)
     separate(gm)
     return ExportedProgram(
         root=gm,
@@ -89,17 +98,6 @@ def separated(program: ExportedProgram) -> ExportedProgram:
     )
 
 
-def _copied(module: Any) -> Any:
-    """A GraphModule with copies of the graphs in `module`; anything else is shared."""
-    if not isinstance(module, GraphModule):
-        return module
-    graph = copy.deepcopy(module.graph)
-    for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
-        new.name = old.name  # as in `lift`: FX makes `input_1` of `input`, and the signature knows the name
-    used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    return GraphModule({name: _copied(getattr(module, name)) for name in used}, graph)
-
-
 def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     """`gm` as an ExportedProgram with the inputs, outputs, constraints and call specification of `program`.
 
@@ -108,6 +106,7 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
     Weights are frozen (`requires_grad` is False): the result is for inference. Parameters are new objects, so that
     those of the model keep their gradients, but share memory with them where no pass made another tensor.
     """
+    hoist_constants(gm)
     known = {spec.target: spec for spec in program.graph_signature.input_specs if spec.kind in _CONSTANT_KINDS}
     uses: dict[str, list[Node]] = {}
     for node in gm.graph.nodes:

@@ -1,31 +1,37 @@
 """Calls that hold graphs of their own: `torch.cond`, `while_loop`, `scan`, `map`, `flex_attention`.
 
-Such a call reads its graphs by `get_attr`, and everything that they compute with is an operand: weights, too.
+Such a call reads its graphs by `get_attr`, and everything that they compute with is an operand: weights, too. Passes
+work on the graphs of the first three as on any other; for that `passes.subgraph_constants` brings their weights in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["Body", "bodies", "inner_calls", "operator_name", "subgraph_calls"]
+from passes.graph import calls
 
+__all__ = [
+    "OPERANDS",
+    "all_calls",
+    "copied_graph",
+    "graphs",
+    "held",
+    "inner",
+    "is_scan",
+    "is_worked_on",
+    "operator_name",
+    "outer_operands",
+    "owner",
+    "subgraph_calls",
+]
 
-@dataclass(frozen=True)
-class Body:
-    """A graph in a call.
-
-    Attributes:
-        gm: it. call: the outermost call around it. operands: what each of its inputs is outside, where that is
-            one thing: a loop's state is another thing every time.
-    """
-
-    gm: GraphModule
-    call: Node
-    operands: Mapping[Node, Node]
+OPERANDS = 3  # the argument of each operator of the following that goes to the last inputs of its graphs
+_WORKED_ON = ("cond", "while_loop", "scan")
 
 
 def subgraph_calls(graph: Graph) -> Iterator[Node]:
@@ -40,43 +46,75 @@ def operator_name(node: Node) -> str:
     return str(node.target)
 
 
-def bodies(gm: GraphModule) -> Iterator[Body]:
-    """The graphs in the calls of `gm`, and those in them."""
-    yield from _bodies(gm, {}, None)
+def is_worked_on(node: Node) -> bool:
+    """Whether passes work on the graphs of such a call."""
+    return operator_name(node) in _WORKED_ON
 
 
-def _bodies(gm: GraphModule, outer: Mapping[Node, Node], call: Node | None) -> Iterator[Body]:
-    for node in subgraph_calls(gm.graph):
-        for name, operands in _graphs(node):
-            body = getattr(gm, name)
-            inputs = body.graph.find_nodes(op="placeholder")
-            known = {i: outer.get(o, o) for i, o in zip(inputs, operands, strict=False) if isinstance(o, Node)}
-            yield Body(body, call or node, known)
-            yield from _bodies(body, known, call or node)
+def is_scan(node: Node) -> bool:
+    """Whether `node` is a scan."""
+    return operator_name(node) == "scan"
 
 
-def _graphs(node: Node) -> Iterator[tuple[str, list[object]]]:
-    """(attribute of a graph, what its inputs are outside) for each graph that `node` calls."""
-    kind = operator_name(node)
-    graphs = [a for a in node.args if _is_graph(a)]
-    groups = [list(a) if isinstance(a, (tuple, list)) else [] for a in node.args if not isinstance(a, Node)]
-    if kind == "cond":
-        operands = groups[0] if groups else []
-    else:  # what changes from step to step comes first, what stays comes last
-        operands = [None for group in groups[:-1] for _ in group] + (groups[-1] if groups else [])
-    for graph in graphs:
-        assert isinstance(graph, Node)
-        yield str(graph.target), operands
+def held(gm: GraphModule, node: Node) -> dict[str, GraphModule]:
+    """Name -> graph of those that `node`, a call in `gm`, holds."""
+    names = [str(a.target) for a in node.args if isinstance(a, Node) and a.op == "get_attr"]
+    found = {name: getattr(gm, name, None) for name in names}
+    return {name: graph for name, graph in found.items() if isinstance(graph, GraphModule)}
 
 
-def _is_graph(argument: object) -> bool:
-    return isinstance(argument, Node) and argument.op == "get_attr" and "val" not in argument.meta
+def graphs(gm: GraphModule) -> list[GraphModule]:
+    """`gm`, and all graphs that passes work on in its calls and in theirs."""
+    parts = (part for call in filter(is_worked_on, subgraph_calls(gm.graph)) for part in held(gm, call).values())
+    return [gm, *(graph for part in parts for graph in graphs(part))]
 
 
-def inner_calls(gm: GraphModule, targets: Iterable[object]) -> Iterator[tuple[Node, Body]]:
-    """The calls of `targets` in the graphs that `gm` holds, and which graph each is in."""
-    wanted = set(targets)
-    for body in bodies(gm):
-        for node in body.gm.graph.nodes:
-            if node.op == "call_function" and node.target in wanted:
-                yield node, body
+def inner(gm: GraphModule, call: Node) -> list[GraphModule]:
+    """All graphs in `call`, those in them included."""
+    found = []
+    for part in held(gm, call).values():
+        found += [part, *(graph for nested in subgraph_calls(part.graph) for graph in inner(part, nested))]
+    return found
+
+
+def all_calls(gm: GraphModule, *targets: Callable[..., Any]) -> Iterator[Node]:
+    """The calls of `targets` in `gm` and in the graphs that passes work on in it."""
+    return (node for part in graphs(gm) for node in calls(part.graph, *targets))
+
+
+def outer_operands(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
+    """(input of a graph that passes work on, the constant or other operand that it is in the graph around it), for the
+    inputs that are the same at every step of a loop."""
+    for call in filter(is_worked_on, subgraph_calls(gm.graph)):
+        for part in held(gm, call).values():
+            operands = call.args[OPERANDS]
+            assert isinstance(operands, (list, tuple))
+            inputs = part.graph.find_nodes(op="placeholder")
+            pairs = zip(reversed(inputs), reversed(operands), strict=False)
+            yield from ((placeholder, operand) for placeholder, operand in pairs if isinstance(operand, Node))
+            yield from outer_operands(part)
+
+
+def owner(node: Node) -> GraphModule:
+    """The module whose constants the graph of `node` reads."""
+    module = node.graph.owning_module
+    assert module is not None
+    return module
+
+
+def copied_graph(gm: GraphModule, nodes: dict[Node, Node] | None = None) -> GraphModule:
+    """`gm` with a graph of its own, and so the graphs in it; tensors are shared.
+
+    Args:
+        nodes: gets the copy of each node.
+    """
+    graph = copy.deepcopy(gm.graph)
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.name = old.name  # FX makes `input_1` of `input`, and a signature knows the name
+        if nodes is not None:
+            nodes[old] = new
+    result = GraphModule(gm, graph)
+    for call in subgraph_calls(graph):
+        for name, part in held(gm, call).items():
+            setattr(result, name, copied_graph(part, nodes))
+    return result

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from passes.graph import ancestors, aten, val
+from passes.subgraphs import held, is_worked_on, subgraph_calls
 from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
@@ -32,11 +33,36 @@ class _Observer(Interpreter):
     half: a ViT takes ten times as long in it. Ranges are then those without the rounding in between.
     """
 
-    def __init__(self, gm: GraphModule, statistics: Mapping[Node, Sequence[Statistic]], widen: bool) -> None:
+    def __init__(
+        self, gm: GraphModule, statistics: Mapping[Node, Sequence[Statistic]], widen: bool, *, whole: bool = False
+    ) -> None:
+        """`whole` runs all of `gm`."""
         super().__init__(gm)
         self.statistics, self.widen = statistics, widen
-        self.needed = ancestors(statistics)
         self.weight = 1.0
+        self.parts: dict[str, _Observer] = {}
+        observed = {node for node in gm.graph.nodes if node in statistics}
+        for call in filter(is_worked_on, subgraph_calls(gm.graph)):
+            found = {name: _Observer(part, statistics, widen, whole=True) for name, part in held(gm, call).items()}
+            self.parts |= found
+            if any(part.observes for part in found.values()):
+                observed.add(call)
+        self.observes: bool = bool(observed)
+        self.needed = set(gm.graph.nodes) if whole else ancestors(observed)
+
+    def weigh(self, weight: float) -> None:
+        """Count what is observed from now on `weight` times."""
+        self.weight = weight
+        for part in self.parts.values():
+            part.weigh(weight)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.parts[target].as_captured if target in self.parts else super().get_attr(target, args, kwargs)
+
+    def as_captured(self, *inputs: Any) -> Any:
+        """The results for `inputs` in the dtypes that the graph was captured with, as the call around it wants them."""
+        nodes = self.graph.output_node().args[0]
+        return pytree.tree_map(lambda node, value: _as_captured(value, node), nodes, self.run(*inputs))
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         if self.widen and isinstance(n.target, torch._ops.HigherOrderOperator):  # its graphs name the dtypes they have
@@ -60,7 +86,7 @@ class _Observer(Interpreter):
         return result
 
 
-def _as_captured(value: Any, node: Node) -> Any:
+def _as_captured(value: Any, node: Any) -> Any:
     """`value`, widened perhaps, in the dtype that `node` made when it was captured."""
     return value.to(val(node).dtype) if isinstance(value, torch.Tensor) else value
 
@@ -111,7 +137,7 @@ def observe(
             name = f"calibration batch {count}"
             flat = flatten_batch(batch, program, name)
             for piece in pieces(flat, placeholders, name, evenly=evenly):
-                observer.weight = piece.weight
+                observer.weigh(piece.weight)
                 _run(observer, piece.inputs, name)
             log.add(flat, name)
             count += 1

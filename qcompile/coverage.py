@@ -14,9 +14,9 @@ from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, Q
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
 from passes.place.rotate import FACTOR
-from passes.quantize.sites import NORMS, linear_name, weight_name
+from passes.quantize.sites import NORMS, linear_name
 from passes.sdpa import SDPA
-from passes.subgraphs import inner_calls, operator_name, subgraph_calls
+from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 
 KINDS = ("linear", "experts", "attention")
 _RECURRENT = [f"aten.{n}" for n in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
@@ -65,6 +65,11 @@ def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
     """(kind, path, format or None) of each linear layer, mixture of experts, attention, recurrent layer, and quantized
     norm."""
+    for part in graphs(gm):
+        yield from _modules_of(part)
+
+
+def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
     for node in calls(gm.graph, *_LINEARS, SDPA, ATTENTION, *NORMS):
         if node.target is ATTENTION:
             yield "attention", module_path(node), str(node.kwargs["format"])
@@ -78,22 +83,18 @@ def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and str(node.target.overloadpacket) in _RECURRENT:
             yield "recurrent", module_path(node), None
-    for kind, name in (*_loose_weights(gm), *_inner_layers(gm)):
+    for kind, name in (*_loose_weights(gm), *_unseen_layers(gm)):
         yield kind, name, None
 
 
-def _inner_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
-    """(kind, name) of the layers in graphs that calls hold (`passes.subgraphs`); a layer in both branches is one."""
-    found: dict[tuple[str, str], None] = {}
-    for node, body in inner_calls(gm, (*_LINEARS, SDPA)):
-        kind = next((kind for target, kind in _LINEARS.items() if target is node.target), "attention")
-        weight = body.operands.get(node.args[1]) if kind != "attention" else None  # type: ignore[arg-type]
-        name = weight_name(str(weight.target)) if weight is not None and weight.op == "get_attr" else ""
-        found[kind, name or module_path(body.call)] = None
-    for node in subgraph_calls(gm.graph):
-        if operator_name(node) == "flex_attention":
-            found["attention", module_path(node)] = None
-    yield from found
+def _unseen_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
+    """(kind, name) of the layers in graphs that no pass works on, which are called as the module that holds them."""
+    for call in subgraph_calls(gm.graph):
+        if operator_name(call) == "flex_attention":
+            yield "attention", module_path(call)
+        for part in () if is_worked_on(call) else inner(gm, call):
+            for node in calls(part.graph, *_LINEARS, SDPA):
+                yield "attention" if node.target is SDPA else _LINEARS[node.target], module_path(call)  # type: ignore[index]
 
 
 def _linear_format(node: Node) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from passes.graph import aten, calls, module_path, strip
+from passes.graph import aten, module_path, strip
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
 from passes.sdpa import SDPA, attention_scale
+from passes.subgraphs import all_calls, copied_graph, graphs
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
@@ -63,7 +64,8 @@ class Watch:
             if source != target:
                 self._convert(gm)
             self._watch_all()
-        self._masked = {node: self._mask(mask) for node, mask in masked_attentions(gm)}
+        masked = (found for part in graphs(gm) for found in masked_attentions(part))
+        self._masked = {node: self._mask(mask) for node, mask in masked}
 
     @property
     def watched(self) -> dict[Node, list[Statistic]]:
@@ -129,23 +131,26 @@ class Watch:
     def _found(self) -> Iterator[Headroom]:
         """In the order of the graph."""
         limit = float(torch.finfo(self.target).max)
-        for node in self.gm.graph.nodes:
+        for node in self._nodes():
             for statistic in self.statistics.get(node, ()):
                 if statistic.finite:
                     name = strip(node, aten._to_copy.default).name
                     name += " (scores)" if isinstance(statistic, LargestScore) else ""
                     yield Headroom(module_path(node), name, statistic.finite, limit / statistic.finite)
 
+    def _nodes(self) -> Iterator[Node]:
+        return (node for part in graphs(self.gm) for node in part.graph.nodes)
+
     def _convert(self, gm: GraphModule) -> None:
-        graph, copies = Graph(), dict[Node, Node]()
-        graph.output(graph.graph_copy(gm.graph, copies))
-        self.gm, self._copies = GraphModule(gm, graph), copies
+        copies: dict[Node, Node] = {}
+        self.gm, self._copies = copied_graph(gm, copies), copies
         ConvertComputeDtype(self.source, self.target)(self.gm)
 
     def _watch_all(self) -> None:
-        hidden, limit = before_softmax(self.gm.graph), float(torch.finfo(self.target).max)
+        hidden = {node for part in graphs(self.gm) for node in before_softmax(part.graph)}
+        limit = float(torch.finfo(self.target).max)
         bounded: set[Node] = set()
-        for node in self.gm.graph.nodes:
+        for node in self._nodes():
             value = node.meta.get("val")
             operands = {n for n in node.all_input_nodes if _is_float(n)}
             if node.op == "get_attr" or (is_passing(node) and operands <= bounded):
@@ -155,7 +160,7 @@ class Watch:
                 in_scores = node in hidden
                 statistic = LargestBeforeSoftmax(softmax_axis(node), limit) if in_scores else Largest()
                 self.statistics[node].append(statistic)
-        for node in calls(self.gm.graph, SDPA):
+        for node in all_calls(self.gm, SDPA):
             if isinstance(query := node.args[0], Node) and query.meta["val"].dtype is self.target:
                 self.statistics[node].append(LargestScore(attention_scale(node), limit / NEAR))
 

@@ -14,13 +14,14 @@ from torch.fx import GraphModule, Node
 from passes.base import run_pipeline
 from passes.dependence import input_dependence
 from passes.formats import FP8
-from passes.graph import calls, is_call
+from passes.graph import is_call
 from passes.ir import DEQUANTIZE
 from passes.pipelines import CANONICALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
+from passes.subgraphs import all_calls
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, torchao
@@ -102,7 +103,7 @@ def _is_fp8(operand: object) -> bool:
 
 
 def _check_quantized(gm: GraphModule) -> None:
-    if not any(calls(gm.graph, DEQUANTIZE)):
+    if not any(all_calls(gm, DEQUANTIZE)):
         raise QCompileError(
             "nothing in this model is quantized: qcompile.quantize does that; import_quantized is for checkpoints of"
             " load_checkpoint and for models of nvidia-modelopt, torchao and pt2e"

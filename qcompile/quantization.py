@@ -24,6 +24,7 @@ from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
+from passes.subgraphs import graphs
 from qcompile.capture import capture
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
@@ -40,7 +41,7 @@ from qcompile.recipe import (
 )
 from qcompile.recipe.notices import Notice
 from qcompile.record import FIXED, UNREACHED, QuantizeRecord, record
-from qcompile.scales import activation_ranges, has_constant, mask_state, scale_of, weight_amax
+from qcompile.scales import activation_ranges, has_constant, largest_by_name, mask_state, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
 
@@ -95,7 +96,7 @@ def quantize(
     plan = planned(gm, chosen_recipe, required=True)
     source = model_dtype(gm)
     target = compute_dtype(dtype, source)
-    weights = weight_amax(gm, plan.configs)
+    weights = weight_amax(plan.configs)
     _check_range(weights, target)
     ranges = activation_ranges(gm, program, plan.configs, calibration, (source, target), progress)
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
@@ -142,7 +143,7 @@ def calibrate(
     ranges = activation_ranges(gm, program, plan.configs, calibration, same, progress)
     for notice in ranges.notices:
         logger.warning("%s", notice)
-    return {site.name: value for site, value in ranges.amax.items()} | mask_state(ranges.fully_masked)
+    return largest_by_name(ranges.amax) | mask_state(ranges.fully_masked)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
 
 def _reached(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], log: PassLog) -> dict[Site, QuantizerConfig]:
     """`configs` less the layers and attentions that give the same at every call: back ends store what they give."""
-    fixed = fixed_nodes(gm)
+    fixed = {node for part in graphs(gm) for node in fixed_nodes(part)}
     for site in {site.consumer: site for site in configs if site.consumer in fixed}.values():
         log.declined.append(
             Decline(FIXED, "not quantized: no user input reaches it", site.module, (site.consumer.name,))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from passes.graph import calls, place_of
+from passes.graph import place_of
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.subgraphs import all_calls, graphs
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, pt2e, torchao
 from qcompile.layer import QuantizedLinear
@@ -50,7 +51,7 @@ class Quantized:
 def quantized_by(model: nn.Module | ExportedProgram) -> Quantized | None:
     """What quantized `model`; None for a model in floating point."""
     if isinstance(model, ExportedProgram):
-        return _by_graph(model.graph)
+        return _by_graph(model.graph_module)
     if not isinstance(model, nn.Module):
         return None  # nothing that could be captured, as capture says
     for tool, name in ((modelopt, _MODELOPT), (torchao, _TORCHAO), (pt2e, _PT2E)):
@@ -68,7 +69,7 @@ def is_quantized(model: nn.Module | ExportedProgram) -> bool:
 
 def is_finished(model: nn.Module | ExportedProgram) -> bool:
     """Whether `model` is a program with the operators of the IR, as `quantize` and `import_quantized` return it."""
-    return isinstance(model, ExportedProgram) and any(calls(model.graph, *_IR))
+    return isinstance(model, ExportedProgram) and any(all_calls(model.graph_module, *_IR))
 
 
 def refuse_quantized(model: nn.Module | ExportedProgram) -> None:
@@ -79,7 +80,7 @@ def refuse_quantized(model: nn.Module | ExportedProgram) -> None:
 
 def refuse_quantized_graph(gm: GraphModule) -> None:
     """Raises QCompileError if a captured graph has operators or tensors of what is quantized already."""
-    if (found := _by_graph(gm.graph) or _by_tensors(gm)) is not None:
+    if (found := _by_graph(gm) or _by_tensors(gm)) is not None:
         raise QCompileError(_refusal(found))
 
 
@@ -96,8 +97,8 @@ def _refusal(found: Quantized) -> str:
     )
 
 
-def _by_graph(graph: Graph) -> Quantized | None:
-    for node in graph.nodes:
+def _by_graph(gm: GraphModule) -> Quantized | None:
+    for node in (node for part in graphs(gm) for node in part.graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _IR:
@@ -113,7 +114,7 @@ def _by_module(name: str, module: nn.Module) -> Quantized | None:
     place = name or "the model itself"
     if isinstance(module, QuantizedLinear):
         return Quantized(f"{_OURS}.load_checkpoint", place, True)
-    if isinstance(module, GraphModule) and (found := _by_graph(module.graph)) is not None:
+    if isinstance(module, GraphModule) and (found := _by_graph(module)) is not None:
         return found
     for base in type(module).__mro__:
         if any(f"{base.__module__}.".startswith(f"{prefix}.") for prefix in _LAYERS):
@@ -144,5 +145,5 @@ def _layer_of(model: nn.Module, tool: object) -> str:
     if tool is modelopt:
         return modelopt.first_quantizer(model) or ""
     assert isinstance(model, GraphModule)
-    found = _by_graph(model.graph)
+    found = _by_graph(model)
     return found.place if found is not None else "its graph"

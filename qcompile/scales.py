@@ -17,6 +17,7 @@ from passes.graph import name_in_module
 from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
+from passes.subgraphs import graphs, owner
 from qcompile.calibrate import observe
 from qcompile.errors import CalibrationError
 from qcompile.headroom import Headroom, Watch
@@ -33,7 +34,7 @@ _FULLY_MASKED = "fully_masked"  # what a state calls a mask that hid every key f
 _STATE = ("_quantizer", _FULLY_MASKED)
 
 
-def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Tensor]:
+def weight_amax(configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Tensor]:
     """Largest magnitude of each quantized weight, per tensor, or per channel as `[N, 1]` (experts `[E, N, 1]`).
 
     Weights with one (global) scale whose layers belong to one module and read the same tensor (q, k, v; gate, up) share
@@ -44,7 +45,7 @@ def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dic
     for site, config in configs.items():
         if site.operand != "weight":
             continue
-        amax[site] = _amax(gm, site.tensor, per_row=config.granularity == "per_channel")
+        amax[site] = _amax(site.tensor, per_row=config.granularity == "per_channel")
         if not bool(torch.isfinite(amax[site]).all()):  # aminmax carries a NaN on
             raise CalibrationError(f"{site.name}: the weight holds NaN or infinity")
         if config.granularity != "per_channel" and has_constant(config):
@@ -57,10 +58,10 @@ def weight_amax(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> dic
     return amax
 
 
-def _amax(gm: GraphModule, weight: Node, *, per_row: bool) -> torch.Tensor:
+def _amax(weight: Node, *, per_row: bool) -> torch.Tensor:
     """Largest magnitude in each row `[..., N, 1]`, or in the whole of a weight; fp32."""
     parts = []
-    for _, values in ConstantRows(gm, weight):
+    for _, values in ConstantRows(owner(weight), weight):
         low, high = torch.aminmax(values, dim=-1, keepdim=True) if per_row else torch.aminmax(values)
         parts.append(torch.maximum(-low, high).float())
     return torch.cat(parts) if per_row else torch.stack(parts).amax()
@@ -128,9 +129,19 @@ def activation_ranges(
     for site, largest in seen.items():
         if not bool(torch.isfinite(largest.value)):
             raise CalibrationError(f"{site.name}: calibration found {float(largest.value)} in {site.tensor.name}")
-    unreached = {site: NEVER if not s.reached else ZEROS for site, s in seen.items() if not float(s.value)}
     amax = {site: largest.value for site, largest in seen.items()}
+    of_layer = largest_by_name(amax)  # a layer in two branches, of which one was taken, has a range in the other, too
+    amax = {site: value if float(value) else of_layer[site.name] for site, value in amax.items()}
+    unreached = {site: NEVER if not seen[site].reached else ZEROS for site, value in amax.items() if not float(value)}
     return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices], watch.fully_masked)
+
+
+def largest_by_name(amax: Mapping[Site, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name of a quantizer -> the largest of `amax` where its layer is called."""
+    found: dict[str, torch.Tensor] = {}
+    for site, value in amax.items():
+        found[site.name] = torch.maximum(found.get(site.name, value), value)
+    return found
 
 
 def _known_ranges(
@@ -203,7 +214,12 @@ def mask_state(attentions: Iterable[Node]) -> dict[str, torch.Tensor]:
 def known_masks(gm: GraphModule, state: Mapping[str, torch.Tensor]) -> set[Node]:
     """The attentions of a normalized graph of which what `qcompile.calibrate` returned says that."""
     names = {name for name, value in state.items() if name.endswith(_FULLY_MASKED) and torch.as_tensor(value).any()}
-    return {node for node, _ in masked_attentions(gm) if name_in_module(node, _FULLY_MASKED) in names}
+    return {
+        node
+        for part in graphs(gm)
+        for node, _ in masked_attentions(part)
+        if name_in_module(node, _FULLY_MASKED) in names
+    }
 
 
 def has_constant(config: QuantizerConfig) -> bool:

@@ -21,7 +21,7 @@ from passes.legalize.islands import global_scales, of_their_own, without_half_ke
 from passes.legalize.positions import is_periodic, positions
 from passes.legalize.ranges import beyond, largest, least, may_mask
 from passes.messages import some
-from passes.subgraphs import subgraph_calls
+from passes.subgraphs import graphs, held, is_scan, subgraph_calls
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}
@@ -46,9 +46,10 @@ class ConvertComputeDtype(Pass):
         A float value that depends on no floating-point input and no parameter stays as it was up to where it meets one;
         so do sines, cosines and what leads to them or to a cast to integers (`passes.legalize.positions`), the scores
         of routers (`passes.legalize.choices`), complex numbers and what has no kernel in half precision, which a notice
-        names, if the target has fewer digits than the source. Graphs in a call (`passes.subgraphs`) compute in
-        the source dtype. What is quantized is cast before its codes are made, a weight not at all, so that its codes
-        come from the original numbers. Casts of constants are left to `FoldConstants`.
+        names, if the target has fewer digits than the source. A graph in a call (`passes.subgraphs`) takes and
+        gives the source dtype, as a program does; that of a scan computes in it, too: TensorRT-RTX 1.7.1 builds none
+        with a cast and a quantized layer in it. What is quantized is cast before its codes are made, a weight not at
+        all, so that its codes come from the original numbers. Casts of constants are left to `FoldConstants`.
     Declines when: never; raises `PassError` naming a constant that holds a number beyond the target dtype.
     Why: half precision holds integers up to 2048 only, so a position counted in it is wrong, and the sine of a
         timestep of 981 is off by 0.2 in it; and a Cast between Q/DQ and the GEMM would be one more thing for a back
@@ -61,8 +62,13 @@ class ConvertComputeDtype(Pass):
         self.converted: set[Node] = set()
         self.computed: set[Node] = set()
         self.parameters: set[Node] = set()
+        self.kept: set[GraphModule] = set()
 
     def rewrite(self, gm: GraphModule) -> None:
+        if gm in self.kept:
+            return
+        scans = (call for call in subgraph_calls(gm.graph) if is_scan(call))
+        self.kept.update(part for call in scans for body in held(gm, call).values() for part in graphs(body))
         if (self.source, self.target) == (
             torch.float32,
             torch.float16,

@@ -1,14 +1,14 @@
-"""What stands in graphs that a call holds is named: no pass changes it."""
+"""What stands in graphs that no pass works on is named."""
 
 from __future__ import annotations
 
 from torch.fx import GraphModule
 
 from passes.base import Pass
-from passes.graph import aten
+from passes.graph import aten, calls
 from passes.ir import BATCHED_LINEAR
 from passes.sdpa import SDPA
-from passes.subgraphs import bodies, operator_name, subgraph_calls
+from passes.subgraphs import inner, is_worked_on, operator_name, subgraph_calls
 
 __all__ = ["LeaveSubgraphs"]
 
@@ -16,10 +16,10 @@ _LAYERS = (aten.linear.default, BATCHED_LINEAR, SDPA)
 
 
 class LeaveSubgraphs(Pass):
-    """Leave the graphs in `torch.cond`, `while_loop`, `scan` and their like as they are.
+    """Leave the graphs in operators other than `torch.cond`, `while_loop` and `scan` as they are.
 
     Before and after:
-        y = cond(p, (x) -> linear(x, w), (x) -> x, [x, w])
+        y = map((x, w) -> linear(x, w), [x], [w])
 
     Requires: nothing.
     Ensures: nothing is changed.
@@ -29,8 +29,8 @@ class LeaveSubgraphs(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for call in subgraph_calls(gm.graph):
-            inner = [body for body in bodies(gm) if body.call is call]
-            found = sum(n.op == "call_function" and n.target in _LAYERS for body in inner for n in body.gm.graph.nodes)
+            parts = [] if is_worked_on(call) else inner(gm, call)
+            found = sum(1 for part in parts for _ in calls(part.graph, *_LAYERS))
             if found:
                 self.decline(
                     f"torch.{operator_name(call)} holds graphs of its own, with {found} linear layers and attentions in"

@@ -57,7 +57,8 @@ class InsertQdq(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         pairs: dict[tuple[Node, str], list[tuple[torch.Tensor | None, Node]]] = defaultdict(list)
         # outputs first, then in the order of the graph, so that a shared pair stands before all its readers
-        ordered = sorted(self.quantizers.items(), key=lambda item: (item[0].operand != "output", item[0].consumer))
+        chosen = [item for item in self.quantizers.items() if item[0].consumer.graph is gm.graph]
+        ordered = sorted(chosen, key=lambda item: (item[0].operand != "output", item[0].consumer))
         for site, quantizer in ordered:
             if site.operand == "softmax":
                 continue

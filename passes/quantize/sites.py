@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from passes.constants import is_constant_expression, root_constants
-from passes.graph import aten, calls, is_call, module_class, module_path
+from passes.graph import aten, is_call, module_class, module_path
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.sdpa import SDPA
+from passes.subgraphs import all_calls
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
@@ -67,9 +68,9 @@ class Site:
 
 
 def find_sites(gm: GraphModule) -> list[Site]:
-    """Every place of a normalized graph that could be quantized, in the order of the graph."""
+    """Every place of a normalized graph that could be quantized, in the order of the graph, then of those in it."""
     sites = []
-    for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR, SDPA, *NORMS):
+    for node in all_calls(gm, aten.linear.default, BATCHED_LINEAR, SDPA, *NORMS):
         owner = module_class(node)
         if node.target is SDPA:
             sites += [Site(module_path(node), operand, owner, node) for operand in ("q", "k", "v", "softmax")]

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from passes.constants import constant
+from passes.constants import constant, equal_bits
 from qcompile.dynamo.trace import Traced
 
 
@@ -70,7 +70,7 @@ def weights_as_inputs(
     for node, fake in zip(owners.values(), fakes, strict=True):
         node.meta["val"] = fake
     shapes = tuple(map(_layout, tensors))
-    code = (main.code, *(subgraph.code for subgraph in subgraphs.values()))
+    code = tuple(part.code for part in main.modules() if isinstance(part, GraphModule))
     return Main(main, [n.meta["val"] for n in inputs] + fakes, list(constants.values()), (code, shapes))
 
 
@@ -78,7 +78,7 @@ def _shared(tensor: torch.Tensor, name: str, weights: Mapping[str, torch.Tensor]
     """`tensor`, or one with the same numbers that another graph of the same weights has."""
     key = (tuple(map(id, weights.values())), name)
     known = _MADE.get(key)
-    if known is not None and _layout(known) == _layout(tensor) and torch.equal(_bytes(known), _bytes(tensor)):
+    if known is not None and _layout(known) == _layout(tensor) and equal_bits(known, tensor):
         return known
     _MADE[key] = tensor
     return tensor
@@ -86,11 +86,6 @@ def _shared(tensor: torch.Tensor, name: str, weights: Mapping[str, torch.Tensor]
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of `tensor`, of which NaN and the formats that torch does not compare are equal, too."""
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _mark_static(gm: GraphModule, constants: Sequence[Node]) -> None:

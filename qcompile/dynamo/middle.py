@@ -9,11 +9,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import PassLog, run_pipeline
-from passes.graph import calls
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
+from passes.subgraph_constants import hoist_constants, sink_constants
+from passes.subgraphs import all_calls, graphs
 from qcompile.coverage import coverage, layers, quantized_modules
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
@@ -52,6 +53,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         CalibrationError, RecipeError, PassError: what `qcompile.quantize` raises.
     """
     gm = traced.with_weights(weights)
+    sink_constants(gm)
     log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
     notices: list[str] = []
     dtype = model_dtype(gm)
@@ -73,7 +75,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
                 " recipe with dynamic activations such as fp8_per_channel_per_token"
             )
         amax, unreached = known_amax(plan.configs, options.calibration or {})
-        amax |= weight_amax(gm, plan.configs)
+        amax |= weight_amax(plan.configs)
         plan = replace(plan, configs=without(plan.configs, unreached, log))
         quantize_graph(gm, plan, amax, dtype, dtype, known_masks(gm, options.calibration or {}))
         notices = [*map(str, plan.notices), *log.notices]
@@ -82,14 +84,16 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     if quantized and options.target == "inductor":
         pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
         run_pipeline(pipeline, gm, log, recompile=False)
+    hoist_constants(gm)
     return Lowered(gm, quantized, unquantized, counts, found, log, notices)
 
 
 def _is_quantized(gm: GraphModule) -> bool:
-    return any(calls(gm.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)) or _is_foreign(gm)
+    return any(all_calls(gm, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)) or _is_foreign(gm)
 
 
 def _is_foreign(gm: GraphModule) -> bool:
     """Whether another tool quantized the model."""
     tools = (*modelopt.NAMESPACES, pt2e.NAMESPACE)
-    return any(getattr(node.target, "namespace", None) in tools for node in gm.graph.nodes)
+    nodes = (node for part in graphs(gm) for node in part.graph.nodes)
+    return any(getattr(node.target, "namespace", None) in tools for node in nodes)

@@ -18,6 +18,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from passes.graph import aten
+from passes.subgraphs import copied_graph
 from qcompile.dynamo.fast_path import ENCODER_LAYER, encoder_layer
 from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
@@ -65,8 +66,9 @@ class Traced:
         return replace(self, graph=graph, weights=weights)
 
     def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> GraphModule:
-        """The graph with these weights."""
-        return GraphModule({**self.constants, **tensors}, self.graph)
+        """The graph with these weights; graphs in it are copies."""
+        own = {n: copied_graph(c) if isinstance(c, GraphModule) else c for n, c in self.constants.items()}
+        return GraphModule({**own, **tensors}, self.graph)
 
 
 @dataclass(frozen=True)

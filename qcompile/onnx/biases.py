@@ -22,12 +22,12 @@ _LIKE_MOVES = {"Relu", "Clip", "Max", "Min"}
 
 
 def biases_to_rows(model: ir.Model) -> int:
-    """Store the biases of the main graph so, in place. Returns how many layers read one.
+    """Store the biases so, in place. Returns how many layers read one.
 
     *Requires*: shapes of the products are known, as far as they have to be.
     """
     quantized = {node for quantize in quantizers(model) for node in sources(quantize, _LIKE_MOVES)}
-    rows = [node for node in model.graph if is_operator(node, "Add") and _is_bias(node, node in quantized)]
+    rows = [node for node in model.graph.all_nodes() if is_operator(node, "Add") and _is_bias(node, node in quantized)]
     for add in rows:
         index = _bias_index(add)
         bias = add.inputs[index]

@@ -32,7 +32,7 @@ def allow_empty(model: ir.Model) -> None:
     In subgraphs, too. A reduction whose input has an unknown rank stays, and a Reshape to a shape that has a -1, beside
     which `allowzero` takes no zero, or a 0 that is a constant.
     """
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    for node in model.graph.all_nodes():
         if is_operator(node, "Reshape"):
             if _is_computed(node.inputs[1]):
                 node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)

@@ -22,7 +22,7 @@ from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
-from passes.subgraphs import bodies, operator_name, subgraph_calls
+from passes.subgraphs import graphs, held, operator_name, subgraph_calls
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
@@ -36,6 +36,7 @@ from qcompile.onnx.interface import check_interface, name_interface, required_de
 from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
+from qcompile.onnx.own_codes import separate_codes
 from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.restate import restate_shapes
 from qcompile.onnx.save import written_beside
@@ -113,7 +114,9 @@ def export_onnx(
     name_interface(converted.model, program)
     _add_functions(converted.model, opset)
     restate_shapes(converted.model)
-    costs += _not_for_tensorrt(converted.model) if target == "tensorrt" else []
+    if target == "tensorrt":
+        separate_codes(converted.model)
+        costs += _not_for_tensorrt(converted.model)
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 
@@ -127,7 +130,7 @@ def export_onnx(
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
     """Put the bodies of TensorRT's operators that `model` calls beside its graph."""
-    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for name in sorted(called):
         function = FUNCTIONS[name](opset)
         model.functions[function.identifier()] = function
@@ -136,8 +139,7 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
 
 def _check_subgraphs(gm: GraphModule) -> None:
     """Raises ExportError for a call that holds graphs, and that torch.onnx does not write."""
-    inner = (node for body in bodies(gm) for node in subgraph_calls(body.gm.graph))
-    for node in (*subgraph_calls(gm.graph), *inner):
+    for node in (node for part in gm.modules() if isinstance(part, GraphModule) for node in subgraph_calls(part.graph)):
         if operator_name(node) not in _WRITTEN_WITH_GRAPHS:
             raise ExportError(
                 f"{place_of(node)}: {operator_name(node)} has no form in ONNX: write it with"
@@ -147,7 +149,7 @@ def _check_subgraphs(gm: GraphModule) -> None:
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
     """A notice where TensorRT-RTX will refuse the file: the size of a tensor depends on data."""
-    nodes = onnx_ir.traversal.RecursiveGraphIterator(model.graph)
+    nodes = model.graph.all_nodes()
     found = [describe(onnx_ir.to_proto(node)) for node in nodes if is_sized_by_data(node.op_type, node.domain)]
     if not found:
         return []
@@ -197,11 +199,10 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
                 optimize=True,
                 verbose=False,
             )
-        except torch.onnx.errors.OnnxExporterError as error:
+        except (torch.onnx.errors.OnnxExporterError, onnx_ir.passes.PassError) as error:
             cause = _root_cause(error)
-            raise ExportError(
-                _untranslated(cause, written) or f"torch.onnx could not export the program: {cause}"
-            ) from error
+            told = _untranslated(cause, written) or _in_loop(lowered.graph_module)
+            raise ExportError(told or f"torch.onnx could not export the program: {cause}") from error
 
 
 def _untranslated(cause: str, program: ExportedProgram) -> str | None:
@@ -216,6 +217,19 @@ def _untranslated(cause: str, program: ExportedProgram) -> str | None:
         f"{some(places) or 'the program'}: torch.onnx does not write {found[1]}; write this part with other operators,"
         " or compute it outside of the exported model"
     )
+
+
+def _in_loop(gm: GraphModule) -> str | None:
+    """What to say where a graph in the graph of a while_loop holds another, which onnx-ir 1.1 fails on."""
+    for part in graphs(gm):
+        for call in subgraph_calls(part.graph):
+            for body in held(part, call).values() if operator_name(call) == "while_loop" else ():
+                for inner in subgraph_calls(body.graph):
+                    return (
+                        f"{place_of(inner)}: torch.onnx writes no {operator_name(inner)} in a while_loop; write the"
+                        " choice with torch.where, or the loop as a scan"
+                    )
+    return None
 
 
 def _root_cause(error: BaseException) -> str:
@@ -271,7 +285,7 @@ def _report(
         target=target,
         opset=opset,
         recipe=record.recipe,
-        ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph).most_common()),
+        ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph.all_nodes()).most_common()),
         quantized=quantized,
         unquantized=unquantized,
         coverage=coverage(gm, unquantized),

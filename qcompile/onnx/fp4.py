@@ -15,8 +15,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from passes.formats import NVFP4, get_format
-from passes.graph import calls, is_call
+from passes.graph import is_call
 from passes.ir import DEQUANTIZE, LEAST_BLOCK_SCALE, QUANTIZE
+from passes.subgraphs import all_calls, outer_operands
 
 DOMAIN = "trt"
 NAME = "TRT_FP4DynamicQuantize"
@@ -27,7 +28,7 @@ FLOAT4E2M1, FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT4E2M1), int(onnx.TensorProt
 
 def uses_fp4(program: ExportedProgram) -> bool:
     """Whether any tensor of `program` is dequantized from FP4."""
-    return any(get_format(str(node.kwargs["format"])).packed for node in calls(program.graph, DEQUANTIZE))
+    return any(get_format(str(node.kwargs["format"])).packed for node in all_calls(program.graph_module, DEQUANTIZE))
 
 
 def as_float4(program: ExportedProgram) -> None:
@@ -36,12 +37,16 @@ def as_float4(program: ExportedProgram) -> None:
     It is done last: torch can neither index nor save that type.
     """
     weights = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
-    for node in calls(program.graph, DEQUANTIZE):
+    outside = dict(outer_operands(program.graph_module))
+    for node in all_calls(program.graph_module, DEQUANTIZE):
         codes = node.args[0]
         assert isinstance(codes, Node)
         if not get_format(str(node.kwargs["format"])).packed or codes.meta["val"].dtype != torch.uint8:
             continue
         codes.meta["val"] = codes.meta["val"].view(torch.float4_e2m1fn_x2)
+        while codes in outside:
+            codes = outside[codes]
+            codes.meta["val"] = node.args[0].meta["val"]  # type: ignore[union-attr]
         if codes.name in weights:
             packed = program.state_dict[weights[codes.name]].detach().view(torch.float4_e2m1fn_x2)
             program.state_dict[weights[codes.name]] = torch.nn.Parameter(packed, requires_grad=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.onnx.view import Array
 
-__all__ = ["initializer", "register_constants"]
+__all__ = ["initializer", "register_constants", "unique_name"]
 
 
 def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
@@ -25,13 +27,22 @@ def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | N
 
 
 def register_constants(model: ir.Model) -> int:
-    """Make initializers of constants that nodes of the main graph read and the graph does not have. Returns how many.
+    """Make initializers of constants that nodes read and the graph does not have. Returns how many.
 
     onnxscript 0.7.2 fuses Max and Min into a Clip and registers the bounds for the first of several that read one
     tensor, so that a file of torch.onnx with two clamps of one tensor is none that anyone loads.
     """
-    values = dict.fromkeys(value for node in model.graph for value in node.inputs if value is not None)
+    values = dict.fromkeys(value for node in model.graph.all_nodes() for value in node.inputs if value is not None)
     lost = [v for v in values if v.producer() is None and v.const_value is not None and not v.is_initializer()]
     for value in lost:
         model.graph.register_initializer(value)
     return len(lost)
+
+
+def unique_name(model: ir.Model, name: str) -> str:
+    """`name`, with a number where a value of any graph of `model` has that: all have one scope."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    taken = {value.name for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    numbered = (f"{name}_{i}" for i in itertools.count(1))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)

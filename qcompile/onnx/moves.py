@@ -22,7 +22,7 @@ def is_operator(node: ir.Node | None, *op_types: str) -> bool:
 
 def quantizers(model: ir.Model) -> Iterator[ir.Node]:
     """The QuantizeLinear of the graph and its subgraphs."""
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    for node in model.graph.all_nodes():
         if is_operator(node, "QuantizeLinear"):
             yield node
 

@@ -85,7 +85,7 @@ class _Recorder(Interpreter):
 
 def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -> dict[str, Array]:
     """ONNX name -> value of the inputs, the layer ends and the outputs of `program`, run on `inputs`."""
-    gm = unlift(program)
+    gm = unlift(program, sink=False)
     as_bytes(gm)
     names: dict[Node, list[str]] = defaultdict(list)
     placeholders = gm.graph.find_nodes(op="placeholder")

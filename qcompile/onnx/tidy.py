@@ -15,7 +15,7 @@ def tidy(model: onnx_ir.Model) -> None:
 
     The notes hold stack traces with paths of the machine that exported, and are larger than the graph.
     """
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             _flatten_scale(model, node)
             _own_zero_point(model, node)

@@ -49,6 +49,13 @@ def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from walk(inner)
 
 
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """`graph` and the graphs in it."""
+    yield graph
+    for node in walk(graph):
+        yield from subgraphs(node)
+
+
 def attribute(node: onnx.NodeProto, name: str) -> Any:
     """The value of attribute `name` of `node`, None where it is absent."""
     for entry in node.attribute:
@@ -64,13 +71,10 @@ def infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    for node in walk(bare.graph):
-        for graph in subgraphs(node):
-            del graph.value_info[:]
+    for graph in all_graphs(bare.graph):
+        del graph.value_info[:]
     inferred = shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
-    graphs = [inferred.graph, *(g for node in walk(inferred.graph) for g in subgraphs(node))]
-    values = (v for g in graphs for group in (g.input, g.value_info, g.output) for v in group)
+    values = (v for g in all_graphs(inferred.graph) for group in (g.input, g.value_info, g.output) for v in group)
     return {value.name: value.type.tensor_type for value in values}
 
 

@@ -57,7 +57,7 @@ def test_siblings_share_the_largest(config: QuantizerConfig, rotated: bool) -> N
         RotateLinears([site.consumer for site in find_sites(gm)])(gm)
     amax = {
         site.module: value.item()
-        for site, value in weight_amax(gm, {s: config for s in find_sites(gm) if s.operand == "weight"}).items()
+        for site, value in weight_amax({s: config for s in find_sites(gm) if s.operand == "weight"}).items()
     }
     assert amax["q"] == amax["k"] and amax["gate"] == amax["up"]
     assert len(set(amax.values())) == 4
@@ -71,7 +71,7 @@ def test_siblings_in_different_formats_do_not_share() -> None:
     module = Block()
     gm = graph_of(module, torch.randn(3, 16))
     sites = {s.module: s for s in find_sites(gm) if s.operand == "weight"}
-    amax = weight_amax(gm, {sites["q"]: FP8, sites["k"]: NVFP4})
+    amax = weight_amax({sites["q"]: FP8, sites["k"]: NVFP4})
     for name in "qk":
         assert amax[sites[name]] == module.get_submodule(name).weight.abs().max()
 
@@ -79,7 +79,7 @@ def test_siblings_in_different_formats_do_not_share() -> None:
 def test_a_scale_per_channel_is_nobody_elses() -> None:
     gm = graph_of(Block(), torch.randn(3, 16))
     per_channel = replace(FP8, granularity="per_channel")
-    amax = weight_amax(gm, {s: per_channel for s in find_sites(gm) if s.operand == "weight"})
+    amax = weight_amax({s: per_channel for s in find_sites(gm) if s.operand == "weight"})
     assert {tuple(value.shape) for value in amax.values()} == {(16, 1)}
 
 
@@ -95,6 +95,6 @@ def test_experts_have_one_global_scale_and_a_scale_for_each_channel() -> None:
     module = Experts()
     gm = graph_of(module, torch.randn(3, 4, 32))
     (site,) = (s for s in find_sites(gm) if s.operand == "weight")
-    assert weight_amax(gm, {site: NVFP4})[site] == module.weight.abs().max()
-    per_channel = weight_amax(gm, {site: replace(FP8, granularity="per_channel")})[site]
+    assert weight_amax({site: NVFP4})[site] == module.weight.abs().max()
+    per_channel = weight_amax({site: replace(FP8, granularity="per_channel")})[site]
     assert torch.equal(per_channel, module.weight.detach().abs().amax(-1, keepdim=True))

@@ -16,6 +16,7 @@ from passes.place.rotate import FACTOR
 from passes.program import unlift
 from passes.quantize.sites import linear_name
 from passes.sdpa import SDPA
+from passes.subgraphs import graphs
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
@@ -45,7 +46,16 @@ def read_program(program: ExportedProgram) -> ProgramWeights:
     Raises:
         CheckpointError: nothing in it is quantized, or something in a way that no checkpoint says.
     """
-    gm, found = unlift(program), ProgramWeights()
+    found = ProgramWeights()
+    for part in graphs(unlift(program)):
+        _read(part, found)
+    if not found.layers:
+        raise CheckpointError("no linear layer of this program is quantized: give what qcompile.quantize returned")
+    return found
+
+
+def _read(gm: GraphModule, found: ProgramWeights) -> None:
+    """Add what one graph holds to `found`."""
     for node in gm.graph.find_nodes(op="get_attr"):
         if str(node.target).startswith(FACTOR):
             refuse_rotation(module_path(next(iter(node.users))) or "the model", True)
@@ -62,9 +72,6 @@ def read_program(program: ExportedProgram) -> ProgramWeights:
             raise CheckpointError(f"{module_path(node)}: one of k and v is quantized, and a key/value cache holds both")
         if k is not None and v is not None:
             found.kv_scales[module_path(node)] = k, v
-    if not found.layers:
-        raise CheckpointError("no linear layer of this program is quantized: give what qcompile.quantize returned")
-    return found
 
 
 def _weight(gm: GraphModule, linear: Node, name: str) -> QuantizedWeight:

@@ -12,7 +12,7 @@ from qcompile.onnx.checks.base import Findings
 from qcompile.onnx.fp4 import NAME as FP4_DYNAMIC_QUANTIZE
 from qcompile.onnx.inlining import function_key
 from qcompile.onnx.names import describe
-from qcompile.onnx.view import Array, ModelView, attribute
+from qcompile.onnx.view import Array, ModelView, attribute, walk
 
 FLOAT8 = {
     TensorProto.FLOAT8E4M3FN,
@@ -78,7 +78,7 @@ def _size_problem(view: ModelView, node: onnx.NodeProto) -> str | None:
 def _function_scales(view: ModelView) -> Iterator[tuple[onnx.NodeProto, str, Array | None]]:
     """Constant `*_scale` inputs and attributes of function calls: a builtin reads them, whatever the body does."""
     functions = {function_key(function): function for function in view.model.functions}
-    for node in view.model.graph.node:
+    for node in walk(view.model.graph):
         function = functions.get(function_key(node))
         if function is None:
             continue
@@ -137,8 +137,8 @@ def global_scales(view: ModelView) -> Findings:
     TensorRT fuses the pair either way, and a differing one gives wrong numbers without a word.
     """
     problems, pairs = [], 0
-    made = {node.output[1]: node for node in view.model.graph.node if node.op_type == FP4_DYNAMIC_QUANTIZE}
-    for node in view.model.graph.node:
+    made = {node.output[1]: node for node in walk(view.model.graph) if node.op_type == FP4_DYNAMIC_QUANTIZE}
+    for node in walk(view.model.graph):
         quantize = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if quantize is None:
             continue

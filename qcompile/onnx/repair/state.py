@@ -50,7 +50,7 @@ class State:
 
     def nodes(self) -> list[ir.Node]:
         """The nodes of the graph and of its subgraphs, in order."""
-        return list(ir.traversal.RecursiveGraphIterator(self.model.graph))
+        return list(self.model.graph.all_nodes())
 
     def fp8_nodes(self, *op_types: str) -> Iterator[ir.Node]:
         """Standard FP8 Q and DQ (or one of the two) with one scale, or one for each channel."""
