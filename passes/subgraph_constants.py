@@ -7,6 +7,7 @@ Before and after `sink_constants`, and the other way round for `hoist_constants`
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def sink_constants(gm: GraphModule) -> None:
 
     The nodes of these graphs that know no module get those of the call.
     """
+    moved: dict[Node, None] = {}
     for call in filter(is_worked_on, subgraph_calls(gm.graph)):
         operands = _operands(call)
         bodies = list(held(gm, call).values())
@@ -36,18 +38,19 @@ def sink_constants(gm: GraphModule) -> None:
                 continue
             for body in bodies:
                 _input_to_constant(body, body.graph.find_nodes(op="placeholder")[-after], str(node.target), tensor)
-            del operands[index]
+            moved[operands.pop(index)] = None
         _set_operands(call, operands)
         for body in bodies:
             for node in body.graph.nodes:
                 node.meta["nn_module_stack"] = node.meta.get("nn_module_stack") or call.meta.get("nn_module_stack", {})
             sink_constants(body)
             body.recompile()
-    for node in gm.graph.find_nodes(op="get_attr"):
+    for node in moved:
         if not node.users:
             gm.graph.erase_node(node)
-            if not any(other.target == node.target for other in gm.graph.find_nodes(op="get_attr")):
-                delete_constant(gm, str(node.target))
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for name in {str(node.target) for node in moved} - read:
+        delete_constant(gm, name)
 
 
 def hoist_constants(gm: GraphModule) -> None:
@@ -134,13 +137,9 @@ def _separate_results(body: GraphModule) -> None:
     returned: set[Node] = set()
 
     def separate(result: Node) -> Node:
-        copy = (
-            result
-            if not (result in returned or _may_alias_input(result))
-            else Emitter(output)(aten.clone.default, result)
-        )
+        shared = result in returned or _may_alias_input(result)
         returned.add(result)
-        return copy
+        return Emitter(output)(aten.clone.default, result) if shared else result
 
     output.args = torch.fx.node.map_arg(output.args, separate)
 
@@ -148,7 +147,7 @@ def _separate_results(body: GraphModule) -> None:
 def _may_alias_input(node: Node) -> bool:
     while node.op == "call_function":
         is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-        if not (is_view or node.target in _ALIASES) or not isinstance(node.args[0], Node):
+        if not (is_view or node.target in (*_ALIASES, operator.getitem)) or not isinstance(node.args[0], Node):
             return False
         node = node.args[0]
     return isinstance(node.meta.get("val"), torch.Tensor)

@@ -31,11 +31,11 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
-from qcompile.onnx.initializers import register_constants
 from qcompile.onnx.interface import check_interface, name_interface, required_dependence
 from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
+from qcompile.onnx.optimize import optimize
 from qcompile.onnx.own_codes import separate_codes
 from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.restate import restate_shapes
@@ -106,7 +106,6 @@ def export_onnx(
         lowered = lift(gm, program)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
-    register_constants(converted.model)
     allow_empty(converted.model)
     tidy(converted.model)
     relus_to_max(converted.model)
@@ -191,14 +190,17 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
     setattr(lowered, "run_decompositions", decomposed)  # noqa: B010  # on this object alone, which nobody else has
     with _quiet():
         try:
-            return torch.onnx.export(
+            converted = torch.onnx.export(
                 lowered,
                 dynamo=True,
                 opset_version=opset,
                 custom_translation_table=translation_table(opset),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            assert converted is not None
+            optimize(converted.model)
+            return converted
         except (torch.onnx.errors.OnnxExporterError, onnx_ir.passes.PassError) as error:
             cause = _root_cause(error)
             told = _untranslated(cause, written) or _in_loop(lowered.graph_module)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompile.onnx.view import Array
 
-__all__ = ["initializer", "register_constants", "unique_name"]
+__all__ = ["initializer", "unique_name"]
 
 
 def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
@@ -24,19 +24,6 @@ def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | N
             ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         )
     return model.graph.initializers[name]
-
-
-def register_constants(model: ir.Model) -> int:
-    """Make initializers of constants that nodes read and the graph does not have. Returns how many.
-
-    onnxscript 0.7.2 fuses Max and Min into a Clip and registers the bounds for the first of several that read one
-    tensor, so that a file of torch.onnx with two clamps of one tensor is none that anyone loads.
-    """
-    values = dict.fromkeys(value for node in model.graph.all_nodes() for value in node.inputs if value is not None)
-    lost = [v for v in values if v.producer() is None and v.const_value is not None and not v.is_initializer()]
-    for value in lost:
-        model.graph.register_initializer(value)
-    return len(lost)
 
 
 def unique_name(model: ir.Model, name: str) -> str:
