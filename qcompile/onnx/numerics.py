@@ -134,7 +134,7 @@ def _known_above(value: onnx_ir.Value, known: dict[str, Array]) -> set[str]:
     pending, seen = [value], {value}
     while pending:
         producer = pending.pop().producer()
-        for operand in producer.inputs if producer is not None else ():
+        for operand in _read(producer) if producer is not None else ():
             if operand is None or operand in seen:
                 continue
             seen.add(operand)
@@ -143,3 +143,10 @@ def _known_above(value: onnx_ir.Value, known: dict[str, Array]) -> set[str]:
             else:
                 pending.append(operand)
     return found
+
+
+def _read(node: onnx_ir.Node) -> list[onnx_ir.Value | None]:
+    """What `node` and the graphs in it read."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type is onnx_ir.AttributeType.GRAPH]
+    inner = [value for graph in graphs for made in graph.all_nodes() for value in made.inputs]
+    return [*node.inputs, *inner, *(value for graph in graphs for value in graph.outputs)]

@@ -150,6 +150,27 @@ def test_other_formats(recipe: str, tmp_path: Path) -> None:
     assert report.comparison is not None
 
 
+@pytest.mark.parametrize("target", ["portable", pytest.param("tensorrt", marks=slow)])
+def test_layers_are_compared_behind_what_a_graph_captures(target: str, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor, p: Tensor) -> Tensor:
+            y = self.a(x).tanh()  # no part of the condition
+            held = torch.cond(p.sum() > 0, lambda y: self.b(y), lambda y: self.b(y) * 2, (y,))
+            result: Tensor = self.c(held)
+            return result
+
+    batch = X, torch.ones(3)
+    program = qcompile.quantize(Model().eval(), batch, recipe="fp8", calibration=[batch], progress=False)
+    comparison = qcompile.export_onnx(program, tmp_path / "m.onnx", target=target, compare=batch).comparison  # type: ignore[arg-type]
+    assert comparison is not None
+    assert {"tanh", "quantize_1", "output"} <= {d.name for d in comparison.differences}
+    assert comparison.worst(1)[0].badness < 1e-2
+
+
 def test_a_branch_that_calibration_never_takes_is_listed() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
