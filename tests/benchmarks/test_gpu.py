@@ -56,6 +56,7 @@ def test_everything_with_inductor(tmp_path: Path) -> None:
     assert {row["status"] for row in rows.values()} <= {"ok", "unavailable"}
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = variants.VARIANTS[0]
 

@@ -95,6 +95,7 @@ def test_model_program_and_file_agree(
     assert distance(file, program) < tolerance
 
 
+@pytest.mark.slow
 def test_a_learned_attention_bias_in_bfloat16(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=100)

@@ -49,6 +49,7 @@ def test_attention_and_gemms_run_in_the_types_of_the_recipe(case: Case, tmp_path
     assert all(case.is_excluded(path) for path in left)
 
 
+@pytest.mark.slow
 def test_the_same_file_fuses_on_sm120(tmp_path: Path) -> None:
     case = BY_NAME["vit"]
     example = case.example(tiny=True)

@@ -235,6 +235,7 @@ def test_products_that_are_no_linear_layers_are_listed() -> None:
     assert (quantized or unquantized) and set(unquantized.values()) <= {"linear"}
 
 
+@pytest.mark.slow
 def test_a_program_with_parallel_layers_is_saved_and_loaded(tmp_path: Path) -> None:
     class GateUp(nn.Module):
         def __init__(self) -> None:

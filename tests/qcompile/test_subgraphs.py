@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -142,7 +140,9 @@ def test_lift_and_unlift_keep_the_numbers() -> None:
     assert torch.equal(again.module()(X), model(X))
 
 
-@pytest.mark.parametrize("recipe", ["int8", pytest.param("nvfp4", marks=slow), "fp8_per_channel_per_token"])
+@pytest.mark.parametrize(
+    "recipe", ["int8", *(pytest.param(r, marks=slow) for r in ("nvfp4", "fp8_per_channel_per_token"))]
+)
 def test_other_formats(recipe: str, tmp_path: Path) -> None:
     program = quantized(Holder(cond), recipe)
     report = qcompile.export_onnx(program, tmp_path / "m.onnx", target="tensorrt", compare=(X,))
@@ -191,7 +191,7 @@ def test_calibration_runs_graphs_with_what_comes_from_outside() -> None:
     """The range of a layer in a loop is the largest over its steps."""
     model = Holder(lambda inner, y: loop(inner, y * 4)).eval()
     seen: list[float] = []
-    model.inner.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].abs().max())))
+    model.inner.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].detach().abs().max())))
     y = model.before(X) * 4
     for _ in range(3):
         y = model.inner(y)
@@ -221,6 +221,7 @@ def test_an_attention_in_a_branch(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, program.module()(X).detach().numpy(), rtol=3e-2, atol=3e-2)
 
 
+@slow
 def test_a_dynamic_batch(tmp_path: Path) -> None:
     program = quantized(Holder(cond), dynamic_shapes=({0: Dim("n")},))
     qcompile.export_onnx(program, tmp_path / "m.onnx", target="portable")
@@ -246,9 +247,8 @@ def test_torch_compile(held: Held, target: str) -> None:
     assert set(found.quantized) == {"before", "inner", "after"} and not found.unquantized
 
 
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 2**16), half=st.booleans(), returned=st.sampled_from(["input", "view", "twice"]))
-def test_what_a_branch_returns_shares_nothing_with_what_it_takes(seed: int, half: bool, returned: str) -> None:
+@pytest.mark.parametrize("returned", ["view", *(pytest.param(r, marks=slow) for r in ("input", "twice"))])
+def test_what_a_branch_returns_shares_nothing_with_what_it_takes(returned: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -264,12 +264,10 @@ def test_what_a_branch_returns_shares_nothing_with_what_it_takes(seed: int, half
             result: tuple[Tensor, Tensor] = torch.cond(x.sum() > 0, lambda x: (x * 2, x + 1), other, (x,))
             return result
 
-    torch.manual_seed(seed)
-    model = Model().eval().to(torch.float16 if half else torch.float32)
+    model = Model().eval()
     program = quantized(model)
     retraced = program.run_decompositions({})  # torch checks it there
-    x = torch.randn(8, 16).to(model.layer.weight.dtype)
-    for got, want in zip(retraced.module()(x), program.module()(x), strict=True):
+    for got, want in zip(retraced.module()(X), program.module()(X), strict=True):
         assert torch.equal(got, want)
 
 

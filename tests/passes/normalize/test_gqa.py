@@ -122,6 +122,7 @@ def test_second_user_keeps_the_copy() -> None:
     assert count(gm, aten.expand.default) == 1
 
 
+@pytest.mark.slow
 def test_dynamic_shapes() -> None:
     args = inputs()
     dynamic = ({0: DYNAMIC, 2: DYNAMIC},) * 3

@@ -75,6 +75,7 @@ def test_learned_prompts_and_tied_embeddings_are_refused(tmp_path: Path) -> None
         write(tied, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_program_of_an_adapted_model_is_refused(tmp_path: Path) -> None:
     model = adapted(tiny("llama", num_hidden_layers=1))
     program = qcompile.quantize(model, (), batch(), recipe=RECIPE, dtype=torch.float32, progress=False)

@@ -223,6 +223,7 @@ def test_directories_of_wrapped_models(tmp_path: Path, plain: Any) -> None:
         write(source, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_program_of_a_wrapped_model(tmp_path: Path, plain: Any) -> None:
     program = qcompile.quantize(plain, (), batch(), recipe=RECIPE, dtype=torch.float32, progress=False)
     wanted = write(program, tmp_path / "wanted", source=plain, recipe=None)

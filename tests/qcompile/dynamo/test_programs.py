@@ -60,6 +60,7 @@ def test_through_inductor(recipe: str) -> None:
         assert_same(run(X), module(X))
 
 
+@pytest.mark.slow
 def test_rotation_and_half_precision() -> None:
     recipe = qcompile.load_recipe("nvfp4", ["rules[format=nvfp4].rotate=true"])
     module = program(recipe, torch.bfloat16)
@@ -74,6 +75,7 @@ def test_attention_stays_fused() -> None:
     assert qcompile.explain(run).graphs[0].coverage["attention"] == (1, 1)
 
 
+@pytest.mark.slow
 def test_codes_and_scales_of_now() -> None:
     first, second = program(), program()
     run, other = compiled(first, None), compiled(second, None)

@@ -106,6 +106,7 @@ def test_marked_dynamic_compiles_once() -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_dynamic_true_compiles_once() -> None:
     """Dynamo then hands Python floats such as the eps of LayerNorm over as tensors."""
     model = Block().eval()
@@ -126,6 +127,7 @@ def test_dynamic_shapes_by_inductor() -> None:
     assert run_sizes(run, model, [(2, 8), (3, 5), (4, 11)], WEIGHT_ONLY) == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_weights_change_between_sizes() -> None:
     """Each graph that was compiled for a size looks at the weights itself."""
     model = Block().eval()

@@ -100,6 +100,7 @@ def test_torchao_through_inductor(case: str, torchao: Make) -> None:
         assert_same(run(x), imported(model, x))
 
 
+@pytest.mark.slow
 def test_torchao_with_dynamic_batch_sizes(torchao: Make) -> None:
     model, x = torchao("fp8_tensor")
     run = compiled(model, None, dynamic=True)

@@ -447,6 +447,7 @@ def test_codes_are_kept_once_for_all_graphs_of_a_weight() -> None:
     assert codes((40, 24)) == 1
 
 
+@pytest.mark.slow
 def test_codes_of_a_changed_weight_replace_the_old_ones() -> None:
     model = Wide()
     run = compiled(model)

@@ -43,6 +43,7 @@ def test_dynamic_shapes_in_each_dtype(dtype: torch.dtype) -> None:
     assert (gemms(report), report.precisions) == ({"fp8": 2}, {"gate_proj+up_proj": "fp8", "down_proj": "fp8"})
 
 
+@pytest.mark.slow
 def test_many_blocks() -> None:
     program = program_of(torch.nn.Linear(4096, 128), torch.randn(1, 16, 4096))
     assert gemms(qcompile.build_engine(program, target="sm89", progress=False)) == {"fp8": 1}

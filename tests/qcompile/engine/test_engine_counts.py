@@ -182,6 +182,7 @@ def test_smallest_profile_decides_on_fp8_attention(
         assert "attn" in report.notices[0]
 
 
+@pytest.mark.slow
 def test_several_profiles_report_the_worst(attention_file: Callable[..., Path]) -> None:
     path = attention_file(length="s", quantized=True)
     good, bad = lengths(32, 64, 128), lengths(1, 8, 16)

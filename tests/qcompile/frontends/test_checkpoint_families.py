@@ -149,6 +149,7 @@ def test_a_layer_has_the_dtype_that_its_float_one_would_have(tmp_path: Path, dty
     assert loaded.to(torch.float64).encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float64
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_program_of_t5_is_read_back(tmp_path: Path) -> None:
     import qcompile
