@@ -2,7 +2,8 @@
 
 Each architecture of `benchmarks.architectures` goes, in a process of its own, through recipe `fp8` (or another), both
 targets, ONNX Runtime and the TensorRT-RTX builder. No layer may be missing from the report's lists. Where a model is
-refused, the sentence is kept: a refusal is a result, too.
+refused, the sentence is kept: a refusal is a result, too. A model of convolutions of which the recipe wants nothing, as
+it leaves classifiers out, counts as neither.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class Row:
     def is_captured(self) -> bool:
         """Whether plain torch.export takes the model, so that we are asked to."""
         return STAGES.index(self.stage) > STAGES.index("torch.export")
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is something in it that the recipe quantizes."""
+        return self.is_captured and not (self.kind == "RecipeError" and "quantizes nothing of this model" in self.error)
 
     @property
     def is_done(self) -> bool:
@@ -178,11 +184,12 @@ def run(architectures: Sequence[Architecture], recipe: str, target: str, jobs: i
 
 def summary(rows: Sequence[Row]) -> str:
     captured = [row for row in rows if row.is_captured]
-    done = [row for row in captured if row.is_done]
-    share = len(done) / len(captured) if captured else 0.0
+    asked = [row for row in captured if row.is_asked]
+    done = [row for row in asked if row.is_done]
+    share = len(done) / len(asked) if asked else 0.0
     return (
-        f"{len(rows)} architectures, {len(captured)} captured by torch.export, {len(done)} of them exported, verified"
-        f" and built: {share:.1%}"
+        f"{len(rows)} architectures, {len(captured)} captured by torch.export, {len(asked)} of them with layers for"
+        f" the recipe; exported, verified and built: {len(done)}, {share:.1%}"
     )
 
 
@@ -222,7 +229,7 @@ def main(
         record.write("sweep", [asdict(row) for row in rows], path, recipe=recipe, target=target)
     rows = [old[name] for name in order if name in old]
     print(summary(rows))
-    return int(any(row.is_captured and not row.is_done for row in rows))
+    return int(any(row.is_asked and not row.is_done for row in rows))
 
 
 if __name__ == "__main__":
