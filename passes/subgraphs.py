@@ -18,6 +18,7 @@ from passes.graph import calls
 __all__ = [
     "OPERANDS",
     "all_calls",
+    "all_nodes",
     "copied_graph",
     "graphs",
     "held",
@@ -80,6 +81,11 @@ def inner(gm: GraphModule, call: Node) -> list[GraphModule]:
 def all_calls(gm: GraphModule, *targets: Callable[..., Any]) -> Iterator[Node]:
     """The calls of `targets` in `gm` and in the graphs that passes work on in it."""
     return (node for part in graphs(gm) for node in calls(part.graph, *targets))
+
+
+def all_nodes(gm: GraphModule) -> Iterator[Node]:
+    """The nodes of `gm` and of the graphs that passes work on in it."""
+    return (node for part in graphs(gm) for node in part.graph.nodes)
 
 
 def outer_operands(gm: GraphModule) -> Iterator[tuple[Node, Node]]:

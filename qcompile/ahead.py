@@ -8,8 +8,9 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.formats import get_format
-from passes.graph import calls, place_of
+from passes.graph import place_of
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.subgraphs import all_calls
 from qcompile.engine.capability import lacking
 from qcompile.errors import EngineError
 from qcompile.layer import QuantizedLinear
@@ -44,7 +45,7 @@ def check_model_target(model: torch.nn.Module | ExportedProgram, target: int) ->
 def formats_of(model: torch.nn.Module | ExportedProgram) -> Iterator[tuple[str, str]]:
     """(place, format as recipes call it) of all that is quantized."""
     if isinstance(model, ExportedProgram):
-        for node in calls(model.graph, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE):
+        for node in all_calls(model.graph_module, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE):
             yield place_of(node), _family(str(node.kwargs["format"]))
     else:
         for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
 from passes.sdpa import SDPA, attention_scale
-from passes.subgraphs import all_calls, copied_graph, graphs
+from passes.subgraphs import all_calls, all_nodes, copied_graph, graphs
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
@@ -131,15 +131,12 @@ class Watch:
     def _found(self) -> Iterator[Headroom]:
         """In the order of the graph."""
         limit = float(torch.finfo(self.target).max)
-        for node in self._nodes():
+        for node in all_nodes(self.gm):
             for statistic in self.statistics.get(node, ()):
                 if statistic.finite:
                     name = strip(node, aten._to_copy.default).name
                     name += " (scores)" if isinstance(statistic, LargestScore) else ""
                     yield Headroom(module_path(node), name, statistic.finite, limit / statistic.finite)
-
-    def _nodes(self) -> Iterator[Node]:
-        return (node for part in graphs(self.gm) for node in part.graph.nodes)
 
     def _convert(self, gm: GraphModule) -> None:
         copies: dict[Node, Node] = {}
@@ -150,7 +147,7 @@ class Watch:
         hidden = {node for part in graphs(self.gm) for node in before_softmax(part.graph)}
         limit = float(torch.finfo(self.target).max)
         bounded: set[Node] = set()
-        for node in self._nodes():
+        for node in all_nodes(self.gm):
             value = node.meta.get("val")
             operands = {n for n in node.all_input_nodes if _is_float(n)}
             if node.op == "get_attr" or (is_passing(node) and operands <= bounded):

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from passes.graph import place_of
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.subgraphs import all_calls, graphs
+from passes.subgraphs import all_calls, all_nodes
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, pt2e, torchao
 from qcompile.layer import QuantizedLinear
@@ -98,7 +98,7 @@ def _refusal(found: Quantized) -> str:
 
 
 def _by_graph(gm: GraphModule) -> Quantized | None:
-    for node in (node for part in graphs(gm) for node in part.graph.nodes):
+    for node in all_nodes(gm):
         if node.op != "call_function":
             continue
         if node.target in _IR:

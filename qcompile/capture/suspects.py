@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import argument, module_class, place_of
@@ -88,4 +88,5 @@ def _told(nodes: list[Node]) -> str:
 
 
 def _calls(program: ExportedProgram) -> Iterator[Node]:
-    return (node for node in program.graph.nodes if node.op == "call_function")
+    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
+    return (node for part in parts for node in part.graph.nodes if node.op == "call_function")

@@ -14,7 +14,7 @@ from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.subgraph_constants import hoist_constants, sink_constants
-from passes.subgraphs import all_calls, graphs
+from passes.subgraphs import all_calls, all_nodes
 from qcompile.coverage import coverage, layers, quantized_modules
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
@@ -95,5 +95,4 @@ def _is_quantized(gm: GraphModule) -> bool:
 def _is_foreign(gm: GraphModule) -> bool:
     """Whether another tool quantized the model."""
     tools = (*modelopt.NAMESPACES, pt2e.NAMESPACE)
-    nodes = (node for part in graphs(gm) for node in part.graph.nodes)
-    return any(getattr(node.target, "namespace", None) in tools for node in nodes)
+    return any(getattr(node.target, "namespace", None) in tools for node in all_nodes(gm))

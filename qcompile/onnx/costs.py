@@ -7,11 +7,12 @@ from torch.fx import GraphModule, Node
 
 from passes.base import PassLog
 from passes.formats import FP8_1X128, INT8
-from passes.graph import calls, dtype, is_call, module_path, shape
+from passes.graph import dtype, is_call, module_path, shape
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.k_split import K_SPLIT
 from passes.legalize.measured_scales import MeasuredToConstant
+from passes.subgraphs import all_calls, all_nodes
 
 
 def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
@@ -23,7 +24,7 @@ def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
 
 
 def _of_products(gm: GraphModule) -> list[str]:
-    products = [node for node in gm.graph.nodes if K_SPLIT in node.meta]
+    products = [node for node in all_nodes(gm) if K_SPLIT in node.meta]
     if not products:
         return []
     largest = max(products, key=_bytes)
@@ -36,7 +37,7 @@ def _of_products(gm: GraphModule) -> list[str]:
 
 
 def _of_weights(gm: GraphModule) -> list[str]:
-    weights = [n for n in gm.graph.nodes if is_call(n, DEQUANTIZE) and n.kwargs["format"] == FP8_1X128.name]
+    weights = [n for n in all_nodes(gm) if is_call(n, DEQUANTIZE) and n.kwargs["format"] == FP8_1X128.name]
     if not weights:
         return []
     return [
@@ -67,7 +68,7 @@ def _of_measured_scales(log: PassLog) -> list[str]:
 
 
 def _of_integers(gm: GraphModule) -> list[str]:
-    formats = {node.kwargs["format"] for node in calls(gm.graph, QUANTIZE)}
+    formats = {node.kwargs["format"] for node in all_calls(gm, QUANTIZE)}
     if INT8.name not in formats:
         return []
     return [

@@ -22,7 +22,7 @@ from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
 from passes.program import lift, unlift
-from passes.subgraphs import graphs, held, operator_name, subgraph_calls
+from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
 from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
@@ -173,7 +173,7 @@ def _check(program: object, target: str, opset: int | None, block_fp8: str) -> i
 
 
 def _uses_bfloat16(program: ExportedProgram) -> bool:
-    values = (node.meta.get("val") for node in program.graph.nodes)
+    values = (node.meta.get("val") for node in all_nodes(program.graph_module))
     return any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in values)
 
 
@@ -213,8 +213,7 @@ def _untranslated(cause: str, program: ExportedProgram) -> str | None:
     if found is None:
         return None
     name = f"{found[1]}.{found[2]}"
-    calls = (node for node in program.graph.nodes if node.op == "call_function" and str(node.target) == name)
-    places = list(dict.fromkeys(place_of(node) for node in calls))
+    places = list(dict.fromkeys(place_of(node) for node in all_nodes(program.graph_module) if str(node.target) == name))
     return (
         f"{some(places) or 'the program'}: torch.onnx does not write {found[1]}; write this part with other operators,"
         " or compute it outside of the exported model"
