@@ -188,10 +188,9 @@ def root_constants(node: Node) -> list[Node]:
 def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node) -> Node:
     """Register `tensor` (a buffer unless it is a Parameter) and return a `get_attr` node for it placed before `before`.
 
-    `name` may be dotted, as a parameter's; where it is taken, or lies below a tensor, it gets dots less or a number.
+    `name` may be dotted, as a parameter's; where it is taken it gets a number, and below a tensor `_` for dots.
     """
-    if _lies_below_tensor(gm, name):
-        name = name.replace(".", "_")
+    name = _beside_tensors(gm, name)
     unique, count = name, 0
     while not _is_free(gm, unique):
         count += 1
@@ -226,7 +225,10 @@ def _is_free(gm: GraphModule, name: str) -> bool:
     return _lookup(gm, name.split(".")) is None
 
 
-def _lies_below_tensor(gm: GraphModule, name: str) -> bool:
-    """Whether a part of the path before the last dot is a tensor (a parameter `proj` beside `proj_weight`)."""
+def _beside_tensors(gm: GraphModule, name: str) -> str:
+    """`name`, where it goes on below a tensor (`a.proj.weight` with a parameter `a.proj`) as `a.proj_weight`."""
     path = name.split(".")
-    return any(isinstance(_lookup(gm, path[:end]), torch.Tensor) for end in range(1, len(path)))
+    for end in range(1, len(path)):
+        if isinstance(_lookup(gm, path[:end]), torch.Tensor):
+            return ".".join([*path[: end - 1], "_".join(path[end - 1 :])])
+    return name

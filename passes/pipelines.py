@@ -46,6 +46,7 @@ from passes.normalize.attention import NormalizeAttention
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.normalize.autocast import MaterializeAutocast
 from passes.normalize.complex import ComplexToReal
+from passes.normalize.computed_weights import ComputedWeightsToConstants
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.flex_attention import SpellOutFlexAttention
@@ -77,6 +78,7 @@ NORMALIZE: Pipeline = (
     PlainSpellings,
     MaskedWritesToWhere,
     ScattersToConcat,
+    ComputedWeightsToConstants,
     NormalizeEinsum,
     RoutedExpertsToDense,
     NormalizeExperts,

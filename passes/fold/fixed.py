@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.constants import add_constant, constant
-from passes.dependence import fixed_nodes, metadata_operand, value_operands
+from passes.constants import add_constant
+from passes.dependence import value_operands
+from passes.evaluation import computable_nodes, evaluate
 from passes.graph import aten, is_call, name_in_module, shape, val
 from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
@@ -47,7 +46,7 @@ class FoldFixed(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        computable = _computable(gm)
+        computable = computable_nodes(gm)
         worth, read = _worth_storing(computable), set[Node]()
         kept = []
         for node in reversed(computable):
@@ -63,30 +62,13 @@ class FoldFixed(Pass):
                 kept.append(node)
         if not kept:
             return
-        for node, value in _evaluate(gm, computable, kept).items():
+        for node, value in evaluate(gm, computable, kept).items():
             name = name_in_module(node, "codes" if is_call(node, QUANTIZE) else "constant")
             node.replace_all_uses_with(add_constant(gm, name, value.contiguous(), node))
             self.fire()
         for node in reversed(computable):  # dead code elimination keeps an SDPA, which could draw dropout
             if not node.users:
                 gm.graph.erase_node(node)
-
-
-def _computable(gm: GraphModule) -> dict[Node, None]:
-    """The nodes that have one value, in the order of the graph: fixed, and in no dynamic size."""
-    fixed, found = fixed_nodes(gm), dict[Node, None]()
-    for node in gm.graph.nodes:
-        like = metadata_operand(node)
-        static = _is_static(node) and (like is None or _is_static(like))
-        if node in fixed and static and found.keys() >= set(value_operands(node)):
-            found[node] = None
-    return found
-
-
-def _is_static(node: Node) -> bool:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return len(tensors) == len(leaves) > 0 and all(isinstance(size, int) for t in tensors for size in t.shape)
 
 
 def _worth_storing(computable: dict[Node, None]) -> dict[Node, None]:
@@ -107,26 +89,3 @@ def _worth_storing(computable: dict[Node, None]) -> dict[Node, None]:
         if (is_codes or node in products) and isinstance(node.meta["val"], torch.Tensor):
             found[node] = None
     return found
-
-
-def _evaluate(gm: GraphModule, computable: dict[Node, None], wanted: list[Node]) -> dict[Node, torch.Tensor]:
-    needed, pending = set[Node](), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += value_operands(node)
-    values: dict[Node, Any] = {}
-    for node in computable:
-        if node not in needed:
-            continue
-        if (stored := constant(gm, node)) is not None:
-            values[node] = stored.detach()
-            continue
-        like = metadata_operand(node)
-        if like is not None:  # its values do not matter
-            values.setdefault(like, torch.empty((), dtype=val(like).dtype, device=val(like).device).expand(shape(like)))
-        args, kwargs = pytree.tree_map_only(Node, values.__getitem__, (node.args, node.kwargs))
-        with torch.no_grad():
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # of a call_function
-    return {node: values[node] for node in wanted}

@@ -32,7 +32,7 @@ class PatchEmbeddingToLinear(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.conv2d.default, aten.conv2d.padding):
             x, weight = argument(node, "input"), argument(node, "weight")
-            if not is_constant_expression(_quantized_from(weight)) or not _is_patchwise(node, weight):
+            if not is_constant_expression(_quantized_from(weight)) or not is_patchwise(node, weight):
                 continue
             height, width = shape(x)[-2:]
             kernel = shape(weight)[-2:]
@@ -99,7 +99,7 @@ def _quantized_like(gm: GraphModule, pair: Node, source: Node, emit: Emitter) ->
     return emit(DEQUANTIZE, source, scale_node, **pair.kwargs)
 
 
-def _is_patchwise(node: Node, weight: Node) -> bool:
+def is_patchwise(node: Node, weight: Node) -> bool:
     """Whether the windows of the convolution lie side by side."""
     kernel = list(shape(weight)[-2:])
     return (

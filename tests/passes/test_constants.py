@@ -152,7 +152,7 @@ def test_names() -> None:
     gm, emit, x, _w = with_weight()
     names = ["proj.weight", "proj.weight", "proj.weight.scale", "proj.bias", "other", "other"]
     found = [str(add_constant(gm, name, torch.tensor(1.0), emit.before).target) for name in names]
-    assert found == ["proj.weight_1", "proj.weight_2", "proj_weight_scale", "proj.bias", "other", "other_1"]
+    assert found == ["proj.weight_1", "proj.weight_2", "proj.weight_scale", "proj.bias", "other", "other_1"]
     assert set(dict(gm.named_buffers())) == set(found)
     emit.before.meta["nn_module_stack"] = {"a": ("a", "A")}
     node = add_constant(gm, "last", nn.Parameter(W.to(torch.float8_e4m3fn), requires_grad=False), emit.before)
