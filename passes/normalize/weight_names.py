@@ -9,7 +9,7 @@ from itertools import count
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.constants import LAYOUT, add_constant, constant, constant_before
+from passes.constants import LAYOUT, add_constant, constant, constant_before, equal_bits
 from passes.evaluation import needed_for
 from passes.graph import aten, is_call
 
@@ -90,7 +90,7 @@ class Names:
         for number in count():
             key = f"{layer}.computed_{number}".lstrip(".") if number else layer, leaf
             known = self.stored.get(key)
-            if known is not None and _same(known[0], value):
+            if known is not None and equal_bits(known[0], value):
                 new = constant_before(known[1], node)
                 break
             if known is None and key not in self.taken:
@@ -103,7 +103,3 @@ class Names:
 
 def _is_parameter(gm: GraphModule, node: Node) -> bool:
     return any(isinstance(constant(gm, n), torch.nn.Parameter) for n in needed_for([node]))
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

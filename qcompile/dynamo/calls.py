@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 
-from qcompile.dynamo import causal_masks
+from qcompile.dynamo import torch_layers
 from qcompile.dynamo.left import Fallbacks, left_alone
 from qcompile.dynamo.models import modules_of
 from qcompile.dynamo.options import Options
@@ -41,7 +41,7 @@ def current_call() -> Call | None:
 
 
 _recurrent = BreakAtRecurrent(lambda: _current.call is not None)
-causal_masks.install(lambda: _current.call is not None)
+torch_layers.install(lambda: _current.call is not None)
 
 
 class Region:

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import aten
 from passes.subgraphs import copied_graph
-from qcompile.dynamo.fast_path import ENCODER_LAYER, encoder_layer
 from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
 from qcompile.frontends import modelopt
@@ -179,8 +178,6 @@ class _Run(Interpreter):
             return args[0].__exit__(None, None, None)
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return _Run(args[0]).run(*args[1:])
-        if target is ENCODER_LAYER:
-            return encoder_layer(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 

@@ -500,7 +500,7 @@ def test_numbers_under_another_default_dtype() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_fast_path_of_an_encoder_layer(norm_first: bool) -> None:
-    """Dynamo captures it as one operator, in which no pass would find a linear layer."""
+    """Without gradients torch has one operator for it, in which no pass would find a linear layer."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first, activation="gelu").eval()
     x = torch.randn(2, 5, 32)
     with torch.no_grad():

@@ -220,6 +220,21 @@ def test_modelopt_with_gradients_on_and_through_inductor() -> None:
         assert_same(compiled(model, None, target="inductor")(X), imported(model, X))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_modelopt_in_encoder_layers_of_torch_without_gradients(padded: bool) -> None:
+    """torch's one operator for such a layer reads the weights past their quantizers, in eager mode, too."""
+    layer, x = nn.TransformerEncoderLayer(128, 4, 128, batch_first=True), X.unflatten(0, (2, 2))
+    model = modelopt(nn.TransformerEncoder(layer, 1) if padded else layer, "FP8_DEFAULT_CFG", x)
+    masks = {"src_key_padding_mask": torch.tensor([[False, True], [False, False]])} if padded else {}
+    seen = ~masks["src_key_padding_mask"] if padded else slice(None)
+    run, fast = compiled(model, None, expect={"linear": 2}), torch.backends.mha.get_fastpath_enabled
+    want = model(x, **masks)[seen]
+    with torch.no_grad():
+        assert_near(run(x, **masks)[seen], want, 1e-5)
+        assert float((model(x, **masks)[seen] - want).norm() / want.norm()) > 1e-3, "torch mended it"
+    assert fast()
+
+
 def test_modelopt_elsewhere_is_as_it_was() -> None:
     """What Dynamo sees of integer quantizers has their values and their gradients, whoever compiles."""
     model = modelopt(Mlp(128), "INT8_DEFAULT_CFG", X)
