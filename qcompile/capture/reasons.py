@@ -12,6 +12,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from qcompile.messages import some
+
 _LINES, _CHARACTERS = 4, 600
 # From here on torch prints graphs and stacks, or says how to print more of them.
 _TAIL = re.compile(
@@ -33,6 +35,7 @@ _WAYS_OUT = (
     ),
     (r"\.numpy\(\) is not supported", "leave NumPy out of forward"),
 )
+_SPECIALIZED = re.compile(r"You marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 _CACHES = (
     "; the model runs with a key/value cache, which is state that it writes to: capture it without (use_cache=False, no"
     " past_key_values, no StaticCache in the module)"
@@ -46,6 +49,12 @@ def reason(error: Exception, model: torch.nn.Module | ExportedProgram, inputs: A
         inputs: the example inputs, where a cache may be.
     """
     text = str(error).strip()
+    if (length := _SPECIALIZED.search(text)) and (layers := _recurrent(model)):
+        return (
+            f"{length[1]} is dynamic, and the model specialized it to {length[2]}: torch.export captures {some(layers)}"
+            " for the length of the example alone; leave that axis out of dynamic_shapes, and pad inputs to it (the"
+            " batch can be dynamic)"
+        )
     place = _PLACE.search(text)
     lines = [line.rstrip() for line in _TAIL.split(text)[0].splitlines() if line.strip()]
     if "Suggested fixes:" in text:
@@ -57,6 +66,12 @@ def reason(error: Exception, model: torch.nn.Module | ExportedProgram, inputs: A
         if re.search(pattern, text):
             return f"{found}; {way_out}"
     return found + (_CACHES if has_cache(model, inputs) else "")
+
+
+def _recurrent(model: torch.nn.Module | ExportedProgram) -> list[str]:
+    """Path and kind of each recurrent layer."""
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    return [f"{path} ({type(m).__name__})".lstrip() for path, m in modules if isinstance(m, torch.nn.RNNBase)]
 
 
 def has_cache(model: torch.nn.Module | ExportedProgram, inputs: Any) -> bool:

@@ -49,6 +49,21 @@ def test_a_failed_capture_is_a_few_lines(name: str, capfd: pytest.CaptureFixture
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("length", [Dim.DYNAMIC, Dim("t")])
+def test_a_recurrent_layer_of_dynamic_length_is_named(kind: Any, length: Any) -> None:
+    """torch.export refuses it, too: its operators have the length of the example in their graph."""
+    model = nn.Sequential(nn.Linear(16, 16), kind(16, 16))
+    with pytest.raises(
+        CaptureError, match=r"captures 1 \((LSTM|GRU|RNN)\) for the length .* leave that axis out"
+    ) as caught:
+        capture(model, (X[None].expand(3, -1, -1),), dynamic_shapes=({0: length},))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(torch._dynamo.exc.UserError, match="specialized"):
+        torch.export.export(model, (X[None].expand(3, -1, -1),), dynamic_shapes=({0: length},))
+
+
 def caches() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     transformers = pytest.importorskip("transformers")
     from transformers.integrations.executorch import register_dynamic_cache_export_support
