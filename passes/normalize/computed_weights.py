@@ -43,8 +43,8 @@ class ComputedWeightsToConstants(Pass):
         a = linear(x, weight)
 
     Requires: graph of `unlift`, with weights as `get_attr`; `ViewsToReshape` ran.
-    Ensures: bit-equal values. A piece shares the memory of its parameter, and has a name of its own below that of the
-        parameter; what is computed has the name that its layer would have without. What is made twice is stored once.
+    Ensures: bit-equal values. A piece has a name of its own below that of its parameter, and on a CPU its memory if it
+        is a matrix; what is computed has the name that its layer would have without. What is made twice is stored once.
     Declines when: never. What a layer or a norm makes of parameters is no weight, nor are learned keys and values. Of
         batches of matrices (experts) pieces alone are taken.
     Why: passes take a constant with one name for a weight, and a part of it, or what is made of two, for an activation.
@@ -122,8 +122,6 @@ def _is_weight(gm: GraphModule, node: Node, reader: Node) -> bool:
     made_of = needed_for([node])
     roots = [root for n in made_of if (root := constant(gm, n)) is not None]
     if not roots or any(is_call(n, *_LAYERS, *_QUANTIZED) for n in made_of):
-        return False
-    if any(user.op == "output" for user in node.users):
         return False
     if not is_call(reader, *_PRODUCTS, aten.add.Tensor):
         return True

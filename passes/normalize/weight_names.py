@@ -94,11 +94,14 @@ class Names:
                 new = constant_before(known[1], node)
                 break
             if known is None and key not in self.taken:
+                if value.ndim < 2 or value.device.type != "cpu":
+                    value = value.clone()  # torch saves parts of one storage from a CPU only, and the whole of it then
                 tensor = torch.nn.Parameter(value, requires_grad=False) if self.is_parameter[node] else value
                 new = add_constant(self.gm, ".".join(key).lstrip("."), tensor, node)
                 self.stored[key] = value, new
                 break
-        node.replace_all_uses_with(new)
+        # what is returned (Dynamo: a weight that a hook sets) must not be a parameter, which a caller could write to
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
 
 
 def _is_parameter(gm: GraphModule, node: Node) -> bool:

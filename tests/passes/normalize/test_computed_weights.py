@@ -202,7 +202,7 @@ def test_cross_attention_of_torch(learned: bool, pieces: list[str]) -> None:
     assert count(gm, SDPA) == 1
 
 
-def test_a_returned_weight_stays() -> None:
+def test_a_returned_weight_is_no_parameter() -> None:
     class Returned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -213,7 +213,9 @@ def test_a_returned_weight_stays() -> None:
             return F.linear(x, part), part
 
     gm: GraphModule = graph_of(Returned(), torch.randn(2, 8))
-    assert declines(ComputedWeightsToConstants, gm) == []
+    rewrites(ComputedWeightsToConstants, gm, torch.randn(2, 8))
+    assert count(gm, aten.slice.Tensor) == 1
+    assert [linear_name(node) for node in calls(gm.graph, aten.linear.default)] == ["w_rows_0_2"]
 
 
 @pytest.mark.parametrize(
