@@ -20,6 +20,7 @@ from passes.canonicalize.pt2e import Pt2eToQdq
 from passes.canonicalize.share import ShareQuantizers
 from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.fold.constants import FoldConstants
+from passes.fold.expands import ExpandsLast
 from passes.fold.fixed import FoldFixed
 from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
@@ -150,6 +151,7 @@ TENSORRT: Pipeline = (
     partial(DecomposeAttention, unless=is_causal_without_mask),
     StoreWeightsTransposed,
     FoldConstants,
+    ExpandsLast,
     FoldFixed,
 )
 """The forms that TensorRT fuses into the fewest kernels."""
@@ -166,6 +168,7 @@ PORTABLE: Pipeline = (
     DecomposeAttention,
     StoreWeightsTransposed,
     FoldConstants,
+    ExpandsLast,
     FoldFixed,
 )
 """Standard operators only, in the shape of the model."""

@@ -31,8 +31,9 @@ class Attention(nn.Module):
 class Learned(nn.Module):
     """32 learned vectors, normalized: queries of the data (DETR), of themselves first, or a memory for it to read."""
 
-    def __init__(self, *, memory: bool = False, among_themselves: bool = False) -> None:
+    def __init__(self, *, memory: bool = False, among_themselves: bool = False, late: bool = False) -> None:
         super().__init__()
+        self.late = late
         self.memory, self.vectors, self.norm, self.attn = (
             memory,
             nn.Parameter(torch.randn(1, 32, 64)),
@@ -42,7 +43,8 @@ class Learned(nn.Module):
         self.own = Attention() if among_themselves else None
 
     def forward(self, x: Tensor) -> Tensor:
-        vectors = self.norm(self.vectors).expand(x.shape[0], -1, -1)
+        rows = self.vectors.expand(x.shape[0], -1, -1) if self.late else self.vectors
+        vectors = self.norm(rows).expand(x.shape[0], -1, -1)
         if self.own is not None:
             vectors = vectors + self.own(vectors, vectors)
         out: Tensor = self.attn(x, vectors) if self.memory else self.attn(vectors, x)
@@ -75,6 +77,7 @@ class Classes(nn.Module):
 
 MODELS = {
     "queries": (Learned, {}, {"attn.q"}),
+    "queries of each row": (Learned, {"late": True}, {"attn.q"}),
     "queries among themselves": (
         Learned,
         {"among_themselves": True},
@@ -142,6 +145,7 @@ def test_they_build_and_attention_fuses(name: str, dynamic: bool, recipe: str, t
     profiles = {"profiles": {"x": ((1, 64, 64), (2, 64, 64), (8, 64, 64))}} if dynamic else {}
     engine = qcompile.build_engine(tmp_path / "m.onnx", target="sm120", **profiles)  # type: ignore[arg-type]
     assert engine.attention.fp8 == report.coverage.get("attention", (0, 0))[0]
+    assert name in ("positions", "classes") or not engine.gemms["half"], "what is learned is stored"
 
 
 @pytest.mark.slow
