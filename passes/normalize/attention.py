@@ -6,18 +6,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, dtype, is_call, shape
+from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
 from passes.normalize.attention_frame import Frame
-from passes.normalize.attention_probabilities import (
-    Probabilities,
-    derive_from_product,
-    reach_product,
-    read_probabilities,
-)
+from passes.normalize.attention_probabilities import Probabilities, lies_between_products, read_probabilities
 from passes.normalize.attention_scores import (
     Mask,
     NotUnderstood,
     Scores,
+    is_float_cast,
     read_scores,
     unscaled,
 )
@@ -28,7 +24,10 @@ _OTHERWISE = (
     "the attention probabilities have another user, or a column without a value, or are changed before they meet the"
     " value in a way that attention has no argument for"
 )
+_OVER_QUERIES = "the softmax of query times key goes over axis {}, not over the keys, before it meets the value"
+_NO_SOFTMAX = "{} makes the weights of query times key before they meet the value, not a softmax over the keys"
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_OTHER_WEIGHTS = (aten.sigmoid.default, aten.exp.default, aten.relu.default, aten.softplus.default, aten.tanh.default)
 
 
 class NormalizeAttention(Pass):
@@ -39,35 +38,42 @@ class NormalizeAttention(Pass):
         p = to(softmax(to(scores, fp32), -1), fp16)                  # the casts if the model has them
         p = masked_fill(nan_to_num(p), mask, 0) * gate[..., :1]      # if the model has that
         y = matmul(p, v)                                             # or bmm, on [B*H, S, D]
+        z = matmul(transpose(v), softmax(matmul(k, transpose(q)), -2))    # the transposes
     After:
         y = sdpa(q, k, v, mask, 0.0, False, scale=a * b) * gate      # on [B, H, S, D]
+        z = transpose(sdpa(q, k, v))
 
     Requires: `ViewsToReshape` and `RemoveNoOps` ran.
     Ensures: the same values up to rounding (scores are scaled and rounded elsewhere). Masks are boolean (true: visible)
         if the model replaces scores and are in the dtype of q if it adds to them; several are combined. Zeros in the
         place of a NaN, or of probabilities that a mask of the scores hides, are left to the mask.
     Declines when: scores or probabilities have another user (a model that returns attentions), or something happens
-        to scores or probabilities that attention has no argument for.
+        to scores or probabilities that attention has no argument for; the softmax goes over queries, or weights are
+        made by a sigmoid or another function of each score.
     Why: attention has one form for all later passes, whatever order a model scales, masks and casts in.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
         for softmax in calls(gm.graph, *_SOFTMAX):
-            scores = softmax.args[0]
-            if not isinstance(scores, Node) or softmax.args[1] not in (-1, len(shape(softmax)) - 1):
+            scores, axis, rank = softmax.args[0], argument(softmax, "dim"), len(shape(softmax))
+            if not isinstance(scores, Node) or not rank:
                 continue
-            use = read_probabilities(gm, softmax)
+            transposed = axis % rank == rank - 2
+            use = read_probabilities(gm, softmax, transposed=transposed) if axis % rank >= rank - 2 else None
             if use is None:
-                if derive_from_product(scores) and reach_product(softmax):
-                    self.decline(_OTHERWISE, softmax)
+                if lies_between_products(softmax):
+                    self.decline(_OTHERWISE if axis % rank == rank - 1 else _OVER_QUERIES.format(axis), softmax)
                 continue
             try:
-                new = _attention(gm, read_scores(gm, scores), use, softmax)
+                new = _attention(gm, read_scores(gm, scores, swapped=transposed), use, softmax)
             except NotUnderstood as reason:
                 self.decline(str(reason), softmax)
                 continue
             use.product.replace_all_uses_with(new)
             self.fire()
+        for weights in calls(gm.graph, *_OTHER_WEIGHTS):
+            if len(shape(weights)) > 1 and lies_between_products(weights, closely=True):
+                self.decline(_NO_SOFTMAX.format(weights.target), weights)
 
 
 def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Node) -> Node:
@@ -78,23 +84,36 @@ def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Nod
     """
     use.check(scores.masks)
     left, right = scores.product.args[-2:]
+    if any(len(shape(operand)) < 2 for operand in (left, right, use.value)):  # type: ignore[arg-type]
+        raise NotUnderstood("query, key or value is a single vector")
     value, value_axes = _untransposed(use.value) if use.transposed else (use.value, None)
     assert isinstance(left, Node) and isinstance(right, Node)
-    query, query_scale = _operand(gm, left, dtype(value))
-    transposed, key_scale = _operand(gm, right, dtype(value))
-    key, axes = _untransposed(transposed)
-    key, more_scale = _operand(gm, key, dtype(value))
+    query, key = (right, left) if scores.swapped else (left, right)
+    frame = Frame(scores, query, key, use.value, use.product)
+    query, query_axes, query_scale = _rows(gm, query, dtype(value), transposed=scores.swapped)
+    key, key_axes, key_scale = _rows(gm, key, dtype(value), transposed=not scores.swapped)
     if not dtype(query) == dtype(key) == dtype(value):
         raise NotUnderstood(f"query, key and value are {dtype(query)}, {dtype(key)} and {dtype(value)}")
-    frame = Frame(scores, query, right, use.value, use.product)
     emit = Emitter(before=use.product, like=softmax)
-    if axes is not None:
-        key = emit(aten.permute.default, key, axes)
-    if value_axes is not None:
-        value = emit(aten.permute.default, value, value_axes)
+    query, key, value = (
+        operand if axes is None else emit(aten.permute.default, operand, axes)
+        for operand, axes in ((query, query_axes), (key, key_axes), (value, value_axes))
+    )
     mask = _combined(frame, scores.masks, dtype(query), emit)
-    scale = scores.scale * query_scale * key_scale * more_scale
+    scale = scores.scale * query_scale * key_scale
     return use.finished(frame.attention(query, key, value, mask, scale, emit), emit)
+
+
+def _rows(
+    gm: GraphModule, node: Node, wanted: torch.dtype, *, transposed: bool
+) -> tuple[Node, list[int] | None, float]:
+    """(x, axes, scale): `node`, or its transpose if `transposed`, is `scale` times x permuted by `axes`, if any."""
+    node, scale = _operand(gm, node, wanted)
+    if not transposed:
+        return node, None, scale
+    node, axes = _untransposed(node)
+    node, more = _operand(gm, node, wanted)
+    return node, axes, scale * more
 
 
 def _operand(gm: GraphModule, node: Node, wanted: torch.dtype) -> tuple[Node, float]:
@@ -103,7 +122,7 @@ def _operand(gm: GraphModule, node: Node, wanted: torch.dtype) -> tuple[Node, fl
     while True:
         source, number = unscaled(gm, node)
         scale *= number
-        if is_call(source, aten._to_copy.default) and dtype(source) is not wanted:
+        if is_float_cast(source) and dtype(source) is not wanted:
             before = source.args[0]
             if isinstance(before, Node) and dtype(before) is wanted:
                 source = before

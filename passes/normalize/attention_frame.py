@@ -81,7 +81,7 @@ class Frame:
     def masks(self, masks: list[Mask], emit: Emitter) -> list[Node]:
         """The nodes of `masks` so that they broadcast to scores of four axes."""
         plans = [self._plan(mask) for mask in masks]  # all are understood before anything is written
-        return [self._mask(mask.node, plan, emit) for mask, plan in zip(masks, plans, strict=True)]
+        return [self._mask(mask, plan, emit) for mask, plan in zip(masks, plans, strict=True)]
 
     def _plan(self, mask: Mask) -> list[Any]:
         """The sizes to expand the leading axes of `mask` to before they are merged; empty if they stay.
@@ -90,7 +90,9 @@ class Frame:
             NotUnderstood: a size is not known.
         """
         rank = len(mask.frame)
-        if rank == self.rank or (self.split is not None and same(mask.frame, shape(self.split))):
+        if self.split is not None and same(mask.frame, shape(self.split)):
+            return []
+        if rank == self.rank and (not self.scores.reshapes or same(mask.frame, shape(self.scores.product))):
             return []
         sizes: list[Any] = []
         written = next((_written(r) for r in self.scores.reshapes if same(shape(r), mask.frame)), [-1] * rank)
@@ -104,13 +106,14 @@ class Frame:
             raise NotUnderstood(f"{mask.node.name} is added to scores of shape {tuple(mask.frame)}")
         return sizes
 
-    def _mask(self, node: Node, expanded: list[Any], emit: Emitter) -> Node:
+    def _mask(self, mask: Mask, expanded: list[Any], emit: Emitter) -> Node:
+        node = mask.node
         if self.layout is not None and not expanded:
             return self.layout.mask(node, emit)
         while len(shape(node)) < (len(expanded) + 3 if expanded else 2):
             node = emit(aten.unsqueeze.default, node, 0)
         if not expanded:
-            own_batch = len(shape(node)) == 3 and self.rank == 3 and not is_one(shape(node)[0])
+            own_batch = len(shape(node)) == len(mask.frame) == 3 and not is_one(shape(node)[0])
             return self._place(node, emit) if own_batch else node
         rest = emit.sizes(node)[-3:]
         if all(map(is_one, shape(node)[:-3])):

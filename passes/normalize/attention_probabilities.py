@@ -7,7 +7,7 @@ mask of the scores hides a key, or where all keys are hidden, are what attention
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,29 @@ from torch.fx import GraphModule, Node
 from passes.constants import scalar
 from passes.graph import Emitter, argument, aten, dtype, is_call, is_pointwise, only_user, shape, strip
 from passes.normalize.attention_layout import is_one, same
-from passes.normalize.attention_scores import MATMULS, RESHAPES, Mask, NotUnderstood, is_copy
+from passes.normalize.attention_scores import (
+    ADDED,
+    MATMULS,
+    RESHAPES,
+    Mask,
+    NotUnderstood,
+    is_copy,
+    is_float_cast,
+    swaps,
+)
 from passes.normalize.mask_simplifier import unexpanded
 
-__all__ = ["Probabilities", "derive_from_product", "reach_product", "read_probabilities"]
+__all__ = ["Probabilities", "lies_between_products", "read_probabilities"]
 
 _SWAPS = (aten.transpose.int, aten.permute.default)
-_THROUGH = (aten.slice.Tensor, aten.cat.default, aten.sum.dim_IntList, aten.layer_norm.default, *_SWAPS)
+_MOVING = (
+    *(aten._to_copy.default, aten.where.self, aten.where.ScalarOther, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.expand.default, *_SWAPS),
+)
+_MIXING = (
+    *(aten.slice.Tensor, aten.select.int, aten.cat.default, aten.sum.dim_IntList, aten.layer_norm.default),
+    *(aten.linear.default, aten.conv2d.default, aten.native_dropout.default, operator.getitem),
+)
 
 
 @dataclass
@@ -53,13 +69,18 @@ class Probabilities:
         """What the product makes, from the attention's `result`."""
         for factor in self.factors:
             result = emit(aten.mul.Tensor, result, factor)
+        if dtype(result) is not dtype(self.product):  # probabilities were cast behind a factor
+            result = emit(aten._to_copy.default, result, dtype=dtype(self.product))
         return emit(aten.transpose.int, result, -1, -2) if self.transposed else result
 
 
-def read_probabilities(gm: GraphModule, softmax: Node) -> Probabilities | None:
-    """What happens to the probabilities `softmax`; None if it is not what attention does with them."""
+def read_probabilities(gm: GraphModule, softmax: Node, *, transposed: bool) -> Probabilities | None:
+    """What happens to the probabilities `softmax`; None if it is not what attention does with them.
+
+    `transposed` says that they go over the last axis but one.
+    """
     found = Probabilities(softmax, softmax)
-    node, transposed = softmax, False
+    node = softmax
     while (user := only_user(node)) is not None and _is_tensor(user):
         if is_call(user, *MATMULS):
             place = 1 if transposed else 0
@@ -70,7 +91,7 @@ def read_probabilities(gm: GraphModule, softmax: Node) -> Probabilities | None:
                 return None
             found.product, found.value, found.transposed = user, value, transposed
             return found
-        if _swaps(user):
+        if swaps(user):
             transposed = not transposed
         elif not (_hands_on(user) or (not transposed and _changes(gm, user, node, found))):
             return None
@@ -84,7 +105,7 @@ def _hands_on(node: Node) -> bool:
     """Whether `node` makes the same probabilities in another dtype, memory layout or leading shape."""
     if is_call(node, *RESHAPES):
         return same(shape(node)[-2:], shape(node.args[0])[-2:])  # type: ignore[arg-type]  # a reshape's input is a node
-    return is_copy(node) or (is_call(node, aten._to_copy.default) and dtype(node).is_floating_point)
+    return is_copy(node) or is_float_cast(node)
 
 
 def _changes(gm: GraphModule, user: Node, node: Node, found: Probabilities) -> bool:
@@ -115,7 +136,7 @@ def _changes(gm: GraphModule, user: Node, node: Node, found: Probabilities) -> b
     source = strip(factor, aten._to_copy.default)
     if dtype(source) is torch.bool:
         return _zeroed(source, found, negated=False)
-    if dtype(factor) == dtype(node) and len(shape(factor)) >= 1 and is_one(shape(factor)[-1]):
+    if dtype(factor) == dtype(node) and is_one((1, *shape(factor))[-1]):
         found.factors.append(factor)
         return True
     return False
@@ -126,15 +147,6 @@ def _zeroed(mask: object, found: Probabilities, *, negated: bool) -> bool:
         return False
     found.zeroed.append(Mask(unexpanded(mask), shape(mask), negated=negated))
     return True
-
-
-def _swaps(node: Node) -> bool:
-    """Whether `node` swaps the last two axes."""
-    rank = len(shape(node))
-    last = [*range(rank - 2), rank - 1, rank - 2]
-    if is_call(node, aten.transpose.int):
-        return {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
-    return is_call(node, aten.permute.default) and [axis % rank for axis in node.args[1]] == last  # type: ignore[union-attr, operator]
 
 
 def _equal(a: object, b: object) -> bool:
@@ -154,27 +166,45 @@ def _equal(a: object, b: object) -> bool:
     )
 
 
-def reach_product(node: Node, steps: int = 16) -> bool:
-    """Whether some user of the probabilities `node`, or of what is made of them in few steps, is a matrix product."""
-    return steps > 0 and any(
-        is_call(user, *MATMULS) or (_leads_on(user) and reach_product(user, steps - 1)) for user in node.users
-    )
+def lies_between_products(node: Node, *, closely: bool = False) -> bool:
+    """Whether `node` is made of a matrix product of activations, and a matrix product is made of it, in few steps.
+
+    Args:
+        closely: what lies between only keeps or changes elements of `[..., S, T]` one by one; else heads may be mixed,
+            and elements added and left out.
+    """
+    size = shape(node)[-2:]
+
+    def leads(other: Node) -> bool:
+        return _leads_on(other) and not (closely and (is_call(other, *_MIXING) or not _same_matrix(shape(other), size)))
+
+    before = _connected(node, lambda n: n.all_input_nodes[:2], leads)
+    behind = _connected(node, lambda n: n.users, leads)
+    return any(is_call(n, *MATMULS, *ADDED) for n in before) and any(is_call(n, *MATMULS) for n in behind)
 
 
-def derive_from_product(node: Node, steps: int = 16) -> bool:
-    """Whether the scores `node` are made of a matrix product of activations in few steps."""
-    if is_call(node, *MATMULS, aten.baddbmm.default, aten.addmm.default):
-        return True
-    return steps > 0 and _leads_on(node) and any(derive_from_product(n, steps - 1) for n in node.all_input_nodes[:2])
+def _connected(
+    node: Node, neighbours: Callable[[Node], Iterable[Node]], leads: Callable[[Node], bool], steps: int = 16
+) -> set[Node]:
+    """What `steps` lead to from `node`, each but the last over a node that `leads`."""
+    found, last = set[Node](), [node]
+    for _ in range(steps):
+        last = [*{other for n in last if n is node or leads(n) for other in neighbours(n)}.difference(found)]
+        found.update(last)
+    return found
+
+
+def _same_matrix(a: torch.Size, b: torch.Size) -> bool:
+    return same(a[-2:], b) or same(a[-2:], b[::-1])
 
 
 def _leads_on(node: Node) -> bool:
     """Whether `node` keeps elements apart, moves them, or mixes heads."""
-    if is_call(node, aten.linear.default, aten.conv2d.default):
-        return is_call(node, aten.conv2d.default) or is_call(node.args[0], *_SWAPS)
-    if is_call(node, aten.native_dropout.default, operator.getitem):
-        return True
-    return _is_tensor(node) and (is_pointwise(node) or is_call(node, *_THROUGH, *RESHAPES) or is_copy(node))
+    if is_call(node, aten.linear.default):
+        return is_call(node.args[0], *_SWAPS)
+    return is_call(node, operator.getitem) or (
+        _is_tensor(node) and (is_pointwise(node) or is_call(node, *_MOVING, *_MIXING, *RESHAPES) or is_copy(node))
+    )
 
 
 def _is_tensor(node: Node) -> bool:

@@ -18,19 +18,22 @@ from passes.randomness import draws
 from passes.sdpa import HIDDEN
 
 __all__ = [
+    "ADDED",
     "MATMULS",
     "RESHAPES",
     "Mask",
     "NotUnderstood",
     "Scores",
     "is_copy",
+    "is_float_cast",
     "leads_to_product",
     "read_scores",
+    "swaps",
     "unscaled",
 ]
 
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-_ADDED = (aten.baddbmm.default, aten.addmm.default)
+ADDED = (aten.baddbmm.default, aten.addmm.default)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default, aten.dropout.default)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
@@ -58,16 +61,23 @@ class Mask:
 
 @dataclass
 class Scores:
-    """`scale * product + masks`, where `product` is the matrix product `q k^T`, reshaped by `reshapes` on the way."""
+    """`scale * product + masks`, where `product` is the matrix product `q k^T`, or its transpose `k q^T` if `swapped`.
+
+    On the way it is reshaped by `reshapes`.
+    """
 
     product: Node
     scale: float = 1.0
     masks: list[Mask] = field(default_factory=list)
     reshapes: list[Node] = field(default_factory=list)
+    swapped: bool = False
 
 
-def read_scores(gm: GraphModule, scores: Node) -> Scores:
+def read_scores(gm: GraphModule, scores: Node, *, swapped: bool = False) -> Scores:
     """What the softmax input `scores` is made of.
+
+    Args:
+        swapped: the softmax goes over the last axis but one: `scores` are transposed.
 
     Raises:
         NotUnderstood: an operator is none that attention uses, or somebody else reads a value on the way.
@@ -75,12 +85,23 @@ def read_scores(gm: GraphModule, scores: Node) -> Scores:
     factor = 1.0
     masks: list[Mask] = []
     reshapes: list[Node] = []
+
+    def masked(mask: Mask, before: Node) -> Node:
+        if swapped:
+            raise NotUnderstood(f"{mask.node.name} is a mask of transposed scores")
+        if not same(mask.frame[-2:], shape(before)[-2:]):
+            raise NotUnderstood(f"{mask.node.name} broadcasts the scores to another shape")
+        masks.append(mask)
+        return before
+
     node = scores
-    while not is_call(node, *MATMULS):
+    while not is_call(node, *MATMULS, *ADDED):
         if only_user(node) is None:
             raise NotUnderstood(f"the attention scores {node.name} have another user")
-        if is_copy(node) or _is_cast(node):
+        if is_copy(node) or is_float_cast(node):
             node = _input(node, 0)
+        elif swaps(node):
+            node, swapped = _input(node, 0), not swapped
         elif is_call(node, *RESHAPES) and same(shape(node)[-2:], shape(_input(node, 0))[-2:]):
             reshapes.append(node)
             node = _input(node, 0)
@@ -89,27 +110,22 @@ def read_scores(gm: GraphModule, scores: Node) -> Scores:
             factor *= number
         elif is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
             scored, mask = _split_sum(node)
-            masks.append(Mask(mask, shape(node), factor))
-            node = scored
+            node = masked(Mask(mask, shape(node), factor), scored)
         elif is_call(node, *_WHERE):
             _check_hides(gm, node.args[2], factor)
-            masks.append(Mask(_input(node, 0), shape(node)))
-            node = _input(node, 1)
+            node = masked(Mask(_input(node, 0), shape(node)), _input(node, 1))
         elif is_call(node, *_FILL):
             _check_hides(gm, node.args[2], factor)
-            masks.append(Mask(_input(node, 1), shape(node), negated=True))
-            node = _input(node, 0)
-        elif is_call(node, *_ADDED):
-            if argument(node, "beta") != 0:  # else what is added is not read
-                masks.append(Mask(_input(node, 0), shape(node), factor * argument(node, "beta")))
-            return Scores(node, factor * argument(node, "alpha"), masks, reshapes)
+            node = masked(Mask(_input(node, 1), shape(node), negated=True), _input(node, 0))
         else:
             raise NotUnderstood(f"{node.target} between the product of query and key and the softmax")
-        if masks and not same(masks[-1].frame[-2:], shape(node)[-2:]):
-            raise NotUnderstood(f"{masks[-1].node.name} broadcasts the scores to another shape")
     if only_user(node) is None:
         raise NotUnderstood(f"the attention scores {node.name} have another user")
-    return Scores(node, factor, masks, reshapes)
+    if is_call(node, *ADDED):
+        if argument(node, "beta") != 0:  # else what is added is not read
+            masked(Mask(_input(node, 0), shape(node), factor * argument(node, "beta")), node)
+        factor *= argument(node, "alpha")
+    return Scores(node, factor, masks, reshapes, swapped)
 
 
 def unscaled(gm: GraphModule, node: Node) -> tuple[Node, float]:
@@ -160,12 +176,21 @@ def is_copy(node: Node) -> bool:
     return is_call(node, *_COPIES) and not draws(node)
 
 
+def swaps(node: Node) -> bool:
+    """Whether `node` swaps the last two axes."""
+    rank = len(shape(node))
+    last = [*range(rank - 2), rank - 1, rank - 2]
+    if is_call(node, aten.transpose.int):
+        return {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+    return is_call(node, aten.permute.default) and [axis % rank for axis in node.args[1]] == last  # type: ignore[union-attr, operator]
+
+
 def leads_to_product(node: Node) -> bool:
     """Whether a walk up from `node`, through what changes scores, ends at a matrix product."""
-    while not is_call(node, *MATMULS, *_ADDED):
-        if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default):  # softcaps, sinks: some side of them
+    while not is_call(node, *MATMULS, *ADDED):
+        if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default, *_MULTIPLY):  # some side of a softcap
             return any(leads_to_product(side) for side in node.all_input_nodes)
-        if not is_call(node, *_COPIES, *RESHAPES, *_MULTIPLY, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default):
+        if not is_call(node, *_COPIES, *RESHAPES, *_DIVIDE, *_FILL, *_WHERE, aten._to_copy.default) and not swaps(node):
             return False
         source = node.args[1] if is_call(node, *_WHERE) else node.args[0]
         if not isinstance(source, Node):
@@ -176,12 +201,15 @@ def leads_to_product(node: Node) -> bool:
 
 def _check_hides(gm: GraphModule, value: object, factor: float) -> None:
     number = scalar(gm, value)
-    if number is None or number * factor > HIDDEN:
+    if number is None or not number * factor <= HIDDEN:  # nor a NaN
         raise NotUnderstood("scores are replaced by something that is not a very negative number")
 
 
-def _is_cast(node: Node) -> bool:
-    return is_call(node, aten._to_copy.default) and dtype(node).is_floating_point
+def is_float_cast(node: Node) -> bool:
+    """Whether `node` casts from one floating-point dtype to another, neither of which rounds as codes do."""
+    return is_call(node, aten._to_copy.default) and all(
+        to.is_floating_point and to.itemsize > 1 for to in (dtype(node), dtype(_input(node, 0)))
+    )
 
 
 def _input(node: Node, index: int) -> Node:

@@ -215,7 +215,36 @@ def transposed_and_gated(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -
     return (v.mT.contiguous().relu() @ ((q @ k.mT * SCALE).softmax(-1) * m.bias[:, :, :, :1]).mT).mT
 
 
+def transposed_by_its_softmax(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """As self-attention GANs write it, with the channels first: keys are rows."""
+    return v.mT @ (k @ q.mT * SCALE).softmax(-2)
+
+
+def transposed_before_its_softmax(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((k @ (q * SCALE).mT).mT + m.bias).softmax(-1) @ v
+
+
+def one_bias_for_each_head(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """Of three axes, added to scores of four."""
+    q, k, v = (x.reshape(4, x.shape[2], 8) for x in (q, k, v))
+    scores = (torch.bmm(q * SCALE, k.mT).view(2, 2, 5, 7) + m.bias[0]).view(4, 5, 7)
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def scaled_by_a_tensor_first(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((m.root * (q @ k.mT) + m.bias) / 8).softmax(-1) @ v
+
+
+def gated_by_a_number(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((q @ k.mT * SCALE).softmax(-1) * m.bias[0, 0, 0, 0]) @ v
+
+
 FORMS = (
+    transposed_by_its_softmax,
+    transposed_before_its_softmax,
+    one_bias_for_each_head,
+    scaled_by_a_tensor_first,
+    gated_by_a_number,
     no_nan,
     zeros_where_hidden,
     zeros_where_hidden_by_where,
@@ -297,6 +326,14 @@ def test_softmax_in_fp32_with_casts(dtype: torch.dtype) -> None:
     assert count(gm, aten._to_copy.default) == 0
 
 
+def test_a_gate_in_fp32_before_the_cast() -> None:
+    def gated(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        return ((q @ k.mT * SCALE).float().softmax(-1) * m.bias[:, :, :, :1]).half() @ v
+
+    args = inputs(torch.float16)
+    rewrites(NormalizeAttention, prepared(gated, *args), *args, **HALF)
+
+
 def test_products_in_fp32() -> None:
     def wide(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         scores = q.float() @ k.float().mT * SCALE + torch.where(p[:, None, None, :], 0.0, -1e5)
@@ -360,6 +397,62 @@ def broadcast_keys(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tens
     return torch.where(p[:, None, None, :], q @ k[:, :, :1].mT, MIN).softmax(-1) @ v
 
 
+def over_queries(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def over_heads(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(1) @ v
+
+
+def sigmoid(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE + m.bias).sigmoid() @ v
+
+
+def squared_relu(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return v.mT @ (q @ k.mT * SCALE).relu().square().mT
+
+
+def masked_softmax_by_hand(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    e = (q @ k.mT).exp() * p[:, None, None, :]
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def rounded(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).to(torch.float8_e4m3fn).float() @ v
+
+
+def rounded_scores(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).to(torch.float8_e4m3fn).float().softmax(-1) @ v
+
+
+def of_integers(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return ((q * 3).int() @ (k * 3).int().mT).float().softmax(-1) @ v
+
+
+def not_a_number(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~p[:, None, None, :], torch.nan).softmax(-1) @ v
+
+
+def other_heads(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """A bias is added to other leading axes, of the same number."""
+    scores = (q @ k.mT).reshape(4, 1, 5, 7) + m.bias[0, :1].cumsum(-1).expand(4, 1, 5, 7)
+    return scores.reshape(2, 2, 5, 7).softmax(-1) @ v
+
+
+def one_vector(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    """Attention pooling of a bag."""
+    return (k[0, 0] @ q[0, 0, 0]).softmax(0) @ v[0, 0]
+
+
+def vectors(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (k[:, 0] @ q[0, 0, 0]).softmax(-1)[:, None] @ v[:, 0]
+
+
+def mask_of_the_transpose(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (k @ q.mT + m.bias.mT).softmax(-2).mT @ v
+
+
 def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).double() @ v.double()
 
@@ -380,6 +473,19 @@ def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
         (filled_with_little, "scores are replaced by something that is not a very negative number"),
         (broadcast_keys, "broadcasts the scores to another shape"),
         (wide_value, "query, key and value are torch.float32, torch.float32 and torch.float64"),
+        (over_queries, "goes over axis -2, not over the keys"),
+        (over_heads, "goes over axis 1, not over the keys"),
+        (sigmoid, "aten.sigmoid.default makes the weights"),
+        (squared_relu, "aten.relu.default makes the weights"),
+        (masked_softmax_by_hand, "aten.exp.default makes the weights"),
+        (rounded, "are changed before they meet the value"),
+        (rounded_scores, "aten._to_copy.default between the product of query and key and the softmax"),
+        (of_integers, "aten._to_copy.default between the product of query and key and the softmax"),
+        (not_a_number, "scores are replaced by something that is not a very negative number"),
+        (other_heads, "is added to scores of shape (4, 1, 5, 7)"),
+        (one_vector, "query, key or value is a single vector"),
+        (vectors, "are changed before they meet the value"),
+        (mask_of_the_transpose, "is a mask of transposed scores"),
     ],
 )
 def test_declines(form: Callable[..., Any], reason: str) -> None:
@@ -390,9 +496,9 @@ def test_declines(form: Callable[..., Any], reason: str) -> None:
 @pytest.mark.parametrize(
     "form",
     [
-        lambda m, q, k, v, p: (q @ k.mT).softmax(-2) @ v,  # over queries
         lambda m, q, k, v, p: q.softmax(-1),  # no product at all
         lambda m, q, k, v, p: v.mT @ k.relu().softmax(-1),  # of no product
+        lambda m, q, k, v, p: v * (q @ k.mT).sigmoid().amax(2)[..., None],  # a gate
     ],
 )
 def test_leaves_what_is_no_attention(form: Callable[..., Tensor]) -> None:
