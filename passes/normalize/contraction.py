@@ -74,6 +74,9 @@ def _matmul(left: Term, right: Term, batch: list[str], summed: list[str], kept: 
     depth, width = merged([sizes[label] for label in summed]), merged([sizes[label] for label in columns])
     if len(summed) > 1:
         x = emit(aten.reshape.default, x, [*(of_left[label] for label in (*batch, *rows)), depth])
+    if depth == width == -1:  # one at a time
+        w = emit(aten.reshape.default, w, [*(of_right[label] for label in batch), -1, *(of_right[n] for n in columns)])
+        depth = emit.sizes(w)[len(batch)]
     if len(summed) > 1 or len(columns) > 1:
         w = emit(aten.reshape.default, w, [*(of_right[label] for label in batch), depth, *([width] if columns else [])])
     if not rows:

@@ -50,7 +50,7 @@ class WriteOutPromotion(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        casts: dict[tuple[Node, torch.dtype], Node] = {}
+        casts: dict[tuple[Node, torch.dtype, bool], Node] = {}
         for node in list(gm.graph.nodes):
             operands = list(_operands(node))
             for common in _candidates(node, operands):
@@ -59,7 +59,7 @@ class WriteOutPromotion(Pass):
                     break
 
     def _cast_all(
-        self, node: Node, changed: set[Node], common: torch.dtype, casts: dict[tuple[Node, torch.dtype], Node]
+        self, node: Node, changed: set[Node], common: torch.dtype, casts: dict[tuple[Node, torch.dtype, bool], Node]
     ) -> bool:
         """Cast `changed` for `node` if that makes results of the dtypes that it has."""
         mode = fake_mode(node.graph)
@@ -78,16 +78,16 @@ class WriteOutPromotion(Pass):
         return True
 
     def _cast(
-        self, node: Node, operand: Node, common: torch.dtype, casts: dict[tuple[Node, torch.dtype], Node]
+        self, node: Node, operand: Node, common: torch.dtype, casts: dict[tuple[Node, torch.dtype, bool], Node]
     ) -> Node:
-        if (operand, common) not in casts:
+        masks = is_call(node, SDPA) and torch.finfo(common).max < torch.finfo(val(operand).dtype).max
+        if (operand, common, masks) not in casts:
             emit = Emitter(following(operand), like=operand if operand.op == "call_function" else node)
             value = operand
-            if is_call(node, SDPA) and torch.finfo(common).max < torch.finfo(val(operand).dtype).max:
-                # half of the lowest number is still finite with a score added to it
+            if masks:  # half of the lowest number is still finite with a score added to it
                 value = emit(aten.clamp.default, operand, torch.finfo(common).min / 2)
-            casts[operand, common] = emit(aten._to_copy.default, value, dtype=common)
-        return casts[operand, common]
+            casts[operand, common, masks] = emit(aten._to_copy.default, value, dtype=common)
+        return casts[operand, common, masks]
 
 
 def _operands(node: Node) -> Iterator[Node]:

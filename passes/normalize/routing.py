@@ -110,7 +110,7 @@ class WeightedSum:
 def read_weighted_sum(total: Node) -> WeightedSum | None:
     """`total`, a sum, as the weighted sum over the experts of each token; None if it is anything else."""
     rows, axes, *keep = total.args
-    if list(axes) != [1] or any(keep) or not is_call(rows, aten.reshape.default):  # type: ignore[arg-type]
+    if list(axes) != [1] or any(keep) or total.kwargs or not is_call(rows, aten.reshape.default):  # type: ignore[arg-type]
         return None
     assert isinstance(rows, Node)
     weighted, permutation = _restored(rows.args[0])

@@ -66,6 +66,8 @@ class NormalizeSoftmax(Pass):
             quotient = _quotient(weighted, total)
             if axis != len(shape(exp)) - 1 or quotient is None or only_user(weighted) is not quotient:
                 return False
+            if not same(shape(quotient), shape(weighted)):  # the values are a vector
+                return False
             softmax = Emitter(weighted, like=exp)(aten.softmax.int, _without_constant(exp, axis), axis)
             weighted.replace_input_with(exp, softmax)
             quotient.replace_all_uses_with(weighted)
@@ -86,7 +88,7 @@ def _is_sum(node: Node) -> bool:
     if not is_call(node, aten.sum.dim_IntList):
         return False
     axes = argument(node, "dim")
-    return isinstance(axes, (list, tuple)) and len(axes) == 1 and bool(argument(node, "keepdim"))
+    return isinstance(axes, (list, tuple)) and len(axes) == 1 and bool(argument(node, "keepdim")) and bool(shape(node))
 
 
 def _quotient(node: Node, total: Node) -> Node | None:

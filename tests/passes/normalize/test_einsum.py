@@ -125,6 +125,17 @@ def test_leaves_what_others_read(equation: str) -> None:
     assert declines(NormalizeEinsum, einsum(equation, *inputs(equation), constant=1)) == []
 
 
+def test_several_dynamic_axes_are_merged_on_both_sides() -> None:
+    class Pairs(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.einsum("bij,bijkl->bkl", a, b)
+
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4, 5, 6)
+    axes = {axis: DYNAMIC for axis in range(5)}
+    gm = graph_of(Pairs(), a, b, dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, axes))
+    rewrites(NormalizeEinsum, gm, a, b, **CLOSE)
+
+
 def test_dynamic_shapes() -> None:
     class Heads(nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:

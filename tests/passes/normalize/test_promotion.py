@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -123,6 +124,22 @@ def test_the_mask_of_an_attention_does_not_become_infinite() -> None:
     assert got.isfinite().all()
     rows = [0, 2]  # the other one is masked as a whole: which average it gives does not matter
     assert_close(got.float()[..., rows, :], want[..., rows, :], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mask_that_is_read_as_data_too_keeps_its_numbers_there(first: bool) -> None:
+    q, bias = torch.randn(1, 1, 3, 4).half(), torch.full((3, 3), -6e4)
+    gm, emit, (x, mask) = blank(q, bias)
+
+    def as_data() -> Node:
+        return emit(aten.slice_scatter.default, emit(aten.new_zeros.default, x, [3, 3]), mask)
+
+    data = as_data() if first else None
+    attention = emit(aten.scaled_dot_product_attention.default, x, x, x, mask)
+    returns(gm, attention, data or as_data())
+    before = run(gm, q, bias)
+    assert WriteOutPromotion()(gm).modified
+    assert_close(run(gm, q, bias)[1], before[1], rtol=0, atol=0)
 
 
 DTYPES = (

@@ -106,7 +106,21 @@ def the_product_is_read_twice(x: Tensor, v: Tensor) -> Tensor:
     return product / e.sum(-1, keepdim=True) + product
 
 
-@pytest.mark.parametrize("form", [no_keepdim, another_summand, another_user, the_product_is_read_twice])
+def a_vector_of_values(x: Tensor, v: Tensor) -> Tensor:
+    """The quotient of `[7]` and `[7, 1]` is a matrix."""
+    e = x[0].exp()
+    return (e @ v[0, :, 0]) / e.sum(-1, keepdim=True)
+
+
+def a_number(x: Tensor, v: Tensor) -> Tensor:
+    e = x.sum().exp()
+    return e / e.sum(0, keepdim=True) + v
+
+
+@pytest.mark.parametrize(
+    "form",
+    [no_keepdim, another_summand, another_user, the_product_is_read_twice, a_vector_of_values, a_number],
+)
 def test_leaves_what_is_no_softmax(form: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert declines(NormalizeSoftmax, graph_of(Written(form), torch.randn(2, 7, 7), torch.randn(2, 7, 4))) == []
 
