@@ -36,10 +36,10 @@ class SpellOutFlexAttention(Pass):
         s = mul(to(matmul(q, transpose(k, -1, -2)), fp32), scale)
         s = where(i[S,1] >= j[S], s + index(bias, h[H,1,1]) * (i[S,1] - j[S]), -inf)
         s = where(i[S,1] - j[S] < 8, s, -inf)
-        y = matmul(to(softmax(s, -1), fp16), v)
+        y = matmul(to(_safe_softmax(s, -1), fp16), v)
 
     Requires: nothing. `NormalizeAttention` makes one node of it where the programs only add and hide.
-    Ensures: the same values up to rounding, for queries that see a key.
+    Ensures: the same values up to rounding; zeros for queries that see no key.
     Declines when: a program has operators that do not work on single numbers; then no exporter takes the call.
     Why: attention has one neutral form; a graph of its own is none that quantizers and exporters look into.
     """
@@ -97,14 +97,19 @@ def _check(program: GraphModule, count: int) -> None:
         if not varying.intersection(node.all_input_nodes) or is_call(node, *_CREATES):
             continue
         varying.add(node)
-        buffers = [n for n in node.all_input_nodes if n not in varying and len(shape(n))]
+        buffers = [n for n in node.all_input_nodes if n not in varying and _has_axes(n)]
         if is_call(node, aten.index.Tensor):
             if None in node.args[1] or buffers[1:]:
                 raise _Unknown(f"its program has an index that is no single number ({node.name})")
         elif buffers or not (is_pointwise(node) or is_call(node, *_POINTWISE)):
             raise _Unknown(f"its program has {node.target}, which does not work on single numbers")
-        elif len(shape(node)):
+        elif _has_axes(node):
             raise _Unknown(f"its program makes a tensor of {len(shape(node))} axes ({node.name})")
+
+
+def _has_axes(node: Node) -> bool:
+    """Whether `node` is more than a number; a dynamic size is one."""
+    return isinstance(val(node), torch.Tensor) and len(shape(node)) > 0
 
 
 def _replace(node: Node, programs: _Programs) -> None:
@@ -124,7 +129,7 @@ def _replace(node: Node, programs: _Programs) -> None:
     if not _sees_all(programs.mask):
         visible = _run(programs.mask, places, programs.mask_buffers, emit)
         scores = emit(aten.where.ScalarOther, visible, scores, -math.inf)
-    probabilities = emit(aten.softmax.int, scores, -1)
+    probabilities = emit(aten._safe_softmax.default, scores, -1)
     if dtype(probabilities) is not dtype(v):
         probabilities = emit(aten._to_copy.default, probabilities, dtype=dtype(v))
     results = (emit(aten.matmul.default, probabilities, v), scores, scores)
