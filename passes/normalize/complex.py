@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant, constant
-from passes.graph import Emitter, aten, following, is_call, shape, val
+from passes.graph import Emitter, argument, aten, dtype, following, is_call, shape, val
 from passes.legalize.half_kernels import is_complex, operator_name
 
 __all__ = ["ComplexToReal"]
@@ -27,13 +27,20 @@ _VIEWS = """
     clone alias detach contiguous lift_fresh_copy _to_copy resolve_neg resolve_conj
 """
 _EACH = frozenset((*_VIEWS.split(), "neg", "_neg_view", "negative", "positive", "sum", "mean", "cumsum", "diff"))
-# The same, with real operands beside complex ones, which have an imaginary part of 0.
-_SUMS = frozenset(("cat", "concat", "concatenate", "stack", "hstack", "vstack", "add", "sub", "subtract", "where"))
-_PRODUCTS = frozenset(("mul", "multiply", "matmul", "mm", "bmm", "einsum", "outer", "kron"))
+# The same, with real operands and numbers beside complex ones, which have an imaginary part of 0.
+_ADDING = """
+    cat concat concatenate stack hstack vstack add sub subtract rsub where masked_fill pad constant_pad_nd
+    full full_like new_full zeros zeros_like new_zeros
+"""
+_SUMS = frozenset(_ADDING.split())
+_SUMMANDS = ("self", "other", "tensors", "value", "fill_value")  # what their operands are called
+_ONES = frozenset(("ones", "ones_like", "new_ones"))
+_PRODUCTS = frozenset(("mul", "multiply", "matmul", "mm", "bmm", "einsum", "outer", "kron", "linear"))
+_POWERS = frozenset(("square", "pow"))
 _QUOTIENTS = frozenset(("div", "divide", "true_divide", "reciprocal"))
 _CONJUGATES = frozenset(("_conj", "conj", "conj_physical", "_conj_physical"))
-_SOURCES = frozenset(("view_as_complex", "complex", "polar"))
-_KNOWN = frozenset(("exp", *_EACH, *_SUMS, *_PRODUCTS, *_QUOTIENTS, *_CONJUGATES, *_SOURCES))
+_SOURCES = frozenset(("view_as_complex", "view.dtype", "complex", "polar"))
+_KNOWN = frozenset(("exp", *_EACH, *_SUMS, *_ONES, *_PRODUCTS, *_POWERS, *_QUOTIENTS, *_CONJUGATES, *_SOURCES))
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -73,7 +80,12 @@ class ComplexToReal(Pass):
     def _real(self, node: Node) -> Node | None:
         """The real tensor that `node` makes, made of the parts of a complex one; None if there is no better form."""
         name, source = _name(node), node.args[0]
-        if name not in ("view_as_real", "real", "imag", "angle", "_to_copy") or not isinstance(source, Node):
+        if name not in ("view_as_real", "view.dtype", "real", "imag", "angle", "_to_copy"):
+            return None
+        assert isinstance(source, Node)
+        if dtype(node) not in (torch.float16, torch.float32, torch.float64):  # integers as bits, truth values
+            return None
+        if name == "view.dtype" and dtype(node) is not _REAL[dtype(source)]:
             return None
         if name == "view_as_real" and is_call(source, aten.view_as_complex.default):
             return source.all_input_nodes[0]
@@ -82,8 +94,9 @@ class ComplexToReal(Pass):
             return None
         re, im = parts or self._split(source)
         emit = Emitter(node)
-        if name == "view_as_real":
-            return emit(aten.stack.default, [re, im], -1)
+        if name in ("view_as_real", "view.dtype"):
+            pairs = emit(aten.stack.default, [re, im], -1)
+            return pairs if name == "view_as_real" else emit(aten.flatten.using_ints, pairs, -2)
         if name == "angle":
             return emit(aten.atan2.default, im, re)
         if name == "_to_copy":
@@ -133,8 +146,12 @@ class ComplexToReal(Pass):
             return _polar(emit, size, im)
         if name in _PRODUCTS:
             return _product(emit, node, parts)
+        if name in _POWERS:
+            return _power(emit, node, parts)
         if name in _QUOTIENTS:
             return _quotient(emit, node, parts)
+        if isinstance(argument(node, "alpha") if name in _SUMS else None, complex):
+            return None
         return _each(emit, node, parts)
 
     def _operand(self, operand: Node) -> Parts | None:
@@ -151,15 +168,22 @@ class ComplexToReal(Pass):
 
 
 def _name(node: Node) -> str:
-    return "getitem" if node.target is operator.getitem else operator_name(node)
+    if node.target is operator.getitem:
+        return "getitem"
+    return "view.dtype" if is_call(node, aten.view.dtype) else operator_name(node)
 
 
 def _source(emit: Emitter, node: Node, name: str) -> Parts | None:
     """The parts of what is made of real tensors."""
+    re, im = (*node.args, None)[:2]
+    assert isinstance(re, Node)
+    if name == "view.dtype":
+        if dtype(re) is not _REAL[dtype(node)]:
+            return None
+        re, name = emit(aten.unflatten.int, re, -1, [-1, 2]), "view_as_complex"
     if name == "view_as_complex":
-        return emit(aten.select.int, node.args[0], -1, 0), emit(aten.select.int, node.args[0], -1, 1)
-    re, im = node.args[:2]
-    assert isinstance(re, Node) and isinstance(im, Node)
+        return emit(aten.select.int, re, -1, 0), emit(aten.select.int, re, -1, 1)
+    assert isinstance(im, Node)
     if name == "polar":
         return _polar(emit, re, im)
     return (re, im) if shape(re) == shape(im) else None
@@ -201,19 +225,32 @@ def _times(emit: Emitter, call: Callable[[Any, Any], Node], left: tuple[Any, Any
     return re, emit(aten.add.Tensor, call(a, d), call(b, c))
 
 
+def _power(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts | None:
+    """(a + bi) to a small number, as products."""
+    exponent = argument(node, "exponent", 2)
+    if exponent not in (2, 3, 4) or node.args[0] not in parts:
+        return None
+    base = power = parts[node.args[0]]  # type: ignore[index]
+    for _ in range(int(exponent) - 1):
+        power = _times(emit, partial(emit, aten.mul.Tensor), power, base)
+    return power
+
+
 def _quotient(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts | None:
     """(a + bi) / (c + di), or 1 / (c + di)."""
-    numbers: list[Any] = [1.0, *node.args] if _name(node) == "reciprocal" else list(node.args)
-    (a, b), (c, d) = (_of(value, parts) for value in numbers)
-    if node.kwargs or not isinstance(c, Node):  # rounded; or by a number
-        return (emit(aten.div.Tensor, a, c), emit(aten.div.Tensor, b, c)) if not node.kwargs and d is None else None
+    if node.kwargs:  # rounded
+        return None
+    operands: list[Any] = [1.0, *node.args] if _name(node) == "reciprocal" else list(node.args)
+    dividend, (c, d) = (_of(value, parts) for value in operands)
     if d is None:
-        return emit(aten.div.Tensor, a, c), emit(aten.div.Tensor, b, c)
-    square = emit(aten.add.Tensor, emit(aten.mul.Tensor, c, c), emit(aten.mul.Tensor, d, d))
-    re, im = emit(aten.div.Tensor, c, square), emit(aten.neg.default, emit(aten.div.Tensor, d, square))
-    if b is None:
-        return emit(aten.mul.Tensor, re, a), emit(aten.mul.Tensor, im, a)
-    return _times(emit, partial(emit, aten.mul.Tensor), (a, b), (re, im))
+        return emit(aten.div.Tensor, dividend[0], c), emit(aten.div.Tensor, dividend[1], c)
+    inverse: tuple[Any, Any]
+    if isinstance(c, Node):
+        square = emit(aten.add.Tensor, emit(aten.mul.Tensor, c, c), emit(aten.mul.Tensor, d, d))
+        inverse = emit(aten.div.Tensor, c, square), emit(aten.neg.default, emit(aten.div.Tensor, d, square))
+    else:
+        inverse = (1 / complex(c, d)).real, (1 / complex(c, d)).imag
+    return _times(emit, partial(emit, aten.mul.Tensor), inverse, dividend)
 
 
 def _each(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts:
@@ -228,7 +265,7 @@ def _each(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts:
             return _REAL.get(value, value)
         if isinstance(value, Node) and value in parts:
             return parts[value][index]
-        if not adds or argument not in ("self", "other", "tensors"):
+        if not adds or argument not in _SUMMANDS or value is None:
             return value
         if isinstance(value, Node):
             return value if not index else emit(aten.zeros_like.default, value)
@@ -240,6 +277,6 @@ def _each(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts:
         args = [part(index, value, names[at] if adds else "") for at, value in enumerate(node.args)]
         kwargs = {name: part(index, value, name) for name, value in node.kwargs.items()}
         made.append(emit(target, *args, **kwargs))
-    if not parts:  # a cast of a real tensor
+    if _name(node) in _ONES or (not parts and not adds):  # or a cast of a real tensor
         made[1] = emit(aten.zeros_like.default, made[0])
     return made[0], made[1]

@@ -53,6 +53,16 @@ FACTORS: dict[str, Callable[[Rotary, Tensor, Tensor], Tensor]] = {
     "einsum": lambda m, x, p: torch.einsum("sd,de->se", m.table[p], m.table[:4]),
     "sum": lambda m, x, p: m.table[p].sum(-1, keepdim=True) - (2 + 1j) * m.table[p].mean(0),
     "neg": lambda m, x, p: -m.table[p] + 1j,
+    "real plus imaginary": lambda m, x, p: (p[:, None].float() + 1j) * m.table[p] - (p[:, None] - 2j),
+    "number minus": lambda m, x, p: 1.0 - m.table[p] + (2j - m.table[p]),
+    "over imaginary": lambda m, x, p: m.table[p] / 2j + p[:, None] / (1 - 1j),
+    "imaginary over": lambda m, x, p: 2j / m.table[p] + 1j / (p[:, None] + 1),
+    "powers": lambda m, x, p: m.table[p] ** 2 + m.table[p].square() * m.table[p] ** 3,
+    "filled": lambda m, x, p: m.table[p].masked_fill(p[:, None] > 2, 1j) + torch.zeros_like(m.table[p]),
+    "padded": lambda m, x, p: nn.functional.pad(m.table[p, :3], (0, 1), value=2.0),
+    "created": lambda m, x, p: torch.full((5, 4), 1 + 1j) * torch.ones_like(m.table[p]) + torch.ones(4) * 1j,
+    "where numbers": lambda m, x, p: torch.where(p[:, None] > 2, m.inv_freq + 0j, 1j),
+    "linear": lambda m, x, p: nn.functional.linear(m.table[p], m.table[:4]),
 }
 
 
@@ -101,6 +111,8 @@ def test_a_half_is_never_a_complex_half() -> None:
         lambda x: (torch.view_as_complex(x) * 2j).imag,
         lambda x: (torch.view_as_complex(x) + 1).angle(),
         lambda x: (torch.view_as_complex(x) * 2j).to(torch.float32),
+        lambda x: (x.view(torch.complex64) * 2j).view(torch.float32),
+        lambda x: torch.view_as_real(x.view(torch.complex64).squeeze(-1) * 1j),
     ],
 )
 def test_real_numbers_of_complex_ones(function: Callable[[Tensor], Tensor]) -> None:
@@ -132,6 +144,24 @@ def test_what_has_no_real_form_stands_between_views(function: Callable[[Tensor],
 )
 def test_what_is_as_good_as_it_can_be_stays(function: Callable[[Tensor], Tensor]) -> None:
     assert declines(ComplexToReal, graph_of(Of(function), torch.randn(2, 8))) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.to(torch.bool),  # an imaginary part that is not 0 is true, too
+        lambda z: z.view(torch.float64),
+        lambda z: torch.view_as_real(torch.add(z, z, alpha=2j)),
+    ],
+    ids=["truth", "bits", "a complex factor of a summand"],
+)
+def test_what_is_no_arithmetic_on_parts_keeps_its_values(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([[[0.0, 1.0], [0.0, 0.0], [2.0, 0.0]]])
+    gm = graph_of(Of(lambda x: function(torch.view_as_complex(x) * 2j)), x)
+    expected = run(gm, x)
+    ComplexToReal()(gm)
+    for got, want in zip(run(gm, x), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_another_user_and_an_output_keep_the_complex_tensor() -> None:
