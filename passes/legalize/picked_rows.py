@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from passes.base import Pass
 from passes.formats import get_format
 from passes.graph import TRANSPARENT, Emitter, argument, aten, calls, is_call, is_pointwise, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.normalize.attention_layout import same
 from passes.normalize.masked_writes import as_bool, column_of, mask_of
 
 __all__ = ["PickedRowsToAll"]
@@ -24,7 +27,7 @@ class PickedRowsToAll(Pass):
 
     Before, the usual loop over experts (`m` [K,T]: which of a token's K choices are this expert):
         k, t = where(m)
-        y = index_add(y, 0, t, expert(index(x[T,H], [t])) * unsqueeze(index(w[T,K], [t, k]), -1))
+        y = index_add(y, 0, t, expert(index(x[T,H], [t])) * unsqueeze(index(w[T,K], [t, k]), -1))    # or y[t] += ...
     After:
         y = y + sum(where(unsqueeze(m, -1), expert(x[1,T,H]) * unsqueeze(transpose(w)[K,T], -1), 0), [0])
 
@@ -68,30 +71,47 @@ def _read(node: Node) -> _Picked | None:
         indices, rows, adds = [argument(node, "index")] if plain else [], argument(node, "source"), True
     else:
         indices, rows, adds = argument(node, "indices"), argument(node, "values"), bool(argument(node, "accumulate"))
-    found = _places(indices)
+    into = node.args[0]
+    assert isinstance(into, Node)
+    found = _places(indices, into)
     if found is None:
         return None
     mask, axes = found
-    into = node.args[0]
-    assert isinstance(into, Node)
     if not adds and len(axes) != len(shape(mask)):  # a row that is written twice has no value
-        return None
+        increment = _increment(into, rows, found)
+        if increment is None:
+            return None
+        rows, adds = increment, True
     if len(shape(rows)) != len(shape(into)) - len(axes) + 1:
         return None
     region = _region(rows, mask)
     return _Picked(node, into, rows, mask, axes, adds, region) if region is not None else None
 
 
-def _places(indices: Sequence[object]) -> tuple[Node, list[int]] | None:
-    """(mask, its axes) if `indices` are places of one mask: along all of its axes, or some."""
-    whole = mask_of(indices)
+def _increment(into: Node, rows: Node, places: tuple[Node, list[int]]) -> Node | None:
+    """r of `y[places] = y[places] + r`."""
+    if not is_call(rows, aten.add.Tensor) or argument(rows, "alpha") != 1:
+        return None
+    for picked, rest in (rows.args[:2], rows.args[1::-1]):
+        if not is_call(picked, aten.index.Tensor) or not isinstance(rest, Node):
+            continue
+        if picked.args[0] is into and _places(picked.args[1], into) == places:  # type: ignore[union-attr,arg-type]
+            return rest
+    return None
+
+
+def _places(indices: Sequence[object], x: Node) -> tuple[Node, list[int]] | None:
+    """(mask, its axes) if `indices` of the first axes of `x` are places of one mask: along all of its axes, or some."""
+    whole = mask_of(indices, x)
     if whole is not None:
         return whole, list(range(len(shape(whole))))
     columns = [column_of(index) if isinstance(index, Node) else None for index in indices]
     known = [column for column in columns if column is not None]
     if not known or len(known) < len(columns) or len({mask for mask, _ in known}) > 1:
         return None
-    return known[0][0], [axis for _, axis in known]
+    mask, axes = known[0][0], [axis for _, axis in known]
+    sizes = [size for axis in axes for size in shape(mask)[axis : axis + 1]]
+    return (mask, axes) if len({*axes}) == len(axes) and same(shape(x)[: len(axes)], sizes) else None
 
 
 def _region(rows: Node, mask: Node) -> list[Node] | None:
@@ -104,13 +124,16 @@ def _region(rows: Node, mask: Node) -> list[Node] | None:
             continue
         found.add(node)
         if is_call(node, aten.index.Tensor):
-            places = _places(node.args[1])  # type: ignore[arg-type]
+            places = _places(node.args[1], node.args[0])  # type: ignore[arg-type]
             if places is None or places[0] is not mask:
                 return None
         elif not _works_on_rows(node):
             return None
         else:
-            pending += [operand for operand in node.all_input_nodes if _has_rows(operand, rows)]
+            with_rows = [operand for operand in node.all_input_nodes if _has_rows(operand, rows)]
+            if any(_is_picked(operand) for operand in {*node.all_input_nodes}.difference(with_rows)):
+                return None  # by another mask
+            pending += with_rows
     return sorted(found) if any(is_call(node, aten.index.Tensor) for node in found) else None
 
 
@@ -120,6 +143,12 @@ def _has_rows(node: Node, rows: Node) -> bool:
     value = value[0] if isinstance(value, (tuple, list)) else value
     sizes: Sequence[Any] = getattr(value, "shape", ())
     return len(sizes) > 0 and not isinstance(sizes[0], int) and str(sizes[0]) == str(shape(rows)[0])
+
+
+def _is_picked(node: Node) -> bool:
+    """Whether data decides a size of `node`."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(free_unbacked_symbols(size) for size in value.shape)
 
 
 _ALONG_LAST = {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.slice.Tensor: 1}
@@ -179,8 +208,10 @@ def _all_rows(picked: _Picked, emit: Emitter) -> Node:
 
 def _spread(node: Node, lead: int, emit: Emitter) -> Node:
     """What `index(x, places)` is at every place of the mask, `[*lead, *rest]`, 1 on axes that it does not change on."""
-    x, places = node.args[0], _places(node.args[1])  # type: ignore[arg-type]
-    assert isinstance(x, Node) and places is not None
+    x = node.args[0]
+    assert isinstance(x, Node)
+    places = _places(node.args[1], x)  # type: ignore[arg-type]
+    assert places is not None
     axes = places[1]
     rest = range(len(axes), len(shape(x)))
     order = sorted(range(len(axes)), key=axes.__getitem__)

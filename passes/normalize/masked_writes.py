@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
+from passes.normalize.attention_layout import same
 from passes.normalize.mask_simplifier import unexpanded
 
 __all__ = ["MaskedWritesToWhere", "as_bool", "column_of", "mask_of"]
@@ -114,6 +115,8 @@ def _masked_scatter(node: Node) -> _Write | None:
     assert isinstance(into, Node) and isinstance(mask, Node) and isinstance(source, Node)
     if dtype(mask) is not torch.bool:
         return None
+    if not same(shape(into), shape(node)):
+        into = Emitter(node).getitem(Emitter(node)(aten.broadcast_tensors.default, [into, mask]), 0)
     mask = unexpanded(mask)
     sizes, rest = list(shape(into)), list[int]()
     while len(shape(mask)) and statically_known_true(shape(mask)[-1] == 1) and isinstance(sizes[-1], int):
@@ -140,8 +143,8 @@ def _index_put(node: Node) -> _Write | None:
     else:
         indices = [] if argument(node, "accumulate") else argument(node, "indices")
         values = argument(node, "values")
-    mask = mask_of(indices)
     assert isinstance(into, Node)
+    mask = mask_of(indices, into)
     if mask is None:
         return None
     rest = list(shape(into)[len(shape(mask)) :])
@@ -164,8 +167,11 @@ def as_bool(mask: Node, emit: Emitter) -> Node:
     return mask if dtype(mask) is torch.bool else emit(aten.ne.Scalar, mask, 0)
 
 
-def mask_of(indices: Sequence[object]) -> Node | None:
-    """The mask, of any dtype, whose places `indices` of a tensor's first axes are: itself, or what `nonzero` lists."""
+def mask_of(indices: Sequence[object], x: Node) -> Node | None:
+    """The mask, of any dtype, whose places `indices` of the first axes of `x` are: itself, or what `nonzero` lists.
+
+    It has the sizes of those axes.
+    """
     if len(indices) == 1 and isinstance(indices[0], Node) and dtype(indices[0]) is torch.bool:
         return indices[0]
     columns = [column_of(index) if isinstance(index, Node) else None for index in indices]
@@ -174,7 +180,7 @@ def mask_of(indices: Sequence[object]) -> Node | None:
         return None
     (mask,) = masks
     in_order = [column[1] for column in columns if column is not None] == list(range(len(shape(mask))))
-    return mask if in_order else None
+    return mask if in_order and same(shape(x)[: len(indices)], shape(mask)) else None
 
 
 def column_of(index: Node) -> tuple[Node, int] | None:
@@ -194,4 +200,6 @@ def column_of(index: Node) -> tuple[Node, int] | None:
         return None
     if not is_call(places, aten.nonzero.default) or dim not in (1, -1):
         return None
-    return places.args[0], int(axis)  # type: ignore[union-attr,return-value,arg-type]
+    mask = places.args[0]  # type: ignore[union-attr]
+    assert isinstance(mask, Node)
+    return mask, int(axis) % len(shape(mask))  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import aten
 from passes.legalize.picked_rows import PickedRowsToAll
+from passes.normalize.spellings import PlainSpellings
+from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from tests.passes.support import Mlp, count, declines, graph_of, insert, rewrites, run
@@ -93,6 +95,50 @@ def test_an_expert_that_nobody_chose_and_one_that_overflows() -> None:
     torch.testing.assert_close(run(gm, X)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def mixtral(x: Tensor, index: Tensor) -> Tensor:
+    """As it was written with a batch of one, which is taken away again."""
+    return x[None, index].reshape(-1, WIDTH)
+
+
+def squeezed(x: Tensor, index: Tensor) -> Tensor:
+    return x[None, index].squeeze(0)
+
+
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("pick", [mixtral, squeezed])
+@pytest.mark.parametrize("adds", [False, True], ids=["+=", "index_add"])
+def test_other_loops_over_experts(pick: Callable[[Tensor, Tensor], Tensor], adds: bool) -> None:
+    class Other(Loop):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, index = self.router(x).softmax(-1).topk(TOP, -1)
+            chosen = F.one_hot(index, EXPERTS).permute(2, 1, 0)
+            result = torch.zeros_like(x)
+            for number, expert in enumerate(self.experts):
+                choice, token = torch.where(chosen[number])
+                rows = expert(pick(x, token)) * weights[token, choice, None]
+                if adds:
+                    result.index_add_(0, token, rows)
+                else:
+                    result[token] += rows
+            return result
+
+    gm = graph_of(Other(), X)
+    ViewsToReshape()(gm)
+    rewrites(PlainSpellings, gm, X, fired=EXPERTS)
+    rewrites(PickedRowsToAll, gm, X, fired=EXPERTS, rtol=1e-5, atol=1e-6)
+    assert count(gm, aten.index.Tensor, aten.index_add.default, aten.index_put.default) == 0
+
+
+def test_columns_that_are_counted_from_the_end() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            token = mask.nonzero()[:, -1]
+            return x.index_add(0, token, x[token].relu())
+
+    mask = torch.rand(2, T) > 0.5
+    rewrites(PickedRowsToAll, graph_of(Last(), X, mask), X, mask, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("function", PICKS.values(), ids=PICKS.keys())
 def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     gm = graph_of(Picks(function), X)
@@ -110,8 +156,17 @@ def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> 
         lambda layer, x: put(x, (m := x[:, 0] > 0), layer(x[m]).softmax(0)),
         lambda layer, x: put(x, (m := x[:, 0] > 0), layer(x[m]).flip(0)),
         lambda layer, x: put(x, x[:, 0] > 0, x[: T // 2]),
+        lambda layer, x: put(x, (m := x[:, 0] > 0), layer(x[m]) + x[m.clone()]),
+        lambda layer, x: x.index_add(0, (i := torch.where(x[:1, :4] > 0)[0]), layer(x[i])),
+        lambda layer, x: x[:, None].index_put(((i := torch.where(x > 0)[0]), i * 0), layer(x[i]), accumulate=True),
+        lambda layer, x: (y := torch.stack([x] * T)).index_put(
+            ((i := torch.where(x[:, :1] > 0)[0]), i), layer(y[i, i]), accumulate=True
+        ),
     ],
-    ids=["softmax over rows", "another order", "other rows"],
+    ids=[
+        *("softmax over rows", "another order", "other rows", "rows of another mask", "places of a mask of one row"),
+        *("two axes", "a diagonal"),
+    ],
 )
 def test_what_works_on_more_than_rows_stays(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     x = torch.cat([X.abs()[: T // 2], -X.abs()[T // 2 :]])

@@ -54,6 +54,8 @@ WRITES: dict[str, Write] = {
     "one row for all, with an axis": lambda h, m, f: put(h, m, f[:1]),
     "columns that broadcast": lambda h, m, f: put(h, m, f[:, :1]),
     "numbers": lambda h, m, f: put(h[..., 0].clone(), m, f[:, 0]),
+    "counted from the end": lambda h, m, f: put(h, (m.nonzero()[:, 0], m.nonzero()[:, -1]), f),
+    "masked_scatter, the tensor broadcasts": lambda h, m, f: h[:1].masked_scatter(m[..., None], f),
 }
 
 
@@ -116,8 +118,10 @@ def test_too_many_rows_are_an_error_where_they_were() -> None:
         lambda h, m, f: h.index_put((m,), f, accumulate=True),
         lambda h, m, f: put(h, (m.nonzero()[:, 1] % 2, m.nonzero()[:, 1]), f),
         lambda h, m, f: put(h, (slice(None), m[0]), f.view(2, 2, 6)),
+        lambda h, m, f: put(h, torch.where(m[:, :3]), f[:3]),
+        lambda h, m, f: put(h, torch.where(m[:1]), f[0]),
     ],
-    ids=["accumulate", "other indices", "a later axis"],
+    ids=["accumulate", "other indices", "a later axis", "places of a shorter mask", "places of its first row"],
 )
 def test_other_writes_stay(write: Write) -> None:
     assert declines(MaskedWritesToWhere, graph_of(Merge(write), HIDDEN, IDS, FEATURES)) == []
