@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.constants import scalar
+from passes.constants import is_constant_expression, scalar
 from passes.graph import Emitter, argument, aten, dtype, is_call, is_pointwise, only_user, shape, strip
 from passes.normalize.attention_layout import is_one, same
 from passes.normalize.attention_scores import (
@@ -171,7 +171,7 @@ def lies_between_products(node: Node, *, closely: bool = False) -> bool:
 
     Args:
         closely: what lies between only keeps or changes elements of `[..., S, T]` one by one; else heads may be mixed,
-            and elements added and left out.
+            elements added and left out, and operands of the products be constant.
     """
     size = shape(node)[-2:]
 
@@ -180,7 +180,11 @@ def lies_between_products(node: Node, *, closely: bool = False) -> bool:
 
     before = _connected(node, lambda n: n.all_input_nodes[:2], leads)
     behind = _connected(node, lambda n: n.users, leads)
-    return any(is_call(n, *MATMULS, *ADDED) for n in before) and any(is_call(n, *MATMULS) for n in behind)
+
+    def is_product(other: Node) -> bool:
+        return is_call(other, *MATMULS, *ADDED) and not (closely and any(map(is_constant_expression, other.args[-2:])))
+
+    return any(map(is_product, before)) and any(map(is_product, behind))
 
 
 def _connected(
@@ -202,7 +206,7 @@ def _leads_on(node: Node) -> bool:
     """Whether `node` keeps elements apart, moves them, or mixes heads."""
     if is_call(node, aten.linear.default):
         return is_call(node.args[0], *_SWAPS)
-    return is_call(node, operator.getitem) or (
+    return is_call(node, aten.native_dropout.default, operator.getitem) or (
         _is_tensor(node) and (is_pointwise(node) or is_call(node, *_MOVING, *_MIXING, *RESHAPES) or is_copy(node))
     )
 

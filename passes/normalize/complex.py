@@ -242,14 +242,16 @@ def _quotient(emit: Emitter, node: Node, parts: Mapping[Node, Parts]) -> Parts |
         return None
     operands: list[Any] = [1.0, *node.args] if _name(node) == "reciprocal" else list(node.args)
     dividend, (c, d) = (_of(value, parts) for value in operands)
-    if d is None:
-        return emit(aten.div.Tensor, dividend[0], c), emit(aten.div.Tensor, dividend[1], c)
     inverse: tuple[Any, Any]
-    if isinstance(c, Node):
+    if d is None and not isinstance(dividend[0], Node):  # exporters take no number for the first operand
+        inverse = emit(aten.reciprocal.default, c), None
+    elif d is None:
+        return emit(aten.div.Tensor, dividend[0], c), emit(aten.div.Tensor, dividend[1], c)
+    elif isinstance(c, Node):
         square = emit(aten.add.Tensor, emit(aten.mul.Tensor, c, c), emit(aten.mul.Tensor, d, d))
         inverse = emit(aten.div.Tensor, c, square), emit(aten.neg.default, emit(aten.div.Tensor, d, square))
     else:
-        inverse = (1 / complex(c, d)).real, (1 / complex(c, d)).imag
+        inverse, dividend = dividend, ((1 / complex(c, d)).real, (1 / complex(c, d)).imag)
     return _times(emit, partial(emit, aten.mul.Tensor), inverse, dividend)
 
 

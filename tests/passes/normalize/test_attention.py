@@ -414,7 +414,7 @@ def squared_relu(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor
 
 
 def masked_softmax_by_hand(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-    e = (q @ k.mT).exp() * p[:, None, None, :]
+    e = (q @ k.mT * SCALE).exp() * p[:, None, None, :]
     return e / e.sum(-1, keepdim=True) @ v
 
 
@@ -457,37 +457,37 @@ def wide_value(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).double() @ v.double()
 
 
+DECLINED: list[tuple[Callable[..., Any], str]] = [
+    (returned_probabilities, "the attention probabilities have another user"),
+    (returned_scores, "have another user"),
+    (sink, "or a column without a value"),
+    (renormalized, "are changed before they meet the value"),
+    (mixed_heads, "are changed before they meet the value"),
+    (half_hidden, "to zero that the scores do not hide"),
+    (gated_keys, "are changed before they meet the value"),
+    (capped, "aten.tanh.default between the product of query and key and the softmax"),
+    (learned_scale, "scales by something that is not a constant number"),
+    (filled_with_little, "scores are replaced by something that is not a very negative number"),
+    (broadcast_keys, "broadcasts the scores to another shape"),
+    (wide_value, "query, key and value are torch.float32, torch.float32 and torch.float64"),
+    (over_queries, "goes over axis -2, not over the keys"),
+    (over_heads, "goes over axis 1, not over the keys"),
+    (sigmoid, "aten.sigmoid.default makes the weights"),
+    (squared_relu, "aten.relu.default makes the weights"),
+    (masked_softmax_by_hand, "aten.exp.default makes the weights"),
+    (rounded, "are changed before they meet the value"),
+    (rounded_scores, "aten._to_copy.default between the product of query and key and the softmax"),
+    (of_integers, "aten._to_copy.default between the product of query and key and the softmax"),
+    (not_a_number, "scores are replaced by something that is not a very negative number"),
+    (other_heads, "is added to scores of shape (4, 1, 5, 7)"),
+    (one_vector, "query, key or value is a single vector"),
+    (vectors, "are changed before they meet the value"),
+    (mask_of_the_transpose, "is a mask of transposed scores"),
+]
+
+
 @pytest.mark.everyday(4)
-@pytest.mark.parametrize(
-    ("form", "reason"),
-    [
-        (returned_probabilities, "the attention probabilities have another user"),
-        (returned_scores, "have another user"),
-        (sink, "or a column without a value"),
-        (renormalized, "are changed before they meet the value"),
-        (mixed_heads, "are changed before they meet the value"),
-        (half_hidden, "to zero that the scores do not hide"),
-        (gated_keys, "are changed before they meet the value"),
-        (capped, "aten.tanh.default between the product of query and key and the softmax"),
-        (learned_scale, "scales by something that is not a constant number"),
-        (filled_with_little, "scores are replaced by something that is not a very negative number"),
-        (broadcast_keys, "broadcasts the scores to another shape"),
-        (wide_value, "query, key and value are torch.float32, torch.float32 and torch.float64"),
-        (over_queries, "goes over axis -2, not over the keys"),
-        (over_heads, "goes over axis 1, not over the keys"),
-        (sigmoid, "aten.sigmoid.default makes the weights"),
-        (squared_relu, "aten.relu.default makes the weights"),
-        (masked_softmax_by_hand, "aten.exp.default makes the weights"),
-        (rounded, "are changed before they meet the value"),
-        (rounded_scores, "aten._to_copy.default between the product of query and key and the softmax"),
-        (of_integers, "aten._to_copy.default between the product of query and key and the softmax"),
-        (not_a_number, "scores are replaced by something that is not a very negative number"),
-        (other_heads, "is added to scores of shape (4, 1, 5, 7)"),
-        (one_vector, "query, key or value is a single vector"),
-        (vectors, "are changed before they meet the value"),
-        (mask_of_the_transpose, "is a mask of transposed scores"),
-    ],
-)
+@pytest.mark.parametrize(("form", "reason"), DECLINED)
 def test_declines(form: Callable[..., Any], reason: str) -> None:
     (found,) = declines(NormalizeAttention, prepared(form))
     assert reason in found

@@ -60,20 +60,20 @@ def by_log_softmax(x: Tensor, v: Tensor) -> Tensor:
     return x.log_softmax(-1).exp() @ v
 
 
-@pytest.mark.everyday(4)
-@pytest.mark.parametrize(
-    "form",
-    [
-        by_sum,
-        less_the_largest,
-        less_the_largest_of_all,
-        by_max_and_reciprocal,
-        divided_behind_the_product,
-        over_columns,
-        by_logsumexp,
-        by_log_softmax,
-    ],
+WRITTEN = (
+    by_sum,
+    less_the_largest,
+    less_the_largest_of_all,
+    by_max_and_reciprocal,
+    divided_behind_the_product,
+    over_columns,
+    by_logsumexp,
+    by_log_softmax,
 )
+
+
+@pytest.mark.everyday(4)
+@pytest.mark.parametrize("form", WRITTEN)
 def test_fires(form: Callable[[Tensor, Tensor], Tensor]) -> None:
     inputs = torch.randn(2, 5, 7), torch.randn(2, 7, 4)
     dynamic = ({0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}) if form is by_logsumexp else None
