@@ -31,7 +31,7 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
-from qcompile.onnx.interface import check_interface, name_interface, required_dependence
+from qcompile.onnx.interface import check_interface, complex_notices, name_interface, required_dependence
 from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
@@ -116,6 +116,7 @@ def export_onnx(
     if target == "tensorrt":
         separate_codes(converted.model)
         costs += _not_for_tensorrt(converted.model)
+    costs += complex_notices(program)
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 

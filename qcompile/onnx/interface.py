@@ -5,10 +5,13 @@ from __future__ import annotations
 import onnx_ir
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
+from torch.fx import Node
 
 from passes.dependence import input_dependence
+from passes.legalize.half_kernels import is_complex
 from passes.program import unlift
 from qcompile.errors import ExportError
+from qcompile.messages import some
 from qcompile.signature import interface_problem, output_names, tensor_inputs
 
 
@@ -39,6 +42,18 @@ def name_interface(model: onnx_ir.Model, program: ExportedProgram) -> None:
             value.name = f"{value.name}_value"
     for value, name in wanted.items():
         value.name = name
+
+
+def complex_notices(program: ExportedProgram) -> list[str]:
+    """What files make of complex inputs and outputs, if there are any."""
+    placeholders = program.graph.find_nodes(op="placeholder")
+    inputs = placeholders[len(placeholders) - len(program.graph_signature.user_inputs) :]
+    outputs = [n for n in program.graph.output_node().args[0] if isinstance(n, Node)]
+    names = [name for position, name in tensor_inputs(program) if is_complex(inputs[position])]
+    names += [name for node, name in zip(outputs, output_names(program), strict=True) if is_complex(node)]
+    if not names:
+        return []
+    return [f"ONNX has no complex numbers: the file has {some(names)} as torch.view_as_real gives it, [..., 2]"]
 
 
 def required_dependence(program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:

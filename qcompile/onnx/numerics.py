@@ -111,6 +111,8 @@ def _is_packed(node: Node) -> bool:
 
 def _to_numpy(tensor: torch.Tensor) -> Array:
     tensor = tensor.detach().cpu().contiguous()
+    if tensor.is_complex():  # as files hold it
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.dtype not in _BITS:
         return np.asarray(tensor.numpy())
     carrier, dtype = _BITS[tensor.dtype]

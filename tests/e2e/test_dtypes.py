@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import qcompile
 
@@ -86,6 +88,38 @@ def test_it_is_quantized_and_the_files_agree_and_build(case: str, tmp_path: Path
     pytest.importorskip("tensorrt_rtx", reason="the builder: pip install 'qcompile[tensorrt-rtx]'")
     built = qcompile.build_engine(tmp_path / "tensorrt.onnx", target="sm89", progress=False)
     assert built.gemms["fp8"] == layers
+
+
+COMPLEX: dict[str, Callable[[Model, Tensor, Tensor], object]] = {
+    "input": lambda m, x, z: m.after(m.before(x) + torch.view_as_real(z * m.factors[:10]).flatten(-2)),
+    "output": lambda m, x, z: torch.view_as_complex(m.before(x).unflatten(-1, (-1, 2))) * m.factors[:10].conj(),
+    "both": lambda m, x, z: (m.before(x), z.conj() * (1 - m.factors[:10]), z.transpose(0, 1)),
+    "handed on": lambda m, x, z: (m.before(x), z, m.factors),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPLEX)
+def test_complex_inputs_and_outputs_are_pairs_of_numbers_in_files(case: str, tmp_path: Path) -> None:
+    class Complex(Model):
+        def forward(self, x: Tensor, z: Tensor) -> Any:
+            return COMPLEX[case](self, x, z)
+
+    model = Complex(sinusoid).eval()
+    batch = (torch.randn(2, 10, 64), torch.randn(2, 10, 32, dtype=torch.complex64))
+    want = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tree_leaves(model(*batch))]
+    program = qcompile.quantize(model, batch, calibration=[batch], progress=False)
+    for target in ("portable", "tensorrt"):
+        report = qcompile.export_onnx(program, tmp_path / f"{target}.onnx", target=target, compare=batch)
+        assert report.comparison is not None and report.comparison.worst(1)[0].badness < 0.05
+        assert any("no complex numbers: the file has" in notice for notice in report.notices)
+        session = qcompile.onnx_session(tmp_path / f"{target}.onnx")
+        feed = {"x": batch[0].numpy(), "z": torch.view_as_real(batch[1]).numpy()}
+        results = session.run(None, {node.name: feed[node.name] for node in session.get_inputs()})
+        for got, expected in zip(results, want, strict=True):
+            assert (torch.from_numpy(got) - expected).norm() < 0.1 * expected.norm()
+    pytest.importorskip("tensorrt_rtx", reason="the builder: pip install 'qcompile[tensorrt-rtx]'")
+    assert qcompile.build_engine(tmp_path / "tensorrt.onnx", target="sm89", progress=False).gemms["fp8"]
 
 
 def test_a_layer_without_a_half_kernel_is_named_in_the_report() -> None:
