@@ -15,7 +15,7 @@ import qcompile
 pytest.importorskip("diffusers", reason="the models are diffusers': pip install diffusers")
 pytest.importorskip("onnxruntime", reason="it runs the files: pip install 'qcompile[onnxruntime]'")
 
-from benchmarks import diffusion_models
+from benchmarks import diffusion_models, diffusion_zoo
 from benchmarks.models import Example
 
 ATTENTIONS = {
@@ -146,3 +146,26 @@ def test_models_in_half_precision_keep_it_and_fuse(dtype: torch.dtype, tmp_path:
     assert all(check.passed for check in report.checks)
     built = qcompile.build_engine(tmp_path / "model.onnx", target="sm89", progress=False)
     assert (built.attention.fp8, built.attention.total) == (3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet-sd", "unet-sdxl"])
+def test_unets_differ_from_their_files_by_roundings_alone(name: str, tmp_path: Path) -> None:
+    """In float32 no code of a layer differs, given the program's own inputs; in float16 roundings move some codes by a
+    step, and the file is as near to the model as the program is."""
+    example = diffusion_zoo.MODELS[name]()
+    exact = qcompile.export_onnx(quantize(example, torch.float32), tmp_path / "32.onnx", compare=example.kwargs)
+    assert exact.comparison is not None
+    assert {d.name: d.unequal for d in exact.comparison.differences if d.unequal} == {}
+    assert exact.comparison.worst(1)[0].badness < 1e-5
+
+    program = quantize(example)
+    qcompile.export_onnx(program, tmp_path / "16.onnx", target="portable")
+    session, given = qcompile.onnx_session(tmp_path / "16.onnx"), example.kwargs
+    names = [node.name for node in session.get_inputs()]
+    added = {f"added_cond_kwargs_{key}": value for key, value in given.get("added_cond_kwargs", {}).items()}
+    (file,) = session.run(None, {each: {**given, **added}[each].numpy() for each in names})
+    with torch.no_grad():
+        model, quantized = example.model(**given)[0].numpy(), program.module()(**given)[0].numpy()
+    assert distance(quantized, model) < 0.05
+    assert distance(file, model) < 1.2 * distance(quantized, model)
