@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ app = cyclopts.App(help=__doc__)
 LIMIT = 240  # seconds of CPU time for one model
 CLOSE = 0.02  # relative difference of ONNX Runtime's outputs from the program's; float16 sums in another order
 STAGES = ("example", "torch.export", "quantize", "tensorrt", "portable", "lists", "onnxruntime", "build", "done")
+OUTCOMES = ("not captured", "nothing for the recipe", "refused", "done")  # the first: by plain torch.export
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Row:
 
     Attributes:
         stage: the first of `STAGES` that failed, or `done`.
+        outcome: one of `OUTCOMES`.
         error: what was said, its first line; `kind` is the class of the exception.
         coverage: of the file for TensorRT, as in its report. kernels: of the engine.
         difference: of ONNX Runtime from the program, relative, over all floating-point outputs.
@@ -55,26 +58,13 @@ class Row:
 
     name: str
     stage: str = "example"
+    outcome: str = "not captured"
     kind: str = ""
     error: str = ""
     coverage: dict[str, Any] = field(default_factory=dict)
     kernels: int | None = None
     difference: float | None = None
     seconds: float = 0.0
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether plain torch.export takes the model, so that we are asked to."""
-        return STAGES.index(self.stage) > STAGES.index("torch.export")
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether there is something in it that the recipe quantizes."""
-        return self.is_captured and not (self.kind == "RecipeError" and "quantizes nothing of this model" in self.error)
-
-    @property
-    def is_done(self) -> bool:
-        return self.stage == "done"
 
 
 def measure(architecture: Architecture, recipe: str, target: str) -> Row:
@@ -87,6 +77,8 @@ def measure(architecture: Architecture, recipe: str, target: str) -> Row:
     except Exception as error:  # whatever it is, it is the result
         row.kind = type(error).__name__ if isinstance(error, qcompile.QCompileError) else f"raw {type(error).__name__}"
         row.error = (str(error).strip() or row.kind).partition("\n")[0][:400]
+        nothing = isinstance(error, qcompile.errors.RecipeError) and "quantizes nothing of this model" in row.error
+        row.outcome = OUTCOMES[1] if nothing else row.outcome
     row.seconds = round(time.process_time() - start, 1)
     return row
 
@@ -95,7 +87,7 @@ def _stages(architecture: Architecture, row: Row, recipe: str, target: str, fold
     example = architecture.example()
     row.stage = "torch.export"
     linears = _linears(torch.export.export(example.model, example.args, example.kwargs, strict=False))
-    row.stage = "quantize"
+    row.stage, row.outcome = "quantize", "refused"
     program = example.quantized(recipe=recipe)
     row.stage = "tensorrt"
     report = qcompile.export_onnx(program, folder / "tensorrt.onnx", target="tensorrt")
@@ -118,7 +110,7 @@ def _stages(architecture: Architecture, row: Row, recipe: str, target: str, fold
             )
     row.stage = "build"
     row.kernels = qcompile.build_engine(folder / "tensorrt.onnx", target=target, progress=False).kernels
-    row.stage = "done"
+    row.stage = row.outcome = "done"
 
 
 def _linears(program: ExportedProgram) -> list[str]:
@@ -172,7 +164,7 @@ def in_child(architecture: Architecture, recipe: str, target: str) -> Row:
     except EOFError:  # the child ended without a word
         child.join()
         said = f"the process ended with exit code {child.exitcode}, within {LIMIT} s of CPU time"
-        return Row(architecture.name, "quantize", "crash", said)
+        return Row(architecture.name, "quantize", "refused", "crash", said)
     finally:
         child.join()
 
@@ -183,14 +175,9 @@ def run(architectures: Sequence[Architecture], recipe: str, target: str, jobs: i
 
 
 def summary(rows: Sequence[Row]) -> str:
-    captured = [row for row in rows if row.is_captured]
-    asked = [row for row in captured if row.is_asked]
-    done = [row for row in asked if row.is_done]
-    share = len(done) / len(asked) if asked else 0.0
-    return (
-        f"{len(rows)} architectures, {len(captured)} captured by torch.export, {len(asked)} of them with layers for"
-        f" the recipe; exported, verified and built: {len(done)}, {share:.1%}"
-    )
+    counts = Counter(row.outcome for row in rows)
+    asked = counts["done"] + counts["refused"]
+    return f"{len(rows)} architectures: {dict(counts)}; {counts['done'] / max(asked, 1):.1%} of {asked} done"
 
 
 @app.default
@@ -218,7 +205,7 @@ def main(
     old = {r["name"]: Row(**r) for r in json.loads(path.read_text())["results"]} if path.exists() else {}
     chosen = [a for a in ARCHITECTURES if only is None or any(fnmatchcase(a.name, glob) for glob in only)]
     if failed:
-        chosen = [a for a in chosen if a.name not in old or not old[a.name].is_done]
+        chosen = [a for a in chosen if a.name not in old or old[a.name].outcome != "done"]
     order = [architecture.name for architecture in ARCHITECTURES]
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -229,7 +216,7 @@ def main(
         record.write("sweep", [asdict(row) for row in rows], path, recipe=recipe, target=target)
     rows = [old[name] for name in order if name in old]
     print(summary(rows))
-    return int(any(row.is_asked and not row.is_done for row in rows))
+    return int(any(row.outcome == "refused" for row in rows))
 
 
 if __name__ == "__main__":
