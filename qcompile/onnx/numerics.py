@@ -40,6 +40,8 @@ _LAYER_ENDS = (
     *(aten.gelu.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.softmax.int),
     *(aten.sin.default, aten.cos.default, aten.exp.default),
 )
+# What these choose by is an end as well: of numbers that are nearly equal two runtimes choose another one.
+_CHOICES = (aten.argmin.default, aten.argmax.default, aten.topk.default, aten.sort.default)
 _BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
     torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
@@ -94,6 +96,10 @@ def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -
     for node, original in zip(gm.graph.nodes, program.graph.nodes, strict=True):  # a copy can have another name
         if is_call(node, *_LAYER_ENDS) and not _is_packed(node):
             names[node].append(original.name)
+        if is_call(node, *_CHOICES):
+            chosen_by, named = node.args[0], original.args[0]
+            assert isinstance(chosen_by, Node) and isinstance(named, Node)
+            names[chosen_by].append(named.name)
     results = (node for node in gm.graph.output_node().args[0] if node is not None)  # type: ignore[union-attr]
     for node, value in zip(results, model.graph.outputs, strict=True):
         assert isinstance(node, Node)

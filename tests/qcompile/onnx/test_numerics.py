@@ -95,3 +95,26 @@ def test_a_batch_that_does_not_fit(program: torch.export.ExportedProgram, tmp_pa
     with pytest.raises(CalibrationError, match=r"the batch is called as model\(x=Tensor\)"):
         qcompile.export_onnx(program, tmp_path / "m.onnx", compare={"x": X})
     assert not list(tmp_path.iterdir())
+
+
+class Codebook(nn.Module):
+    """The entry of a codebook that is nearest to each vector: of two that are as near, the dtype decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.after = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.entries = nn.Embedding(256, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, entries = self.layer(x), self.entries.weight
+        distances = (y[..., None, :] - entries).square().sum(-1)
+        result: Tensor = self.after(self.entries(distances.argmin(-1)))
+        return result
+
+
+def test_what_is_chosen_is_chosen_by_the_numbers_of_the_program(tmp_path: Path) -> None:
+    program = qcompile.quantize(Codebook().eval(), (X,), recipe="fp8", calibration=[X], progress=False)
+    comparison = qcompile.export_onnx(program, tmp_path / "m.onnx", target="portable", compare=X).comparison
+    assert comparison is not None
+    assert max(d.elements for d in comparison.differences) == 2 * 32 * 256  # the distances end a layer
+    assert comparison["embedding"].relative_l2 == 0
