@@ -50,6 +50,7 @@ from passes.normalize.complex import ComplexToReal
 from passes.normalize.computed_weights import ComputedWeightsToConstants
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
+from passes.normalize.flags import BitsToLogic
 from passes.normalize.flex_attention import SpellOutFlexAttention
 from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.linear import NormalizeLinear
@@ -77,6 +78,7 @@ NORMALIZE: Pipeline = (
     RemoveNoOps,
     ComplexToReal,
     PlainSpellings,
+    BitsToLogic,
     MaskedWritesToWhere,
     ScattersToConcat,
     ComputedWeightsToConstants,

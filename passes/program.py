@@ -30,6 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constants import constant
 from passes.errors import PassError
+from passes.graph import TRANSPARENT, aten, strip
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import copied_graph
 from passes.symbols import separate
@@ -42,6 +43,28 @@ _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT
 def written_tensors(program: ExportedProgram) -> list[str]:
     """Names of the buffers, parameters and inputs that a functional program writes to when it runs."""
     return [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind in _MUTATIONS]
+
+
+def drop_idle_writes(program: ExportedProgram) -> None:
+    """Leave out what `program` writes to a buffer that is the buffer itself, moved or cast, in place.
+
+    `self.table = self.table.to(x.dtype)` is such a write. What reads it gets the same numbers without it, as casting
+    twice is casting once.
+    """
+    output, signature = program.graph.output_node(), program.graph_signature
+    names = {str(spec.target): spec.arg.name for spec in signature.input_specs if spec.kind in _CONSTANT_KINDS}
+
+    def is_idle(spec: OutputSpec, value: Any) -> bool:
+        source = strip(value, *TRANSPARENT, aten._to_copy.default) if spec.kind in _MUTATIONS else None
+        return source is not None and source.name == names.get(str(spec.target))
+
+    results = zip(signature.output_specs, output.args[0], strict=True)
+    kept = [(spec, value) for spec, value in results if not is_idle(spec, value)]
+    if len(kept) < len(signature.output_specs):
+        signature.output_specs[:] = [spec for spec, _ in kept]
+        output.args = (tuple(value for _, value in kept),)
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
 
 
 def unlift(program: ExportedProgram, *, sink: bool = True) -> GraphModule:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from passes.program import separated, written_tensors
+from passes.program import drop_idle_writes, separated, written_tensors
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs
@@ -58,6 +58,7 @@ def capture(
                 program = _export(inner, *copies, shapes)
                 functional = _functional(program, inner)
     check_inference(functional, exported=isinstance(model, ExportedProgram))
+    drop_idle_writes(functional)
     _check_pure(functional)
     return functional
 

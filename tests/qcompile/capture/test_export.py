@@ -171,3 +171,29 @@ def test_returns_an_exported_program_that_is_functional() -> None:
     program = capture(nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace=True)), (X,))
     assert isinstance(program, ExportedProgram)
     assert all(not n.target._schema.is_mutable for n in program.graph.nodes if n.op == "call_function")
+
+
+class Moved(nn.Module):
+    """Assigns a table to itself, as CTRL does; or what is another one, then."""
+
+    def __init__(self, another: bool) -> None:
+        super().__init__()
+        self.layer, self.another = nn.Linear(4, 4), another
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.table.to(x.dtype) + 1 if self.another else self.table.to(x.dtype)
+        result: Tensor = self.layer(x) + self.table
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_buffer_that_is_assigned_to_itself_is_not_written(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, dtype=dtype)
+    model = Moved(another=False).eval()
+    model.layer.to(dtype)
+    program = capture(model, (x,))
+    assert [spec.kind.name for spec in program.graph_signature.output_specs] == ["USER_OUTPUT"]
+    assert torch.equal(program.module()(x), model(x))
+    with pytest.raises(CaptureError, match="writes to table"):
+        capture(Moved(another=True).eval(), (torch.randn(2, 4),))
