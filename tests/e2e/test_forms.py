@@ -13,16 +13,8 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import qcompile
-from tests.passes.normalize.test_attention import (
-    DECLINED,
-    FORMS,
-    Eager,
-    inputs,
-    mixed_heads,
-    not_a_number,
-    of_integers,
-    one_vector,
-)
+from tests.passes.normalize import test_attention as forms
+from tests.passes.normalize.test_attention import DECLINED, FORMS, Eager, inputs
 from tests.passes.normalize.test_complex import FACTORS, Rotary
 from tests.passes.normalize.test_flex_attention import UNDERSTOOD, K, Q, V
 from tests.passes.normalize.test_softmax import WRITTEN, Written
@@ -79,8 +71,10 @@ class Forms(nn.Module):
 def models() -> dict[str, tuple[Forms, tuple[Tensor, ...], int]]:
     """Name -> model, inputs, and how many attentions are found in it."""
     side, qkv = torch.randn(2, 16), tuple(torch.randn(2, n, 4, 8) for n in (5, 7, 7))
-    # heads are mixed by linear layers, which are quantized; TensorRT has no softmax of one axis, no product of integers
-    left = (not_a_number, mixed_heads, of_integers, one_vector)
+    # heads are mixed by linear layers, which are quantized; TensorRT has no softmax of one axis, product of integers,
+    # or cast to FP8
+    left = {forms.not_a_number, forms.mixed_heads, forms.one_vector, forms.of_integers}
+    left |= {forms.rounded, forms.rounded_scores}
     declined = [form for form, _ in DECLINED if form not in left]
     rotary = torch.randn(2, 5, 8), torch.tensor([0, 3, 1, 2, 5])
     return {
