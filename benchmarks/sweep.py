@@ -121,9 +121,13 @@ def _linears(program: ExportedProgram) -> list[str]:
 
 
 def _check_lists(report: qcompile.Report, linears: Sequence[str]) -> None:
-    """Raises AssertionError naming the linear layers that the report does not know."""
+    """Raises AssertionError naming the linear layers that the report does not know.
+
+    A module that multiplies with a parameter, or with pieces of one, is known by these: `hc.fn`, `in_proj.rows_0_64`.
+    """
     known = {*report.quantized, *report.unquantized, *(decline.module for decline in report.declined)}
-    parts = {part for name in known for part in name.replace("+", " ").split()}
+    paths = [path for name in known for path in name.replace("+", " ").split()]
+    parts = {path.rsplit(".", levels)[0] for path in paths for levels in range(3)}
     missing = [name for name in linears if not any(part == name or part.endswith(f".{name}") for part in parts)]
     if missing:
         raise AssertionError(f"in no list of the report: {', '.join(missing[:8])}")
