@@ -62,7 +62,6 @@ FACTORS: dict[str, Callable[[Rotary, Tensor, Tensor], Tensor]] = {
     "padded": lambda m, x, p: nn.functional.pad(m.table[p, :3], (0, 1), value=2.0),
     "created": lambda m, x, p: torch.full((5, 4), 1 + 1j) * torch.ones_like(m.table[p]) + torch.ones(4) * 1j,
     "where numbers": lambda m, x, p: torch.where(p[:, None] > 2, m.inv_freq + 0j, 1j),
-    "linear": lambda m, x, p: nn.functional.linear(m.table[p], m.table[:4]),
 }
 
 
