@@ -77,6 +77,7 @@ def test_a_wrong_variant_is_not_timed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert failed["status"] == "failed" and failed["detail"] == "RuntimeError: no kernel image"
 
 
+@pytest.mark.slow
 def test_without_time_rows_are_skipped_and_resumed(tmp_path: Path) -> None:
     output, chosen = tmp_path / "gpu.json", ("--only", "dit/16", "--variants", "bf16-*")
     code, written = run(output, *chosen, "--minutes", "0")

@@ -89,7 +89,7 @@ def test_everything_is_quantized_and_files_agree(name: str, tmp_path: Path) -> N
         assert report.coverage == coverage and not report.unquantized and not report.declined
         session = qcompile.onnx_session(tmp_path / "m.onnx")
         inputs = {each.name: value.numpy() for each, value in zip(session.get_inputs(), (X, MEMORY), strict=True)}
-        assert error(session.run(None, inputs)[0], want) < 0.02
+        assert error(session.run(None, inputs)[0], want) < 0.04  # codes flip
 
 
 @pytest.mark.slow

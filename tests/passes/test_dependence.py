@@ -53,7 +53,7 @@ def last(function: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> tuple[b
     return result in fixed_nodes(gm), input_dependence(gm)[0]
 
 
-@pytest.mark.everyday(8)
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", FIXED)
 def test_sizes_are_no_values(name: str, dynamic: bool) -> None:

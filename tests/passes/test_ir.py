@@ -36,6 +36,7 @@ def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 SCALES = [SCALAR, torch.rand(6, 1) + 0.1]
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("fmt", ["fp8", "int8"])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("scale", SCALES, ids=["tensor", "channel"])

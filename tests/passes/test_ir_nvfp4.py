@@ -123,6 +123,7 @@ def test_the_largest_magnitude_is_exact() -> None:
 FAKE = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("shape", [(3, 32), (2, 3, 16)], ids=str)
 def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -157,6 +157,7 @@ def test_quantize_points_to_import() -> None:
         qcompile.quantize(with_float_dtype(), (X,), recipe="fp8_per_channel_per_token", progress=False)
 
 
+@pytest.mark.slow
 def test_the_model_is_not_changed() -> None:
     model = with_float_dtype()
     before = {name: _bytes(tensor).clone() for name, tensor in model.state_dict().items()}
@@ -166,6 +167,7 @@ def test_the_model_is_not_changed() -> None:
     assert all(torch.equal(_bytes(tensor), before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_cast_of_the_model_leaves_codes_and_scales(dtype: torch.dtype) -> None:
     model = with_float_dtype()

@@ -238,6 +238,7 @@ def test_random_masks(seed: int, density: float, kind: str) -> None:
     assert float((found - wanted).norm()) <= 0.1 * float(wanted.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "recipe", "target"),
     [

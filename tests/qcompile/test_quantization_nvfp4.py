@@ -93,6 +93,7 @@ def test_bytes_and_scales_of_weights_are_those_of_the_oracle(model: Block, progr
         np.testing.assert_array_equal(bits(state[f"{name}.weight_block_scale"]), bits(scales))
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("width", [64, 96, 176])
 def test_bytes_of_a_rotated_weight_are_those_of_its_rotation_in_float32(width: int) -> None:
     layer = nn.Linear(width, 8, bias=False).half()
@@ -124,7 +125,7 @@ def test_activations_under_a_global_scale_need_calibration(model: Block) -> None
         quantize(model, X, recipe="nvfp4", calibration=None)
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_values_are_near_the_model(model: Block, dtype: torch.dtype | None, rotate: bool) -> None:

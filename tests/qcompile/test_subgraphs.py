@@ -213,6 +213,7 @@ class Attention(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_an_attention_in_a_branch(tmp_path: Path) -> None:
     program = quantized(Holder(cond, Attention()))
     report = qcompile.export_onnx(program, tmp_path / "m.onnx", target="portable")
@@ -282,6 +283,7 @@ def test_engines(held: Held, recipe: str, dtype: torch.dtype, tmp_path: Path) ->
     assert engine.gemms[recipe] >= 3 and engine.gemms["half"] == engine.gemms["float"] == 0
 
 
+@pytest.mark.slow
 def test_a_graph_in_a_loop_runs_and_is_named_by_the_export(tmp_path: Path) -> None:
     program = quantized(model := Holder(loop_of_conds))
     assert len(list(all_calls(unlift(program), QUANTIZE))) == 4

@@ -67,7 +67,7 @@ def declined(program: ExportedProgram) -> dict[str, str]:
     return {d.module: d.reason for d in record_of(program).declined if d.pass_name == "Calibration"}
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "nvfp4"])
 def test_an_expert_without_tokens_stays_unquantized(recipe: str, caplog: pytest.LogCaptureFixture) -> None:
     model = Mixture().eval()

@@ -76,7 +76,7 @@ def test_scales_zero_points_and_ranges(data: st.DataObject) -> None:
     assert not Pt2eToQdq()(gm).modified
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("zero_point", [0, 95, 128])
@@ -217,7 +217,7 @@ class Codes(nn.Module):
         return result + 1
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("module", "reason"),
     [(Measured(), "zero point at run time"), (Groups(), "not a form"), (Codes(), "reads codes"),

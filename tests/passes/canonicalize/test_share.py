@@ -91,6 +91,7 @@ def test_quantizers_that_measure_the_same_become_one() -> None:
     assert (count(gm, QUANTIZE), count(gm, DEQUANTIZE)) == (1, 1)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     "layers",
     [

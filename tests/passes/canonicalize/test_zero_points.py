@@ -79,7 +79,7 @@ def test_another_reader_keeps_the_shifted_values() -> None:
     assert count(gm, aten.sub.Tensor) == 1
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("weight", ["computed", "measured", "blocks", "stored blocks", "bias"])
 def test_a_weight_or_bias_that_is_computed_is_left(weight: str) -> None:
     (reason,) = declines(MoveZeroPoints, graph_of(Shifted(0.7, weight=weight), X))

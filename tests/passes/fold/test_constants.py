@@ -34,7 +34,7 @@ class Layout(nn.Module):
         return (x + y.sum(), *((self.w.sin(),) if self.shared else ()))
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_folded(layout: str, shared: bool) -> None:

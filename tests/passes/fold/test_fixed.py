@@ -72,6 +72,7 @@ def fused(queries: bool, project: bool, **options: Any) -> GraphModule:
     return gm
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize("queries", [False, True])
 def test_operands_of_attention_are_stored_as_codes(queries: bool, project: bool) -> None:

@@ -11,6 +11,7 @@ from passes.legalize.group_norm import LengthenGroupNorm
 from tests.passes.support import DYNAMIC, declines, graph_of, only_call, rewrites
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC},)])
 def test_rows_get_a_length(affine: bool, dynamic: object) -> None:

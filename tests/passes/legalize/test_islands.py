@@ -156,7 +156,7 @@ class Front(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.everyday(5)
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("target", [torch.float16, torch.bfloat16])
 def test_what_has_no_half_kernel_runs_in_float32_and_is_named(name: str, target: torch.dtype) -> None:

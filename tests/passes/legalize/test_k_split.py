@@ -45,7 +45,7 @@ class Shared(nn.Module):
         return self.a(x), self.b(self.b(x)), x.sin()
 
 
-@pytest.mark.everyday(6)
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("width", [256, 192, 100])
 @pytest.mark.parametrize("bias", [False, True])
@@ -80,6 +80,7 @@ def test_the_form_that_fuses() -> None:
 
 
 # a norm, an activation function with a few large values, K and N that are no multiples of 128, and many blocks
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(("rows", "width", "columns"), [(64, 256, 256), (7, 192, 200), (33, 100, 70), (16, 2048, 384)])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_half_precision_against_the_oracle(rows: int, width: int, columns: int, outliers: bool) -> None:
@@ -146,7 +147,7 @@ def test_another_reader_keeps_the_blocks() -> None:
     assert (count(gm, DYNAMIC_QUANTIZE), count(gm, aten.linear.default), count(gm, aten.matmul.default)) == (1, 1, 1)
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("joint", [False, True], ids=["own rows", "same rows"])
 @pytest.mark.parametrize("width", [256, 192])
 @pytest.mark.parametrize("bias", [False, True])

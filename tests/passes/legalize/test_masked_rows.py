@@ -113,6 +113,7 @@ class Constant(nn.Module):
         return scaled_dot_product_attention(x, x, x, window if self.mask is None else self.mask)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_mask_of_sizes_needs_no_data(dynamic: bool) -> None:
     shapes: Any = ({2: DYNAMIC},) if dynamic else None

@@ -73,7 +73,7 @@ def test_experts_have_a_bias_each(bias: bool) -> None:
     assert count(gm, BATCHED_LINEAR) == count(gm, QUANTIZE) == 1
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("fmt", [FP8_PER_TOKEN, FP8, INT8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_readers_get_the_values(fmt: Format, dtype: torch.dtype) -> None:

@@ -73,6 +73,7 @@ def test_a_loop_over_experts() -> None:
     assert count(gm, aten.index.Tensor, aten.index_add.default) == 0
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("quantized", ["fp8", "fp8 per token"])
 def test_a_loop_over_quantized_experts(quantized: str) -> None:
     gm = graph_of(Loop(), X)
@@ -139,6 +140,7 @@ def test_columns_that_are_counted_from_the_end() -> None:
     rewrites(PickedRowsToAll, graph_of(Last(), X, mask), X, mask, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("function", PICKS.values(), ids=PICKS.keys())
 def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     gm = graph_of(Picks(function), X)
@@ -150,6 +152,7 @@ def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> 
     assert count(gm, aten.index_put.default) == 0
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     "function",
     [

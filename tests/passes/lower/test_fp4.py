@@ -86,6 +86,7 @@ def test_every_tie_and_neighbour_against_ml_dtypes() -> None:
     np.testing.assert_array_equal(got.detach().numpy(), blocks.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 5),
     blocks=st.integers(1, 4),
@@ -106,6 +107,7 @@ def test_nan_and_infinity_in_activations() -> None:
     rewrites(RoundFp4Activations, gm, x)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("axes", [{0: DYNAMIC}, {1: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}], ids=str)
 def test_dynamic_batch_and_length(axes: dict[int, Any]) -> None:
     gm = quantized(Fork(), torch.randn(2, 3, 48), dynamic_shapes=(axes,))
@@ -128,6 +130,7 @@ def test_other_formats_stay() -> None:
     assert declines(DecodeFp4Weights, gm) == []
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 9), blocks=st.integers(1, 5), seed=st.integers(0, 99))
 def test_weights_are_the_same_numbers(rows: int, blocks: int, seed: int) -> None:
     """Read through unit vectors, so that no sum hides anything."""

@@ -47,7 +47,7 @@ def oracle(x: Tensor, module: nn.Linear, weight: Quantizer, input: Quantizer) ->
     return result if module.bias is None else result + module.bias.detach().double().numpy()
 
 
-@pytest.mark.everyday(24)
+@pytest.mark.everyday(8)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("input", [STATIC, MEASURED, TOKENS], ids=["static", "measured", "tokens"])

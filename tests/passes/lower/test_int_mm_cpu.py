@@ -73,6 +73,7 @@ FORMS = {
 }
 
 
+@pytest.mark.everyday(8)
 @pytest.mark.parametrize("activation", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("lead", [(2, 3), (5,), (), (2, 2, 3)], ids=str)
@@ -86,6 +87,7 @@ def test_codes_are_multiplied_as_integers(lead: tuple[int, ...], per_channel: bo
     assert "int_mm" in kernel.kernel
 
 
+@pytest.mark.slow
 @given(
     m=st.integers(1, 9),
     k=st.integers(2, 70),
@@ -131,6 +133,7 @@ def test_half_precision_within_two_units_of_the_accumulation(form: str, dtype: t
     torch.testing.assert_close(after.float(), before.float(), rtol=0.0, atol=2 * unit)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("axes", [{0: DYNAMIC}, {1: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch_and_length(form: str, axes: dict[int, Any]) -> None:

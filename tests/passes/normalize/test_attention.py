@@ -281,7 +281,7 @@ FORMS = (
 )
 
 
-@pytest.mark.everyday(8)
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("form", FORMS)
 def test_fires(form: Callable[..., Tensor]) -> None:
     args = inputs()

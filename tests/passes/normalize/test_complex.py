@@ -65,7 +65,7 @@ FACTORS: dict[str, Callable[[Rotary, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.everyday(7)
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("factors", FACTORS)
 def test_rotary_embeddings_become_real_arithmetic(factors: str) -> None:
     x, positions = torch.randn(2, 5, 8), torch.tensor([0, 3, 1, 2, 5])
@@ -103,6 +103,7 @@ def test_a_half_is_never_a_complex_half() -> None:
     assert_close(run(gm, x)[0].float(), torch.view_as_real(wide * wide), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "function",
     [

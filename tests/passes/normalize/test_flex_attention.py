@@ -71,7 +71,7 @@ UNDERSTOOD: dict[str, Flex] = {
 }
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("model", UNDERSTOOD.values(), ids=UNDERSTOOD.keys())
 def test_becomes_the_neutral_attention(model: Flex) -> None:
     gm = graph_of(model, Q, K, V)

@@ -69,6 +69,7 @@ def test_fires(repeat: object) -> None:
     assert [n.meta["val"].shape[1] for n in (attention.q, attention.k, attention.v)] == [4, 2, 2]
 
 
+@pytest.mark.slow
 @settings(max_examples=8)  # each is an export
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 4))
 def test_any_number_of_heads(batch: int, kv_heads: int, times: int) -> None:

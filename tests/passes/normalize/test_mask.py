@@ -216,6 +216,7 @@ def test_declines_a_constant_bias_but_not_for_being_zero_in_training() -> None:
     assert reasons == ["the mask is an additive bias that does not depend on the input"]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("dynamic", "batch"), [(False, 2), (False, 1), (True, 2)])
 def test_padding_lookup_becomes_unsqueeze(dynamic: bool, batch: int) -> None:
     def padded(q: Tensor, padding: Tensor) -> Tensor:
@@ -247,6 +248,7 @@ def test_a_lookup_that_is_no_range_stays(reverse: Callable[[int], Tensor]) -> No
     assert declines(NormalizeAttentionMask, prepared(shuffled)) == []
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_causal_with_padding_keeps_both(dynamic: bool) -> None:
     def both(q: Tensor, padding: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ WRITES: dict[str, Write] = {
 }
 
 
-@pytest.mark.everyday(6)
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 def test_writes_become_a_choice(write: Write) -> None:
     model = Merge(write)
@@ -112,6 +112,7 @@ def test_too_many_rows_are_an_error_where_they_were() -> None:
         run(gm, torch.zeros(12, 3), mask, torch.zeros(12, 3))
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "write",
     [

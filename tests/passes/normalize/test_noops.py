@@ -71,7 +71,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_keeps_what_does_something(name: str) -> None:
     gm = graph_of(Apply(lambda x: OPERATIONS[name](x.relu()).neg()), torch.randn(2, 3, 4))

@@ -71,7 +71,7 @@ PROMOTED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.everyday(9)
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("name", PROMOTED)
 def test_operands_get_the_dtype_that_torch_computes_in(name: str) -> None:
     dynamic = {0: DYNAMIC} if name not in ("ints", "loss") else None

@@ -56,7 +56,7 @@ def normalized(module: nn.Module, x: Tensor, **options: Any) -> GraphModule:
     return gm
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -60,6 +60,7 @@ def once(y: Tensor, x: Tensor) -> None:
     y[..., :4] = x
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("fill", [two, backwards, expanded])
 def test_pieces_side_by_side_are_concatenated(fill: Callable[[Tensor, Tensor], None]) -> None:
     gm = graph_of(Fill(fill), torch.randn(2, 3, 4), dynamic_shapes=({0: DYNAMIC},))

@@ -117,6 +117,7 @@ def a_number(x: Tensor, v: Tensor) -> Tensor:
     return e / e.sum(0, keepdim=True) + v
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "form",
     [no_keepdim, another_summand, another_user, the_product_is_read_twice, a_vector_of_values, a_number],

@@ -53,6 +53,7 @@ def factors(gm: GraphModule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in gm.named_buffers() if name.startswith("hadamard")}
 
 
+@pytest.mark.slow
 @given(
     width=st.sampled_from([4, 12, 64, 52, 96, 304, 528, 576, 624, 768, 1408]),
     lead=st.lists(st.integers(1, 3), max_size=3),

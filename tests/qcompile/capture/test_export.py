@@ -103,6 +103,7 @@ def test_an_exported_program_is_taken_and_not_changed() -> None:
     torch.testing.assert_close(captured.module()(three), program.module()(three))
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dim", [Dim("batch"), Dim.DYNAMIC, Dim.AUTO])
 def test_dynamic_shapes(dim: Any) -> None:
     program = capture(nn.Linear(16, 8), (X,), dynamic_shapes=({0: dim},))

@@ -35,7 +35,7 @@ class Two(nn.Module):
 MODEL = Two().eval()
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [((X, X), {}), ((X,), {"y": X}), ((), {"x": X, "y": X}), ((X, [X]), {}), ((X, {"y": X}), {})],
@@ -67,6 +67,7 @@ def test_overlapping_views_are_inputs_of_their_own() -> None:
     torch.testing.assert_close(capture(MODEL, (rows[:4], rows[2:])).module()(X, Y), MODEL(X, Y))
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
 def test_quantize_calibrate_and_import_keep_both_inputs(recipe: str) -> None:
     program = qcompile.quantize(MODEL, (X, X), recipe=recipe, calibration=[(X, Y)], dtype=torch.float32, progress=False)

@@ -75,7 +75,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[Tensor, ...], list[bool]]] = {
 }
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_masks_without_a_word_of_what_they_are(name: str) -> None:
     model, args, is_causal = MODELS[name]

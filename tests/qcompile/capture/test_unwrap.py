@@ -56,6 +56,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_is_taken_off(name: str, group: None, caplog: pytest.LogCaptureFixture) -> None:
     model = Net().eval()

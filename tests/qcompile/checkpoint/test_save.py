@@ -96,7 +96,7 @@ def test_siblings_and_the_experts_of_a_mixture_share_their_global_scale(tmp_path
     assert len(gate_up) == 1 and len(down) == 1 and gate_up != down
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("format", "recipe"),
     [("modelopt", "fp8"), ("modelopt", "nvfp4"), ("compressed-tensors", "fp8"), ("compressed-tensors", "nvfp4")],

@@ -111,6 +111,7 @@ MODELOPT = [
 ]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("recipe", "theirs"), MODELOPT)
 @pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=SLOW)])
 def test_model_optimizer_writes_the_same(tmp_path: Path, family: str, recipe: str, theirs: str) -> None:

@@ -121,6 +121,7 @@ def pruned(linear: torch.nn.Linear) -> None:
     linear.weight_orig.data *= 2  # what is trained
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize(
     "compute",
     [

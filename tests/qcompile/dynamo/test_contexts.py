@@ -260,6 +260,7 @@ def test_inputs_that_are_written_to() -> None:
     assert_same(out["new"], X * 2 + 1)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_views_and_aliased_results(target: str) -> None:
     model = nn.Linear(16, 16)
@@ -498,6 +499,7 @@ def test_numbers_under_another_default_dtype() -> None:
     assert_same(result, expected)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_fast_path_of_an_encoder_layer(norm_first: bool) -> None:
     """Without gradients torch has one operator for it, in which no pass would find a linear layer."""
@@ -513,6 +515,7 @@ _PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 _CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(
     "masks",
     [

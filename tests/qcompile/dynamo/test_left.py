@@ -233,6 +233,7 @@ class Nested(nn.Module):
         return self.lm_head(self.inner(self.first(x)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_layers_around_a_recurrent_one_are_quantized(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = Recurrent(kind)

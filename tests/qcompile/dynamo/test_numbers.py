@@ -31,6 +31,7 @@ def _compare(recipe: str, k: int, n: int, rows: int, dtype: torch.dtype) -> None
         assert (found - expected).norm() <= 0.5 * (expected - exact).norm() + 1e-2 * expected.norm()
 
 
+@pytest.mark.slow
 def test_a_cut_block() -> None:
     """Inductor splits loops at block ends, and left out what is behind the last whole one."""
     _compare("fp8_block", 192, 130, 34, torch.float32)

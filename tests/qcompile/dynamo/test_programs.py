@@ -40,7 +40,7 @@ def program(recipe: Any = "fp8", dtype: torch.dtype = torch.float32) -> Any:
     ).module()  # fmt: skip
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_a_program_of_each_recipe_computes_the_same(recipe: str) -> None:
     module = program(recipe)

@@ -83,6 +83,7 @@ def test_static_then_dynamic_then_no_more() -> None:
     assert len(qcompile.explain(run).graphs) == 3
 
 
+@pytest.mark.slow
 def test_sizes_one_and_zero() -> None:
     """Dynamo compiles sizes 0 and 1 apart."""
     model = Block().eval()
@@ -95,6 +96,7 @@ def test_sizes_one_and_zero() -> None:
     assert run(torch.randn(0, 8, 32)).shape == (0, 8, 32)
 
 
+@pytest.mark.slow
 def test_marked_dynamic_compiles_once() -> None:
     model = Block().eval()
     run, judge = compiled(model, DYNAMIC), program_of(model)

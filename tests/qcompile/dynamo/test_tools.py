@@ -220,6 +220,7 @@ def test_modelopt_with_gradients_on_and_through_inductor() -> None:
         assert_same(compiled(model, None, target="inductor")(X), imported(model, X))
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("padded", [False, True])
 def test_modelopt_in_encoder_layers_of_torch_without_gradients(padded: bool) -> None:
     """torch's one operator for such a layer reads the weights past their quantizers, in eager mode, too."""

@@ -171,7 +171,7 @@ CHANGES: list[Callable[[Mlp], None]] = [
 ]
 
 
-@pytest.mark.everyday(6)
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_seen_at_the_next_call(change: Callable[[Mlp], None]) -> None:
     model = Mlp()
@@ -431,6 +431,7 @@ class Wide(nn.Module):
 WIDE = torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.slow
 def test_codes_are_kept_once_for_all_graphs_of_a_weight() -> None:
     model = Wide()
     run = compiled(model)

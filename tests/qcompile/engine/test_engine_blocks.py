@@ -21,7 +21,7 @@ def gemms(report: qcompile.EngineReport) -> dict[str, int]:
     return {precision: count for precision, count in report.gemms.items() if count}
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["sm89", "sm120"])
 @pytest.mark.parametrize("hidden", [384, 200])
 def test_k_split_products_are_fp8_gemms(target: str, hidden: int) -> None:
@@ -49,7 +49,7 @@ def test_many_blocks() -> None:
     assert gemms(qcompile.build_engine(program, target="sm89", progress=False)) == {"fp8": 1}
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("recipe", "options"), [("fp8_block", {"block_fp8": "per_channel"}), ("fp8_per_channel_per_token", {})]
 )

@@ -59,7 +59,7 @@ def test_weights_only_multiply_in_half_precision(tmp_path: Path) -> None:
     assert len(report.not_low_precision) == 2
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("options", [{}, {"rotate": True}, {"weight_only": True}], ids=str)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_a_gpu_without_fp4_is_refused_before_the_build(

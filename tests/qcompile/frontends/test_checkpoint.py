@@ -111,6 +111,7 @@ def test_compressed_tensors_is_what_transformers_dequantizes(kind: str, scheme: 
     assert_reads_like(model, judge, equal=True)
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("kind", [*MODELS, "mixtral"])
 @pytest.mark.parametrize("fmt, scheme", [("fp8", FP8_BLOCK), ("modelopt", FP8_TENSOR), ("modelopt", NVFP4_W4A4)])
 def test_codes_and_scales_are_taken_as_they_are(kind: str, fmt: str, scheme: Scheme, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_the_function_is_there_for_a_causal_attention_only(encoder: ExportedProg
     assert report.ops["Softmax"] == 1 and report.quantized[""] == "fp8"
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("opset", [17, 18, 24, 0])
 def test_other_opsets_are_an_error(linear: ExportedProgram, tmp_path: Path, opset: int) -> None:
     with pytest.raises(ExportError, match=f"opset {opset} is not supported: FP8 needs 19 or later, .* up to 23"):
@@ -132,6 +133,7 @@ def test_what_is_no_program_or_target(linear: ExportedProgram, tmp_path: Path) -
         qcompile.export_onnx(linear, tmp_path / "m.onnx", target="ort")  # type: ignore[arg-type]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_int8(tmp_path: Path, target: Any) -> None:
     program = quantize(Decoder(causal=False), X, recipe="int8", dtype=torch.float32)

@@ -44,7 +44,7 @@ def result(path: Path, x: Tensor) -> np.ndarray:
     return np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("width", "columns", "dtype", "target"),
     [

@@ -42,7 +42,7 @@ class Experts(nn.Module):
         return torch.ops.qcompile.batched_linear(hidden, self.down)
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("recipe", "rows"),  # 1: all experts read the same
@@ -74,7 +74,7 @@ class Block(nn.Module):
         return self.mlp(x + a.transpose(1, 2).reshape(x.shape))
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("recipe", ["nvfp4_fp8_attention", "fp8_qkvo-nvfp4_mlp"])

@@ -35,7 +35,7 @@ def w4a4() -> ExportedProgram:
     return quantized(Mlp(), X)
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_file_is_valid_and_computes_what_the_program_does(
     program: ExportedProgram, tmp_path: Path, target: Any

@@ -87,6 +87,7 @@ CASES = [
 ]
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize(("name", "recipe", "dtype", "bias"), CASES)
 def test_right_or_refused(name: str, recipe: str, dtype: torch.dtype, bias: bool, tmp_path: Path) -> None:
     model, args = models(bias)[name]()

@@ -51,6 +51,7 @@ class Clamps(nn.Module):
         return *both, y.clamp(min=0.5, max=-0.5), y.clamp(max=-0.1).relu(), y.relu().clamp(max=-0.1)
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("model", [Rows, Heads, Clamps])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_the_file_has_the_numbers_of_the_program(model: type[nn.Module], dtype: torch.dtype, tmp_path: Path) -> None:

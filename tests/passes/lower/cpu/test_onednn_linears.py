@@ -47,6 +47,7 @@ def quantized(module: nn.Module, *inputs: Any, form: str = "fp8", **options: Any
     return gm
 
 
+@pytest.mark.everyday(10)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", [(2, 3), (5,), (), (2, 2, 3)], ids=str)
 def test_every_format_in_float32(form: str, lead: tuple[int, ...]) -> None:

@@ -113,7 +113,7 @@ def test_a_dynamic_batch_compiles_once(form: str) -> None:
     assert len(kernels(gm)) == 2
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_quantized_attention(is_causal: bool, to: torch.dtype) -> None:

@@ -48,7 +48,7 @@ def check(gm: GraphModule, before: GraphModule, *inputs: Any, fired: int = 1) ->
     assert not AttentionToSdpa()(gm).modified and gm.code == code
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("causal", "kv_heads", "scale", "fuse"),
     [

@@ -31,7 +31,7 @@ def lower(device: Device = HOPPER) -> Any:
     return lambda: BlockLinearsToScaledMm(device)
 
 
-@pytest.mark.everyday(5)
+@pytest.mark.everyday(2)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def lower(device: Device) -> Any:
     return lambda: LinearsInHalfPrecision(device)
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "device"), [("fp8", ADA), ("measured", HOPPER), ("int8", AMPERE)])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

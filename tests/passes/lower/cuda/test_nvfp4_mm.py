@@ -45,7 +45,7 @@ def oracle(x: Tensor, module: nn.Linear, scale: Tensor) -> Any:
     return result if module.bias is None else result + module.bias.detach().double().numpy()
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(2)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("device", [BLACKWELL, pytest.param(CONSUMER, marks=pytest.mark.slow)], ids=str)

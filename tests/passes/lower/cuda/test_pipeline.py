@@ -81,7 +81,7 @@ def _quantized_block(name: str) -> GraphModule:
     return gm
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(1)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("name", RECIPES)
@@ -103,6 +103,7 @@ def test_every_recipe_on_every_device(name: str, device: Device) -> None:
     assert gm.code == code
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("name", ["fp8", "tokens", "nvfp4", "blocks"])
 def test_no_fp8_is_left_for_a_device_that_cannot_read_it(name: str) -> None:
     gm, _ = block(name)

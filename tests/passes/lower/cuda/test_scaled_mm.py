@@ -50,7 +50,7 @@ def oracle(x: Tensor, module: nn.Linear, weight: Quantizer, input: Quantizer) ->
     return result if module.bias is None else result + module.bias.detach().double().numpy()
 
 
-@pytest.mark.everyday(16)
+@pytest.mark.everyday(6)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("to", [BF16, HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("device", [ADA, HOPPER, BLACKWELL], ids=lambda d: str(d.capability))

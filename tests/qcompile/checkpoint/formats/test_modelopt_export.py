@@ -159,6 +159,7 @@ def contents_of(export: Export) -> Contents:
     )
 
 
+@pytest.mark.everyday(6)
 def test_schemes_are_recognized(export: tuple[str, Export]) -> None:
     case, written = export
     rules = SCHEMES[case]
