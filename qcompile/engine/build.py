@@ -16,7 +16,7 @@ from qcompile.engine.backend import Backend, find_backend
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
-from qcompile.engine.precheck import check_sizes, precheck
+from qcompile.engine.precheck import check_operators, precheck
 from qcompile.engine.profiles import Profile, listed
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.engine.summary import summarize
@@ -58,7 +58,7 @@ def build_engine(
     backend = find_backend(target)
     precheck(graph, backend.target)
     if backend.package == "tensorrt_rtx":
-        check_sizes(graph)
+        check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
     return _build(parse_file(model, graph, backend), backend, destination, profiles, expect, progress)

@@ -8,7 +8,7 @@ from qcompile.engine.capability import lacking
 from qcompile.engine.graph import OnnxGraph, module_path, node_name
 from qcompile.engine.network import NetworkGraph
 from qcompile.errors import EngineError
-from qcompile.onnxfile.refused import refused, sized_by_data
+from qcompile.onnxfile.refused import nodes_without_operator, refused
 
 _TYPES = {
     "nvfp4": ("FP4 (FLOAT4E2M1)", onnx.TensorProto.FLOAT4E2M1),
@@ -38,17 +38,16 @@ def precheck(graph: OnnxGraph, target: int) -> None:
             )
 
 
-def check_sizes(graph: OnnxGraph) -> None:
-    """Raise EngineError for tensors whose size depends on data, which TensorRT-RTX has no operator for."""
-    found = list(sized_by_data(graph.model.graph))
+def check_operators(graph: OnnxGraph) -> None:
+    """Raise EngineError for what TensorRT-RTX has no operator for: its parser says of most of it no more than that."""
+    found = list(nodes_without_operator(graph.model.graph))
     if not found:
         return
-    node, *others = found
-    more = f"; so do {len(others)} more" if len(others) > 1 else "; so does one more" if others else ""
+    (node, does, way_out), *others = found
+    more = f"; {len(others)} more are refused" if len(others) > 1 else "; one more is refused" if others else ""
     raise EngineError(
-        f"TensorRT-RTX cannot take the file: {module_path(node)}: {node.op_type} makes a tensor whose size depends on"
-        f" data (node {node_name(node)}){more}. Compute all places and choose with torch.where instead of x[mask],"
-        " nonzero or unique, or run the file in ONNX Runtime"
+        f"TensorRT-RTX cannot take the file: {module_path(node)}: {node.op_type} {does} (node {node_name(node)}){more}."
+        f" {way_out[0].upper()}{way_out[1:]}, or run the file in ONNX Runtime"
     )
 
 

@@ -43,7 +43,7 @@ from qcompile.onnx.save import written_beside
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
-from qcompile.onnxfile.refused import is_sized_by_data
+from qcompile.onnxfile.refused import no_operator
 from qcompile.outputs import check_room, check_writable
 from qcompile.record import record_of
 from qcompile.report import Report
@@ -148,12 +148,10 @@ def _check_subgraphs(gm: GraphModule) -> None:
 
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
-    """A notice where TensorRT-RTX will refuse the file: the size of a tensor depends on data."""
-    nodes = model.graph.all_nodes()
-    found = [describe(onnx_ir.to_proto(node)) for node in nodes if is_sized_by_data(node.op_type, node.domain)]
-    if not found:
-        return []
-    return [f"TensorRT-RTX has no operator whose output has a size that depends on data, and this has: {some(found)}"]
+    """A notice where TensorRT-RTX will refuse the file."""
+    nodes = [onnx_ir.to_proto(node) for node in model.graph.all_nodes() if not node.domain]
+    found = [f"{describe(node)}, which {why[0]}" for node in nodes if (why := no_operator(node)) is not None]
+    return [f"TensorRT-RTX will refuse this file, as it has no operator for {some(found)}"] if found else []
 
 
 def _check(program: object, target: str, opset: int | None, block_fp8: str) -> int:

@@ -17,22 +17,50 @@ _INTEGER_OPERATORS = {
     "DynamicQuantizeLinear": "measures scales at run time; use constant scales, of calibration",
     **dict.fromkeys(("MatMulInteger", "ConvInteger"), "multiplies codes; write QuantizeLinear and DequantizeLinear"),
 }
-_SIZED_BY_DATA = ("NonZero", "NonMaxSuppression", "Compress", "Unique")
+_PLACES = "compute all places and choose with torch.where instead of x[mask], nonzero or unique"
+_OUTSIDE = "compute it outside of the model"
+# Operator -> what it does that TensorRT-RTX 1.7.1 has nothing for, and the way out.
+_LACKING = {
+    **dict.fromkeys(
+        ("NonZero", "NonMaxSuppression", "Compress", "Unique"),
+        ("makes a tensor whose size depends on data", _PLACES),
+    ),
+    **dict.fromkeys(
+        ("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"),
+        ("works on the bits of integers", "compute masks as booleans"),
+    ),
+    "Det": ("is a determinant", _OUTSIDE),
+    "DFT": ("is a Fourier transform", _OUTSIDE),
+    "Bernoulli": ("draws random numbers", _OUTSIDE),
+}
+_SUMS = (
+    "reduces by index",
+    "multiply with torch.nn.functional.one_hot of the index instead of index_add, scatter_add or accumulate=True",
+)
+_ANTIALIASED = "resizes with antialiasing", "resize without it, or before the model"
 
 
-def is_sized_by_data(op_type: str, domain: str = "") -> bool:
-    """Whether the values of an operator's input decide how large its output is: TensorRT-RTX has none of these."""
-    return op_type in _SIZED_BY_DATA and domain in _STANDARD
+def no_operator(node: onnx.NodeProto) -> tuple[str, str] | None:
+    """What `node` does that TensorRT-RTX has no operator for, and the way out; None if it has one."""
+    if node.domain not in _STANDARD:
+        return None
+    stated = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type in ("ScatterND", "ScatterElements"):
+        reduction = stated["reduction"].s if "reduction" in stated else b"none"
+        return None if reduction == b"none" else _SUMS
+    if node.op_type == "Resize":
+        return _ANTIALIASED if "antialias" in stated and stated["antialias"].i else None
+    return _LACKING.get(node.op_type)
 
 
-def sized_by_data(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of `graph` and of graphs in it that make a tensor of a size that data decides."""
+def nodes_without_operator(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, str, str]]:
+    """(node, what it does, the way out) for the nodes of `graph` and of graphs in it that `no_operator` knows."""
     for node in graph.node:
-        if is_sized_by_data(node.op_type, node.domain):
-            yield node
+        if (why := no_operator(node)) is not None:
+            yield node, *why
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                yield from sized_by_data(inner)
+                yield from nodes_without_operator(inner)
 
 
 def refused(model: onnx.ModelProto, stored: Collection[str] = ()) -> Iterator[tuple[onnx.NodeProto, str]]:
