@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch._export import utils as export_utils
+from torch.export import ExportedProgram, exported_program
+from torch.fx import GraphModule
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # Compiling and exporting inside an example makes its first run slow, which says nothing about the code under test.
@@ -44,8 +46,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _once() -> Iterator[None]:
-    """What torch does at each export, longer than a tiny model takes, is done once here: torch.onnx parses its 500
-    functions, and torch.export looks up all operators that are made of others."""
+    """What torch does at each export, longer than a tiny model takes, is done once here, or not: torch.onnx parses its
+    500 functions, and torch.export looks up all operators that are made of others, and overrides each of them to make a
+    program functional; those that the program has are enough."""
     parsed = functools.cache(ONNXRegistry.from_torchlib)
 
     def registry(**opset: int) -> Any:
@@ -53,7 +56,17 @@ def _once() -> Iterator[None]:
         fresh.functions = {target: list(known) for target, known in fresh.functions.items()}
         return fresh
 
+    decompose = exported_program._decompose_exported_program
+
+    def functional(program: ExportedProgram, *, cia_to_decomp: Any, python_decomp_table: Any, **options: Any) -> Any:
+        if not python_decomp_table:  # nothing is decomposed, so that no other operator can arise
+            parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
+            used = {node.target for part in parts for node in part.graph.nodes if node.op == "call_function"}
+            cia_to_decomp = {op: kept for op, kept in cia_to_decomp.items() if op in used}
+        return decompose(program, cia_to_decomp=cia_to_decomp, python_decomp_table=python_decomp_table, **options)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported_program, "_decompose_exported_program", functional)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))
         patch.setattr(export_utils, "_materialize_cpp_cia_ops", functools.cache(export_utils._materialize_cpp_cia_ops))
         yield
