@@ -13,8 +13,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 nvidia-modelopt==0.47.0 numpy==2.4.6
-"$folder/venv/bin/python" - 2>/dev/null <<'PYTHON'
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 nvidia-modelopt==0.47.0 requests==2.34.2 transformers==5.23.0 huggingface_hub==2.4.0 numpy==2.4.6
+"$folder/venv/bin/python" -W ignore - <<'PYTHON'
 import copy
 
 import modelopt.torch.quantization as mtq
