@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from passes.constants import constant
 from passes.dependence import fixed_nodes, metadata_operand, value_operands
-from passes.graph import shape, val
+from passes.graph import ancestors, shape, val
 
 __all__ = ["computable_nodes", "evaluate", "needed_for"]
 
@@ -35,13 +35,7 @@ def _is_static(node: Node) -> bool:
 
 def needed_for(wanted: Iterable[Node]) -> set[Node]:
     """`wanted`, and all of which it reads the values."""
-    needed, pending = set[Node](), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += value_operands(node)
-    return needed
+    return ancestors(wanted, value_operands)
 
 
 def evaluate(gm: GraphModule, computable: Iterable[Node], wanted: Collection[Node]) -> dict[Node, torch.Tensor]:

@@ -126,11 +126,13 @@ def module_class(node: Node) -> str | None:
     return stack[-1][1] if stack else None
 
 
-def ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """`nodes` and all that they are computed from."""
+def ancestors(
+    nodes: Iterable[Node], operands: Callable[[Node], Iterable[Node]] = operator.attrgetter("all_input_nodes")
+) -> set[Node]:
+    """`nodes` and all that they are computed from, as far as `operands` says."""
     found, pending = set(nodes), list(nodes)
     while pending:
-        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
+        new = [operand for operand in operands(pending.pop()) if operand not in found]
         found.update(new)
         pending += new
     return found

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import add_constant, constant, delete_constant, equal_bits, named_constant
 from passes.graph import Emitter, aten, following
-from passes.subgraphs import OPERANDS, held, is_worked_on, subgraph_calls
+from passes.subgraphs import OPERANDS, held, is_worked_on, operands_of, subgraph_calls
 
 __all__ = ["hoist_constants", "sink_constants"]
 
@@ -30,7 +30,7 @@ def sink_constants(gm: GraphModule) -> None:
     """
     moved: dict[Node, None] = {}
     for call in filter(is_worked_on, subgraph_calls(gm.graph)):
-        operands = _operands(call)
+        operands = operands_of(call)
         bodies = list(held(gm, call).values())
         for index in reversed(range(len(operands))):
             node, after = operands[index], len(operands) - index
@@ -73,13 +73,7 @@ def hoist_constants(gm: GraphModule) -> None:
             _separate_results(body)
             body.graph.lint()
             body.recompile()
-        _set_operands(call, [*_operands(call), *outer])
-
-
-def _operands(call: Node) -> list[Any]:
-    operands = call.args[OPERANDS]
-    assert isinstance(operands, (list, tuple))
-    return list(operands)
+        _set_operands(call, [*operands_of(call), *outer])
 
 
 def _set_operands(call: Node, operands: Sequence[Any]) -> None:

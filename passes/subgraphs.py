@@ -25,6 +25,7 @@ __all__ = [
     "inner",
     "is_scan",
     "is_worked_on",
+    "operands_of",
     "operator_name",
     "outer_operands",
     "owner",
@@ -88,15 +89,20 @@ def all_nodes(gm: GraphModule) -> Iterator[Node]:
     return (node for part in graphs(gm) for node in part.graph.nodes)
 
 
+def operands_of(call: Node) -> list[Any]:
+    """What goes to the last inputs of the graphs of such a call, if passes work on these."""
+    operands = call.args[OPERANDS]
+    assert isinstance(operands, (list, tuple))
+    return list(operands)
+
+
 def outer_operands(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     """(input of a graph that passes work on, the constant or other operand that it is in the graph around it), for the
     inputs that are the same at every step of a loop."""
     for call in filter(is_worked_on, subgraph_calls(gm.graph)):
         for part in held(gm, call).values():
-            operands = call.args[OPERANDS]
-            assert isinstance(operands, (list, tuple))
             inputs = part.graph.find_nodes(op="placeholder")
-            pairs = zip(reversed(inputs), reversed(operands), strict=False)
+            pairs = zip(reversed(inputs), reversed(operands_of(call)), strict=False)
             yield from ((placeholder, operand) for placeholder, operand in pairs if isinstance(operand, Node))
             yield from outer_operands(part)
 

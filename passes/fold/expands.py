@@ -12,12 +12,12 @@ from torch.fx.node import map_arg
 from passes.base import Pass
 from passes.dependence import fixed_nodes
 from passes.graph import Emitter, ancestors, argument, aten, calls, is_call, is_pointwise, shape
+from passes.quantize.sites import NORMS
 from passes.sdpa import SDPA
 
 __all__ = ["ExpandsLast"]
 
 _PRODUCTS = (aten.linear.default, SDPA)
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 class ExpandsLast(Pass):
@@ -94,7 +94,7 @@ def _moved(node: Node) -> Node | None:
     emit, counts = Emitter(node), first.counts
     if is_call(node, aten.linear.default):
         return _layer(node, first, 1)
-    if is_call(node, *_NORMS):
+    if is_call(node, *NORMS):
         return _layer(node, first, len(argument(node, "normalized_shape")))
     if is_call(node, aten.transpose.int, aten.permute.default):
         order = list(range(len(counts)))

@@ -43,7 +43,7 @@ from qcompile.onnx.save import written_beside
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
-from qcompile.onnxfile.refused import no_operator
+from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
 from qcompile.record import record_of
 from qcompile.report import Report
@@ -149,7 +149,7 @@ def _check_subgraphs(gm: GraphModule) -> None:
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
     """A notice where TensorRT-RTX will refuse the file."""
-    nodes = [onnx_ir.to_proto(node) for node in model.graph.all_nodes() if not node.domain]
+    nodes = [onnx_ir.to_proto(node) for node in model.graph.all_nodes() if node.op_type in MAY_LACK]
     found = [f"{describe(node)}, which {why[0]}" for node in nodes if (why := no_operator(node)) is not None]
     return [f"TensorRT-RTX will refuse this file, as it has no operator for {some(found)}"] if found else []
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompile.onnx.view import Array
 
-__all__ = ["initializer", "unique_name"]
+__all__ = ["initializer", "taken_names", "unique_name"]
 
 
 def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
@@ -26,10 +26,16 @@ def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | N
     return model.graph.initializers[name]
 
 
-def unique_name(model: ir.Model, name: str) -> str:
-    """`name`, with a number where a value of any graph of `model` has that: all have one scope."""
+def taken_names(model: ir.Model) -> set[str | None]:
+    """The names of the values of all graphs of `model`, which have one scope."""
     graphs = (model.graph, *model.graph.subgraphs())
     taken = {value.name for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
-    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    return taken | {value.name for node in model.graph.all_nodes() for value in node.outputs}
+
+
+def unique_name(taken: set[str | None], name: str) -> str:
+    """`name`, with a number if it is `taken`; it is from now on."""
     numbered = (f"{name}_{i}" for i in itertools.count(1))
-    return next(free for free in itertools.chain([name], numbered) if free not in taken)
+    free = next(free for free in itertools.chain([name], numbered) if free not in taken)
+    taken.add(free)
+    return free

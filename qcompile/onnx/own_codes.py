@@ -12,7 +12,7 @@ import copy
 
 import onnx_ir as ir
 
-from qcompile.onnx.initializers import unique_name
+from qcompile.onnx.initializers import taken_names, unique_name
 from qcompile.onnx.moves import is_operator
 
 
@@ -25,20 +25,20 @@ def separate_codes(model: ir.Model) -> int:
             graph = node.graph
             assert not isinstance(graph, ir.Function)
             readers.setdefault(codes, {}).setdefault(graph, []).append(node)
-    count = 0
+    count, taken = 0, taken_names(model)
     for codes, by_graph in readers.items():
         for nodes in list(by_graph.values())[1:]:
-            own = _copied(model, codes)
+            own = _copied(model, codes, taken)
             for node in nodes:
                 node.replace_input_with(0, own)
             count += 1
     return count
 
 
-def _copied(model: ir.Model, value: ir.Value) -> ir.Value:
+def _copied(model: ir.Model, value: ir.Value, taken: set[str | None]) -> ir.Value:
     tensor = copy.copy(value.const_value)
     assert tensor is not None
-    tensor.name = unique_name(model, str(value.name))
+    tensor.name = unique_name(taken, str(value.name))
     own = ir.Value(name=tensor.name, shape=value.shape, type=value.type, const_value=tensor)
     model.graph.register_initializer(own)
     return own

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx import shape_inference
 
-from qcompile.onnx.initializers import initializer, unique_name
+from qcompile.onnx.initializers import initializer, taken_names, unique_name
 from qcompile.onnx.loading import without_weights
 from qcompile.onnx.view import all_graphs
 
@@ -28,11 +28,12 @@ def restate_shapes(model: ir.Model) -> int:
 
     *Requires*: values have the types and shapes that torch.onnx gave them. One without stays as it is.
     """
-    _bring_in_sizes(model)
+    taken = taken_names(model)
+    _bring_in_sizes(model, taken)
     count = 0
     while found := _to_restate(model):  # what stands behind them may lose its own
         for value in found:
-            _restate(model, value)
+            _restate(model, value, taken)
         count += len(found)
     return count
 
@@ -82,7 +83,7 @@ def _has_no_inference(node: ir.Node, opset: int) -> bool:
     return not onnx.defs.get_schema(node.op_type, opset).has_type_and_shape_inference_function
 
 
-def _restate(model: ir.Model, value: ir.Value) -> None:
+def _restate(model: ir.Model, value: ir.Value, taken: set[str | None]) -> None:
     assert value.shape is not None and value.dtype is not None
     sizes = [size if isinstance(size, int) else 0 for size in value.shape]
     node = value.producer()
@@ -90,9 +91,9 @@ def _restate(model: ir.Model, value: ir.Value) -> None:
     assert graph is not None
     name, array = "_".join(("shape", *map(str, sizes))), np.array(sizes, np.int64)
     outside = graph is model.graph
-    shape = initializer(model, name, array) if outside else _constant(model, graph, name, ir.tensor(array))
-    typed = _named(model, ir.node("Cast", [value], {"to": int(value.dtype)}), f"{value.name}_typed")
-    shaped = _named(model, ir.node("Reshape", [typed.outputs[0], shape]), f"{value.name}_shaped")
+    shape = initializer(model, name, array) if outside else _constant(graph, f"{name}_inside", ir.tensor(array), taken)
+    typed = _named(ir.node("Cast", [value], {"to": int(value.dtype)}), f"{value.name}_typed", taken)
+    shaped = _named(ir.node("Reshape", [typed.outputs[0], shape]), f"{value.name}_shaped", taken)
     typed.outputs[0].type = shaped.outputs[0].type = value.type
     shaped.outputs[0].shape = value.shape
     readers = [use for use in value.uses() if use.node is not typed]
@@ -105,7 +106,7 @@ def _restate(model: ir.Model, value: ir.Value) -> None:
         use.node.replace_input_with(use.idx, shaped.outputs[0])
 
 
-def _bring_in_sizes(model: ir.Model) -> None:
+def _bring_in_sizes(model: ir.Model, taken: set[str | None]) -> None:
     """Give the bodies of If, Loop and Scan the integers that they read from outside as Constants of their own."""
     for graph in model.graph.subgraphs():
         own: dict[ir.Value, ir.Value] = {}
@@ -115,22 +116,22 @@ def _bring_in_sizes(model: ir.Model) -> None:
                     continue
                 assert value.const_value is not None
                 if value not in own:
-                    own[value] = _constant(model, graph, str(value.name), value.const_value)
+                    own[value] = _constant(graph, str(value.name), value.const_value, taken)
                 node.replace_input_with(index, own[value])
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
 
 
-def _constant(model: ir.Model, graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol, taken: set[str | None]) -> ir.Value:
     """`tensor` as a Constant at the start of `graph`."""
-    node = _named(model, ir.node("Constant", [], {"value": tensor}), name)
+    node = _named(ir.node("Constant", [], {"value": tensor}), name, taken)
     graph.insert_before(graph[0], node)
     value = node.outputs[0]
     value.dtype, value.shape, value.const_value = tensor.dtype, ir.Shape(tensor.shape.numpy()), tensor
     return value
 
 
-def _named(model: ir.Model, node: ir.Node, name: str) -> ir.Node:
-    node.outputs[0].name = unique_name(model, name)
+def _named(node: ir.Node, name: str, taken: set[str | None]) -> ir.Node:
+    node.outputs[0].name = unique_name(taken, name)
     return node

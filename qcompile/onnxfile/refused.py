@@ -38,6 +38,8 @@ _SUMS = (
     "multiply with torch.nn.functional.one_hot of the index instead of index_add, scatter_add or accumulate=True",
 )
 _ANTIALIASED = "resizes with antialiasing", "resize without it, or before the model"
+MAY_LACK = frozenset((*_LACKING, "ScatterND", "ScatterElements", "Resize"))
+"""The operators of which `no_operator` knows something."""
 
 
 def no_operator(node: onnx.NodeProto) -> tuple[str, str] | None:
