@@ -25,10 +25,11 @@ _RESHAPING = (
 # What puts a number in the place of scores.
 _REPLACING = (aten.where.self, aten.masked_fill.Tensor, aten.maximum.default)
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-# What stands between a product, the mask and the softmax.
+# What stands between a product, the mask and the softmax, the score of a sink and the largest score among it.
 _MASKING = (
     *(*_RESHAPING, *_REPLACING, aten.masked_fill.Scalar, aten.add.Tensor, aten.clamp.default, aten._to_copy.default),
-    *(aten.view.default, aten.clone.default),
+    *(aten.view.default, aten.clone.default, aten.cat.default, aten.sub.Tensor),
+    *(aten.amax.default, aten.max.dim, operator.getitem),
 )
 # Every element of the operand and no other, in another order or as often as another.
 SAME_ELEMENTS = (
@@ -86,8 +87,8 @@ def is_passing(node: Node) -> bool:
 
 
 def before_softmax(graph: Graph) -> set[Node]:
-    """The calls that only a softmax reads, or an attention as its mask, through nothing but masks and views: there a
-    large negative number hides."""
+    """The calls that only a softmax reads, an attention as its mask, or what orders them for the places alone, through
+    nothing but masks and views: there a large negative number hides."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "call_function" and node.users and all(_hides(node, user, found) for user in node.users):
@@ -98,7 +99,15 @@ def before_softmax(graph: Graph) -> set[Node]:
 def _hides(node: Node, user: Node, found: set[Node]) -> bool:
     if is_call(user, SDPA, ATTENTION):
         return node not in user.args[:3] and user.args[3:4] == (node,)
-    return is_call(user, *_SOFTMAXES) or (user in found and is_call(user, *_MASKING))
+    return is_call(user, *_SOFTMAXES) or _gives_places(user) or (user in found and is_call(user, *_MASKING))
+
+
+def _gives_places(node: Node) -> bool:
+    """Whether `node` orders its operand, and no more than the places of the elements is read."""
+    if is_call(node, aten.argmax.default, aten.argsort.default, aten.argsort.stable):
+        return True
+    ordered = is_call(node, aten.topk.default, aten.sort.default, aten.sort.stable)
+    return ordered and all(is_call(user, operator.getitem) and user.args[1] == 1 for user in node.users)
 
 
 def softmax_axis(node: Node) -> int | None:
@@ -114,6 +123,6 @@ def may_mask(operand: Node, user: Node, computed: bool) -> bool:
     """
     if is_call(user, SDPA, ATTENTION):
         return len(user.args) > 3 and user.args[3] is operand
-    if is_call(user, *_RESHAPING):
+    if is_call(user, *_RESHAPING, aten.masked_fill.Scalar):
         return any(may_mask(user, other, computed) for other in user.users)
     return computed and is_call(user, aten.add.Tensor, *_REPLACING)

@@ -221,3 +221,30 @@ def test_a_mask_counts_exactly_where_it_turns_a_row_into_nan(
     else:
         seen = masked.amax(-1) > -5e3
         torch.testing.assert_close(half[seen].double(), masked[seen].double().softmax(-1), atol=1e-3, rtol=1e-3)
+
+
+class SparseAndSink(nn.Module):
+    """Attention to the keys that an indexer chose among those that the mask leaves, and to a sink (HY v4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = nn.Linear(32, 32)
+        self.sink = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        length, lowest = x.shape[1], torch.finfo(x.dtype).min
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
+        mask = torch.where(seen, torch.zeros(()), lowest)
+        places = (self.index(x) @ x.transpose(1, 2) + mask[:, 0]).topk(6).indices
+        left = torch.ones(len(x), length, length, dtype=torch.bool).scatter(-1, places, False)
+        scores = (x @ x.transpose(1, 2))[:, None] + mask.masked_fill(left[:, None], lowest)
+        scores = torch.cat([scores, self.sink.expand(len(x), 1, length, 1)], -1)
+        return (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ x[:, None]
+
+
+def test_a_mask_that_a_choice_of_keys_reads_too_is_no_value() -> None:
+    torch.manual_seed(0)
+    model, valid = SparseAndSink(), torch.arange(8) < torch.tensor([[8], [6]])
+    program = quantize(model, X, valid)
+    assert max(h.amax for h in record_of(program).headroom) < 1e3
+    assert error(program.module()(X, valid), model(X, valid)) < 0.05

@@ -73,6 +73,21 @@ def test_a_mask_in_a_buffer_stays_finite_in_float16(way: str, hidden: float) -> 
     torch.testing.assert_close(found, model(x), rtol=0.01, atol=0.01)
 
 
+def test_a_mask_that_is_filled_once_more_stays_finite() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+            mask = torch.where(valid, torch.zeros(()), torch.finfo(torch.float32).min)
+            mask = mask.masked_fill(x.sum(-1) > 1e3, -1e4)
+            return (x @ x.transpose(-1, -2) + mask).softmax(-1) @ x
+
+    torch.manual_seed(0)
+    x, valid = torch.randn(1, 4, 8), torch.ones(4, 4, dtype=torch.bool)
+    valid[1] = False
+    gm = graph_of(Net(), x, valid)
+    ConvertComputeDtype(*HALF)(gm)
+    torch.testing.assert_close(gm(x, valid)[0], Net()(x, valid), rtol=0.01, atol=0.01)
+
+
 def test_a_mask_that_float16_holds_is_not_clamped() -> None:
     gm = graph_of(Masked("add", -1e4), torch.randn(1, 4, 8))
     ConvertComputeDtype(*HALF)(gm)
@@ -87,3 +102,14 @@ def test_what_only_a_softmax_reads() -> None:
 
     gm = graph_of(Net(), torch.randn(2, 3), torch.randn(2, 3))
     assert {node.name for node in before_softmax(gm.graph)} == {"cos", "add", "add_2"}
+
+
+def test_what_only_a_choice_of_places_reads() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            hidden = x.cos() + mask
+            values, places = (x.sin() + mask).topk(2)
+            return hidden.topk(2).indices, hidden.sort().indices, hidden.argmax(-1), values, places
+
+    gm = graph_of(Net(), torch.randn(2, 3), torch.randn(2, 3))
+    assert {node.name for node in before_softmax(gm.graph)} == {"cos", "add"}
