@@ -62,9 +62,14 @@ def of_transformers(model_type: str) -> Example:
     config = narrow(transformers.CONFIG_MAPPING[model_type]())
     if hasattr(config, "use_cache"):
         config.use_cache = False  # the plain export of the comparison needs it off
-    model = random_model(partial(transformers.AutoModel.from_config, config))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what `torch.empty` gives is then NaN
+    try:
+        model = random_model(partial(transformers.AutoModel.from_config, config))
+    finally:
+        torch.use_deterministic_algorithms(False)
     for parameter in model.parameters():
-        if parameter.ndim > 1 and not parameter.any():  # a router that starts at zero chooses by how ties are broken
+        # some no initialization fills, and a router that starts at zero chooses by how ties are broken
+        if parameter.isnan().any() or (parameter.ndim > 1 and not parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(2))
     batch = inputs(model, config)
     return Example(model, (), batch, [batch])

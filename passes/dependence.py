@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from passes.graph import aten
 from passes.randomness import draws
 
-__all__ = ["fixed_nodes", "input_dependence", "metadata_operand", "value_operands"]
+__all__ = ["fixed_nodes", "input_dependence", "metadata_operand", "same_value", "value_operands"]
 
 # Operators that take the shape, dtype or device of one argument, the index of which is here, and ignore its values.
 _READS_METADATA: Mapping[object, int] = {
@@ -82,6 +83,19 @@ def fixed_nodes(gm: GraphModule) -> set[Node]:
         if _is_repeatable(node) and fixed.issuperset(value_operands(node)):
             fixed.add(node)
     return fixed
+
+
+def same_value(a: Node, b: Node) -> bool:
+    """Whether two nodes are certain to have the same value: one node, or one computation of the same operands."""
+    if a is b:
+        return True
+    if a.op != b.op or a.target != b.target or not _is_repeatable(a):
+        return False
+    (operands, tree), (others, other_tree) = (pytree.tree_flatten((node.args, node.kwargs)) for node in (a, b))
+    return tree == other_tree and all(
+        same_value(m, n) if isinstance(m, Node) and isinstance(n, Node) else m == n
+        for m, n in zip(operands, others, strict=True)
+    )
 
 
 def _is_repeatable(node: Node) -> bool:

@@ -88,8 +88,7 @@ class ConvertComputeDtype(Pass):
             exact |= self._without_kernel(gm, _dependents(gm, inputs | parameters))
             exact |= of_their_own(gm, exact)
         exact |= global_scales(gm, self.source) | set(subgraph_calls(gm.graph))
-        codes = calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE)
-        quantized = {node for node in codes if not is_constant_expression(node.args[0])}
+        quantized = set(calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE))
         data = _dependents(gm, inputs | parameters | quantized, {node for node in exact if is_periodic(node)})
         reached = _dependents(gm, inputs | parameters)
         self.computed = {node for node in gm.graph.nodes if node.op == "call_function" and node not in reached}

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from passes.base import Pass
+from passes.dependence import same_value
 from passes.formats import get_format
 from passes.graph import TRANSPARENT, Emitter, argument, aten, calls, is_call, is_pointwise, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
@@ -125,24 +126,24 @@ def _region(rows: Node, mask: Node) -> list[Node] | None:
         found.add(node)
         if is_call(node, aten.index.Tensor):
             places = _places(node.args[1], node.args[0])  # type: ignore[arg-type]
-            if places is None or places[0] is not mask:
+            if places is None or not same_value(places[0], mask):
                 return None
         elif not _works_on_rows(node):
             return None
         else:
-            with_rows = [operand for operand in node.all_input_nodes if _has_rows(operand, rows)]
+            with_rows = [operand for operand in node.all_input_nodes if _has_rows(operand)]
             if any(_is_picked(operand) for operand in {*node.all_input_nodes}.difference(with_rows)):
                 return None  # by another mask
             pending += with_rows
     return sorted(found) if any(is_call(node, aten.index.Tensor) for node in found) else None
 
 
-def _has_rows(node: Node, rows: Node) -> bool:
-    """Whether the first axis of `node` is that of `rows`, whose size is a symbol that nothing else has."""
+def _has_rows(node: Node) -> bool:
+    """Whether data decides how many rows `node` has: two picks by one mask have sizes of two names."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) else value
     sizes: Sequence[Any] = getattr(value, "shape", ())
-    return len(sizes) > 0 and not isinstance(sizes[0], int) and str(sizes[0]) == str(shape(rows)[0])
+    return len(sizes) > 0 and bool(free_unbacked_symbols(sizes[0]))
 
 
 def _is_picked(node: Node) -> bool:
@@ -159,6 +160,8 @@ def _works_on_rows(node: Node) -> bool:
         return True
     if is_call(node, DYNAMIC_QUANTIZE):
         return bool(get_format(str(node.kwargs["format"])).block)  # else one scale for all rows is measured
+    if is_call(node, aten.rms_norm.default, aten.layer_norm.default):
+        return len(argument(node, "normalized_shape")) < len(shape(node))
     if is_call(node, aten.unsqueeze.default):
         return argument(node, "dim") in (-1, len(shape(node)) - 1)
     if node.target in _ALONG_LAST:

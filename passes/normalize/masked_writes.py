@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from passes.base import Pass
-from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
+from passes.dependence import same_value
+from passes.graph import Emitter, ancestors, argument, aten, calls, dtype, is_call, shape
 from passes.normalize.attention_layout import same
 from passes.normalize.mask_simplifier import unexpanded
 
@@ -33,6 +34,7 @@ class MaskedWritesToWhere(Pass):
     After:
         rows = cat([zeros[1,H], f]); place = cumsum(m[B*S])         # the how manieth of the mask each token is
         y = where(unsqueeze(m, -1), reshape(index_select(rows, 0, place), [B,S,H]), h)
+    Rows that `m` picked itself, as `masked_scatter(h, m, f(h[m]))`, are left as `index_put(h, [m], f(h[m]))`.
 
     Requires: `ViewsToReshape` and `RemoveNoOps` ran.
     Ensures: bit-equal values. Where the mask has more places than there are rows, a run in torch and in ONNX Runtime is
@@ -48,9 +50,15 @@ class MaskedWritesToWhere(Pass):
         for node in calls(gm.graph, aten.masked_scatter.default, aten.index_put.default, aten.index_copy.default):
             read = _masked_scatter if is_call(node, aten.masked_scatter.default) else _index_put
             write = read(node)
-            if write is not None:
-                node.replace_all_uses_with(_written(write, Emitter(node)))
-                self.fire()
+            if write is None:
+                continue
+            emit = Emitter(node)
+            if _is_picked_by(write.values, write.mask, len(write.rest)):
+                new = emit(aten.index_put.default, write.into, [write.mask], write.values)
+            else:
+                new = _written(write, emit)
+            node.replace_all_uses_with(new)
+            self.fire()
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,18 @@ class _Write:
     values: Node
     same: bool
     exact: bool
+
+
+def _is_picked_by(rows: Node, mask: Node, rest: int) -> bool:
+    """Whether `rows`, as many as data says and each of `rest` axes, come from those that `mask` picks."""
+    if len(shape(rows)) != rest + 1 or not free_unbacked_symbols(shape(rows)[0]):
+        return False
+    for pick in ancestors([rows]):
+        if is_call(pick, aten.index.Tensor) and str(shape(pick)[0]) == str(shape(rows)[0]):
+            found = mask_of(pick.args[1], pick.args[0])  # type: ignore[arg-type]
+            if found is not None and same_value(found, mask):
+                return True
+    return False
 
 
 def _written(write: _Write, emit: Emitter) -> Node:
@@ -124,8 +144,17 @@ def _masked_scatter(node: Node) -> _Write | None:
         if not _has_rows(source, width):
             break
         rest.insert(0, sizes.pop())
-        mask = Emitter(node)(aten.squeeze.dim, mask, -1)
+        mask = _without_last(mask, Emitter(node))
     return _Write(into, mask, rest, source, same=False, exact=False)
+
+
+def _without_last(mask: Node, emit: Emitter) -> Node:
+    """`mask` without its last axis, which has one element."""
+    if is_call(mask, aten.unsqueeze.default) and argument(mask, "dim") in (-1, len(shape(mask)) - 1):
+        return mask.args[0]  # type: ignore[return-value]
+    if is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
+        return emit(mask.target, _without_last(mask.args[0], emit))  # type: ignore[arg-type]
+    return emit(aten.squeeze.dim, mask, -1)
 
 
 def _has_rows(source: Node, width: int) -> bool:

@@ -19,7 +19,7 @@ from passes.constants import add_constant
 from passes.fold.constants import FoldConstants
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten, calls, dtype, module_path
-from passes.ir import ATTENTION, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.noops import RemoveNoOps
 from passes.sdpa import SDPA
@@ -438,6 +438,22 @@ def test_a_quantized_weight_stays_in_its_dtype_until_it_is_codes() -> None:
     assert {dtype(s) for s in sources if s.op == "get_attr"} == {torch.float32}
     assert {dtype(s) for s in sources if s.op != "get_attr"} == {torch.float16}
     run(gm, x)
+
+
+def test_the_codes_of_a_buffer_become_half_at_once() -> None:
+    class Transform(nn.Module):  # a discrete cosine transform
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.table)
+
+    gm = graph_of(Transform(), torch.randn(2, 8))
+    insert(gm, {"input": S, "weight": S})
+    to_half(gm)
+    assert {dtype(node) for node in calls(gm.graph, DEQUANTIZE)} == {torch.float16}
+    assert count(gm, aten._to_copy.default) == 2  # of the input and the output
 
 
 def test_attention_is_half() -> None:

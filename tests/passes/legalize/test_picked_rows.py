@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from passes.formats import FP8, FP8_PER_TOKEN
 from passes.graph import aten
 from passes.legalize.picked_rows import PickedRowsToAll
+from passes.normalize.masked_writes import MaskedWritesToWhere
 from passes.normalize.spellings import PlainSpellings
 from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import InsertQdq, Quantizer
@@ -144,12 +145,36 @@ def test_columns_that_are_counted_from_the_end() -> None:
 @pytest.mark.parametrize("function", PICKS.values(), ids=PICKS.keys())
 def test_other_ways_to_pick(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     gm = graph_of(Picks(function), X)
-    if gm.graph.find_nodes(op="call_function", target=aten.gt.Scalar)[1:]:  # a mask is one node in a model
-        first, *others = gm.graph.find_nodes(op="call_function", target=aten.gt.Scalar)
-        for other in others:
-            other.replace_all_uses_with(first)
     rewrites(PickedRowsToAll, gm, X, rtol=1e-5, atol=1e-6)
     assert count(gm, aten.index_put.default) == 0
+
+
+class TextAndSound(nn.Module):
+    """Norms and layers of their own for the tokens of two kinds (Higgs Audio): scattered where they came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.RMSNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x: Tensor, sound: Tensor) -> Tensor:
+        x = x.masked_scatter(sound.unsqueeze(-1), self.norms[0](x[sound]))
+        x = x.masked_scatter(~sound.unsqueeze(-1), self.norms[1](x[~sound]))
+        text = self.layers[1](x[~sound])
+        x = x.clone()
+        x[~sound] += text
+        return x.masked_scatter(sound[..., None].expand_as(x), self.layers[0](x[sound]))
+
+
+def test_rows_that_are_scattered_where_they_were_picked() -> None:
+    x, sound = X.reshape(2, T // 2, WIDTH), torch.rand(2, T // 2, generator=torch.Generator().manual_seed(0)) > 0.5
+    model = TextAndSound()
+    gm = graph_of(model, x, sound)
+    rewrites(MaskedWritesToWhere, gm, x, sound, fired=3)
+    rewrites(PickedRowsToAll, gm, x, sound, fired=4, rtol=1e-5, atol=1e-6)
+    assert count(gm, aten.index_put.default, aten.cumsum.default) == 0
+    nobody = torch.zeros_like(sound)
+    torch.testing.assert_close(run(gm, x, nobody)[0], model(x, nobody))
 
 
 @pytest.mark.everyday(4)
