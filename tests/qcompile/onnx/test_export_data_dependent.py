@@ -23,7 +23,7 @@ class Picked(nn.Module):
 
     def __init__(self, function: Function) -> None:
         super().__init__()
-        self.proj = nn.Linear(16, 16)
+        self.proj: nn.Module = nn.Linear(16, 16)
         self.function = function
 
     def forward(self, x: Tensor) -> object:
@@ -65,7 +65,8 @@ def quantized(model: nn.Module | ExportedProgram, *args: object) -> ExportedProg
 
 def written(program: ExportedProgram, path: Path, target: str) -> bytes:
     qcompile.export_onnx(program, path, target=target)  # type: ignore[arg-type]
-    return path.read_bytes()
+    data = path.with_name(f"{path.name}.data")
+    return path.read_bytes() + (data.read_bytes() if data.exists() else b"")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,15 @@ def test_both_targets(function: Function, tmp_path: Path) -> None:
     for target in ("tensorrt", "portable"):
         files = [written(program, tmp_path / "m.onnx", target) for _ in range(3)]
         assert len(set(files)) == 1
+
+
+def test_weights_in_a_file_of_their_own_are_the_same_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.onnx.save.EMBEDDED_BYTES", 100)
+    model = Picked(rows_of_a_mask).eval()
+    model.proj = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
+    program = quantized(model, X)
+    files = [written(program, tmp_path / "m.onnx", "portable") for _ in range(3)]
+    assert (tmp_path / "m.onnx.data").stat().st_size > 100 and len(set(files)) == 1
 
 
 def test_tensorrt_refuses_before_it_builds(tmp_path: Path) -> None:
