@@ -124,7 +124,9 @@ def of_torchvision(name: str) -> Example:
     """A model of torchvision on images of 224 pixels, or clips of eight frames of 112."""
     import torchvision
 
-    model = random_model(partial(torchvision.models.get_model, name, weights=None))
+    make = torchvision.models.get_model_builder(name)
+    parts = {"weights", "weights_backbone"}.intersection(inspect.signature(inspect.unwrap(make)).parameters)
+    model = random_model(partial(make, **dict.fromkeys(parts)))
     video = type(model).__module__.startswith("torchvision.models.video")
     return _images(model, 3, 8, 112, 112) if video else _images(model, 3, 224, 224)
 

@@ -29,6 +29,7 @@ from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
+from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.group_norm import LengthenGroupNorm
@@ -150,6 +151,7 @@ TENSORRT: Pipeline = (
     FlattenRows,
     PadHeadWidths,
     LengthenGroupNorm,
+    FoldToConvolution,
     partial(DecomposeAttention, unless=is_causal_without_mask),
     StoreWeightsTransposed,
     FoldConstants,

@@ -31,6 +31,7 @@ _LACKING = {
     ),
     "Det": ("is a determinant", _OUTSIDE),
     "DFT": ("is a Fourier transform", _OUTSIDE),
+    "Col2Im": ("sums patches", "write nn.Fold as a transposed convolution with an identity as weight"),
     "Bernoulli": ("draws random numbers", _OUTSIDE),
 }
 _SUMS = (
