@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes.graph import aten
+from passes.graph import aten, calls, is_call
 from passes.normalize.views import ViewsToReshape
 from passes.place.packed_heads import SplitPackedHeads
 from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
@@ -61,11 +62,66 @@ def test_another_user_of_the_linear_keeps_its_values() -> None:
     rewrites(SplitPackedHeads, packed(x, "unbind", "packed"), x)
 
 
-def test_declines_when_the_packed_heads_are_read_as_a_whole() -> None:
-    reasons = declines(SplitPackedHeads, packed(torch.randn(2, 5, 8), "unbind", "heads"))
+@pytest.mark.parametrize("spy", ["heads", "view"])
+def test_declines_when_the_packed_heads_are_read_as_a_whole(spy: str) -> None:
+    reasons = declines(SplitPackedHeads, packed(torch.randn(2, 5, 8), "unbind", spy))
     assert reasons == ["the packed heads are used in another way than one by one"]
 
 
-@pytest.mark.parametrize(("spy", "axes"), [("view", (2, 0, 3, 1, 4)), (None, (2, 1, 3, 0, 4))])
-def test_leaves_other_layouts(spy: str | None, axes: tuple[int, ...]) -> None:
-    assert declines(SplitPackedHeads, packed(torch.randn(2, 5, 8), "unbind", spy, axes)) == []
+def test_leaves_another_layout() -> None:
+    assert declines(SplitPackedHeads, packed(torch.randn(2, 5, 8), "unbind", None, (2, 1, 3, 0, 4))) == []
+
+
+H, D = 2, 4  # the layer makes 3 * H * D = 24 columns
+FORMS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "unbind": lambda y: [t.transpose(1, 2) for t in y.view(*y.shape[:2], 3, H, D).unbind(2)],
+    "chunk": lambda y: [t.view(*t.shape[:2], H, D).transpose(1, 2) for t in y.chunk(3, -1)],
+    "GPT-2": lambda y: [t.view(*t.shape[:2], H, D).transpose(1, 2) for t in y.split(H * D, 2)],
+    "slices": lambda y: [y[..., i : i + H * D].unflatten(-1, (H, D)).transpose(1, 2) for i in (0, 8, 16)],
+    "BLOOM": lambda y: [y.view(*y.shape[:2], H, 3, D)[..., i, :].transpose(1, 2) for i in range(3)],
+    "ModernBERT": lambda y: y.view(*y.shape[:2], 3, H, D).transpose(3, 1).unbind(2),
+    "copies": lambda y: [t.transpose(1, 2) for t in y.view(*y.shape[:2], 3, H, D).unbind(2)][::-1],
+    "grouped": lambda y: [
+        t.unflatten(-1, (-1, D)).transpose(1, 2) for t in (y[..., : 4 * D], y[..., 4 * D : 5 * D], y[..., 5 * D :])
+    ],
+    "heads behind": lambda y: [t.clone().cos().transpose(1, 2) for t in y.view(*y.shape[:2], 3, H, D).unbind(2)],
+}
+
+
+class OfForm(nn.Module):
+    def __init__(self, form: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.qkv, self.form = nn.Linear(8, 24), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.form(self.qkv(x))
+        k, v = (t.expand(-1, q.shape[1], -1, -1) if t.shape[1] < q.shape[1] else t for t in (k, v))
+        return (q.sin() @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+@pytest.mark.everyday(5)
+@pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC, 1: DYNAMIC},)], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_becomes_one_split(form: Callable[[Tensor], Sequence[Tensor]], dynamic: Any) -> None:
+    x = torch.randn(2, 5, 8)
+    gm = graph_of(OfForm(form), x, dynamic_shapes=dynamic)
+    ViewsToReshape()(gm)
+    rewrites(SplitPackedHeads, gm, x)
+    (split,) = calls(gm.graph, aten.split_with_sizes.default)
+    joined = split.args[0]
+    assert is_call(joined, aten.transpose.int) and is_call(joined.args[0], aten.reshape.default)  # type: ignore[union-attr]
+    assert count(gm, aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.chunk.default) == 0
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: [t.unflatten(-1, (H, D)).transpose(1, 2) for t in (y[..., :8], y[..., 8:16], y[..., 8:16])],
+        lambda y: [t.unflatten(-1, (H, D)).transpose(1, 2) for t in (y[..., :8], y[..., 4:12], y[..., 16:])],
+    ],
+    ids=["columns left over", "columns twice"],
+)
+def test_what_is_not_all_of_the_layer_stays(form: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    gm = graph_of(OfForm(form), torch.randn(2, 5, 8))
+    ViewsToReshape()(gm)
+    assert len(declines(SplitPackedHeads, gm)) == 1
