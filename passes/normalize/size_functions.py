@@ -6,16 +6,19 @@ computed: at the one size of a static program, and at sizes chosen to tell the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from passes.constants import constant
 from passes.dependence import metadata_operand, value_operands
-from passes.graph import aten, fake_mode, val
+from passes.graph import aten, fake_mode, is_call, val
 from passes.normalize.size_choice import Sizes, choose_sizes
 
 __all__ = ["NotEvaluable", "SizeFunctions"]
@@ -62,6 +65,8 @@ class SizeFunctions:
             value = constant(self.gm, node)
             allowed = value is not None and (self.parameters or not isinstance(value, torch.nn.Parameter))
             return allowed and not node.meta.get("mutable")
+        if is_call(node, operator.getitem):
+            return self.is_size_function(node.args[0])  # type: ignore[arg-type]  # one of several results
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return False
         if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
@@ -111,9 +116,9 @@ class SizeFunctions:
         stored = constant(self.gm, node)
         if stored is not None:
             return stored.detach().cpu()
-        expected = tuple(_number(size, sizes) for size in val(node).shape)
+        expected = [tuple(_number(size, sizes) for size in tensor.shape) for tensor in pytree.tree_leaves(value)]
         if _bytes(node, expected) > MAX_BYTES:
-            raise TooLarge(f"{node.name} has shape {expected} at sizes {_text(sizes)}, too large to compute")
+            raise TooLarge(f"{node.name} has shape {_shapes(expected)} at sizes {_text(sizes)}, too large to compute")
         skip = metadata_operand(node)
 
         def argument(arg: Node) -> Any:
@@ -130,8 +135,11 @@ class SizeFunctions:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload
         except (RuntimeError, IndexError) as error:
             raise NotEvaluable(f"{node.name} fails at sizes {_text(sizes)}: {error}") from error
-        if tuple(result.shape) != expected:
-            raise NotEvaluable(f"{node.name} has shape {tuple(result.shape)} at sizes {_text(sizes)}, not {expected}")
+        found = [tuple(tensor.shape) for tensor in pytree.tree_leaves(result)]
+        if found != expected:
+            raise NotEvaluable(
+                f"{node.name} has shape {_shapes(found)} at sizes {_text(sizes)}, not {_shapes(expected)}"
+            )
         memo[node] = result
         return result
 
@@ -140,12 +148,16 @@ def _number(value: int | torch.SymInt, sizes: Sizes) -> int:
     return int(value.node.expr.xreplace(sizes)) if isinstance(value, torch.SymInt) else int(value)
 
 
-def _bytes(node: Node, size: tuple[int, ...]) -> int:
-    """Bytes that computing `node` at shape `size` allocates; a view allocates none."""
-    if node.target in (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor):
+def _bytes(node: Node, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Bytes that computing `node` at `shapes` allocates; a view allocates none."""
+    if node.target in (aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, operator.getitem):
         return 0
-    itemsize: int = val(node).dtype.itemsize
-    return itemsize * int(torch.Size(size).numel())
+    tensors = pytree.tree_leaves(val(node))
+    return sum(tensor.dtype.itemsize * math.prod(size) for tensor, size in zip(tensors, shapes, strict=True))
+
+
+def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _text(sizes: Sizes) -> str:

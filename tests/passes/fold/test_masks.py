@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,27 @@ def test_what_an_input_or_a_dynamic_size_changes_is_computed() -> None:
 def test_a_dynamic_batch_does_not_matter_to_a_bias() -> None:
     gm = graph_of(Biased(hide=False), torch.randn(3, 2, 4, 8), dynamic_shapes=({0: DYNAMIC},))
     rewrites(FoldMasks, gm, torch.randn(5, 2, 4, 8))
+
+
+INDEX: dict[str, Callable[[], Tensor]] = {
+    "meshgrid": lambda: torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")).flatten(1)[0],
+    "split": lambda: torch.arange(8).split([4, 4])[1] % 3,
+    "sort": lambda: torch.arange(4).flip(0).sort().indices,
+    "maximum": lambda: torch.arange(12).view(4, 3).max(1).values % 3,
+}
+
+
+@pytest.mark.parametrize("index", INDEX.values(), ids=INDEX.keys())
+def test_an_index_from_an_operator_with_several_results(index: Callable[[], Tensor]) -> None:
+    class Indexed(Biased):
+        def mask(self) -> Tensor:
+            place = index()
+            return self.table[place[:, None] - place[None] + 3].permute(2, 0, 1).unsqueeze(0)
+
+    x = torch.randn(3, 2, 4, 8)
+    gm = graph_of(Indexed(), x)
+    rewrites(FoldMasks, gm, x)
+    assert only_call(gm, SDPA).args[3].op == "get_attr"  # type: ignore[union-attr]
 
 
 def test_a_large_mask_is_declined() -> None:
