@@ -10,6 +10,7 @@ from passes.normalize.attention_layout import is_one, same
 
 __all__ = ["NormalizeSoftmax"]
 
+_SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
@@ -20,6 +21,7 @@ class NormalizeSoftmax(Pass):
         e = exp(x - amax(x, d, True)); y = e / sum(e, d, True)      # or without the maximum, or times a reciprocal
         z = matmul(e, v) / sum(e, -1, True)                         # divided behind the product with the values
         w = exp(log_softmax(x, d)); w = exp(x - logsumexp(x, d, True))
+        u = softmax(x - amax(x, d, True), d)                        # which a softmax does by itself
     After:
         y = softmax(x, d)
         z = matmul(softmax(x, -1), v)
@@ -34,6 +36,12 @@ class NormalizeSoftmax(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.exp.default):
             if self._normalized(node) or self._divided(node):
+                self.fire()
+        for node in calls(gm.graph, *_SOFTMAXES):
+            shifted, axis = node.args[:2]
+            x = _without_constant(node, axis % len(shape(shifted)))  # type: ignore[operator, arg-type]
+            if x is not shifted:
+                node.replace_input_with(shifted, x)  # type: ignore[arg-type]
                 self.fire()
 
     def _normalized(self, exp: Node) -> bool:
@@ -103,9 +111,10 @@ def _quotient(node: Node, total: Node) -> Node | None:
     return product if is_call(product, aten.mul.Tensor) and {*product.args} == {node, user} else None  # type: ignore[union-attr]
 
 
-def _without_constant(exp: Node, axis: int) -> Node:
-    """What `exp` is of, without a number for each row that is subtracted first: the softmax is the same."""
-    source = exp.args[0]
+def _without_constant(node: Node, axis: int) -> Node:
+    """What `node`, an exp or a softmax, is of, without a number for each row that is subtracted first: the
+    probabilities are the same."""
+    source = node.args[0]
     assert isinstance(source, Node)
     if not is_call(source, aten.sub.Tensor) or not _is_plain(source):
         return source
