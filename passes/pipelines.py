@@ -66,6 +66,7 @@ from passes.normalize.slice_scatter import ScattersToConcat
 from passes.normalize.softmax import NormalizeSoftmax
 from passes.normalize.spellings import PlainSpellings
 from passes.normalize.subgraphs import LeaveSubgraphs
+from passes.normalize.temperature import TemperatureToQuery
 from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -91,6 +92,7 @@ NORMALIZE: Pipeline = (
     NormalizeRmsNorm,
     NormalizeSoftmax,
     SpellOutFlexAttention,
+    TemperatureToQuery,
     NormalizeAttention,
     AttentionToFourAxes,
     NormalizeAttentionMask,
