@@ -210,7 +210,6 @@ def test_returned_attentions_are_not_fused() -> None:
     gm = graph_of(transformers.BertModel(config), input_ids=ids())
     log = run_pipeline(PASSES, gm)
     assert attentions(gm) == []
-    assert [d.reason for d in log.declined] == [
-        "the attention probabilities have another user, or a column without a value"
-    ] * 2
+    assert len(log.declined) == 2
+    assert all(d.reason.startswith("the attention probabilities have another user") for d in log.declined)
     assert log.declined[0].module == "encoder.layer.0.attention.self"
