@@ -121,14 +121,16 @@ def of_timm(name: str) -> Example:
 
 
 def of_torchvision(name: str) -> Example:
-    """A model of torchvision on images of 224 pixels, or clips of eight frames of 112."""
+    """A model of torchvision on images of 224 pixels, or clips of eight frames of 112, or what it takes at least."""
     import torchvision
 
     make = torchvision.models.get_model_builder(name)
     parts = {"weights", "weights_backbone"}.intersection(inspect.signature(inspect.unwrap(make)).parameters)
     model = random_model(partial(make, **dict.fromkeys(parts)))
     video = type(model).__module__.startswith("torchvision.models.video")
-    return _images(model, 3, 8, 112, 112) if video else _images(model, 3, 224, 224)
+    frames = [] if not video else [16] if name.startswith(("mvit", "s3d")) else [8]
+    pixels = 112 if frames == [8] else 224
+    return _images(model, 3, *frames, pixels, pixels)
 
 
 def _images(model: torch.nn.Module, *shape: int) -> Example:
