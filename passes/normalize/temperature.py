@@ -48,7 +48,7 @@ class TemperatureToQuery(Pass):
             query, key = product.args
             new = {product: emit(product.target, emit(scaled.target, query, factor), key)}  # type: ignore[arg-type]
             for node in scores[1:]:
-                new[node] = emit(node.target, *map_arg(node.args, lambda n: new.get(n, n)))  # type: ignore[arg-type]  # noqa: B023
+                new[node] = emit(node.target, *map_arg(node.args, lambda n, new=new: new.get(n, n)))  # type: ignore[arg-type, misc]
             scaled.replace_all_uses_with(new[scores[-1]])
             gm.graph.erase_node(scaled)
             self.fire()
