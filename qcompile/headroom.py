@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.graph import aten, module_path, strip
+from passes.graph import aten, is_call, module_path, strip
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
@@ -19,6 +19,10 @@ from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
 
+_UNWRITTEN = (
+    *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default),
+    *(aten.new_empty.default, aten.new_empty_strided.default),
+)
 NEAR = 2.0  # other data, and quantization, can give that much more than calibration saw
 
 
@@ -150,8 +154,8 @@ class Watch:
         for node in all_nodes(self.gm):
             value = node.meta.get("val")
             operands = {n for n in node.all_input_nodes if _is_float(n)}
-            if node.op == "get_attr" or (is_passing(node) and operands <= bounded):
-                bounded.add(node)  # the pass that casts constants checks them
+            if node.op == "get_attr" or is_call(node, *_UNWRITTEN) or (is_passing(node) and operands <= bounded):
+                bounded.add(node)  # the pass that casts constants checks them, and what memory held is no value
             elif isinstance(value, torch.Tensor) and value.dtype is self.target:
                 bounded.add(node)
                 in_scores = node in hidden

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qcompile
+from passes.graph import aten
 from qcompile.errors import CalibrationError, PassError
+from qcompile.headroom import Watch
 from qcompile.record import record_of
 from qcompile.statistics import LargestBeforeSoftmax, LargestScore
+from tests.passes.support import graph_of
 
 X = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
 LIMIT = 65504.0
@@ -248,3 +251,16 @@ def test_a_mask_that_a_choice_of_keys_reads_too_is_no_value() -> None:
     program = quantize(model, X, valid)
     assert max(h.amax for h in record_of(program).headroom) < 1e3
     assert error(program.module()(X, valid), model(X, valid)) < 0.05
+
+
+def test_what_memory_held_before_it_is_written_is_no_value() -> None:
+    class Filled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.new_empty(2, 8, 32)
+            y[..., :32].copy_(x.relu())
+            y[..., 32:].copy_(x[..., :0])  # keys of latent attention, no part of which is rotated
+            return y
+
+    watch = Watch(graph_of(Filled(), X), torch.float32, torch.float16)
+    targets = {node.target for node in watch.statistics}
+    assert aten.copy.default in targets and aten.new_empty.default not in targets
