@@ -16,6 +16,7 @@ from passes.constants import (
     constant,
     constant_before,
     delete_constant,
+    equal_bits,
     evaluate_constant,
     is_constant_expression,
     replace_with_constant,
@@ -224,3 +225,11 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, chunk: int, multiple: int, starts
 def test_no_rows() -> None:
     gm, _, _, w = with_weight(torch.empty(0, 3))
     assert list(ConstantRows(gm, w)) == []
+
+
+def test_equal_bits_are_of_one_shape_and_dtype() -> None:
+    nan = torch.tensor([float("nan"), -0.0])
+    assert equal_bits(nan, nan.clone()) and not equal_bits(nan, nan.abs())
+    zeros = torch.zeros(2, 3)
+    assert equal_bits(zeros, zeros.t().contiguous().t())
+    assert not equal_bits(zeros, zeros.t()) and not equal_bits(zeros, zeros.int())

@@ -12,6 +12,7 @@ from passes.graph import (
     argument,
     aten,
     calls,
+    fake_again,
     is_call,
     module_class,
     module_path,
@@ -121,3 +122,13 @@ def test_emitted_nodes_keep_the_annotations_of_what_they_replace() -> None:
     new = Emitter(relu)(aten.neg.default, relu.args[0])
     assert new.meta["custom"] == {"note": 1}
     assert new.meta["custom"] is not relu.meta["custom"]
+
+
+def test_a_call_made_again_has_the_strides_and_dtype_of_its_operands() -> None:
+    gm = graph_of(nn.ReLU(), torch.randn(3, 4))
+    relu = only_call(gm, aten.relu.default)
+    operand = relu.all_input_nodes[0]
+    with operand.meta["val"].fake_mode:
+        operand.meta["val"] = torch.empty(4, 3, dtype=torch.float16).t()
+    again = fake_again(relu)
+    assert (again.dtype, again.stride()) == (torch.float16, (1, 3)) and relu.meta["val"].stride() == (4, 1)
