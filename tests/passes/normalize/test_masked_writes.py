@@ -126,3 +126,9 @@ def test_too_many_rows_are_an_error_where_they_were() -> None:
 )
 def test_other_writes_stay(write: Write) -> None:
     assert declines(MaskedWritesToWhere, graph_of(Merge(write), HIDDEN, IDS, FEATURES)) == []
+
+
+def test_rows_of_a_dynamic_width_stay() -> None:
+    free = ({2: DYNAMIC}, None, {1: DYNAMIC})
+    gm = graph_of(Merge(lambda h, m, f: put(h, m, f)), HIDDEN, IDS, FEATURES, dynamic_shapes=free)
+    assert declines(MaskedWritesToWhere, gm) == []
