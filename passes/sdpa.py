@@ -13,9 +13,10 @@ from torch.fx import Node
 
 from passes.graph import Emitter, argument, aten, shape
 
-__all__ = ["HIDDEN", "HIDDEN_ROUNDED", "SDPA", "Attention", "attention_scale", "fully_masked"]
+__all__ = ["HIDDEN", "HIDDEN_ROUNDED", "SDPA", "SOFTMAXES", "Attention", "attention_scale", "fully_masked"]
 
 SDPA = aten.scaled_dot_product_attention.default
+SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 HIDDEN = -1e4  # adding this or less to a score leaves a probability that is zero in every dtype
 HIDDEN_ROUNDED = -9984.0  # what that is in bfloat16: the limit for masks that may have been rounded
 

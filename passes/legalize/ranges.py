@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes.constants import constant, is_constant_expression, root_constants, scalar
 from passes.graph import TRANSPARENT, argument, aten, is_call
 from passes.ir import ATTENTION
-from passes.sdpa import SDPA
+from passes.sdpa import SDPA, SOFTMAXES
 
 __all__ = ["SAME_ELEMENTS", "before_softmax", "beyond", "is_passing", "largest", "least", "may_mask", "softmax_axis"]
 
@@ -24,7 +24,6 @@ _RESHAPING = (
 )
 # What puts a number in the place of scores.
 _REPLACING = (aten.where.self, aten.masked_fill.Tensor, aten.maximum.default)
-_SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 # What stands between a product, the mask and the softmax, the score of a sink and the largest score among it.
 _MASKING = (
     *(*_RESHAPING, *_REPLACING, aten.masked_fill.Scalar, aten.add.Tensor, aten.clamp.default, aten._to_copy.default),
@@ -39,7 +38,7 @@ SAME_ELEMENTS = (
 )
 # No element is larger than the largest of the operands.
 _PASSING = (
-    *(*SAME_ELEMENTS, *_REPLACING, *_SOFTMAXES, SDPA, aten._to_copy.default, operator.getitem, aten.repeat.default),
+    *(*SAME_ELEMENTS, *_REPLACING, *SOFTMAXES, SDPA, aten._to_copy.default, operator.getitem, aten.repeat.default),
     *(aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.index_select.default, aten.embedding.default),
     *(aten.gather.default, aten.cat.default, aten.stack.default, aten.roll.default, aten.flip.default),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.unfold.default),
@@ -99,7 +98,7 @@ def before_softmax(graph: Graph) -> set[Node]:
 def _hides(node: Node, user: Node, found: set[Node]) -> bool:
     if is_call(user, SDPA, ATTENTION):
         return node not in user.args[:3] and user.args[3:4] == (node,)
-    return is_call(user, *_SOFTMAXES) or _gives_places(user) or (user in found and is_call(user, *_MASKING))
+    return is_call(user, *SOFTMAXES) or _gives_places(user) or (user in found and is_call(user, *_MASKING))
 
 
 def _gives_places(node: Node) -> bool:
@@ -112,7 +111,7 @@ def _gives_places(node: Node) -> bool:
 
 def softmax_axis(node: Node) -> int | None:
     """The axis that a softmax takes `node` along; None if none reads it directly."""
-    return next((int(argument(user, "dim")) for user in node.users if is_call(user, *_SOFTMAXES)), None)
+    return next((int(argument(user, "dim")) for user in node.users if is_call(user, *SOFTMAXES)), None)
 
 
 def may_mask(operand: Node, user: Node, computed: bool) -> bool:

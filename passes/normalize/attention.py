@@ -17,6 +17,7 @@ from passes.normalize.attention_scores import (
     read_scores,
     unscaled,
 )
+from passes.sdpa import SOFTMAXES
 
 __all__ = ["NormalizeAttention"]
 
@@ -26,7 +27,6 @@ _OTHERWISE = (
 )
 _OVER_QUERIES = "the softmax of query times key goes over axis {}, not over the keys, before it meets the value"
 _NO_SOFTMAX = "{} makes the weights of query times key before they meet the value, not a softmax over the keys"
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _OTHER_WEIGHTS = (aten.sigmoid.default, aten.exp.default, aten.relu.default, aten.softplus.default, aten.tanh.default)
 
 
@@ -54,7 +54,7 @@ class NormalizeAttention(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        for softmax in calls(gm.graph, *_SOFTMAX):
+        for softmax in calls(gm.graph, *SOFTMAXES):
             scores, axis, rank = softmax.args[0], argument(softmax, "dim"), len(shape(softmax))
             if not isinstance(scores, Node) or not rank:
                 continue

@@ -14,7 +14,7 @@ from passes.graph import argument, aten, calls, is_call, is_pointwise, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.patch_embedding import is_patchwise
 from passes.normalize.weight_names import Names, layer_of, piece_of, whole_of
-from passes.sdpa import SDPA
+from passes.sdpa import SDPA, SOFTMAXES
 
 __all__ = ["ComputedWeightsToConstants"]
 
@@ -27,8 +27,7 @@ _REARRANGED = tuple(target for target in LAYOUT if target is not aten.select.int
 _QUANTIZED = (QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE)
 # What these make of parameters is no weight: learned queries that a layer projects or normalizes.
 _LAYERS = (aten.linear.default, *_CONVOLUTIONS, SDPA)
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, *_SOFTMAX)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, *SOFTMAXES)
 
 
 class ComputedWeightsToConstants(Pass):
@@ -93,7 +92,7 @@ def _attends(product: Node) -> bool:
         pending, seen = [product], {product}
         while pending:
             for node in set(step(pending.pop())) - seen:
-                if is_call(node, *_SOFTMAX):
+                if is_call(node, *SOFTMAXES):
                     return True
                 if is_pointwise(node) or is_call(node, *LAYOUT, aten.expand.default, aten.dropout.default):
                     seen.add(node)

@@ -7,10 +7,10 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, shape
 from passes.normalize.attention_layout import is_one, same
+from passes.sdpa import SOFTMAXES
 
 __all__ = ["NormalizeSoftmax"]
 
-_SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
@@ -37,9 +37,10 @@ class NormalizeSoftmax(Pass):
         for node in calls(gm.graph, aten.exp.default):
             if self._normalized(node) or self._divided(node):
                 self.fire()
-        for node in calls(gm.graph, *_SOFTMAXES):
+        for node in calls(gm.graph, *SOFTMAXES):
             shifted, axis = node.args[:2]
-            x = _without_constant(node, axis % len(shape(shifted)))  # type: ignore[operator, arg-type]
+            rank = len(shape(node))
+            x = _without_constant(node, axis % rank) if rank else shifted  # type: ignore[operator, arg-type]
             if x is not shifted:
                 node.replace_input_with(shifted, x)  # type: ignore[arg-type]
                 self.fire()

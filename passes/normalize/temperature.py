@@ -9,14 +9,16 @@ from torch.fx.node import map_arg
 
 from passes.base import Pass
 from passes.constants import scalar
-from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
+from passes.graph import TRANSPARENT, Emitter, aten, calls, dtype, is_call, only_user, shape, strip
+from passes.ir import DEQUANTIZE
 from passes.normalize.attention_layout import is_one, same
 from passes.normalize.attention_scores import MATMULS
+from passes.sdpa import SOFTMAXES
 
 __all__ = ["TemperatureToQuery"]
 
 _SCALES = (aten.mul.Tensor, aten.div.Tensor)
-_SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_ARRANGES = (*TRANSPARENT, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.expand.default)
 # What stands between the scores and their softmax.
 _MASKING = (
     *(aten.add.Tensor, aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
@@ -34,7 +36,8 @@ class TemperatureToQuery(Pass):
 
     Requires: `ViewsToReshape` and `RemoveNoOps` ran.
     Ensures: the same values up to rounding.
-    Declines when: never; a tensor with a number for each key is no temperature.
+    Declines when: never; a tensor with a number for each key is no temperature, and what another tool quantized before
+        the product keeps its place there.
     Why: an attention has a number for its scale, so that one whose scores are multiplied with a tensor is none.
     """
 
@@ -69,6 +72,8 @@ def _temperature(gm: GraphModule, product: Node, scores: Node) -> tuple[Node, No
     scaled, query = only_user(scores), product.args[0]
     if scaled is None or not is_call(scaled, *_SCALES) or not isinstance(query, Node):
         return None
+    if is_call(strip(query, *_ARRANGES), DEQUANTIZE):
+        return None
     first, second = scaled.args[:2]
     if is_call(scaled, aten.mul.Tensor) and second is scores:
         first, second = second, first
@@ -92,4 +97,4 @@ def _leads_to_softmax(node: Node) -> bool:
     user: Node | None = node
     while (user := only_user(user)) is not None and is_call(user, *_MASKING):  # type: ignore[arg-type]
         pass
-    return is_call(user, *_SOFTMAXES)
+    return is_call(user, *SOFTMAXES)

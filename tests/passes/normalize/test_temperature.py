@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from passes.graph import aten
+from passes.constants import add_constant
+from passes.graph import Emitter, aten, calls
+from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.temperature import TemperatureToQuery
 from passes.sdpa import SDPA
@@ -70,4 +72,14 @@ STAYS: dict[str, Form] = {
 @pytest.mark.parametrize("form", STAYS.values(), ids=STAYS.keys())
 def test_what_is_no_temperature_stays(form: Form) -> None:
     gm = graph_of(Attention(form), torch.randn(3, 2, 5, 4))
+    assert declines(TemperatureToQuery, gm) == []
+
+
+def test_what_another_tool_quantized_before_the_product_stays_there() -> None:
+    gm = graph_of(Attention(FORMS["heads"]), torch.randn(3, 2, 5, 4))
+    product = next(iter(calls(gm.graph, aten.matmul.default)))
+    emit, scale = Emitter(product), add_constant(gm, "scale", torch.tensor(0.02), product)
+    codes = emit(QUANTIZE, product.args[0], scale, format="fp8")
+    product.update_arg(0, emit(DEQUANTIZE, codes, scale, format="fp8", dtype=torch.float32))
+    gm.recompile()
     assert declines(TemperatureToQuery, gm) == []
