@@ -127,10 +127,9 @@ def of_torchvision(name: str) -> Example:
     make = torchvision.models.get_model_builder(name)
     parts = {"weights", "weights_backbone"}.intersection(inspect.signature(inspect.unwrap(make)).parameters)
     model = random_model(partial(make, **dict.fromkeys(parts)))
-    video = type(model).__module__.startswith("torchvision.models.video")
-    frames = [] if not video else [16] if name.startswith(("mvit", "s3d")) else [8]
-    pixels = 112 if frames == [8] else 224
-    return _images(model, 3, *frames, pixels, pixels)
+    if not type(model).__module__.startswith("torchvision.models.video"):
+        return _images(model, 3, 224, 224)
+    return _images(model, 3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else _images(model, 3, 8, 112, 112)
 
 
 def _images(model: torch.nn.Module, *shape: int) -> Example:

@@ -7,11 +7,10 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, shape
 from passes.normalize.attention_layout import is_one, same
+from passes.normalize.attention_scores import MATMULS
 from passes.sdpa import SOFTMAXES
 
 __all__ = ["NormalizeSoftmax"]
-
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
 class NormalizeSoftmax(Pass):
@@ -71,7 +70,7 @@ class NormalizeSoftmax(Pass):
             return False
         axis = argument(total, "dim")[0] % len(shape(exp))
         (weighted,) = others
-        if is_call(weighted, *_PRODUCTS) and weighted.args[0] is exp and weighted.args[1] is not exp:
+        if is_call(weighted, *MATMULS) and weighted.args[0] is exp and weighted.args[1] is not exp:
             quotient = _quotient(weighted, total)
             if axis != len(shape(exp)) - 1 or quotient is None or only_user(weighted) is not quotient:
                 return False

@@ -9,8 +9,9 @@ from torch.fx.node import map_arg
 
 from passes.base import Pass
 from passes.constants import scalar
-from passes.graph import TRANSPARENT, Emitter, aten, calls, dtype, is_call, only_user, shape, strip
+from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape, strip
 from passes.ir import DEQUANTIZE
+from passes.legalize.ranges import SAME_ELEMENTS
 from passes.normalize.attention_layout import is_one, same
 from passes.normalize.attention_scores import MATMULS
 from passes.sdpa import SOFTMAXES
@@ -18,7 +19,6 @@ from passes.sdpa import SOFTMAXES
 __all__ = ["TemperatureToQuery"]
 
 _SCALES = (aten.mul.Tensor, aten.div.Tensor)
-_ARRANGES = (*TRANSPARENT, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.expand.default)
 # What stands between the scores and their softmax.
 _MASKING = (
     *(aten.add.Tensor, aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
@@ -72,7 +72,7 @@ def _temperature(gm: GraphModule, product: Node, scores: Node) -> tuple[Node, No
     scaled, query = only_user(scores), product.args[0]
     if scaled is None or not is_call(scaled, *_SCALES) or not isinstance(query, Node):
         return None
-    if is_call(strip(query, *_ARRANGES), DEQUANTIZE):
+    if is_call(strip(query, *SAME_ELEMENTS), DEQUANTIZE):
         return None
     first, second = scaled.args[:2]
     if is_call(scaled, aten.mul.Tensor) and second is scores:

@@ -15,14 +15,13 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, fake_call, fake_mode, following, is_call, shape, val
+from passes.graph import TRANSPARENT, Emitter, aten, calls, fake_call, fake_mode, following, is_call, shape, val
 from passes.normalize.attention_layout import same
 
-_COPIES = (aten.clone.default, aten.contiguous.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _VIEWS = (
     *(aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int, aten.unbind.int, *_SPLITS),
-    *(aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, operator.getitem, *_COPIES),
+    *(aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, operator.getitem, *TRANSPARENT),
 )
 
 
@@ -126,7 +125,7 @@ def _read(linear: Node) -> tuple[list[_Heads], bool]:
 
 def _view(node: Node, views: Mapping[Node, Any], mode: FakeTensorMode) -> Any:
     """What `node` is of the memory of `views`, as if nothing was copied; None if it makes something new."""
-    if is_call(node, *_COPIES):
+    if is_call(node, *TRANSPARENT):
         return views[node.args[0]]  # type: ignore[index]
     if not is_call(node, *_VIEWS):
         return None
