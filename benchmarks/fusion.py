@@ -72,11 +72,11 @@ def compile_case(case: Case, example: Example, path: Path) -> qcompile.Report:
     return qcompile.export_onnx(example.quantized(recipe=case.recipe, dtype=case.dtype), path)
 
 
-def export_unquantized(case: Case, example: Example, path: Path) -> None:
-    """The same model in half precision, by torch alone."""
-    model = copy.deepcopy(example.model).to(case.dtype)
+def export_unquantized(example: Example, dtype: torch.dtype, path: Path) -> None:
+    """The same model in `dtype`, by torch alone."""
+    model = copy.deepcopy(example.model).to(dtype)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda t: t.to(case.dtype) if t.is_floating_point() else t, (example.args, example.kwargs)
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (example.args, example.kwargs)
     )
     torch.onnx.export(
         model, args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=example.dynamic_shapes, verbose=False
@@ -94,7 +94,7 @@ def measure(case: Case, targets: Sequence[str], *, layers: int | None = None, ti
         quantized, unquantized = Path(folder) / "fp8.onnx", Path(folder) / "half.onnx"
         example = case.example(tiny=tiny, layers=layers)
         compile_case(case, example, quantized)
-        export_unquantized(case, example, unquantized)
+        export_unquantized(example, case.dtype, unquantized)
         blocks = {}
         for count in (2, 3):
             blocks[count] = quantized if count == layers else Path(folder) / f"{count}.onnx"

@@ -17,12 +17,13 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import cyclopts
 import torch
@@ -37,6 +38,8 @@ from benchmarks.models import Example
 from passes.graph import ancestors, module_path
 
 app = cyclopts.App(help=__doc__)
+
+T = TypeVar("T")
 
 LIMIT = 600  # seconds of CPU time for one model
 CLOSE = 0.02  # relative difference of ONNX Runtime's outputs from the program's; float16 sums in another order
@@ -150,33 +153,38 @@ def _difference(program: ExportedProgram, path: Path, example: Example) -> float
     return max((float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs), default=0.0)
 
 
-def in_child(architecture: Architecture, recipe: str, target: str) -> Row:
-    """`measure` in a forked process: a crash or an endless build costs one row."""
+def in_child(work: Callable[[], T], failed: Callable[[str], T]) -> T:
+    """What `work` gives in a forked process: a crash or an endless build costs one row, made by `failed`."""
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
 
-    def work() -> None:
+    def limited() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-        writer.send(measure(architecture, recipe, target))
+        writer.send(work())
 
-    child = context.Process(target=work)
+    child = context.Process(target=limited)
     child.start()
     writer.close()
     try:
-        row = reader.recv()
-        assert isinstance(row, Row)
-        return row
+        result: T = reader.recv()
+        return result
     except EOFError:  # the child ended without a word
         child.join()
-        said = f"the process ended with exit code {child.exitcode}, within {LIMIT} s of CPU time"
-        return Row(architecture.name, "quantize", "refused", "crash", said)
+        return failed(f"the process ended with exit code {child.exitcode}, within {LIMIT} s of CPU time")
     finally:
         child.join()
 
 
+def _row(architecture: Architecture, recipe: str, target: str) -> Row:
+    def failed(said: str) -> Row:
+        return Row(architecture.name, "quantize", "refused", "crash", said)
+
+    return in_child(partial(measure, architecture, recipe, target), failed)
+
+
 def run(architectures: Sequence[Architecture], recipe: str, target: str, jobs: int) -> Iterator[Row]:
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda architecture: in_child(architecture, recipe, target), architectures)
+        yield from pool.map(lambda architecture: _row(architecture, recipe, target), architectures)
 
 
 def summary(rows: Sequence[Row]) -> str:

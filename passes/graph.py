@@ -7,6 +7,7 @@ true for the nodes that a pass adds. Constants are in `passes.constants`.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -173,6 +174,14 @@ def fake_again(node: Node) -> Any:
             return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device)
 
     return pytree.tree_map(as_before, value, val(node))
+
+
+def bounds(size: int | torch.SymInt) -> tuple[float, float]:
+    """The least and the largest that `size` can be, as far as is known: a number for both where it is one."""
+    if isinstance(size, int):
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(found.lower), int(found.upper) if found.upper.is_Integer else math.inf
 
 
 def following(node: Node) -> Node:

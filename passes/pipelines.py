@@ -25,7 +25,7 @@ from passes.fold.fixed import FoldFixed
 from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
 from passes.fuse.attention_qdq import FuseAttentionQdq
-from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.attention import DecomposeAttention, is_long_causal
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
@@ -38,6 +38,7 @@ from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
+from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from passes.legalize.wide_sums import WideIndexedSums
@@ -68,6 +69,7 @@ from passes.normalize.spellings import PlainSpellings
 from passes.normalize.subgraphs import LeaveSubgraphs
 from passes.normalize.temperature import TemperatureToQuery
 from passes.normalize.views import ViewsToReshape
+from passes.place.head_norms import JoinHeadNorms
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
 from passes.quantize.insert import InsertQdq, Quantizer
@@ -140,6 +142,9 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS: Pipeline = (BlocksToPerChannel,)
 """On request in front of either of the following: no FP8 in blocks."""
 
+TENSORRT_KERNELS: Pipeline = (LeaveUnfusedAttention,)
+"""In front of all others for TensorRT: what it has no kernel for stays in floating point."""
+
 TENSORRT: Pipeline = (
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
@@ -147,6 +152,7 @@ TENSORRT: Pipeline = (
     PickedRowsToAll,
     SplitPackedHeads,
     MergeParallelLinears,
+    JoinHeadNorms,
     MeasuredToConstant,
     SplitK,
     SpellOutBlockActivations,
@@ -154,7 +160,7 @@ TENSORRT: Pipeline = (
     PadHeadWidths,
     LengthenGroupNorm,
     FoldToConvolution,
-    partial(DecomposeAttention, unless=is_causal_without_mask),
+    partial(DecomposeAttention, unless=is_long_causal),
     StoreWeightsTransposed,
     FoldConstants,
     ExpandsLast,

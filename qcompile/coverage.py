@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,6 +25,20 @@ _RECURRENT += [f"{name}_cell" for name in _RECURRENT]
 _LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
 _PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::addmm", "aten::einsum")
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What of a graph is quantized, as reports have it: `quantized_modules`, and their `coverage`."""
+
+    quantized: dict[str, str]
+    unquantized: dict[str, str]
+    coverage: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
+        quantized, unquantized = quantized_modules(gm, declined)
+        return cls(quantized, unquantized, coverage(gm, unquantized))
 
 
 def quantized_modules(gm: GraphModule, declined: Iterable[Decline] = ()) -> tuple[dict[str, str], dict[str, str]]:

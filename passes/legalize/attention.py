@@ -9,8 +9,11 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.dependence import fixed_nodes
-from passes.graph import Emitter, aten, calls, dtype, is_call, shape
+from passes.formats import FP8
+from passes.graph import Emitter, aten, bounds, calls, dtype, is_call, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+
+_SHORT = 512  # keys
 
 
 class DecomposeAttention(Pass):
@@ -64,19 +67,23 @@ class DecomposeAttention(Pass):
         node.replace_all_uses_with(out)
 
 
-def is_causal_without_mask(node: Node) -> bool:
-    """Whether TensorRT's own operator takes it: it knows the causal mask and reads grouped heads without a copy.
+def is_long_causal(node: Node) -> bool:
+    """Whether TensorRT's own operator is the better form: it knows the causal mask, of which products read a number for
+    each query and key.
 
-    It takes values of the width of the keys only (multi-head latent attention has narrower ones).
+    It writes half precision, so that a kernel quantizes behind it. Up to 512 keys that costs more than the products
+    that it leaves out: both grow with the heads, so the length alone decides. It takes FP8 only, and values of the
+    width of the keys (multi-head latent attention has narrower ones).
     """
     key, value = node.args[1:3]
     assert isinstance(key, Node) and isinstance(value, Node)
-    return bool(node.kwargs["is_causal"]) and node.args[3] is None and shape(key)[-1] == shape(value)[-1]
+    plain = bool(node.kwargs["is_causal"]) and node.args[3] is None and node.kwargs["format"] == FP8.name
+    return plain and shape(key)[-1] == shape(value)[-1] and bounds(shape(key)[2])[1] > _SHORT
 
 
 def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:
     """Q/DQ of the tensor behind `operand` with its heads repeated to `heads` and, for K, its last axes swapped."""
-    codes = _quantized(operand)
+    codes = quantize_of(operand)
     emit = Emitter(codes)
     source = codes.args[0]
     assert isinstance(source, Node)
@@ -90,8 +97,9 @@ def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:
     return emit(DEQUANTIZE, new_codes, codes.args[1], **operand.kwargs)
 
 
-def _quantized(operand: Node) -> Node:
-    """The quantize that `operand` is the dequantize of."""
+def quantize_of(operand: object) -> Node:
+    """The quantize that `operand` of a quantized attention is the dequantize of."""
+    assert isinstance(operand, Node)
     codes = operand.args[0]
     assert is_call(operand, DEQUANTIZE) and isinstance(codes, Node) and is_call(codes, QUANTIZE), (
         "FuseAttentionQdq takes operands that are a dequantize of a quantize"
@@ -113,7 +121,7 @@ def _causal_mask(query: Node, key: Node, made: dict[tuple[object, ...], Node], e
     size = to, str(rows), str(columns)  # a dynamic length has no hash, but its expression names it
     if size not in made:
         # read off what is quantized: a size of its dequantize would keep that, and K's is replaced
-        lengths = [emit(aten.sym_size.int, _quantized(operand).args[0], 2) for operand in (query, key)]
+        lengths = [emit(aten.sym_size.int, quantize_of(operand).args[0], 2) for operand in (query, key)]
         q_len, k_len = (s if isinstance(s, int) else n for s, n in zip((rows, columns), lengths, strict=True))
         i = emit(aten.unsqueeze.default, emit(aten.arange.default, q_len), 1)
         j = emit(aten.unsqueeze.default, emit(aten.arange.default, k_len), 0)

@@ -55,12 +55,14 @@ class OnnxGraph:
         self.nodes = list(model.graph.node)
         self._producer = {out: node for node in self.nodes for out in node.output if out}
         self._modules = {node_name(node): module_path(node) for node in self.nodes}
-        self._constants = {init.name for init in model.graph.initializer}
+        self._types = {init.name: init.data_type for init in model.graph.initializer}
+        self._constants = set(self._types)
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         folded = MOVES | {"Constant", "ConstantOfShape", "DequantizeLinear", "Mul"}
         for node in self.nodes:
             for tensor in node.input:
                 self._consumers.setdefault(tensor, []).append(node)
+            self._types.update((node.output[0], a.t.data_type) for a in node.attribute if node.op_type == "Constant")
             if node.op_type in folded and all(tensor in self._constants for tensor in node.input if tensor):
                 self._constants.update(node.output)
 
@@ -131,12 +133,29 @@ class OnnxGraph:
 
     def is_quantized(self, tensor: str) -> bool:
         """Whether a tensor is a dequantized one, perhaps moved, retyped or multiplied by a constant since."""
+        return self._dequantize(tensor) is not None
+
+    def code_type(self, tensor: str) -> int | None:
+        """The `TensorProto` type of the codes that `tensor` is dequantized from; None where it is not, or not known."""
+        node = self._dequantize(tensor)
+        if node is None:
+            return None
+        made = self.producer(node.input[0])
+        while made is not None and made.op_type in MOVES:
+            made = self.producer(made.input[0])
+        codes = node if made is None else made
+        declared = [a.i for a in codes.attribute if a.name == "output_dtype" and codes.op_type == "QuantizeLinear"]
+        typed = [self._types[t] for t in (*codes.input[2:3], *node.input[2:3], node.input[0]) if t in self._types]
+        return next(iter(declared + typed), None)
+
+    def _dequantize(self, tensor: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that `tensor` comes from, through what moves, retypes or scales by a constant."""
         node = self.producer(tensor)
         for _ in range(REACH):
             if node is None or node.op_type == "DequantizeLinear":
-                return node is not None
+                return node
             if node.op_type not in MOVES and node.op_type not in ("Mul", "Div"):
-                return False
+                return None
             tensors = [t for t in node.input if t and t not in self._constants] or list(node.input[:1])
             node = self.producer(tensors[0]) if tensors else None
-        return False
+        return None

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.layers import LOW_PRECISION, Layer
 from qcompile.engine.patterns import Attention, Gemm, find_attentions, find_gemms
 from qcompile.engine.report import AttentionCount, NotLowPrecision, ProfileCounts
-from qcompile.engine.shapes import head_dim, key_length
+from qcompile.engine.shapes import head_dim, lengths
 
-# Observed with TensorRT-RTX 1.7.1: with fewer keys than this, or larger heads, there is no fused FP8 kernel.
-MIN_KEYS = 32
-MAX_HEAD = 256
-NO_KERNEL = "quantized in the file, but the builder has no FP8 kernel"
+NO_KERNEL = "quantized in the file, but the builder has no kernel"
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class Judgement:
 
     @property
     def badness(self) -> tuple[int, int, int]:
-        """Orders profiles: fewer FP8 attentions, then more left in high precision, then more kernels."""
-        return -self.counts.attention.fp8, len(self.counts.not_low_precision), self.counts.kernels
+        """Orders profiles: fewer attentions in low precision, then more left in high precision, then more kernels."""
+        return -self.counts.attention.low_precision, len(self.counts.not_low_precision), self.counts.kernels
 
 
 def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Judgement:
@@ -89,8 +87,9 @@ def _attentions(
             parts = [k for k in kernels if attention.nodes.intersection(k.onnx_nodes)]
             why = _why_attention(attention, precision, parts, shapes)
             gaps.append(NotLowPrecision("attention", attention.module, why))
-            keys = key_length(attention, shapes)
-            if not attention.unquantized and keys is not None and keys < MIN_KEYS:
+            _, keys = lengths(attention, shapes)
+            takes = FUSED_ATTENTION.get(attention.format or "")
+            if not attention.unquantized and takes is not None and keys is not None and keys < takes.least_keys:
                 short.append((attention.module, keys))
     for kernel in unmatched:  # an attention that was written in a way that the file's index does not know
         precisions.append(kernel.precision)
@@ -98,19 +97,21 @@ def _attentions(
             name = graph.module(kernel.onnx_nodes[0]) if kernel.onnx_nodes else kernel.name
             gaps.append(NotLowPrecision("attention", name, f"one fused kernel, in {kernel.precision}"))
     count = AttentionCount(
-        total=len(precisions), fused=len(precisions) - precisions.count("unfused"), fp8=precisions.count("fp8")
+        total=len(precisions),
+        fused=len(precisions) - precisions.count("unfused"),
+        fp8=precisions.count("fp8"),
+        int8=precisions.count("int8"),
     )
     return count, gaps, short
 
 
 def unsupported_shape(attention: Attention, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a quantized attention of these shapes has no fused FP8 kernel; None when its shapes are no obstacle."""
-    keys, head = key_length(attention, shapes), head_dim(attention, shapes)
-    if keys is not None and keys < MIN_KEYS:
-        return f"its key sequence can be as short as {keys}, and fused FP8 attention needs at least {MIN_KEYS}"
-    if head is not None and head > MAX_HEAD:
-        return f"head dimension {head}, and fused FP8 attention takes at most {MAX_HEAD}"
-    return None
+    """Why a quantized attention of these shapes has no fused kernel; None when its shapes are no obstacle."""
+    kernel = FUSED_ATTENTION.get(attention.format or "")
+    if kernel is None:
+        return None
+    queries, keys = lengths(attention, shapes)
+    return kernel.unfit_length(queries, keys) or kernel.unfit_width(head_dim(attention, shapes))
 
 
 def _why_attention(
@@ -123,8 +124,8 @@ def _why_attention(
         return f"{state}: {', '.join(attention.unquantized)} not quantized in the file"
     if obstacle := unsupported_shape(attention, shapes):
         return f"{state}: {obstacle}"
-    if any(k.is_gemm and k.outputs and k.outputs[0].datatype == "Float" for k in parts):
-        return f"{state}: its products are float32; DequantizeLinear has to give float16 or bfloat16"
+    if attention.format == "int8" or any(k.is_gemm and k.outputs and k.outputs[0].datatype == "Float" for k in parts):
+        return f"{state}: {NO_KERNEL} for this form, unless what reads its output next is a quantizer"
     if precision != "unfused":
         return f"{state}: {NO_KERNEL} for this shape (one query?)"
     return f"{state}: {NO_KERNEL} for this form"

@@ -126,6 +126,9 @@ def _node(trt: Any, layer: Any) -> onnx.NodeProto:
     node = helper.make_node(_operator(trt, layer), _inputs(layer), _outputs(layer), name=layer.name)
     if layer.type.name == "DEQUANTIZE" and (size := _block_size(layer)):
         node.attribute.append(helper.make_attribute("block_size", size))
+    if layer.type.name == "QUANTIZE":
+        made = _TYPES.get(layer.get_output(0).dtype.name, TensorProto.UNDEFINED)
+        node.attribute.append(helper.make_attribute("output_dtype", made))
     return node
 
 

@@ -6,7 +6,7 @@ This is what tells "the file does not quantize it" from "the file does, and the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -18,6 +18,7 @@ _ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "TRT_QuantizedAttent
 # What may stand between Q @ K^T and the softmax (scale, mask, softcap), and between the softmax and P @ V.
 _AFTER_SOFTMAX = MOVES | {"Mul", "Div", "Where", "IsNaN", "QuantizeLinear", "DequantizeLinear"}
 _BEFORE_SOFTMAX = _AFTER_SOFTMAX | {"Add", "Sub", "Min", "Max", "Clip", "Tanh"}
+_FORMATS: Mapping[int | None, str] = {onnx.TensorProto.FLOAT8E4M3FN: "fp8", onnx.TensorProto.INT8: "int8"}
 _ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are called in a file
 
 
@@ -39,6 +40,7 @@ class Gemm:
 class Attention:
     """One attention: the nodes that make it up and, of q, k, v and the softmax output, those that are not quantized.
 
+    `format` is what k is quantized to, `fp8` or `int8`; None for anything else.
     `scores` is the tensor [..., Sq, Sk] of the decomposed form, None for an operator; `query` and `key` its operands.
     """
 
@@ -48,6 +50,7 @@ class Attention:
     scores: str | None
     query: str
     key: str
+    format: str | None
 
 
 def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
@@ -89,7 +92,9 @@ def _operator(graph: OnnxGraph, node: onnx.NodeProto) -> Attention:
     if not any(a.name == "normalization_quantize_to_type" for a in node.attribute):
         missing.append("softmax output")
     names = frozenset({node_name(node)})
-    return Attention(module_path(node), names, tuple(missing), None, node.input[0], node.input[1])
+    return Attention(
+        module_path(node), names, tuple(missing), None, node.input[0], node.input[1], _format(graph, node.input[1])
+    )
 
 
 def _decomposed(graph: OnnxGraph, softmax: onnx.NodeProto, scores: onnx.NodeProto, values: onnx.NodeProto) -> Attention:
@@ -98,7 +103,12 @@ def _decomposed(graph: OnnxGraph, softmax: onnx.NodeProto, scores: onnx.NodeProt
     operands += [("softmax output" if tensor in downstream else "v", tensor) for tensor in values.input[:2]]
     missing = tuple(label for label, tensor in operands if not graph.is_quantized(tensor))
     names = frozenset(map(node_name, (softmax, scores, values)))
-    return Attention(module_path(softmax), names, missing, softmax.output[0], scores.input[0], scores.input[1])
+    query, key = scores.input[:2]
+    return Attention(module_path(softmax), names, missing, softmax.output[0], query, key, _format(graph, key))
+
+
+def _format(graph: OnnxGraph, tensor: str) -> str | None:
+    return _FORMATS.get(graph.code_type(tensor))
 
 
 def _nearest_product(graph: OnnxGraph, tensor: str, upward: bool) -> onnx.NodeProto | None:

@@ -12,13 +12,18 @@ from qcompile.errors import EngineError, ExpectationError
 
 
 class AttentionCount(BaseModel):
-    """Attentions of the file: `total`; `fused` into one kernel in any type; `fp8`: fused, with FP8 q, k and v."""
+    """Attentions of the file: `total`; `fused` into one kernel in any type; `fp8`, `int8`: with q, k and v in that."""
 
     model_config = ConfigDict(frozen=True)
 
     total: int = 0
     fused: int = 0
     fp8: int = 0
+    int8: int = 0
+
+    @property
+    def low_precision(self) -> int:
+        return self.fp8 + self.int8
 
 
 class NotLowPrecision(NamedTuple):
@@ -93,8 +98,8 @@ class EngineReport(BaseModel):
         """Compare with what was expected.
 
         Args:
-            expect: `attention_fp8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`, `gemm_int8`: at least
-                so many; `kernels`: at most so many. Every profile has to reach them.
+            expect: `attention_fp8`, `attention_int8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`,
+                `gemm_int8`: at least so many; `kernels`: at most so many. Every profile has to reach them.
 
         Raises:
             EngineError: an unknown key, or a value that is no count.
@@ -119,16 +124,13 @@ def _shortfall(counts: ProfileCounts | EngineReport, key: str, wanted: int, wher
         met, bound, found, kind = counts.kernels <= wanted, "at most", counts.kernels, ""
     else:
         kind, _, precision = key.partition("_")
-        if kind == "gemm":
-            found = counts.gemms[precision]
-        else:
-            found = counts.attention.fp8 if precision else counts.attention.fused
+        found = counts.gemms[precision] if kind == "gemm" else getattr(counts.attention, precision or "fused")
         met, bound = found >= wanted, "at least"
     behind = [f"    {n.kind} {n.module}: {n.reason}" for n in counts.not_low_precision if n.kind == kind]
     return [] if met else [f"  {key}{where}: {bound} {wanted} wanted, {found} found", *behind]
 
 
-EXPECTATIONS = ("attention_fp8", "attention", "gemm_fp8", "gemm_fp4", "gemm_int8", "kernels")
+EXPECTATIONS = ("attention_fp8", "attention_int8", "attention", "gemm_fp8", "gemm_fp4", "gemm_int8", "kernels")
 
 
 def check_keys(expect: Mapping[str, int]) -> None:

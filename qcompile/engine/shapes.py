@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from qcompile.engine.patterns import Attention
 
 
-def key_length(attention: Attention, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Number of keys of an attention, None when shape inference could not tell."""
+def lengths(attention: Attention, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
+    """Number of queries and of keys of an attention, None when shape inference could not tell."""
     if attention.scores is not None:
         shape = shapes.get(attention.scores)
-        return shape[-1] if shape else None
-    shape = shapes.get(attention.key)
+        return (shape[-2], shape[-1]) if shape and len(shape) >= 2 else (None, None)
+    return _length(shapes.get(attention.query)), _length(shapes.get(attention.key))
+
+
+def _length(shape: tuple[int, ...] | None) -> int | None:
     return shape[-2] if shape and len(shape) >= 2 else None
 
 

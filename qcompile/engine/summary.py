@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.backend import Backend
-from qcompile.engine.judge import MIN_KEYS, NO_KERNEL, Judgement, judge
+from qcompile.engine.judge import NO_KERNEL, Judgement, judge
 from qcompile.engine.layers import OTHER, Layer
 from qcompile.engine.profiles import Profile
 from qcompile.engine.report import EngineReport
 from qcompile.engine.trt_build import Built
+
+_MIN_KEYS = FUSED_ATTENTION["fp8"].least_keys  # INT8 takes any
 
 
 def summarize(built: Built, backend: Backend, seconds: float) -> EngineReport:
@@ -63,18 +66,20 @@ def _unfused(result: Judgement, index: int, profiles: list[Profile]) -> list[str
     unexplained = [
         gap.module for gap in result.counts.not_low_precision if gap.kind == "attention" and NO_KERNEL in gap.reason
     ]
-    if unexplained and shortest is not None and shortest < MIN_KEYS:
+    if unexplained and shortest is not None and shortest < _MIN_KEYS:
         notices.append(
             f"{len(unexplained)} quantized attentions are not fused in FP8, and the profile has an axis as short as "
-            f"{shortest}: if that is the key sequence, raise its minimum to {MIN_KEYS} ({', '.join(unexplained)})"
+            f"{shortest}: if that is the key sequence, raise its minimum to {_MIN_KEYS} ({', '.join(unexplained)})"
         )
     if result.short_keys:
         modules = ", ".join(module for module, _ in result.short_keys)
         fewest = min(keys for _, keys in result.short_keys)
-        advice = f"raise the profile's minimum to {MIN_KEYS}" if profiles else f"export with at least {MIN_KEYS} tokens"
+        advice = (
+            f"raise the profile's minimum to {_MIN_KEYS}" if profiles else f"export with at least {_MIN_KEYS} tokens"
+        )
         notices.append(
             f"{len(result.short_keys)} quantized attentions are not fused in FP8, because their key sequence can be as "
-            f"short as {fewest}: TensorRT fuses from {MIN_KEYS} on; {advice} ({modules})"
+            f"short as {fewest}: TensorRT fuses from {_MIN_KEYS} on; {advice} {_MIN_KEYS} ({modules})"
         )
     return notices
 

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
-from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT
+from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline
 from passes.program import lift, unlift
 from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
-from qcompile.coverage import coverage, quantized_modules
+from qcompile.coverage import Modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
@@ -54,7 +54,8 @@ BlockFp8 = Literal["k_split", "per_channel"]
 OPSETS = range(19, 24)
 _DEFAULT_OPSET = 21
 _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
-_PIPELINES = {"tensorrt": TENSORRT, "portable": PORTABLE}
+_PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTABLE}
+_KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": ()}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
 _NOISY_LOGGERS = (
@@ -100,7 +101,9 @@ def export_onnx(
         import_onnxruntime()
     with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
-        log = run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm)
+        log = run_pipeline(_KERNELS[target], gm)
+        modules = Modules.of(gm, record_of(program).declined)
+        run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm, log)
         costs = cost_notices(gm, log)
         _check_subgraphs(gm)
         lowered = lift(gm, program)
@@ -125,7 +128,7 @@ def export_onnx(
         require(checks)
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
-    return _report(program, log, converted.model, target, opset, costs, checks, comparison, size)
+    return _report(program, modules, log, converted.model, target, opset, costs, checks, comparison, size)
 
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
@@ -269,6 +272,7 @@ def _quiet() -> Iterator[None]:
 
 def _report(
     program: ExportedProgram,
+    modules: Modules,
     log: PassLog,
     model: onnx_ir.Model,
     target: str,
@@ -279,16 +283,14 @@ def _report(
     size: int,
 ) -> Report:
     record = record_of(program)
-    gm = unlift(program)
-    quantized, unquantized = quantized_modules(gm, record.declined)
     return Report(
         target=target,
         opset=opset,
         recipe=record.recipe,
         ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph.all_nodes()).most_common()),
-        quantized=quantized,
-        unquantized=unquantized,
-        coverage=coverage(gm, unquantized),
+        quantized=modules.quantized,
+        unquantized=modules.unquantized,
+        coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
         fired={**record.fired, **log.fired},
         notices=[*record.notices, *log.notices, *costs],

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
 from passes.graph import aten, place_of, val
-from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT
+from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT, TENSORRT_KERNELS
 from passes.sdpa import SDPA, Attention
 from qcompile.errors import EngineError
 from qcompile.torch_tensorrt.decompose import Table, attention, decompose, rms_norm
@@ -43,7 +43,7 @@ def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split") -> list[int]:
 
     if block_fp8 not in _BLOCK_FP8:
         raise EngineError(f"unknown block_fp8 {block_fp8!r}; known: {', '.join(_BLOCK_FP8)}")
-    run_pipeline((*_BLOCK_FP8[block_fp8], *TENSORRT), gm)
+    run_pipeline((*TENSORRT_KERNELS, *_BLOCK_FP8[block_fp8], *TENSORRT), gm)
     sizes_of_inputs(gm)
     kept = _tensor_outputs(gm)
     for node in gm.graph.nodes:

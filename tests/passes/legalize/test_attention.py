@@ -14,7 +14,7 @@ from torch.testing import FileCheck
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten
 from passes.ir import ATTENTION, QUANTIZE
-from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.attention import DecomposeAttention, is_long_causal
 from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
 
 S = torch.tensor(0.02)
@@ -88,12 +88,24 @@ def test_no_score_of_a_hidden_key_is_infinite_in_float16() -> None:
     assert torch.equal(scores < -3e4, torch.ones(1, 1, 3, 3, dtype=torch.bool).triu(1))
 
 
-@pytest.mark.parametrize(("causal", "stays"), [(True, True), (False, False)])
-def test_what_the_back_end_has_an_operator_for_stays(causal: bool, stays: bool) -> None:
-    gm = fused(Attention(scale=1.0, is_causal=causal), torch.randn(1, 3, 16))
-    assert is_causal_without_mask(only_call(gm, ATTENTION)) is stays
-    make = lambda: DecomposeAttention(unless=is_causal_without_mask)  # noqa: E731
+@pytest.mark.parametrize(
+    ("causal", "keys", "dynamic", "stays"),
+    [(True, 513, False, True), (True, 512, False, False), (True, 3, True, True), (False, 513, False, False)],
+)
+def test_what_the_back_end_has_a_better_operator_for_stays(causal: bool, keys: int, dynamic: bool, stays: bool) -> None:
+    """A length that inputs decide can be long, unless it has a bound."""
+    x = torch.randn(1, keys, 16)
+    options = {"dynamic_shapes": {"x": {1: DYNAMIC}, "mask": None}} if dynamic else {}
+    gm = fused(Attention(scale=1.0, is_causal=causal), x, None, **options)
+    assert is_long_causal(only_call(gm, ATTENTION)) is stays
+    make = lambda: DecomposeAttention(unless=is_long_causal)  # noqa: E731
     if stays:
         assert declines(make, gm) == []
     else:
-        rewrites(make, gm, torch.randn(1, 3, 16), **TOLERANCE)
+        rewrites(make, gm, x, None, **TOLERANCE)
+
+
+def test_a_bounded_length_is_as_short_as_its_bound() -> None:
+    shapes = {"x": {1: torch.export.Dim("tokens", max=512)}, "mask": None}
+    gm = fused(Attention(scale=1.0, is_causal=True), torch.randn(1, 3, 16), None, dynamic_shapes=shapes)
+    assert not is_long_causal(only_call(gm, ATTENTION))

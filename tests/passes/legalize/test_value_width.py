@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten, shape
 from passes.ir import ATTENTION
-from passes.legalize.attention import DecomposeAttention, is_causal_without_mask
+from passes.legalize.attention import DecomposeAttention, is_long_causal
 from passes.legalize.value_width import PadHeadWidths
 from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites, run
 
@@ -55,10 +55,10 @@ def test_equal_widths_are_left() -> None:
 
 
 def test_only_then_the_quantized_attention_operator_takes_it() -> None:
-    gm = fused(12, 8)
-    assert not is_causal_without_mask(only_call(gm, ATTENTION))
+    gm = fused(12, 8, dynamic_shapes=({2: DYNAMIC},))
+    assert not is_long_causal(only_call(gm, ATTENTION))
     PadHeadWidths()(gm)
-    assert is_causal_without_mask(only_call(gm, ATTENTION))
+    assert is_long_causal(only_call(gm, ATTENTION))
 
 
 def test_decomposed_without_padding_it_is_the_same() -> None:

@@ -46,8 +46,8 @@ def test_codes_are_equal_in_float32(program: torch.export.ExportedProgram, tmp_p
     report = qcompile.export_onnx(program, tmp_path / "m.onnx", target=target, compare=X)
     assert report.comparison is not None
     codes = {d.name: d.unequal for d in report.comparison.differences if d.unequal is not None}
-    # norm -> q, k, v; q; k; v; up; down; and the probabilities where they are in the graph
-    assert len(codes) == (6 if target == "tensorrt" else 7)
+    # norm -> q, k, v; up; down; q; k; v; the probabilities: TensorRT fuses none in float32 that no quantizer reads
+    assert len(codes) == (3 if target == "tensorrt" else 7)
     assert set(codes.values()) == {0.0}
     assert report.comparison["y"].relative_l2 < 1e-5
     assert report.comparison.worst(1)[0].badness < 1e-3

@@ -32,6 +32,7 @@ SHIPPED = [
     "fp8_per_channel_per_token",
     "fp8_qkvo-nvfp4_mlp",
     "int8",
+    "int8_attention",
     "nvfp4",
     "nvfp4_fp8_attention",
     "nvfp4_mlp_only",
@@ -111,7 +112,7 @@ def test_names_match_and_this_version_runs_them(name: str) -> None:
     configs = resolve(recipe, model).configs
     assert [unsupported(config) for config in configs.values()] == [None] * len(configs)
     linear = 1 if name == "nvfp4_weight_only" else 2
-    assert len(configs) == linear + (4 if "FP8 attention" in recipe.metadata.description else 0)
+    assert len(configs) == linear + (4 if re.search("(FP8|INT8) attention", recipe.metadata.description) else 0)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, str | None]] = {
     "fp8_block": FP8 | {"bmm": None},
     "fp8_per_channel_per_token": FP8 | {"bmm": None},
     "int8": dict.fromkeys(FP8, "int8") | {"bmm": None},
+    "int8_attention": dict.fromkeys(FP8, "int8"),
     "nvfp4": NVFP4,
     "nvfp4_weight_only": NVFP4 | {"conv": None},
     "nvfp4_mlp_only": NVFP4 | {"attn": None, "other": None, "conv": None},
@@ -97,7 +98,8 @@ def claims(description: str) -> dict[str, str | None]:
     found["attn"] = found["other"] = main if scope == "every linear" else rest
     found["conv"] = None if "convolutions" in parts else "fp8" if "for convolutions" in quantized else main
     found["tower"] = None if "vision towers" in parts else main
-    found["bmm"] = "fp8" if "FP8 attention" in quantized else None
+    attention = re.search(r"\b(FP8|INT8) attention", quantized)
+    found["bmm"] = attention[1].lower() if attention else None
     assert (found["bmm"] is None) == ("attention" in parts)
     return found
 
