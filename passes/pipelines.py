@@ -69,6 +69,7 @@ from passes.normalize.spellings import PlainSpellings
 from passes.normalize.subgraphs import LeaveSubgraphs
 from passes.normalize.temperature import TemperatureToQuery
 from passes.normalize.views import ViewsToReshape
+from passes.place.head_bias import BiasPackedHeads
 from passes.place.head_norms import JoinHeadNorms
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
@@ -152,6 +153,7 @@ TENSORRT: Pipeline = (
     PickedRowsToAll,
     SplitPackedHeads,
     MergeParallelLinears,
+    BiasPackedHeads,
     JoinHeadNorms,
     MeasuredToConstant,
     SplitK,

@@ -15,7 +15,19 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.graph import TRANSPARENT, Emitter, aten, calls, fake_call, fake_mode, following, is_call, shape, val
+from passes.graph import (
+    TRANSPARENT,
+    Emitter,
+    aten,
+    calls,
+    fake_call,
+    fake_mode,
+    following,
+    is_call,
+    only_user,
+    shape,
+    val,
+)
 from passes.normalize.attention_layout import same
 
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
@@ -32,6 +44,7 @@ class SplitPackedHeads(Pass):
         q, k, v = unbind(permute(reshape(linear(x, w), [B,S,3,H,D]), [2,0,3,1,4]), 0)
         q, k, v = [transpose(reshape(y, [B,S,H,D]), 1, 2) for y in split(linear(x, w), H*D, -1)]
         q, k, v = [transpose(select(reshape(linear(x, w), [B,S,H,3,D]), 3, i), 1, 2) for i in range(3)]
+    or, with a layer that multiplies a matrix, of `reshape(linear(x, w), [B,S,N])`.
     After:
         q, k, v = split(transpose(reshape(linear(x, w), [B,S,3*H,D]), 1, 2), [H,H,H], dim=1)
         q, k, v = split(transpose(reshape(linear(x, w), [B,S,H,3*D]), 1, 2), [D,D,D], dim=3)    # BLOOM
@@ -45,8 +58,9 @@ class SplitPackedHeads(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        for linear in calls(gm.graph, aten.linear.default):
-            if len(shape(linear)) != 3 or not isinstance(shape(linear)[-1], int):
+        for node in calls(gm.graph, aten.linear.default):
+            linear = _in_batches(node)
+            if linear is None or not isinstance(shape(linear)[-1], int):
                 continue
             heads, others = _read(linear)
             heads.sort(key=lambda h: h.start)
@@ -58,6 +72,16 @@ class SplitPackedHeads(Pass):
                 continue
             _split(linear, heads, axis)
             self.fire()
+
+
+def _in_batches(linear: Node) -> Node | None:
+    """The result of `linear` as [B,S,N]: GPT-2's layer multiplies a matrix, and is reshaped behind it."""
+    if len(shape(linear)) == 3:
+        return linear
+    view = only_user(linear)
+    if view is None or not is_call(view, aten.reshape.default) or len(shape(view)) != 3:
+        return None
+    return view if shape(view)[-1] == shape(linear)[-1] else None
 
 
 @dataclass(frozen=True)

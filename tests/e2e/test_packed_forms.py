@@ -46,6 +46,9 @@ FORMS: dict[str, Form] = {
     "GPT-NeoX": lambda _, y: y.unflatten(-1, (HEADS, 3 * WIDTH)).transpose(1, 2).chunk(3, -1),
     "ModernBERT": lambda _, y: y.unflatten(-1, (3, HEADS, WIDTH)).transpose(3, 1).unbind(2),
     "Phi3": grouped,
+    "GPT-2, flat": lambda _, y: heads(*y.split(HIDDEN, 2)),
+    "timm, no bias": lambda block, y: FORMS["timm"](block, y),
+    "MPT, no bias": lambda block, y: FORMS["MPT"](block, y),
     "unbind, rotary": lambda block, y: rotated(block, FORMS["unbind"], y),
     "MPT, rotary": lambda block, y: rotated(block, FORMS["MPT"], y),
     "Phi3, rotary": lambda block, y: rotated(block, grouped, y),
@@ -62,14 +65,17 @@ class Block(nn.Module):
         super().__init__()
         self.form = FORMS[name]
         self.norm, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.qkv = nn.Linear(HIDDEN, 2 * HIDDEN if "Phi3" in name else 3 * HIDDEN)
+        self.flat = "flat" in name
+        self.qkv = nn.Linear(HIDDEN, 2 * HIDDEN if "Phi3" in name else 3 * HIDDEN, bias="no bias" not in name)
         self.proj, self.up, self.down = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 256), nn.Linear(256, HIDDEN)
         angles = torch.arange(TOKENS)[:, None] * torch.rand(16).repeat(2)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*self.form(self, self.qkv(self.norm(x))))
+        packed = self.norm(x).reshape(-1, HIDDEN) if self.flat else self.norm(x)
+        q, k, v = self.form(self, self.qkv(packed).reshape(*x.shape[:2], -1))
+        y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -64,7 +64,7 @@ def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) ->
     onnx.checker.check_model(onnx.load("model.onnx"), full_check=True)
     report = json.loads((here / "report.json").read_text())
     assert report["export"]["unquantized"] == {"classifier": "linear"}
-    assert report["engine"]["attention"] == {"total": 1, "fused": 1, "fp8": 1}
+    assert report["engine"]["attention"] == {"total": 1, "fused": 1, "fp8": 1, "int8": 0}
     assert "layer by layer" in capsys.readouterr().out
 
     assert run("inspect", "report.json") == 0

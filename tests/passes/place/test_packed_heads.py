@@ -89,22 +89,26 @@ FORMS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
 
 
 class OfForm(nn.Module):
-    def __init__(self, form: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """One packed layer and an attention; `flat`: the layer multiplies a matrix, as GPT-2's does."""
+
+    def __init__(self, form: Callable[[Tensor], Sequence[Tensor]], *, flat: bool = False) -> None:
         super().__init__()
-        self.qkv, self.form = nn.Linear(8, 24), form
+        self.qkv, self.form, self.flat = nn.Linear(8, 24), form, flat
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.form(self.qkv(x))
+        y = self.qkv(x.reshape(-1, 8)).reshape(*x.shape[:2], 24) if self.flat else self.qkv(x)
+        q, k, v = self.form(y)
         k, v = (t.expand(-1, q.shape[1], -1, -1) if t.shape[1] < q.shape[1] else t for t in (k, v))
         return (q.sin() @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 @pytest.mark.everyday(5)
 @pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC, 1: DYNAMIC},)], ids=["static", "dynamic"])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_every_form_becomes_one_split(form: Callable[[Tensor], Sequence[Tensor]], dynamic: Any) -> None:
+def test_every_form_becomes_one_split(form: Callable[[Tensor], Sequence[Tensor]], flat: bool, dynamic: Any) -> None:
     x = torch.randn(2, 5, 8)
-    gm = graph_of(OfForm(form), x, dynamic_shapes=dynamic)
+    gm = graph_of(OfForm(form, flat=flat), x, dynamic_shapes=dynamic)
     ViewsToReshape()(gm)
     rewrites(SplitPackedHeads, gm, x)
     (split,) = calls(gm.graph, aten.split_with_sizes.default)
