@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.base import Pass
 from passes.capabilities import FUSED_ATTENTION
 from passes.constants import LAYOUT
-from passes.graph import Emitter, bounds, calls, dtype, is_call, shape
+from passes.graph import Emitter, bounds, calls, dtype, is_call, shape, val
 from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.attention import quantize_of
 from passes.sdpa import Attention
@@ -59,6 +60,10 @@ def _never(node: Node) -> str | None:
     assert isinstance(query, Node)
     if unfit := kernel.unfit_width(_static(shape(query)[-1])):
         return unfit
+    if shape(query)[:2] == (1, 1):
+        return "it is one head of one sample, which TensorRT fuses in no precision"
+    if all(map(_lies_across, node.args[:2])):
+        return "it attends to channels: in memory its heads lie inside of what the products add over"
     if dtype(node) in kernel.reader and not _read_quantized(node, fmt):
         computes = str(dtype(node)).removeprefix("torch.")
         return f"in a {computes} program the next reader of its output has to be a quantizer of the same format"
@@ -76,6 +81,14 @@ def _lengths(node: Node) -> Iterator[tuple[float, float]]:
     """(queries, keys) of `node`, the fewest and the most that inputs can give it."""
     ranges = [bounds(shape(operand)[2]) for operand in node.args[:2]]  # type: ignore[arg-type]  # both are nodes
     yield from zip(*ranges, strict=True)
+
+
+def _lies_across(operand: object) -> bool:
+    """Whether in memory the sequence of `operand` [B,H,S,D] is innermost, then come the heads, and then its rows."""
+    source = quantize_of(operand).args[0]
+    assert isinstance(source, Node)
+    _, heads, sequence, row = val(source).stride()
+    return sequence == 1 and shape(source)[1] != 1 and bool(statically_known_true(row > heads))
 
 
 def _static(size: int | torch.SymInt) -> int | None:

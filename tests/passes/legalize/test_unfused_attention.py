@@ -111,6 +111,42 @@ def test_the_numbers_are_those_of_the_attention(causal: bool, masked: bool, kv_h
     assert count(gm, SDPA) == 1
 
 
+class Channels(nn.Module):
+    """Attention among the channels of each head: packed columns are the sequence, as in DaViT and XCiT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 32)).transpose(1, 2).transpose(-1, -2)
+        return scaled_dot_product_attention(q, q.cos(), q.sin(), scale=1.0)
+
+
+class Map(nn.Module):
+    """Attention among the places of what a convolution makes: the sequence is innermost there, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.reshape(1, 2, 32, -1).transpose(-1, -2)
+        return scaled_dot_product_attention(q, q.cos(), q.sin(), scale=1.0)
+
+
+@pytest.mark.parametrize(("module", "declined"), [(Channels(), 1), (Map(), 0)])
+def test_channels_are_declined_and_maps_are_not(module: nn.Module, declined: int) -> None:
+    gm = graph_of(module, torch.randn(1, 64, 64, dtype=torch.float16))
+    insert(gm, {"q": S, "k": S, "v": S})
+    assert FuseAttentionQdq()(gm).modified
+    assert ["attends to channels" in decline.reason for decline in left(gm).declined] == [True] * declined
+
+
+@pytest.mark.parametrize(("batch", "declined"), [(1, 1), (2, 0)])
+def test_one_head_of_one_sample_is_declined(batch: int, declined: int) -> None:
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return scaled_dot_product_attention(x, x.cos(), x.sin(), scale=1.0)
+
+    gm = graph_of(One(), torch.randn(batch, 1, 64, 32, dtype=torch.float16))
+    insert(gm, {"q": S, "k": S, "v": S})
+    assert FuseAttentionQdq()(gm).modified
+    assert ["one head of one sample" in decline.reason for decline in left(gm).declined] == [True] * declined
+
+
 def test_lengths_that_inputs_decide_are_told() -> None:
     shapes = {"q": {2: DYNAMIC}, "k": {2: DYNAMIC}, "mask": None}
     gm, _ = fused(Heads(32), 64, 64, 32, dynamic_shapes=shapes)

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional
 
+from passes.graph import aten, is_call
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.sdpa import SDPA, Attention
 from tests.passes.support import DYNAMIC, blank, declines, graph_of, only_call, returns, rewrites
@@ -46,6 +48,10 @@ def attention(query: tuple[int, ...], key: tuple[int, ...], mask: tuple[int, ...
         ((4,), (2, 4), (2, 1, 1, T), (2, 4)),
         ((2, 4), (2, 1), None, (2, 4)),
         ((2, 1, 4), (2, 3, 4), None, (6, 4)),
+        ((3, 1), (3, 1), (S, T), (1, 3)),  # one head and a mask
+        ((3, 1), (3, 1), (1, S, T), (1, 3)),
+        ((3, 1), (3, 1), (3, 1, S, T), (1, 3)),
+        ((3, 1), (3, 1), (3, 1, 1, T), (1, 3)),
     ],
 )
 def test_fires(query: Any, key: Any, mask: Any, shape: tuple[int, int]) -> None:
@@ -54,6 +60,31 @@ def test_fires(query: Any, key: Any, mask: Any, shape: tuple[int, int]) -> None:
     found = Attention.of(only_call(gm, SDPA))
     assert found.q.meta["val"].shape == (*shape, S, D) and found.k.meta["val"].ndim == 4
     assert found.mask is None or found.mask.meta["val"].ndim <= 4
+
+
+class Maps(nn.Module):
+    """Attention on three axes over what a convolution makes, `[B*H, D, S]`, and its result as that again, or summed."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x.reshape(4, 8, -1).transpose(1, 2)
+        y = functional.scaled_dot_product_attention(q, q.permute(0, 1, 2).cos(), q.sin())
+        return y.transpose(-1, -2).reshape(x.shape), y.sum(-1)
+
+
+def test_an_axis_comes_before_a_transpose_and_goes_behind_one() -> None:
+    x = torch.randn(1, 32, 2, 3)
+    gm = graph_of(Maps(), x)
+    rewrites(AttentionToFourAxes, gm, x, fired=2, **CLOSE)
+    node = only_call(gm, SDPA)
+    query = node.args[0]
+    assert isinstance(query, Node) and is_call(query, aten.transpose.int)
+    assert is_call(query.args[0], aten.unsqueeze.default)
+    assert {user.target for user in node.users} == {aten.transpose.int, aten.squeeze.dim}
+
+
+@pytest.mark.parametrize(("leading", "mask"), [((3, 1), None), ((1, 1), (S, T)), ((3, 2), (S, T))])
+def test_what_is_no_single_head_with_a_mask_is_left(leading: Any, mask: Any) -> None:
+    assert declines(AttentionToFourAxes, attention(leading, leading, mask)[0]) == []
 
 
 @pytest.mark.parametrize(("query", "key"), [((4,), (2,)), ((2, 3, 4), (2, 3, 2))])
