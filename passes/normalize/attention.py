@@ -25,6 +25,7 @@ _OTHERWISE = (
     "the attention probabilities have another user, or a column without a value, or are changed before they meet the"
     " value in a way that attention has no argument for"
 )
+_STAYS = "; its products stay in floating point, as TensorRT fuses no such attention and quantizers would add kernels"
 _OVER_QUERIES = "the softmax of query times key goes over axis {}, not over the keys, before it meets the value"
 _NO_SOFTMAX = "{} makes the weights of query times key before they meet the value, not a softmax over the keys"
 _OTHER_WEIGHTS = (aten.sigmoid.default, aten.exp.default, aten.relu.default, aten.softplus.default, aten.tanh.default)
@@ -62,18 +63,19 @@ class NormalizeAttention(Pass):
             use = read_probabilities(gm, softmax, transposed=transposed) if axis % rank >= rank - 2 else None
             if use is None:
                 if lies_between_products(softmax):
-                    self.decline(_OTHERWISE if axis % rank == rank - 1 else _OVER_QUERIES.format(axis), softmax)
+                    reason = _OTHERWISE if axis % rank == rank - 1 else _OVER_QUERIES.format(axis)
+                    self.decline(reason + _STAYS, softmax)
                 continue
             try:
                 new = _attention(gm, read_scores(gm, scores, swapped=transposed), use, softmax)
-            except NotUnderstood as reason:
-                self.decline(str(reason), softmax)
+            except NotUnderstood as why:
+                self.decline(f"{why}{_STAYS}", softmax)
                 continue
             use.product.replace_all_uses_with(new)
             self.fire()
         for weights in calls(gm.graph, *_OTHER_WEIGHTS):
             if len(shape(weights)) > 1 and lies_between_products(weights, closely=True):
-                self.decline(_NO_SOFTMAX.format(weights.target), weights)
+                self.decline(_NO_SOFTMAX.format(weights.target) + _STAYS, weights)
 
 
 def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Node) -> Node:

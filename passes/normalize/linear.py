@@ -15,8 +15,10 @@ class NormalizeLinear(Pass):
     Before:
         y = addmm(bias, x, w)          # GPT-2's Conv1D; `mm` and `matmul` the same
         y = add(matmul(x, w), bias)
+        z = matmul(w, transpose(x))    # Mamba's dt_proj
     After:
         y = linear(x, transpose(w), bias)
+        z = transpose(linear(x, w))
 
     Requires: graph of `unlift`, with weights as `get_attr`.
     Ensures: the same product; the transpose is of a constant and is folded with it.
@@ -28,6 +30,10 @@ class NormalizeLinear(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.addmm.default, aten.mm.default, aten.matmul.default):
             *added, x, weight = node.args
+            if is_call(node, aten.mm.default, aten.matmul.default) and _is_matrix_times(x, weight):
+                self._rewrite_columns(node, weight, x)  # type: ignore[arg-type]  # both are nodes
+                self.fire()
+                continue
             if not isinstance(x, Node) or not isinstance(weight, Node) or not is_constant_expression(weight):
                 continue
             if is_constant_expression(x):
@@ -39,6 +45,12 @@ class NormalizeLinear(Pass):
             else:
                 self._rewrite(node, x, weight, added[0] if added else None)
                 self.fire()
+
+    def _rewrite_columns(self, node: Node, columns: Node, weight: Node) -> None:
+        """`matmul(weight, columns)` as the linear layer of the rows that `columns` `[..., K, S]` are transposed."""
+        emit = Emitter(node)
+        rows = columns.args[0] if _swaps_last_two(columns) else emit(aten.transpose.int, columns, -1, -2)
+        node.replace_all_uses_with(emit(aten.transpose.int, emit(aten.linear.default, rows, weight), -1, -2))
 
     def _rewrite(self, node: Node, x: Node, weight: Node, added: object) -> None:
         replaced, bias = node, added
@@ -54,6 +66,18 @@ class NormalizeLinear(Pass):
         else:  # addmm takes anything that broadcasts
             result = emit(aten.add.Tensor, emit(aten.linear.default, *operands), bias)
         replaced.replace_all_uses_with(result)
+
+
+def _is_matrix_times(weight: object, columns: object) -> bool:
+    """Whether these are a constant matrix and columns that it multiplies."""
+    if not isinstance(columns, Node) or is_constant_expression(columns) or len(shape(columns)) < 2:
+        return False
+    return is_constant_expression(weight) and len(shape(weight)) == 2  # type: ignore[arg-type]  # it is a node
+
+
+def _swaps_last_two(node: Node) -> bool:
+    rank = len(shape(node))
+    return is_call(node, aten.transpose.int) and {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
 
 
 def _transpose(emit: Emitter, weight: Node) -> Node:

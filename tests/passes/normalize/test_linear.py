@@ -147,19 +147,41 @@ def test_another_user_of_the_product_keeps_its_values() -> None:
     ("form", "weight"),
     [
         (lambda x, w, b: x @ x.t(), (4, 6)),
-        (lambda x, w, b: w @ x.t(), (6, 4)),
         (lambda x, w, b: x @ w, (2, 4, 6)),
         (lambda x, w, b: x @ (w * 2), (4, 6)),
         (lambda x, w, b: x @ w, (4,)),
         (lambda x, w, b: torch.addmm(b, x, w, alpha=2.0), (4, 6)),
         (lambda x, w, b: torch.addmm(b, x, w, beta=0.5), (4, 6)),
     ],
-    ids=["activations", "constant on the left", "batched weight", "computed weight", "vector", "alpha", "beta"],
+    ids=["activations", "batched weight", "computed weight", "vector", "alpha", "beta"],
 )
 def test_what_is_no_linear_layer_stays(form: Callable[..., Tensor], weight: tuple[int, ...]) -> None:
     gm = graph_of(Product(form, weight=weight), torch.randn(3, 4))
     declines(NormalizeLinear, gm)
     assert count(gm, *PRODUCTS, aten.bmm.default) >= 1
+
+
+@pytest.mark.parametrize(
+    ("form", "shape", "transposes"),
+    [
+        (lambda x, w, b: w @ x.transpose(1, 2), (2, 3, 4), 1),  # Mamba's dt_proj
+        (lambda x, w, b: w @ x, (2, 4, 3), 2),
+        (lambda x, w, b: w @ x.t(), (3, 4), 2),
+        (lambda x, w, b: torch.mm(w, x), (4, 3), 2),
+        (lambda x, w, b: w @ x, (2, 5, 4, 3), 2),
+    ],
+)
+def test_a_matrix_times_columns(form: Callable[..., Tensor], shape: tuple[int, ...], transposes: int) -> None:
+    x = torch.randn(*shape)
+    gm = graph_of(Product(form, weight=(6, 4)), x)
+    rewrites(NormalizeLinear, gm, x, **TOLERANCE)
+    assert (count(gm, aten.linear.default), count(gm, *PRODUCTS)) == (1, 0)
+    assert count(gm, aten.transpose.int) == transposes
+
+
+def test_a_vector_of_constants_times_columns_stays() -> None:
+    gm = graph_of(Product(lambda x, w, b: w @ x, weight=(4,)), torch.randn(4, 3))
+    assert declines(NormalizeLinear, gm) == []
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # another kernel runs when the mask goes
 MIN = torch.finfo(torch.float32).min
-PATTERN = "the mask depends on sizes only, but is neither all true nor causal (a sliding window, say)"
+PATTERN = "the mask stays a tensor: it depends on sizes only, but neither all true nor causal (a window, say)"
 Mask = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -213,7 +213,7 @@ def test_declines_a_constant_bias_but_not_for_being_zero_in_training() -> None:
         return torch.arange(length_of(q)).float()[None, None, None] * 0.5
 
     reasons = declines(NormalizeAttentionMask, prepared(slopes))
-    assert reasons == ["the mask is an additive bias that does not depend on the input"]
+    assert reasons == ["the mask stays a tensor: it is an additive bias that does not depend on the input"]
 
 
 @pytest.mark.everyday(1)
