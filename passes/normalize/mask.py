@@ -18,7 +18,7 @@ __all__ = ["NormalizeAttentionMask"]
 
 _KEPT = {
     "causal": "the mask stays a tensor: it is causal, but queries and keys are not known to be equally many",
-    "pattern": "the mask stays a tensor: it depends on sizes only, but neither all true nor causal (a window, say)",
+    "pattern": "the mask stays a tensor: of sizes only, and neither all true nor causal (a sliding window, say)",
     "bias": "the mask stays a tensor: it is an additive bias that does not depend on the input",
 }
 

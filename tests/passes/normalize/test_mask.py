@@ -22,7 +22,7 @@ from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # another kernel runs when the mask goes
 MIN = torch.finfo(torch.float32).min
-PATTERN = "the mask stays a tensor: it depends on sizes only, but neither all true nor causal (a window, say)"
+PATTERN = "the mask stays a tensor: of sizes only, and neither all true nor causal (a sliding window, say)"
 Mask = Callable[[Tensor, Tensor], Tensor]
 
 
