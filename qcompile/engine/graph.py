@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import helper
+from onnx import TensorProto, helper
 
 from qcompile.errors import EngineError
 
@@ -144,7 +144,9 @@ class OnnxGraph:
         while made is not None and made.op_type in MOVES:
             made = self.producer(made.input[0])
         codes = node if made is None else made
-        declared = [a.i for a in codes.attribute if a.name == "output_dtype" and codes.op_type == "QuantizeLinear"]
+        declared = [
+            a.i for a in codes.attribute if a.name == "output_dtype" and a.i and codes.op_type == "QuantizeLinear"
+        ]
         typed = [self._types[t] for t in (*codes.input[2:3], *node.input[2:3], node.input[0]) if t in self._types]
         return next(iter(declared + typed), None)
 

@@ -13,6 +13,7 @@ from qcompile.engine.report import AttentionCount, NotLowPrecision, ProfileCount
 from qcompile.engine.shapes import head_dim, lengths
 
 NO_KERNEL = "quantized in the file, but the builder has no kernel"
+READER = "unless what reads its output next is a quantizer"
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def _why_attention(
     if obstacle := unsupported_shape(attention, shapes):
         return f"{state}: {obstacle}"
     if attention.format == "int8" or any(k.is_gemm and k.outputs and k.outputs[0].datatype == "Float" for k in parts):
-        return f"{state}: {NO_KERNEL} for this form, unless what reads its output next is a quantizer"
+        return f"{state}: {NO_KERNEL} for this form, {READER}"
     if precision != "unfused":
-        return f"{state}: {NO_KERNEL} for this shape (one query?)"
+        return f"{state}: {NO_KERNEL} for this shape"
     return f"{state}: {NO_KERNEL} for this form"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.backend import Backend
-from qcompile.engine.judge import NO_KERNEL, Judgement, judge
+from qcompile.engine.judge import NO_KERNEL, READER, Judgement, judge
 from qcompile.engine.layers import OTHER, Layer
 from qcompile.engine.profiles import Profile
 from qcompile.engine.report import EngineReport
@@ -64,7 +64,9 @@ def _unfused(result: Judgement, index: int, profiles: list[Profile]) -> list[str
     notices = []
     shortest = _shortest_axis(profiles[index]) if profiles else None
     unexplained = [
-        gap.module for gap in result.counts.not_low_precision if gap.kind == "attention" and NO_KERNEL in gap.reason
+        gap.module
+        for gap in result.counts.not_low_precision
+        if gap.kind == "attention" and NO_KERNEL in gap.reason and not gap.reason.endswith(READER)
     ]
     if unexplained and shortest is not None and shortest < _MIN_KEYS:
         notices.append(
@@ -79,7 +81,7 @@ def _unfused(result: Judgement, index: int, profiles: list[Profile]) -> list[str
         )
         notices.append(
             f"{len(result.short_keys)} quantized attentions are not fused in FP8, because their key sequence can be as "
-            f"short as {fewest}: TensorRT fuses from {_MIN_KEYS} on; {advice} {_MIN_KEYS} ({modules})"
+            f"short as {fewest}: TensorRT fuses from {_MIN_KEYS} on; {advice} ({modules})"
         )
     return notices
 

@@ -93,3 +93,38 @@ def test_what_reads_it_next_decides(fmt: str, dtype: torch.dtype, gate: bool, tm
     torch.manual_seed(0)
     claimed, ran = fused(Cross(32, gate=gate), 64, 64, fmt, tmp_path, dtype=dtype)
     assert claimed == ran == (not gate or dtype not in FUSED_ATTENTION[fmt].reader)
+
+
+@pytest.mark.everyday(2)
+@pytest.mark.parametrize(
+    ("fmt", "queries", "keys", "width", "said"),
+    [
+        ("int8", 64, 64, 48, "head dimension 48, and fused INT8 attention takes 16, 32, 64"),
+        ("fp8", 64, 16, 32, "as short as 16, and fused FP8 attention needs at least 32"),
+        ("int8", 64, 513, 32, "as long as 513, and fused INT8 attention takes at most 512"),
+        ("int8", 1, 64, 32, "it can have 1 query, and fused INT8 attention needs at least 2"),
+    ],
+)
+def test_a_portable_file_keeps_its_quantizers_and_the_engine_report_says_why(
+    fmt: str, queries: int, keys: int, width: int, said: str, tmp_path: Path
+) -> None:
+    inputs = torch.randn(1, queries, 64), torch.randn(1, keys, 64)
+    program = qcompile.quantize(Cross(width).eval(), inputs, recipe=RECIPES[fmt], calibration=[inputs], progress=False)
+    report = qcompile.export_onnx(program, tmp_path / "portable.onnx", target="portable")
+    assert report.coverage["attention"] == (1, 1)
+    engine = qcompile.build_engine(tmp_path / "portable.onnx", target="sm89", progress=False)
+    assert [said in gap.reason for gap in engine.not_low_precision if gap.kind == "attention"] == [True]
+    assert engine.attention.low_precision == 0
+    if keys < 32 and fmt == "fp8":
+        assert "export with at least 32 tokens (" in engine.notices[-1]
+
+
+def test_the_reader_is_named_where_it_stands_in_the_way(tmp_path: Path) -> None:
+    inputs = torch.randn(1, 64, 64), torch.randn(1, 64, 64)
+    program = qcompile.quantize(
+        Cross(32, gate=True).eval(), inputs, recipe="int8_attention", calibration=[inputs], progress=False
+    )
+    qcompile.export_onnx(program, tmp_path / "portable.onnx", target="portable")
+    engine = qcompile.build_engine(tmp_path / "portable.onnx", target="sm89", progress=False)
+    assert ["next is a quantizer" in gap.reason for gap in engine.not_low_precision] == [True]
+    assert engine.notices == []
