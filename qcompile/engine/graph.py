@@ -144,11 +144,12 @@ class OnnxGraph:
         while made is not None and made.op_type in MOVES:
             made = self.producer(made.input[0])
         codes = node if made is None else made
-        declared = [
-            a.i for a in codes.attribute if a.name == "output_dtype" and a.i and codes.op_type == "QuantizeLinear"
-        ]
-        typed = [self._types[t] for t in (*codes.input[2:3], *node.input[2:3], node.input[0]) if t in self._types]
-        return next(iter(declared + typed), None)
+        if codes.op_type == "QuantizeLinear":
+            declared = next((a.i for a in codes.attribute if a.name == "output_dtype"), TensorProto.UNDEFINED)
+            if declared != TensorProto.UNDEFINED:
+                return int(declared)
+        named = (*codes.input[2:3], *node.input[2:3], node.input[0])
+        return next((self._types[tensor] for tensor in named if tensor in self._types), None)
 
     def _dequantize(self, tensor: str) -> onnx.NodeProto | None:
         """The DequantizeLinear that `tensor` comes from, through what moves, retypes or scales by a constant."""
