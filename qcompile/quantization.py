@@ -72,9 +72,9 @@ def quantize(
             zeros, is not quantized, and listed as declined.
         dynamic_shapes: as in `torch.export.export`.
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
-            model's own and gives a float32 model float16, as TensorRT fuses no FP8 attention in float32. What
-            calibration saw beyond 65504 is then an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the
-            model.
+            model's own and gives a float32 model float16: in float32 TensorRT fuses attention only where a quantizer
+            reads what it gives, and multiplies slower what is not quantized. What calibration saw beyond 65504 is then
+            an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the model.
         progress: show a bar while calibrating.
 
     Returns:

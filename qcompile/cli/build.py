@@ -48,8 +48,8 @@ def build(
         For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max. FP8 attention
         needs a least sequence of 32 or more to be fused.
     expect:
-        Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention, gemm_fp8, gemm_fp4 and
-        gemm_int8 are least counts, kernels is a largest one.
+        Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention_int8, attention,
+        gemm_fp8, gemm_fp4 and gemm_int8 are least counts, kernels is a largest one.
     report:
         Write the engine's report to this JSON file.
     """
