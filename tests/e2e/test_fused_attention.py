@@ -85,6 +85,7 @@ def test_what_the_report_claims_the_engine_does(fmt: str, queries: int, keys: in
     assert ran == (kernel.unfit_width(width) is None and kernel.unfit_length(queries, keys) is None)
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     ("fmt", "dtype", "gate"),
     [*itertools.product(("fp8", "int8"), (torch.float16, torch.float32, torch.bfloat16), (False, True))],

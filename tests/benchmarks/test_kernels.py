@@ -1,0 +1,52 @@
+"""What the benchmark of kernels calls a claim that is untrue, and a miss."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.kernels import Row, differences, summary
+from passes.base import Decline
+from qcompile.engine.report import NotLowPrecision
+
+GAPS = [
+    NotLowPrecision("attention", "layers.0.attn", "not fused"),
+    NotLowPrecision("gemm", "layers.0.q_proj", "ran in half"),
+    NotLowPrecision("gemm", "head", "ran in half"),
+]
+
+
+def found(quantized: dict[str, str], *declined: str) -> tuple[list[str], list[str]]:
+    reasons = [Decline("Pass", "too few keys", module, ()) for module in declined]
+    report: Any = SimpleNamespace(quantized=quantized, declined=reasons)
+    built: Any = SimpleNamespace(not_low_precision=GAPS)
+    return differences(report, built)
+
+
+def test_only_what_the_report_counts_as_quantized_is_a_difference() -> None:
+    assert found({}) == ([], [])
+    unexplained, explained = found({"layers.0.attn": "fp8", "layers.0.q_proj+layers.0.k_proj": "fp8"})
+    assert unexplained == [
+        "attention layers.0.attn (fp8): not fused",
+        "gemm layers.0.q_proj (fp8): ran in half",
+    ]
+    assert explained == []
+
+
+def test_a_reason_in_the_report_explains_it() -> None:
+    unexplained, explained = found({"layers.0.attn": "fp8"}, "layers.0.attn")
+    assert (len(unexplained), len(explained)) == (0, 1)
+
+
+def test_two_kernels_more_for_each_block_are_no_miss() -> None:
+    rows = [
+        Row("a", kernels=24, half_kernels=20, blocks=2),
+        Row("b", kernels=25, half_kernels=20, blocks=2),
+        Row("c", kernels=30, half_error="refused"),
+        Row("d", kernels=23, half_kernels=20, blocks=0, differences=["attention x (fp8): not fused"]),
+        Row("e", error="the process ended"),
+    ]
+    assert [len(row.misses) for row in rows] == [0, 1, 0, 2, 1]
+    assert summary(rows) == (
+        "5 models, 3 with a half engine: median 1.200 x; more than 2 a block in 2; 1 claims untrue"
+    )
