@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -58,7 +57,8 @@ def _never(node: Node) -> str | None:
         return f"there is no fused attention in {fmt}"
     query = node.args[0]
     assert isinstance(query, Node)
-    if unfit := kernel.unfit_width(_static(shape(query)[-1])):
+    width = shape(query)[-1]
+    if unfit := kernel.unfit_width(width if isinstance(width, int) else None):
         return unfit
     if shape(query)[:2] == (1, 1):
         return "it is one head of one sample, which TensorRT fuses in no precision"
@@ -89,10 +89,6 @@ def _lies_across(operand: object) -> bool:
     assert isinstance(source, Node)
     _, heads, sequence, row = val(source).stride()
     return sequence == 1 and shape(source)[1] != 1 and bool(statically_known_true(row > heads))
-
-
-def _static(size: int | torch.SymInt) -> int | None:
-    return size if isinstance(size, int) else None
 
 
 def _read_quantized(node: Node, fmt: str) -> bool:
