@@ -55,10 +55,8 @@ class AttentionToFourAxes(Pass):
             node.replace_all_uses_with(layout.restore(laid_out.emit(emit), emit))
             gm.graph.erase_node(node)
             self.fire()
-        for squeeze in [
-            user for node in calls(gm.graph, SDPA) for user in node.users if is_call(user, aten.squeeze.dim)
-        ]:
-            self.fire(_squeeze_behind_transposes(squeeze))
+        for node in calls(gm.graph, SDPA):
+            self.fire(_squeeze_behind_transposes(node))
 
 
 def _is_one_masked_head(attention: Attention) -> bool:
@@ -82,12 +80,12 @@ def _batch_as_heads(node: Node, attention: Attention) -> None:
     node.graph.erase_node(node)
 
 
-def _squeeze_behind_transposes(squeeze: Node) -> int:
-    """Where what an attention gives loses an axis and is then transposed, let it lose it behind the transpose; how many
-    there are."""
-    attention, axis = squeeze.args
-    transposes = [user for user in squeeze.users if swaps_last_two(user)]
-    for transpose in transposes:
+def _squeeze_behind_transposes(attention: Node) -> int:
+    """Where `attention` loses its first or second axis and is then transposed, let it lose it behind the transpose; how
+    many such transposes there are."""
+    squeezes = [user for user in attention.users if is_call(user, aten.squeeze.dim) and int(user.args[1]) % 4 < 2]  # type: ignore[arg-type]
+    transposes = [(user, squeeze.args[1]) for squeeze in squeezes for user in squeeze.users if swaps_last_two(user)]
+    for transpose, axis in transposes:
         emit = Emitter(transpose)
         turned = emit(aten.transpose.int, attention, -1, -2)
         transpose.replace_all_uses_with(emit(aten.squeeze.dim, turned, axis))

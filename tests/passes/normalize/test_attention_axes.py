@@ -82,6 +82,18 @@ def test_an_axis_comes_before_a_transpose_and_goes_behind_one() -> None:
     assert {user.target for user in node.users} == {aten.transpose.int, aten.squeeze.dim}
 
 
+class OneQuery(nn.Module):
+    """The axis of the one query goes, and what the model then transposes is the heads and their widths."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, k.sin()).squeeze(2).transpose(1, 2)
+
+
+def test_another_axis_goes_where_the_model_lets_it_go() -> None:
+    gm = graph_of(OneQuery(), torch.randn(2, 3, 1, D), torch.randn(2, 3, T, D))
+    assert declines(AttentionToFourAxes, gm) == []
+
+
 @pytest.mark.parametrize(("leading", "mask"), [((3, 1), None), ((1, 1), (S, T)), ((3, 2), (S, T))])
 def test_what_is_no_single_head_with_a_mask_is_left(leading: Any, mask: Any) -> None:
     assert declines(AttentionToFourAxes, attention(leading, leading, mask)[0]) == []
