@@ -2,24 +2,19 @@
 
 Each architecture of the sweep that has an attention goes through a recipe, the export for TensorRT and the builder of
 TensorRT-RTX. The rival is the unquantized model in half precision, exported by `torch.onnx.export(dynamo=True)`, in the
-same builder. What the export report counts as quantized and the builder's layer list shows in half or float, without a
-reason in the report, is listed.
+same builder. What the export report counts as quantized and the builder's layer list shows in half or float is listed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +25,7 @@ import qcompile
 from benchmarks import record
 from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.fusion import export_unquantized
-from benchmarks.sweep import in_child
+from benchmarks.sheet import Sheet, matching
 from qcompile import EngineReport, Report
 
 app = cyclopts.App(help=__doc__)
@@ -46,8 +41,7 @@ class Row:
         kernels, half_kernels: of the two engines. half_error: why there is no second one.
         blocks: attentions of the file, as a measure of how often what is in a block repeats.
         attention: those that are fused in low precision, and all.
-        differences: what the export report counts as quantized and the engine runs in half or float, unexplained.
-        explained: the same where the report says why.
+        differences: what the export report counts as quantized and the engine runs in half or float.
         error: what went wrong, its first line.
     """
 
@@ -58,7 +52,6 @@ class Row:
     blocks: int = 0
     attention: tuple[int, int] = (0, 0)
     differences: list[str] = field(default_factory=list)
-    explained: list[str] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
 
@@ -74,6 +67,9 @@ class Row:
             found.append(f"{self.kernels} kernels for {self.half_kernels}, with {self.blocks} blocks")
         return found + ([self.error] if self.error else [])
 
+    def told(self) -> str:
+        return f"{self.name}: {self.kernels}/{self.half_kernels} {'; '.join(self.misses)[:300]}"
+
 
 def measure(architecture: Architecture, recipe: str, target: str) -> Row:
     """Build one model twice; what goes wrong is in the row."""
@@ -83,7 +79,7 @@ def measure(architecture: Architecture, recipe: str, target: str) -> Row:
             warnings.simplefilter("ignore")
             _builds(architecture, row, recipe, target, Path(folder))
     except Exception as error:  # whatever it is, it is the result
-        row.error = f"{type(error).__name__}: {error}".partition("\n")[0][:400]
+        row.error = _said(error)
     row.seconds = round(time.process_time() - start, 1)
     return row
 
@@ -93,26 +89,28 @@ def _builds(architecture: Architecture, row: Row, recipe: str, target: str, fold
     report = qcompile.export_onnx(example.quantized(recipe=recipe), folder / "quantized.onnx", target="tensorrt")
     built = qcompile.build_engine(folder / "quantized.onnx", target=target, progress=False)
     row.kernels, row.blocks = built.kernels, built.attention.total
-    row.attention = built.attention.fp8, built.attention.total
-    row.differences, row.explained = differences(report, built)
+    row.attention = built.attention.low_precision, built.attention.total
+    row.differences = differences(report, built)
     try:
         export_unquantized(example, torch.float16, folder / "half.onnx")
         row.half_kernels = qcompile.build_engine(folder / "half.onnx", target=target, progress=False).kernels
     except Exception as error:  # torch's exporter or the builder refuses the plain model: there is no rival
-        row.half_error = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        row.half_error = _said(error)
 
 
-def differences(report: Report, built: EngineReport) -> tuple[list[str], list[str]]:
-    """What `report` counts as quantized and `built` runs otherwise: without a reason in the report, and with one."""
-    reasons = {decline.module: decline.reason for decline in report.declined}
-    unexplained, explained = [], []
-    for gap in built.not_low_precision:
-        claimed = next((path for path in report.quantized if gap.module in path.replace("+", " ").split()), None)
-        if claimed is None:
-            continue
-        said = f"{gap.kind} {gap.module} ({report.quantized[claimed]}): {gap.reason}"
-        (explained if gap.module in reasons else unexplained).append(said)
-    return unexplained, explained
+def differences(report: Report, built: EngineReport) -> list[str]:
+    """What `report` counts as quantized and `built` runs otherwise: a reason belongs to what is not counted."""
+    formats = {part: fmt for path, fmt in report.quantized.items() for part in path.replace("+", " ").split()}
+    gaps = [gap for gap in built.not_low_precision if gap.module in formats]
+    return [f"{gap.kind} {gap.module} ({formats[gap.module]}): {gap.reason}" for gap in gaps]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:400]
+
+
+def _crashed(name: str, said: str) -> Row:
+    return Row(name, error=said)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -145,28 +143,13 @@ def main(
     jobs: how many at a time.
     output: JSON file, in place of benchmarks/results/kernels.json; rows that are not run again are kept.
     """
-    path = output or record.RESULTS / "kernels.json"
-    old = {r["name"]: Row(**r) for r in json.loads(path.read_text())["results"]} if path.exists() else {}
     swept = json.loads((record.RESULTS / "sweep.json").read_text())["results"]
     attentive = {row["name"] for row in swept if row["outcome"] == "done" and "attention" in row["coverage"]}
     known = [a for a in ARCHITECTURES if a.name in attentive]
-    chosen = [a for a in known if only is None or any(fnmatchcase(a.name, glob) for glob in only)]
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    work = [(a.name, partial(measure, a, recipe, target)) for a in chosen]
-    with ThreadPoolExecutor(jobs) as pool:
-        for row in pool.map(lambda item: in_child(item[1], lambda said: Row(item[0], error=said)), work):
-            old[row.name] = row
-            print(
-                f"{row.name}: {row.kernels}/{row.half_kernels} {'; '.join(row.misses)[:300]}",
-                file=sys.stderr,
-                flush=True,
-            )
-            rows = [old[a.name] for a in known if a.name in old]
-            record.write("kernels", [asdict(row) for row in rows], path, recipe=recipe, target=target)
-    rows = [old[a.name] for a in known if a.name in old]
-    print(summary(rows))
-    return int(any(row.misses for row in rows))
+    sheet = Sheet("kernels", Row, known, output)
+    sheet.fill(matching(known, only), measure, _crashed, Row.told, jobs=jobs, recipe=recipe, target=target)
+    print(summary(sheet.rows))
+    return int(any(row.misses for row in sheet.rows))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,15 @@ it leaves classifiers out, counts as neither.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import resource
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import cyclopts
 import torch
@@ -31,17 +24,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import qcompile
-from benchmarks import record
 from benchmarks.architectures import ARCHITECTURES, Architecture
 from benchmarks.coverage import MAX_DIFFERENCE
 from benchmarks.models import Example
+from benchmarks.sheet import Sheet, matching
 from passes.graph import ancestors, module_path
 
 app = cyclopts.App(help=__doc__)
 
-T = TypeVar("T")
-
-LIMIT = 600  # seconds of CPU time for one model
 CLOSE = 0.02  # relative difference of ONNX Runtime's outputs from the program's; float16 sums in another order
 NOISE = 1e-5  # no difference at all: a norm of one element is zero but for rounding
 STAGES = ("example", "torch.export", "quantize", "tensorrt", "portable", "lists", "onnxruntime", "build", "done")
@@ -69,6 +59,9 @@ class Row:
     kernels: int | None = None
     difference: float | None = None
     seconds: float = 0.0
+
+    def told(self) -> str:
+        return f"{self.name}: {self.stage} {self.kind} {self.error}".rstrip()
 
 
 def measure(architecture: Architecture, recipe: str, target: str) -> Row:
@@ -153,38 +146,8 @@ def _difference(program: ExportedProgram, path: Path, example: Example) -> float
     return max((float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs), default=0.0)
 
 
-def in_child(work: Callable[[], T], failed: Callable[[str], T]) -> T:
-    """What `work` gives in a forked process: a crash or an endless build costs one row, made by `failed`."""
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-        writer.send(work())
-
-    child = context.Process(target=limited)
-    child.start()
-    writer.close()
-    try:
-        result: T = reader.recv()
-        return result
-    except EOFError:  # the child ended without a word
-        child.join()
-        return failed(f"the process ended with exit code {child.exitcode}, within {LIMIT} s of CPU time")
-    finally:
-        child.join()
-
-
-def _row(architecture: Architecture, recipe: str, target: str) -> Row:
-    def failed(said: str) -> Row:
-        return Row(architecture.name, "quantize", "refused", "crash", said)
-
-    return in_child(partial(measure, architecture, recipe, target), failed)
-
-
-def run(architectures: Sequence[Architecture], recipe: str, target: str, jobs: int) -> Iterator[Row]:
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda architecture: _row(architecture, recipe, target), architectures)
+def _crashed(name: str, said: str) -> Row:
+    return Row(name, "quantize", "refused", "crash", said)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -214,22 +177,14 @@ def main(
     failed: only those that are not done in the file.
     output: JSON file, in place of benchmarks/results/sweep.json; rows that are not run again are kept.
     """
-    path = output or record.RESULTS / "sweep.json"
-    old = {r["name"]: Row(**r) for r in json.loads(path.read_text())["results"]} if path.exists() else {}
-    chosen = [a for a in ARCHITECTURES if only is None or any(fnmatchcase(a.name, glob) for glob in only)]
+    sheet = Sheet("sweep", Row, ARCHITECTURES, output)
+    chosen = matching(ARCHITECTURES, only)
     if failed:
-        chosen = [a for a in chosen if a.name not in old or old[a.name].outcome != "done"]
-    order = [architecture.name for architecture in ARCHITECTURES]
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for row in run(chosen, recipe, target, jobs):
-        old[row.name] = row
-        print(f"{row.name}: {row.stage} {row.kind} {row.error}".rstrip(), file=sys.stderr, flush=True)
-        rows = [old[name] for name in order if name in old]
-        record.write("sweep", [asdict(row) for row in rows], path, recipe=recipe, target=target)
-    rows = [old[name] for name in order if name in old]
-    print(summary(rows))
-    return int(any(row.outcome == "refused" for row in rows))
+        done = {row.name for row in sheet.rows if row.outcome == "done"}
+        chosen = [a for a in chosen if a.name not in done]
+    sheet.fill(chosen, measure, _crashed, Row.told, jobs=jobs, recipe=recipe, target=target)
+    print(summary(sheet.rows))
+    return int(any(row.outcome == "refused" for row in sheet.rows))
 
 
 if __name__ == "__main__":

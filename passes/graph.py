@@ -84,6 +84,16 @@ def strip(node: Node, *targets: Callable[..., Any]) -> Node:
     return node
 
 
+def swaps_last_two(node: Node) -> bool:
+    """Whether `node` is a tensor with its last two axes swapped, and nothing else done to it."""
+    if not is_call(node, aten.transpose.int, aten.permute.default):
+        return False
+    rank = len(shape(node))
+    if is_call(node, aten.transpose.int):
+        return {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+    return [int(axis) % rank for axis in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]  # type: ignore[arg-type,union-attr]
+
+
 def only_user(node: Node) -> Node | None:
     """The user of `node` if it has exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, dtype, is_call, shape
+from passes.graph import Emitter, aten, calls, dtype, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.legalize.attention import quantize_of
 
 __all__ = ["PadHeadWidths"]
 
@@ -52,11 +53,11 @@ class PadHeadWidths(Pass):
 
 def _padded(operand: object, width: int, user: Node) -> Node:
     """Q/DQ of the tensor behind `operand` with zeros up to `width`, made before `user`."""
-    assert isinstance(operand, Node) and is_call(operand, DEQUANTIZE)
-    codes, scale = operand.args
-    assert isinstance(codes, Node) and is_call(codes, QUANTIZE) and isinstance(codes.args[0], Node)
+    assert isinstance(operand, Node)
+    codes = quantize_of(operand)
+    source, scale = codes.args
+    assert isinstance(source, Node)
     emit = Emitter(user, like=codes)
-    source = codes.args[0]
     sizes = [*emit.sizes(source)[:-1], width - shape(source)[-1]]
     padded = emit(aten.cat.default, [source, emit(aten.full.default, sizes, 0.0, dtype=dtype(source))], -1)
     return emit(DEQUANTIZE, emit(QUANTIZE, padded, scale, **codes.kwargs), scale, **operand.kwargs)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, is_call, shape
-from passes.normalize.attention_layout import Layout, swaps_last_two
+from passes.graph import Emitter, aten, calls, is_call, shape, swaps_last_two
+from passes.normalize.attention_layout import Layout
 from passes.sdpa import SDPA, Attention
 
 

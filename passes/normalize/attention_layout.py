@@ -12,9 +12,9 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.graph import Emitter, aten, is_call, shape
+from passes.graph import Emitter, aten, shape, swaps_last_two
 
-__all__ = ["Layout", "is_one", "same", "swaps_last_two"]
+__all__ = ["Layout", "is_one", "same"]
 
 
 class Layout:
@@ -123,7 +123,7 @@ class Layout:
     def _with_axis(self, node: Node, emit: Emitter) -> Node:
         """`node` `[N, S, D]` with the axis that four lack, added in front of a transpose of the last two: between that
         and a quantizer it hinders fusion where a convolution made the heads."""
-        if swaps_last_two(node):
+        if len(shape(node)) == 3 and swaps_last_two(node):
             source = emit(aten.unsqueeze.default, node.args[0], self._added_axis())
             return emit(aten.transpose.int, source, -1, -2)
         return emit(aten.unsqueeze.default, node, self._added_axis())
@@ -144,13 +144,6 @@ class Layout:
             return self._with_axis(node, emit)
         split = self._split()
         return emit(aten.reshape.default, node, [merged(sizes[:split]), merged(sizes[split:]), *rest])
-
-
-def swaps_last_two(node: Node) -> bool:
-    """Whether `node` is the transpose of a tensor of three axes that leaves the first."""
-    if is_call(node, aten.transpose.int):
-        return len(shape(node)) == 3 and {int(axis) % 3 for axis in node.args[1:]} == {1, 2}  # type: ignore[arg-type]
-    return is_call(node, aten.permute.default) and [int(axis) % 3 for axis in node.args[1]] == [0, 2, 1]  # type: ignore[arg-type,union-attr]
 
 
 def merged(sizes: Sequence[Any]) -> Any:

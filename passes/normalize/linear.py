@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import is_constant_expression
-from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape
+from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape, swaps_last_two
 
 
 class NormalizeLinear(Pass):
@@ -49,7 +49,7 @@ class NormalizeLinear(Pass):
     def _rewrite_columns(self, node: Node, columns: Node, weight: Node) -> None:
         """`matmul(weight, columns)` as the linear layer of the rows that `columns` `[..., K, S]` are transposed."""
         emit = Emitter(node)
-        rows = columns.args[0] if _swaps_last_two(columns) else emit(aten.transpose.int, columns, -1, -2)
+        rows = columns.args[0] if swaps_last_two(columns) else emit(aten.transpose.int, columns, -1, -2)
         node.replace_all_uses_with(emit(aten.transpose.int, emit(aten.linear.default, rows, weight), -1, -2))
 
     def _rewrite(self, node: Node, x: Node, weight: Node, added: object) -> None:
@@ -73,11 +73,6 @@ def _is_matrix_times(weight: object, columns: object) -> bool:
     if not isinstance(columns, Node) or is_constant_expression(columns) or len(shape(columns)) < 2:
         return False
     return is_constant_expression(weight) and len(shape(weight)) == 2  # type: ignore[arg-type]  # it is a node
-
-
-def _swaps_last_two(node: Node) -> bool:
-    rank = len(shape(node))
-    return is_call(node, aten.transpose.int) and {int(axis) % rank for axis in node.args[1:]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
 
 
 def _transpose(emit: Emitter, weight: Node) -> Node:

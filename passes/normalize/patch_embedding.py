@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant, constant, is_constant_expression
-from passes.graph import Emitter, argument, aten, calls, is_call, only_user, shape
+from passes.graph import Emitter, argument, aten, calls, is_call, only_user, shape, swaps_last_two
 from passes.ir import DEQUANTIZE, QUANTIZE
 
 
@@ -63,7 +63,7 @@ class PatchEmbeddingToLinear(Pass):
         tokens = emit(aten.linear.default, patches, matrix, argument(node, "bias"))
         for flat in list(node.users):
             transpose = only_user(flat)
-            if _flattens(flat, node) and transpose is not None and _swaps_last_two(transpose):
+            if _flattens(flat, node) and transpose is not None and swaps_last_two(transpose):
                 transpose.replace_all_uses_with(tokens)
                 transpose.graph.erase_node(transpose)
                 flat.graph.erase_node(flat)
@@ -114,9 +114,3 @@ def is_patchwise(node: Node, weight: Node) -> bool:
 def _flattens(flat: Node, image: Node) -> bool:
     """Whether `flat` is `image` with height and width joined: [B,N,H,W] -> [B,N,H*W]."""
     return is_call(flat, aten.reshape.default) and len(shape(flat)) == 3 and shape(flat)[:2] == shape(image)[:2]
-
-
-def _swaps_last_two(node: Node) -> bool:
-    if is_call(node, aten.permute.default):
-        return list(node.args[1]) == [0, 2, 1]  # type: ignore[arg-type]
-    return is_call(node, aten.transpose.int) and {a % 3 for a in node.args[1:]} == {1, 2}  # type: ignore[operator]

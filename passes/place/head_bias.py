@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import add_constant
-from passes.graph import aten, calls, dtype, is_call, only_user, shape
+from passes.graph import argument, aten, calls, dtype, is_call, only_user, shape
 from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
 
@@ -32,9 +32,9 @@ class BiasPackedHeads(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.linear.default):
-            if len(node.args) < 3 and is_call(node.args[1], DEQUANTIZE) and _is_split(node):
+            if argument(node, "bias") is None and is_call(node.args[1], DEQUANTIZE) and _is_split(node):
                 zeros = torch.zeros(int(shape(node)[-1]), dtype=dtype(node))
-                node.args = (*node.args, add_constant(gm, f"{linear_name(node)}.bias", zeros, node))
+                node.args = (*node.args[:2], add_constant(gm, f"{linear_name(node)}.bias", zeros, node))
                 self.fire()
 
 

@@ -15,7 +15,7 @@ from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipe
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
-from qcompile.coverage import coverage, layers, quantized_modules
+from qcompile.coverage import Modules, layers
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
 from qcompile.errors import CalibrationError, CompileError
@@ -79,13 +79,12 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
         plan = replace(plan, configs=without(plan.configs, unreached, log))
         quantize_graph(gm, plan, amax, dtype, dtype, known_masks(gm, options.calibration or {}))
         notices = [*map(str, plan.notices), *log.notices]
-    quantized, unquantized = quantized_modules(gm, log.declined)
-    counts, found = coverage(gm, unquantized), layers(gm)
-    if quantized and options.target == "inductor":
+    modules, found = Modules.of(gm, log.declined), layers(gm)
+    if modules.quantized and options.target == "inductor":
         pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
         run_pipeline(pipeline, gm, log, recompile=False)
     hoist_constants(gm)
-    return Lowered(gm, quantized, unquantized, counts, found, log, notices)
+    return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, log, notices)
 
 
 def _is_quantized(gm: GraphModule) -> bool:

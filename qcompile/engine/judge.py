@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from passes.capabilities import FUSED_ATTENTION
+from passes.capabilities import FUSED_ATTENTION, FusedAttention
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.layers import LOW_PRECISION, Layer
 from qcompile.engine.patterns import Attention, Gemm, find_attentions, find_gemms
@@ -89,7 +89,7 @@ def _attentions(
             why = _why_attention(attention, precision, parts, shapes)
             gaps.append(NotLowPrecision("attention", attention.module, why))
             _, keys = lengths(attention, shapes)
-            takes = FUSED_ATTENTION.get(attention.format or "")
+            takes = _kernel(attention)
             if not attention.unquantized and takes is not None and keys is not None and keys < takes.least_keys:
                 short.append((attention.module, keys))
     for kernel in unmatched:  # an attention that was written in a way that the file's index does not know
@@ -106,9 +106,13 @@ def _attentions(
     return count, gaps, short
 
 
+def _kernel(attention: Attention) -> FusedAttention | None:
+    return FUSED_ATTENTION.get(attention.format or "")
+
+
 def unsupported_shape(attention: Attention, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Why a quantized attention of these shapes has no fused kernel; None when its shapes are no obstacle."""
-    kernel = FUSED_ATTENTION.get(attention.format or "")
+    kernel = _kernel(attention)
     if kernel is None:
         return None
     queries, keys = lengths(attention, shapes)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.kernels import Row, differences, summary
-from passes.base import Decline
 from qcompile.engine.report import NotLowPrecision
 
 GAPS = [
@@ -16,26 +15,18 @@ GAPS = [
 ]
 
 
-def found(quantized: dict[str, str], *declined: str) -> tuple[list[str], list[str]]:
-    reasons = [Decline("Pass", "too few keys", module, ()) for module in declined]
-    report: Any = SimpleNamespace(quantized=quantized, declined=reasons)
+def found(quantized: dict[str, str]) -> list[str]:
+    report: Any = SimpleNamespace(quantized=quantized)
     built: Any = SimpleNamespace(not_low_precision=GAPS)
     return differences(report, built)
 
 
 def test_only_what_the_report_counts_as_quantized_is_a_difference() -> None:
-    assert found({}) == ([], [])
-    unexplained, explained = found({"layers.0.attn": "fp8", "layers.0.q_proj+layers.0.k_proj": "fp8"})
-    assert unexplained == [
+    assert found({}) == []
+    assert found({"layers.0.attn": "fp8", "layers.0.q_proj+layers.0.k_proj": "fp8"}) == [
         "attention layers.0.attn (fp8): not fused",
         "gemm layers.0.q_proj (fp8): ran in half",
     ]
-    assert explained == []
-
-
-def test_a_reason_in_the_report_explains_it() -> None:
-    unexplained, explained = found({"layers.0.attn": "fp8"}, "layers.0.attn")
-    assert (len(unexplained), len(explained)) == (0, 1)
 
 
 def test_two_kernels_more_for_each_block_are_no_miss() -> None:

@@ -24,7 +24,7 @@ class Cross(nn.Module):
     def __init__(self, width: int, *, gate: bool = False) -> None:
         super().__init__()
         self.width, self.gate = width, gate
-        self.q, self.k, self.v, self.o = (nn.Linear(64, 4 * width) for _ in range(4))
+        self.q, self.k, self.v = (nn.Linear(64, 4 * width) for _ in range(3))
         self.o = nn.Linear(4 * width, 64)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -36,14 +36,17 @@ class Cross(nn.Module):
         return self.o(out * x.sigmoid().mean(-1, keepdim=True) if self.gate else out)
 
 
-def fused(
-    module: nn.Module, queries: int, keys: int, fmt: str, folder: Path, *, dtype: torch.dtype = torch.float16
-) -> tuple[int, int]:
-    """(attentions that the report counts as quantized, those that the engine runs in `fmt`), on both targets alike."""
+def quantized(
+    module: nn.Module, queries: int, keys: int, fmt: str, dtype: torch.dtype = torch.float16
+) -> torch.export.ExportedProgram:
     inputs = torch.randn(1, queries, 64), torch.randn(1, keys, 64)
-    program = qcompile.quantize(
+    return qcompile.quantize(
         module.eval(), inputs, recipe=RECIPES[fmt], calibration=[inputs], dtype=dtype, progress=False
     )
+
+
+def fused(program: torch.export.ExportedProgram, fmt: str, folder: Path) -> tuple[int, int]:
+    """(attentions that the report counts as quantized, those that the engine runs in `fmt`), on both targets alike."""
     path = folder / "attention.onnx"
     report = qcompile.export_onnx(program, path)
     found = {
@@ -79,7 +82,7 @@ LIMITS = {
 )
 def test_what_the_report_claims_the_engine_does(fmt: str, queries: int, keys: int, width: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    claimed, ran = fused(Cross(width), queries, keys, fmt, tmp_path)
+    claimed, ran = fused(quantized(Cross(width), queries, keys, fmt), fmt, tmp_path)
     assert claimed == ran
     kernel = FUSED_ATTENTION[fmt]
     assert ran == (kernel.unfit_width(width) is None and kernel.unfit_length(queries, keys) is None)
@@ -92,7 +95,7 @@ def test_what_the_report_claims_the_engine_does(fmt: str, queries: int, keys: in
 )
 def test_what_reads_it_next_decides(fmt: str, dtype: torch.dtype, gate: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    claimed, ran = fused(Cross(32, gate=gate), 64, 64, fmt, tmp_path, dtype=dtype)
+    claimed, ran = fused(quantized(Cross(32, gate=gate), 64, 64, fmt, dtype), fmt, tmp_path)
     assert claimed == ran == (not gate or dtype not in FUSED_ATTENTION[fmt].reader)
 
 
@@ -109,8 +112,7 @@ def test_what_reads_it_next_decides(fmt: str, dtype: torch.dtype, gate: bool, tm
 def test_a_portable_file_keeps_its_quantizers_and_the_engine_report_says_why(
     fmt: str, queries: int, keys: int, width: int, said: str, tmp_path: Path
 ) -> None:
-    inputs = torch.randn(1, queries, 64), torch.randn(1, keys, 64)
-    program = qcompile.quantize(Cross(width).eval(), inputs, recipe=RECIPES[fmt], calibration=[inputs], progress=False)
+    program = quantized(Cross(width), queries, keys, fmt)
     report = qcompile.export_onnx(program, tmp_path / "portable.onnx", target="portable")
     assert report.coverage["attention"] == (1, 1)
     engine = qcompile.build_engine(tmp_path / "portable.onnx", target="sm89", progress=False)
@@ -121,10 +123,7 @@ def test_a_portable_file_keeps_its_quantizers_and_the_engine_report_says_why(
 
 
 def test_the_reader_is_named_where_it_stands_in_the_way(tmp_path: Path) -> None:
-    inputs = torch.randn(1, 64, 64), torch.randn(1, 64, 64)
-    program = qcompile.quantize(
-        Cross(32, gate=True).eval(), inputs, recipe="int8_attention", calibration=[inputs], progress=False
-    )
+    program = quantized(Cross(32, gate=True), 64, 64, "int8")
     qcompile.export_onnx(program, tmp_path / "portable.onnx", target="portable")
     engine = qcompile.build_engine(tmp_path / "portable.onnx", target="sm89", progress=False)
     assert ["next is a quantizer" in gap.reason for gap in engine.not_low_precision] == [True]
