@@ -40,6 +40,8 @@ class JoinHeadNorms(Pass):
             norms = [part.norm for part in parts if part is not None and part.norm is not None]
             if len(norms) < 2 or len(norms) < len(parts) - 1 or None in parts or not _splits_heads(split):
                 continue
+            if len({part.index for part in parts if part is not None}) < len(parts):
+                continue  # some heads are taken twice, and only one of the takers would be seen
             if len({argument(norm, "eps") for norm in norms}) > 1:
                 self.decline("the norms of queries and keys add different numbers to the mean square", split)
             elif any(constant(gm, argument(norm, "weight")) is None for norm in norms):
@@ -67,7 +69,7 @@ class _Part:
         assert isinstance(index, int)
         if is_call(user, aten.rms_norm.default):
             whole = argument(user, "normalized_shape") == [shape(node)[-1]] and argument(user, "eps") is not None
-            return cls(node, index, user) if whole else None
+            return cls(node, index, user) if whole and dtype(user) is dtype(node) else None
         while is_call(user, aten.transpose.int) and user is not None:
             user = only_user(user)
         return cls(node, index, None) if user is not None and is_call(user, QUANTIZE) else None

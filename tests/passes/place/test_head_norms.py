@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.graph import aten, calls
 from passes.ir import QUANTIZE
@@ -100,3 +100,16 @@ def test_what_costs_no_kernels_is_left(module: nn.Module, dtype: torch.dtype) ->
     gm = packed(module, dtype)
     assert declines(JoinHeadNorms, gm) == []
     assert count(gm, aten.rms_norm.default) == 2
+
+
+def test_heads_that_are_taken_twice_are_left() -> None:
+    gm = packed(Packed())
+    (norm, _) = calls(gm.graph, aten.rms_norm.default)
+    part, output = norm.args[0], gm.graph.output_node()
+    assert isinstance(part, Node)
+    with gm.graph.inserting_before(output):
+        again = gm.graph.node_copy(part)
+        other = gm.graph.node_copy(norm, lambda node: again if node is part else node)
+    output.args = ((*output.args[0], other),)  # type: ignore[misc]
+    gm.recompile()
+    assert declines(JoinHeadNorms, gm) == []
