@@ -13,7 +13,8 @@ from passes.formats import FP8
 from passes.graph import Emitter, aten, bounds, calls, dtype, is_call, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 
-_SHORT = 512  # keys
+SHORT = 512
+"""Keys up to which a causal attention is products with a mask for TensorRT: see `is_long_causal`."""
 
 
 class DecomposeAttention(Pass):
@@ -78,7 +79,7 @@ def is_long_causal(node: Node) -> bool:
     key, value = node.args[1:3]
     assert isinstance(key, Node) and isinstance(value, Node)
     plain = bool(node.kwargs["is_causal"]) and node.args[3] is None and node.kwargs["format"] == FP8.name
-    return plain and shape(key)[-1] == shape(value)[-1] and bounds(shape(key)[2])[1] > _SHORT
+    return plain and shape(key)[-1] == shape(value)[-1] and bounds(shape(key)[2])[1] > SHORT
 
 
 def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:

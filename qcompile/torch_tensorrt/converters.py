@@ -13,11 +13,11 @@ import tensorrt as trt  # torch_tensorrt puts tensorrt_rtx under this name where
 import torch
 from torch.fx import Node
 from torch_tensorrt import _enums
-from torch_tensorrt.dynamo.conversion import ConversionContext, ConverterPriority, dynamo_tensorrt_converter
-from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+from torch_tensorrt.dynamo.conversion import ConversionContext, ConverterPriority, dynamo_tensorrt_converter, impl
+from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor, prepend_ones
 
 from passes.formats import get_format
-from passes.graph import aten
+from passes.graph import aten, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 
@@ -84,7 +84,7 @@ def dynamic_quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kw
 
 @_converter(ATTENTION)
 def attention(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
-    """A causal attention without a mask, which reads grouped heads without a copy: others have been decomposed."""
+    """A long causal attention without a mask, which reads grouped heads without a copy: others are decomposed."""
     q, k, v, mask, softmax_scale = args
     if mask is not None or not kwargs["is_causal"]:
         raise NotImplementedError("a quantized attention that is not plainly causal, which the pipeline decomposes")
@@ -100,7 +100,7 @@ def _is_ours(node: Node, settings: Any = None) -> bool:
 
 @_converter(SDPA, capability_validator=_is_ours, priority=ConverterPriority.HIGH)
 def half_attention(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
-    """A causal attention without a mask, as above in half precision: `lower` has decomposed others."""
+    """A long causal attention without a mask, as above in half precision: `lower` has decomposed others."""
     q, k, v = args[:3]
     scale = kwargs.get("scale")
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
@@ -137,6 +137,61 @@ def layer_norm(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
     layer = ctx.net.add_normalization_v2(x, *operands, axes)
     layer.epsilon = eps
     return layer.get_output(0)
+
+
+_ARITHMETIC = {
+    aten.add.Tensor: trt.ElementWiseOperation.SUM,
+    aten.sub.Tensor: trt.ElementWiseOperation.SUB,
+    aten.mul.Tensor: trt.ElementWiseOperation.PROD,
+    aten.div.Tensor: trt.ElementWiseOperation.DIV,
+}
+
+
+def _is_float_arithmetic(node: Node, settings: Any = None) -> bool:
+    operands = [val(n) for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    floating = {tensor.dtype for tensor in (*operands, val(node))}
+    numbers = [n for n in node.args if not isinstance(n, Node)]
+    return (
+        OURS in node.meta
+        and not node.kwargs  # alpha
+        and len(operands) + len(numbers) == len(node.args) == 2
+        and len(floating) == 1
+        and floating <= {torch.float16, torch.bfloat16, torch.float32}
+    )
+
+
+def arithmetic(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
+    """TensorRT repeats axes of one element itself; what Torch-TensorRT's own converters repeat before the layer splits
+    kernels, as those of a norm behind a causal attention."""
+    rank = max(len(operand.shape) for operand in args if not isinstance(operand, (int, float)))
+    kind = next(operand.dtype for operand in args if not isinstance(operand, (int, float)))
+    operands = []
+    for operand, place in zip(args, ("first", "second"), strict=True):
+        if isinstance(operand, (int, float)):
+            operand = torch.full((1,) * rank, operand, dtype=_enums.dtype._from(kind).to(torch.dtype))
+        missing = rank - len(operand.shape)
+        if isinstance(operand, torch.Tensor):
+            operand = _tensor(ctx, operand.reshape((1,) * missing + operand.shape), f"{name}_{place}")
+        elif missing:
+            operand = prepend_ones(ctx, operand, f"{name}_{place}", missing)
+        operands.append(operand)
+    return ctx.net.add_elementwise(*operands, _ARITHMETIC[target]).get_output(0)
+
+
+for _target in _ARITHMETIC:
+    _converter(_target, capability_validator=_is_float_arithmetic, priority=ConverterPriority.HIGH)(arithmetic)
+
+
+def _compares_integers(node: Node, settings: Any = None) -> bool:
+    kinds = (torch.int32, torch.int64)
+    return OURS in node.meta and all(isinstance(n, Node) and val(n).dtype in kinds for n in node.args)
+
+
+@_converter(aten.le.Tensor, capability_validator=_compares_integers, priority=ConverterPriority.HIGH)
+def less_or_equal(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
+    """Not greater, in which TensorRT sees a causal mask; Torch-TensorRT's own converter writes less, or equal."""
+    greater = impl.elementwise.gt(ctx, target, None, f"{name}_greater", *args)
+    return impl.unary.logical_not(ctx, target, None, name, greater)
 
 
 @_converter(aten.clone.default, capability_validator=_is_ours, priority=ConverterPriority.HIGH)

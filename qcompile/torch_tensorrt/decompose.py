@@ -68,7 +68,7 @@ def _replace(node: Node, graph: Graph) -> None:
         for new in graph.nodes:
             if new.op == "call_function":
                 copied[new] = node.graph.node_copy(new, lambda n: copied[n])
-                copied[new].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                copied[new].meta = {**node.meta, "val": new.meta["val"]}
     (result,) = graph.output_node().args
     if isinstance(result, Node):
         node.replace_all_uses_with(copied[result])

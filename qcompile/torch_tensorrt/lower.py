@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
-from passes.graph import aten, place_of, val
+from passes.graph import aten, bounds, place_of, val
+from passes.legalize.attention import SHORT
 from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT, TENSORRT_KERNELS
 from passes.sdpa import SDPA, Attention
 from qcompile.errors import EngineError
@@ -55,7 +56,7 @@ def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split") -> list[int]:
         if node.target is operator.getitem:
             return True
         if node.target is SDPA:
-            return _is_plainly_causal(Attention.of(node))
+            return _is_long_causal(Attention.of(node))
         return node.target not in _OWN and DYNAMO_CONVERTERS.get(node) is not None
 
     DYNAMO_CONVERTERS.set_compilation_settings(settings())
@@ -65,10 +66,11 @@ def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split") -> list[int]:
     return kept
 
 
-def _is_plainly_causal(call: Attention) -> bool:
-    """Whether TensorRT's layer is the better form: it knows this mask. Others take fewer kernels decomposed."""
+def _is_long_causal(call: Attention) -> bool:
+    """Whether TensorRT's layer is the better form, as for quantized attention. Others take fewer kernels decomposed."""
     q, k, v = (val(operand).shape for operand in (call.q, call.k, call.v))
-    return call.is_causal and call.mask is None and len(q) == 4 and k[-1] == v[-1] and isinstance(q[-1], int)
+    plain = call.is_causal and call.mask is None and len(q) == 4 and k[-1] == v[-1] and isinstance(q[-1], int)
+    return plain and bounds(k[2])[1] > SHORT
 
 
 def settings() -> Any:

@@ -43,6 +43,7 @@ def engines(example: Example, recipe: str, target: str, dtype: torch.dtype = tor
         (LLAMA, "fp8_per_channel_per_token", "sm89", 0, {"fp8": 8, "half": 1}),
         (LLAMA, "fp8_block", "sm89", 0, {"fp8": 8, "half": 1}),
         (LLAMA, "nvfp4_weight_only", "sm120", 0, {"half": 15}),
+        (partial(LLAMA, dynamic=True), "int8", "sm89", 0, {"int8": 8, "half": 1}),
         (LLAMA, "fp8_qkvo-nvfp4_mlp", "sm120", 2, {"fp8": 4, "fp4": 4, "half": 1}),
         (partial(models.siglip, SIGLIP_TINY), "nvfp4", "sm120", 0, {"fp4": 8, "fp8": 1}),
     ],
@@ -58,7 +59,7 @@ def test_the_routes_fuse_the_same(
     assert {kind: count for kind, count in direct.gemms.items() if count} == gemms
     assert direct.precisions == onnx.precisions
     assert sorted(direct.not_low_precision) == sorted(onnx.not_low_precision)
-    assert direct.kernels <= onnx.kernels + (2 if recipe == "nvfp4_weight_only" else 0)
+    assert direct.kernels <= onnx.kernels
 
 
 def test_bfloat16() -> None:

@@ -138,3 +138,51 @@ def test_dynamic_dimensions_are_named_and_bound_by_a_profile() -> None:
     assert tuple(network.get_input(0).shape) == (-1, 64)
     assert known.static_shapes({"x": (3, 64)})["output_0"] == (3, 64)
     assert "output_0" not in known.static_shapes({})
+
+
+class Repeating(nn.Module):
+    """Operands of one element along an axis, of fewer axes, numbers, and comparisons of both kinds."""
+
+    def forward(self, x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+        sums = (x * self.weight + y) / 2.0 - x.mean(-1, keepdim=True) + torch.add(x, y, alpha=2)
+        visible = (i.unsqueeze(0) <= i.unsqueeze(1)) & (x <= y)
+        return torch.where(visible, sums, 0.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_operand_of_arithmetic_is_repeated_before_its_layer(dynamic: bool) -> None:
+    length = torch.export.Dim.DYNAMIC if dynamic else torch.export.Dim.STATIC
+    shapes = ({0: length}, {}, {})
+    args = (torch.randn(3, 6, 6), torch.randn(6), torch.arange(6))
+    program = torch.export.export(Repeating().eval(), args, dynamic_shapes=shapes)
+    (trt, _, network), _, _ = filled(program)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    arithmetic = {"SUM", "SUB", "PROD", "DIV"}
+    elementwise = [cast_to(trt.IElementWiseLayer, layer) for layer in layers if layer.type.name == "ELEMENTWISE"]
+    shapes_of = [
+        tuple(tuple(layer.get_input(k).shape) for k in range(2)) for layer in elementwise if layer.op.name in arithmetic
+    ]
+    first = -1 if dynamic else 3
+    assert ((first, 6, 6), (1, 6, 1)) in shapes_of  # the weight
+    assert ((first, 6, 6), (1, 1, 6)) in shapes_of  # y
+    assert ((first, 6, 6), (1, 1, 1)) in shapes_of  # 2.0
+    assert ((first, 6, 6), (first, 6, 1)) in shapes_of  # the mean
+
+
+def test_integers_are_compared_as_not_greater_and_floats_with_nan_are_not() -> None:
+    args = (torch.randn(3, 6, 6), torch.randn(6), torch.arange(6))
+    (trt, _, network), _, _ = filled(torch.export.export(Repeating().eval(), args))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    names = [cast_to(trt.IElementWiseLayer, layer).op.name for layer in layers if layer.type.name == "ELEMENTWISE"]
+    assert names.count("GREATER") == 1 and names.count("LESS") == 1 and names.count("EQUAL") == 1
+    assert [cast_to(trt.IUnaryLayer, layer).op.name for layer in layers if layer.type.name == "UNARY"] == ["NOT"]
+
+
+def cast_to(kind: Any, layer: Any) -> Any:
+    """TensorRT hands out layers as ILayer; by this they get the attributes of their kind."""
+    layer.__class__ = kind
+    return layer
