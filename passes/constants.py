@@ -112,6 +112,7 @@ LAYOUT = (
     aten.select.int,
     aten._to_copy.default,
     aten.cat.default,
+    aten.constant_pad_nd.default,
     HADAMARD,
     *TRANSPARENT,
 )

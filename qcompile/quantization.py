@@ -20,6 +20,7 @@ from passes.graph import val
 from passes.legalize.ranges import beyond
 from passes.pipelines import NORMALIZE, quantize_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
+from passes.place.pad_reduction import PadReduction
 from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer, misfit
@@ -186,10 +187,12 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
         logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
 
     queries = {site.consumer for site in configs if site.operand == "q"}
+    formats = {site: format_of(config) for site, config in configs.items()}
+    blocks = {s.consumer: f.sizes[-1] for s, f in formats.items() if f.packed and s.operand in ("input", "weight")}
+    run_pipeline((partial(PlaceAttentionScale, queries), partial(PadReduction, blocks)), gm, log, recompile=False)
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
-    rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, format_of(config))}
-    placing = (partial(PlaceAttentionScale, queries), partial(RotateLinears, rotated))
-    run_pipeline(placing, gm, log, recompile=False)
+    rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, formats[s])}
+    run_pipeline((partial(RotateLinears, rotated),), gm, log, recompile=False)
     return Plan(recipe, configs, resolution.notices, log)
 
 

@@ -63,7 +63,7 @@ class InsertQdq(Pass):
             if site.operand == "softmax":
                 continue
             source = site.tensor
-            if reason := misfit(source, quantizer.format):
+            if reason := misfit(source, quantizer.format):  # and `PadReduction` has not filled it up
                 self.decline(reason, site.consumer)
                 continue
             if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:

@@ -154,6 +154,36 @@ def test_a_model_in_half_precision(half: torch.dtype) -> None:
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_width_that_16_does_not_divide_is_filled_up_with_zeros(half: torch.dtype) -> None:
+    layer = nn.Linear(100, 16, bias=False).to(half)
+    x = torch.randn(4, 100, dtype=half)
+    program = quantize(layer, x, recipe="nvfp4")
+    assert quantized_modules(unlift(program)) == ({"": "nvfp4"}, {}) and not record_of(program).declined
+    state, operands = program.state_dict, []
+    for operand, name in ((x, "input"), (layer.weight.detach(), "weight")):
+        padded = np.pad(operand.float().numpy(), ((0, 0), (0, 12)))
+        operands.append(torch.from_numpy(rounded(padded, state[f"{name}_global_scale"])).to(half))
+    torch.testing.assert_close(program.module()(x), F.linear(*operands), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_padding_takes_nothing_of_the_accuracy(recipe: str, rotate: bool) -> None:
+    """The same error as that of a width that 16 divides; rotated in blocks of the whole width, zeros and all."""
+    errors = {}
+    options = ["rules[format=nvfp4].rotate=true"] if rotate and recipe == "nvfp4" else []
+    for width in (688, 682):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(width, 64), torch.randn(32, width)
+        program = quantize(layer, x, recipe=qcompile.load_recipe(recipe, options), dtype=torch.float32)
+        with torch.no_grad():
+            errors[width] = float((program.module()(x) - layer(x)).norm() / layer(x).norm())
+        if options:
+            assert any(name.startswith("hadamard") for name in program.state_dict)
+    assert errors[682] <= 1.05 * errors[688]
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_a_width_that_16_does_not_divide_is_left_with_a_reason(rotate: bool) -> None:
     model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 4))

@@ -1,0 +1,54 @@
+"""Reduction axes that a block of NVFP4 does not divide: padded, in FP4, and the kernels of a width that it divides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qcompile
+
+pytest.importorskip("tensorrt_rtx", reason="engines are built with it: pip install 'qcompile[tensorrt-rtx]'")
+
+
+class Gated(nn.Module):
+    """The gated MLP of a block; EVA02 has a norm in front of its last layer, whose width is 8/3 of the hidden one."""
+
+    def __init__(self, width: int, normed: bool) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(256), nn.LayerNorm(width) if normed else nn.Identity()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(256, width),
+            nn.Linear(256, width),
+            nn.Linear(width, 256),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        result: Tensor = x + self.down_proj(self.inner(F.silu(self.gate_proj(h)) * self.up_proj(h)))
+        return result
+
+
+def kernels(width: int, normed: bool, dynamic: bool, path: Path) -> int:
+    x = torch.randn(2, 64, 256)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    model = Gated(width, normed).eval()
+    program = qcompile.quantize(
+        model, (x,), recipe="nvfp4", calibration=[(x,)], dtype=torch.float16, dynamic_shapes=shapes, progress=False
+    )
+    report = qcompile.export_onnx(program, path)
+    assert report.coverage["linear"] == (3, 3) and not report.declined
+    profiles = {"x": ((1, 64, 256), (2, 64, 256), (4, 64, 256))} if dynamic else None
+    engine = qcompile.build_engine(path, target="sm120", profiles=profiles, progress=False)
+    assert engine.gemms["fp4"] == 2 and engine.gemms["half"] == 0  # gate and up are one
+    return engine.kernels
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_padding_costs_a_kernel_at_most(normed: bool, dynamic: bool, tmp_path: Path) -> None:
+    ragged, whole = (kernels(width, normed, dynamic, tmp_path / f"{width}.onnx") for width in (682, 688))
+    assert ragged <= whole + normed
