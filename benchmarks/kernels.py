@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ class Row:
 
     Attributes:
         kernels, half_kernels: of the two engines. half_error: why there is no second one.
-        blocks: attentions of the file, as a measure of how often what is in a block repeats.
+        blocks: of the model, by `blocks_of`.
         attention: those that are fused in low precision, and all.
         differences: what the export report counts as quantized and the engine runs in half or float.
         error: what went wrong, its first line.
@@ -88,7 +89,7 @@ def _builds(architecture: Architecture, row: Row, recipe: str, target: str, fold
     example = architecture.example()
     report = qcompile.export_onnx(example.quantized(recipe=recipe), folder / "quantized.onnx", target="tensorrt")
     built = qcompile.build_engine(folder / "quantized.onnx", target=target, progress=False)
-    row.kernels, row.blocks = built.kernels, built.attention.total
+    row.kernels, row.blocks = built.kernels, blocks_of(example.model)
     row.attention = built.attention.low_precision, built.attention.total
     row.differences = differences(report, built)
     try:
@@ -96,6 +97,21 @@ def _builds(architecture: Architecture, row: Row, recipe: str, target: str, fold
         row.half_kernels = qcompile.build_engine(folder / "half.onnx", target=target, progress=False).kernels
     except Exception as error:  # torch's exporter or the builder refuses the plain model: there is no rival
         row.half_error = _said(error)
+
+
+def blocks_of(model: torch.nn.Module) -> int:
+    """The innermost modules of a list or a sequence that hold two layers with weights or more; experts are of one."""
+    lists = [m for m in model.modules() if isinstance(m, (torch.nn.ModuleList, torch.nn.Sequential))]
+    found = {child for m in lists for child in m.children() if _layers(child) > 1}
+    experts = {m for path, m in model.named_modules() if "expert" in path}
+    blocks = found - experts
+    return sum(not blocks.intersection(islice(block.modules(), 1, None)) for block in blocks)
+
+
+def _layers(module: torch.nn.Module) -> int:
+    """Modules with a matrix, or a kernel, as their weight."""
+    weights = (getattr(m, "weight", None) for m in module.modules())
+    return sum(isinstance(weight, torch.Tensor) and weight.ndim > 1 for weight in weights)
 
 
 def differences(report: Report, built: EngineReport) -> list[str]:

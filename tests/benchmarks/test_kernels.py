@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.kernels import Row, differences, summary
+from torch import nn
+
+from benchmarks.kernels import Row, blocks_of, differences, summary
 from qcompile.engine.report import NotLowPrecision
 
 GAPS = [
@@ -41,3 +43,23 @@ def test_two_kernels_more_for_each_block_are_no_miss() -> None:
     assert summary(rows) == (
         "5 models, 3 with a half engine: median 1.200 x; more than 2 a block in 2; 1 claims untrue"
     )
+
+
+class Layer(nn.Module):
+    """An attention and an MLP written as a sequence, or as experts."""
+
+    def __init__(self, experts: int = 0) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        mlp = [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(max(experts, 1))]
+        if experts:
+            self.experts = nn.ModuleList(mlp)
+        else:
+            self.mlp = mlp[0]
+
+
+def test_a_block_is_what_repeats_and_not_what_it_is_made_of() -> None:
+    stages = nn.Sequential(*(nn.Sequential(*(Layer() for _ in range(count))) for count in (2, 3)))
+    assert blocks_of(nn.Sequential(nn.Conv2d(3, 8, 1), stages, nn.LayerNorm(8), nn.Linear(8, 2))) == 5
+    assert blocks_of(nn.ModuleList(Layer(experts=4) for _ in range(3))) == 3
+    assert blocks_of(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))) == 0
