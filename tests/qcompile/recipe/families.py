@@ -356,4 +356,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Roles]] = {
             "head": ["proj_out_N"],
         },
     ),
+    "stable-audio": (
+        "diffusers",
+        "StableAudioDiTModel",
+        dict(sample_size=8, in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, out_channels=4)
+        | dict(num_key_value_attention_heads=1, cross_attention_dim=16, cross_attention_input_dim=16)
+        | dict(time_proj_dim=16, global_states_input_dim=32),
+        {
+            "attn": names("transformer_blocks.N.attnN.", "to_q to_k to_v to_out.N"),
+            "mlp": names("transformer_blocks.N.ff.", "net.N.proj net.N"),
+            "conv": ["preprocess_conv", "postprocess_conv"],
+            "other": ["proj_in"],
+            "conditioning": names("", "timestep_proj.N global_proj.N cross_attention_proj.N"),
+            "head": ["proj_out"],
+        },
+    ),
 }
