@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -130,3 +131,23 @@ def opened(path: Path, level: str, args: tuple[torch.Tensor, ...]) -> Any:
 
 def distance(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (2, 3, 8)], ids=["2-D", "3-D", "4-D"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_int8_runs_integer_kernels(target: str, shape: tuple[int, ...], bias: bool, tmp_path: Path) -> None:
+    """A default session has no float GEMM, and no float copy of a weight, for a layer that is quantized."""
+    args = (torch.randn(*shape, 32),)
+    model = nn.Sequential(nn.Linear(32, 64, bias=bias), nn.GELU(), nn.Linear(64, 48, bias=bias), nn.LayerNorm(48))
+    program = qcompile.quantize(
+        model.eval(), args, recipe="int8", calibration=[args], dtype=torch.float32, progress=False,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+    )  # fmt: skip
+    qcompile.export_onnx(program, tmp_path / "m.onnx", target=target)  # type: ignore[arg-type]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("MatMulIntegerToFloat") == 2 and not {"MatMul", "Gemm", "FusedGemm"} & {*operators}
+    assert [output.shape[1:] for output in session.get_outputs()] == [[*shape[1:], 48]]
