@@ -32,7 +32,7 @@ from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
-from passes.legalize.group_norm import LengthenGroupNorm
+from passes.legalize.group_norm import SpellOutGroupNorm
 from passes.legalize.k_split import SplitK
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
@@ -160,7 +160,7 @@ TENSORRT: Pipeline = (
     SpellOutBlockActivations,
     FlattenRows,
     PadHeadWidths,
-    LengthenGroupNorm,
+    SpellOutGroupNorm,
     FoldToConvolution,
     partial(DecomposeAttention, unless=is_long_causal),
     StoreWeightsTransposed,
