@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from passes.graph import TRANSPARENT, argument, aten, fake_mode, is_call, strip
 from passes.hadamard import HADAMARD, hadamard
 
+_NAMED = 4  # weights that the name of what is made of them has
+
 
 def constant(gm: GraphModule, node: object) -> torch.Tensor | None:
     """The tensor behind a `get_attr` node, or None if `node` is anything else."""
@@ -70,14 +72,24 @@ def replace_with_constant(gm: GraphModule, node: Node, tensor: torch.Tensor) -> 
     """Put `tensor` in the place of `node`, a constant expression or an operator on one.
 
     It takes over the name of the constant that `node` was made of if nothing else reads that, so a weight that was
-    rearranged or quantized is still found under its own name, and is stored once.
+    rearranged or quantized is still found under its own name, and is stored once. What is made of several is called
+    after all: `attention.q_proj+k_proj.weight`.
     """
     roots = root_constants(node)
-    name = str(roots[0].target)
+    name = _joint_name(list(dict.fromkeys(str(root.target) for root in roots)))
     if len(roots) == 1 and not _is_read_elsewhere(gm, name, node):
         delete_constant(gm, name)
     node.replace_all_uses_with(add_constant(gm, name, torch.nn.Parameter(tensor, requires_grad=False), node))
     gm.graph.erase_node(node)
+
+
+def _joint_name(names: list[str]) -> str:
+    """What the weights `names` are called together: the first in full, of others their last module."""
+    parts = [name.rpartition(".") for name in names]
+    if len(names) > _NAMED or len({leaf for _, _, leaf in parts}) > 1 or not all(owner for owner, _, _ in parts):
+        return names[0]
+    owners = [parts[0][0], *(owner.rpartition(".")[2] for owner, _, _ in parts[1:])]
+    return f"{'+'.join(owners)}.{parts[0][2]}"
 
 
 def delete_constant(gm: GraphModule, name: str) -> None:

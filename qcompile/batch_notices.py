@@ -17,6 +17,9 @@ from qcompile.messages import some
 class BatchLog:
     """What the batches of a calibration were like.
 
+    Attributes:
+        samples: sum of their sizes.
+
     Args:
         program: what they are run through. placeholders: its user inputs.
     """
@@ -24,14 +27,14 @@ class BatchLog:
     def __init__(self, program: ExportedProgram, placeholders: Sequence[Node]) -> None:
         self._ranges = {str(symbol): r for symbol, r in program.range_constraints.items()}
         self._placeholders = placeholders
-        self._samples = 0
+        self.samples = 0
         self._zeros: list[str] = []
         self._sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
 
     def add(self, inputs: Sequence[Any], name: str) -> None:
         """Note one batch, called `name` in messages."""
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-        self._samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
+        self.samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
         floats = [t for t in tensors if t.is_floating_point() and t.numel()]
         numbers = floats or [t for t in tensors if t.numel() and t.dtype != torch.bool]
         if numbers and not any(bool(t.any()) for t in numbers):
@@ -44,7 +47,7 @@ class BatchLog:
     def notices(self) -> list[str]:
         """One sentence for each kind of gap."""
         found = []
-        if self._samples == 1:
+        if self.samples == 1:
             found.append("calibration had one sample: the ranges are those of that alone")
         if self._zeros:
             found.append(f"{some(self._zeros)}: every number is 0, which tells nothing of the range of anything")

@@ -106,7 +106,7 @@ def observe(
     *,
     widen: bool = False,
     progress: bool = True,
-) -> list[str]:
+) -> BatchLog:
     """Update `statistics` with every batch.
 
     Args:
@@ -118,7 +118,7 @@ def observe(
         widen: compute halves in float32; on a CPU that is always so.
 
     Returns:
-        Notices: what the data is too narrow for.
+        What the batches were like.
 
     Raises:
         CalibrationError: no batch, or a batch that does not fit what was captured.
@@ -144,7 +144,7 @@ def observe(
             bar.advance(task)
     if not count:
         raise CalibrationError("the calibration data is empty")
-    return log.notices()
+    return log
 
 
 def _run(observer: _Observer, inputs: list[Any], name: str) -> None:

@@ -23,6 +23,7 @@ from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site, find_sites
 from passes.subgraphs import all_calls
 from qcompile.capture import capture
+from qcompile.capture.dimensions import noted_dimensions
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, torchao
 from qcompile.quantization import check_dependence, compute_dtype, model_dtype, without
@@ -88,7 +89,8 @@ def import_quantized(
     check_dependence(needed, input_dependence(gm))
     quantized = lift(gm, program)
     notices = [*ranges.notices, *log.notices]
-    record(quantized, QuantizeRecord("as imported", log.fired, log.declined, notices, ranges.headroom))
+    seen = ranges.headroom, ranges.source, noted_dimensions(program)
+    record(quantized, QuantizeRecord("as imported", log.fired, log.declined, notices, *seen))
     return quantized
 
 

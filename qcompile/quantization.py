@@ -27,6 +27,7 @@ from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
 from passes.subgraphs import graphs
 from qcompile.capture import capture
+from qcompile.capture.dimensions import noted_dimensions
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
 from qcompile.quantized import is_finished, refuse_quantized, refuse_quantized_graph
@@ -108,7 +109,8 @@ def quantize(
         _tell_nothing(plan.log)
     notices = [*map(str, plan.notices), *ranges.notices, *plan.log.notices]
     name, log = chosen_recipe.metadata.name, plan.log
-    record(quantized, QuantizeRecord(name, log.fired, log.declined, notices, ranges.headroom))
+    seen = ranges.headroom, ranges.source, noted_dimensions(program)
+    record(quantized, QuantizeRecord(name, log.fired, log.declined, notices, *seen))
     return quantized
 
 

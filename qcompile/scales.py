@@ -77,6 +77,7 @@ class Ranges:
         headroom: how near the tensors came to the end of the compute dtype; empty without data.
         notices: what the user should know of the data, or of the lack of it.
         fully_masked: the attentions whose mask hid every key from some query.
+        source: what they were found on, for metadata.
     """
 
     amax: dict[Site, torch.Tensor]
@@ -84,6 +85,7 @@ class Ranges:
     headroom: list[Headroom] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     fully_masked: set[Node] = field(default_factory=set)
+    source: str = ""
 
 
 def activation_ranges(
@@ -120,7 +122,8 @@ def activation_ranges(
         return Ranges(
             {}, notices=[f"calibration data is not used: the recipe needs none, and no range ends in {target}"]
         )
-    notices = observe(watch.gm, program, watch.watched, calibration, widen=watch.converted, progress=progress)
+    log = observe(watch.gm, program, watch.watched, calibration, widen=watch.converted, progress=progress)
+    notices = log.notices()
     if not watch.statistics:
         notices = [
             "calibration data is used to see what masks hide, and for nothing else: the recipe needs none, and no range"
@@ -133,7 +136,8 @@ def activation_ranges(
     of_layer = largest_by_name(amax)  # a layer in two branches, of which one was taken, has a range in the other, too
     amax = {site: value if float(value) else of_layer[site.name] for site, value in amax.items()}
     unreached = {site: NEVER if not seen[site].reached else ZEROS for site, value in amax.items() if not float(value)}
-    return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices], watch.fully_masked)
+    found = f"{log.samples} sample{'s' * (log.samples != 1)}"
+    return Ranges(amax, unreached, watch.headroom(), [*watch.check(), *notices], watch.fully_masked, found)
 
 
 def largest_by_name(amax: Mapping[Site, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -157,7 +161,7 @@ def _known_ranges(
     if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
         raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
     notices = _unknown_ranges(source, target)
-    return Ranges(amax, unreached, notices=notices, fully_masked=known_masks(gm, state))
+    return Ranges(amax, unreached, notices=notices, fully_masked=known_masks(gm, state), source="given ranges")
 
 
 def _unknown_ranges(source: torch.dtype, target: torch.dtype) -> list[str]:

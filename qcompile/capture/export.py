@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.program import drop_idle_writes, separated, written_tensors
+from qcompile.capture.dimensions import note_dimensions
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs
@@ -57,6 +58,7 @@ def capture(
             with _for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
                 program = _export(inner, *copies, shapes)
                 functional = _functional(program, inner)
+            note_dimensions(functional, inner, *copies, shapes)
     check_inference(functional, exported=isinstance(model, ExportedProgram))
     drop_idle_writes(functional)
     _check_pure(functional)

@@ -9,7 +9,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,13 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
-from qcompile.onnx.interface import check_interface, complex_notices, name_interface, required_dependence
+from qcompile.onnx.interface import (
+    check_interface,
+    complex_notices,
+    name_dimensions,
+    name_interface,
+    required_dependence,
+)
 from qcompile.onnx.names import describe
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
@@ -45,7 +52,7 @@ from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
-from qcompile.record import record_of
+from qcompile.record import QuantizeRecord, record_of
 from qcompile.report import Report
 from qcompile.sizes import program_bytes
 
@@ -74,6 +81,8 @@ def export_onnx(
     opset: int | None = None,
     block_fp8: BlockFp8 = "k_split",
     compare: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> Report:
     """Lower `program` to an ONNX file, check it, and tell what is in it.
 
@@ -88,9 +97,12 @@ def export_onnx(
             block, exactly, and writes the products of all blocks to memory; `per_channel` quantizes the weights once
             more, with one scale for each channel, and the activations per token. The report tells what it costs.
         compare: a batch, as in calibration, on which every layer of the file is compared with the program.
+        input_names, output_names: what the file calls them, in the order of the program; without them inputs are called
+            as the model calls its arguments, and outputs by their keys, else `output`, `output_1`. Dynamic dimensions
+            are called as their `torch.export.Dim`.
 
     Raises:
-        ExportError: an operator has no ONNX form, or the opset is out of range.
+        ExportError: names do not fit the program, an operator has no ONNX form, or the opset is out of range.
         VerificationError: the file failed a check; it was not put in place.
     """
     opset = _check(program, target, opset, block_fp8)
@@ -113,7 +125,9 @@ def export_onnx(
     tidy(converted.model)
     relus_to_max(converted.model)
     biases_to_rows(converted.model)
-    name_interface(converted.model, program)
+    name_interface(converted.model, program, input_names, output_names)
+    name_dimensions(converted.model, record_of(program).dimensions)
+    _say_where_from(converted.model, record_of(program), target)
     _add_functions(converted.model, opset)
     restate_shapes(converted.model)
     if target == "tensorrt":
@@ -129,6 +143,12 @@ def export_onnx(
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
     return _report(program, modules, log, converted.model, target, opset, costs, checks, comparison, size)
+
+
+def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
+    """Keep in the file's metadata what made it: readers show it, and nothing depends on it."""
+    known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": version("qcompile")}
+    model.metadata_props.update({f"qcompile.{key}": value for key, value in known.items() if value})
 
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:

@@ -6,10 +6,13 @@ of the logical shape `[..., K]`, so the program is given that type right before 
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnxscript import values
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -24,6 +27,11 @@ NAME = "TRT_FP4DynamicQuantize"
 BLOCK = NVFP4.block[-1]
 FP4_OPSET, FP4_IR_VERSION = 23, 11
 FLOAT4E2M1, FLOAT8E4M3FN = int(onnx.TensorProto.FLOAT4E2M1), int(onnx.TensorProto.FLOAT8E4M3FN)
+
+
+def constant(name: str, value: Any) -> onnx.NodeProto:
+    """A Constant of a function's body, as a tensor: graphsurgeon and onnxslim make float64 of a `value_float`."""
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value), name))
 
 
 def uses_fp4(program: ExportedProgram) -> bool:
@@ -94,12 +102,12 @@ def fp4_dynamic_quantize_function(opset: int) -> onnx_ir.Function:
     """The body: `passes.ir.dynamic_quantize` of NVFP4 in standard operators, for an `x` of any rank."""
     node = helper.make_node
     nodes = [
-        node("Constant", [], ["six"], value_float=NVFP4.max),
-        node("Constant", [], ["nought"], value_float=0.0),
-        node("Constant", [], ["one"], value_float=1.0),
-        node("Constant", [], ["least"], value_float=LEAST_BLOCK_SCALE),
-        node("Constant", [], ["last"], value_ints=[-1]),
-        node("Constant", [], ["block"], value_ints=[BLOCK]),
+        constant("six", np.float32(NVFP4.max)),
+        constant("nought", np.float32(0)),
+        constant("one", np.float32(1)),
+        constant("least", np.float32(LEAST_BLOCK_SCALE)),
+        constant("last", np.array([-1])),
+        constant("block", np.array([BLOCK])),
         node("Cast", ["x"], ["wide"], to=onnx.TensorProto.FLOAT),
         node("Shape", ["x"], ["lead"], end=-1),
         node("Shape", ["x"], ["width"], start=-1),

@@ -17,6 +17,7 @@ from onnx import helper
 from onnxscript import values
 
 from qcompile.onnx import fp4
+from qcompile.onnx.fp4 import constant
 
 DOMAIN = fp4.DOMAIN
 NAME = "TRT_QuantizedAttention"
@@ -66,11 +67,11 @@ def quantized_attention_function(opset: int) -> onnx_ir.Function:
     nodes = [
         node("Constant", [], ["zero_point"], value=zero),
         node("Constant", [], ["hidden"], value=lowest),
-        node("Constant", [], ["nought"], value_float=0.0),
-        node("Constant", [], ["start"], value_int=0),
-        node("Constant", [], ["step"], value_int=1),
-        node("Constant", [], ["one"], value_ints=[1]),
-        node("Constant", [], ["two"], value_ints=[2]),
+        constant("nought", np.float32(0)),
+        constant("start", np.int64(0)),
+        constant("step", np.int64(1)),
+        constant("one", np.array([1])),
+        constant("two", np.array([2])),
         *(_attribute_constant(name) for name in ("kv_repeats", "kv_shape")),
         *repeated("key"),
         *repeated("value"),
