@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from passes.legalize.group_norm import SpellOutGroupNorm
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
 
 
+@settings(max_examples=15)
 @given(
     groups=st.integers(1, 4),
     width=st.integers(1, 3),
