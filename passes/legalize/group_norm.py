@@ -28,7 +28,8 @@ class SpellOutGroupNorm(Pass):
 
     Requires: nothing.
     Ensures: the same values within rounding.
-    Declines when: never. Groups of more than 12,288 elements, or of a number that inputs decide, stay whole.
+    Declines when: never. Groups of more than 12,288 elements, or of a number that inputs decide, stay whole where x has
+        more than two axes.
     Why: TensorRT 1.7.1 fuses it with what is in front and behind, a Q for one, into one kernel; its own kernel for
         GroupNormalization takes two or three. Of larger groups the sums take kernels of their own. A tensor of two
         axes it refuses there.
@@ -40,16 +41,17 @@ class SpellOutGroupNorm(Pass):
             groups = argument(node, "num_groups")
             assert isinstance(x, Node) and isinstance(groups, int)
             size = math.prod(shape(x)[1:])
-            if isinstance(size, int) and size // groups <= _ELEMENTS:
-                node.replace_all_uses_with(_spelled_out(node, x, groups, size // groups))
+            length = size // groups if isinstance(size, int) else -1
+            if len(shape(x)) == 2 or 0 <= length <= _ELEMENTS:
+                node.replace_all_uses_with(_spelled_out(node, x, groups, length))
                 self.fire()
 
 
-def _spelled_out(node: Node, x: Node, groups: int, size: int) -> Node:
+def _spelled_out(node: Node, x: Node, groups: int, length: int) -> Node:
     emit = Emitter(node)
     sizes, half = emit.sizes(x), dtype(x) in (torch.float16, torch.bfloat16)
     wide = emit(aten._to_copy.default, x, dtype=torch.float32) if half else x
-    rows = emit(aten.reshape.default, wide, [sizes[0], groups, size])
+    rows = emit(aten.reshape.default, wide, [sizes[0], groups, length])
     centred = emit(aten.sub.Tensor, rows, emit(aten.mean.dim, rows, [-1], True))
     variance = emit(aten.mean.dim, emit(aten.mul.Tensor, centred, centred), [-1], True)
     deviation = emit(aten.sqrt.default, emit(aten.add.Tensor, variance, argument(node, "eps")))

@@ -45,7 +45,8 @@ def dimension_names(
     by_tensor = {id(leaf): node for leaf, node in zip(leaves, inputs, strict=True)}
     names: dict[str, str] = {}
     for tensor, axis, name in _named(_by_parameter(model, args, kwargs), shapes):
-        size = val(by_tensor[id(tensor)]).shape[axis]
+        node = by_tensor.get(id(tensor))  # None for one inside of a container that torch does not take apart
+        size = val(node).shape[axis] if node is not None else None
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
             names.setdefault(str(size.node.expr), name)
     return names
@@ -64,22 +65,17 @@ def _by_parameter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
 def _named(value: Any, shapes: Any) -> Iterator[tuple[torch.Tensor, int, str]]:
     """(tensor, axis, name) of each named dimension of the tensors in `value`."""
     if isinstance(value, torch.Tensor):
-        for axis, dim in _pairs(shapes):
+        for axis, dim in shapes.items() if isinstance(shapes, Mapping) else enumerate(_parts(shapes)):
             if isinstance(dim, Dim):
                 yield value, int(axis), str(dim.__name__)
     elif isinstance(value, Mapping):
-        found = (
-            shapes if isinstance(shapes, Mapping) else dict(zip(value, [s for _, s in _pairs(shapes)], strict=False))
-        )
+        by_key = shapes if isinstance(shapes, Mapping) else dict(zip(value, _parts(shapes), strict=False))
         for key, part in value.items():
-            yield from _named(part, found.get(key))
+            yield from _named(part, by_key.get(key))
     elif isinstance(value, (list, tuple)):
-        for part, (_, shape) in zip(value, _pairs(shapes), strict=False):
+        for part, shape in zip(value, _parts(shapes), strict=False):
             yield from _named(part, shape)
 
 
-def _pairs(shapes: Any) -> list[tuple[Any, Any]]:
-    """The entries of a mapping, or of a sequence with their positions; of anything else none."""
-    if isinstance(shapes, Mapping):
-        return list(shapes.items())
-    return list(enumerate(shapes)) if isinstance(shapes, (list, tuple)) else []
+def _parts(shapes: Any) -> list[Any]:
+    return list(shapes) if isinstance(shapes, (list, tuple)) else []

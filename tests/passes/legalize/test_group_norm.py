@@ -58,3 +58,8 @@ def test_large_groups_and_those_of_any_size_stay(groups: int) -> None:
     rewrites(SpellOutGroupNorm, graph_of(model, x), x, rtol=1e-4, atol=1e-4)
     assert declines(SpellOutGroupNorm, graph_of(model, torch.randn(1, channels, length + 1))) == []
     assert declines(SpellOutGroupNorm, graph_of(model, x, dynamic_shapes=({2: DYNAMIC},))) == []
+
+
+def test_two_axes_are_always_spelled_out() -> None:
+    x = torch.randn(2, 12290)
+    rewrites(SpellOutGroupNorm, graph_of(nn.GroupNorm(1, 12290), x), x, rtol=1e-4, atol=1e-4)
