@@ -17,7 +17,11 @@ from qcompile.errors import CalibrationError
 
 
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:
-    """The flat user inputs of `program` for one batch in any of the accepted forms; `name` is for messages."""
+    """The flat user inputs of `program` for one batch in any of the accepted forms; `name` is for messages.
+
+    A model that was captured with both takes `(args, kwargs)`.
+    """
+    example = program.example_inputs
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
     if isinstance(args, torch.Tensor):
         args = (args,)
@@ -25,7 +29,9 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
         raise CalibrationError(
             f"{name} is a {kind_of(batch)}; a batch is a tuple of arguments, a dict of keyword arguments, or one tensor"
         )
-    example = program.example_inputs
+    if example is not None and all(example) and len(args) == 2 and isinstance(args[1], Mapping):
+        given, keywords = args
+        args, kwargs = given if isinstance(given, (tuple, list)) else (given,), keywords
     if example is not None and kwargs:
         kwargs = {name: kwargs[name] for name in example[1] if name in kwargs} | dict(kwargs)
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -33,6 +39,7 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
         raise CalibrationError(
             f"{name} is called as {_describe(args, kwargs)}, but the model was captured as"
             f" {_describe(*example) if example else program.call_spec.in_spec}"
+            + ("; give batches as (args, kwargs)" if example is not None and all(example) else "")
         )
     return flat if example is None else laid_out(flat, pytree.tree_leaves(example))
 

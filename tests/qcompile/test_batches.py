@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from passes.graph import aten, calls
 from passes.program import unlift
-from qcompile.batches import pieces
+from qcompile.batches import flatten_batch, pieces
 from qcompile.calibrate import observe
 from qcompile.capture import capture
+from qcompile.errors import CalibrationError
 from qcompile.statistics import Statistic
 
 
@@ -81,3 +82,39 @@ def test_every_sample_is_in_some_piece_and_counts_once(size: int, captured: int,
         torch.testing.assert_close(counted, torch.ones_like(counted))
     else:
         assert runs == -(-size // captured)
+
+
+class Both(nn.Module):
+    def forward(self, x: Tensor, scale: dict[str, Tensor], *, mask: Tensor) -> Tensor:
+        return x * scale["a"] + mask
+
+
+@pytest.mark.parametrize("sequence", [tuple, list])
+def test_a_model_with_arguments_and_keywords_takes_both(sequence: type) -> None:
+    args, kwargs = (torch.randn(2, 3), {"a": torch.randn(3)}), {"mask": torch.randn(2, 3)}
+    program = capture(Both(), args, kwargs)
+    flat = flatten_batch(sequence((sequence(args), kwargs)), program)
+    expected = [args[0], args[1]["a"], kwargs["mask"]]
+    assert all(torch.equal(got, want) for got, want in zip(flat, expected, strict=True))
+    for batch in (args, kwargs, (args, {"other": kwargs["mask"]})):
+        with pytest.raises(CalibrationError, match=r"captured as model\(Tensor, dict, mask=Tensor\); give batches as"):
+            flatten_batch(batch, program)
+
+
+def test_one_positional_tensor_and_keywords() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+            return x + mask
+
+    x, mask = torch.randn(2, 3), torch.randn(2, 3)
+    program = capture(Net(), (x,), {"mask": mask})
+    assert [t.data_ptr() for t in flatten_batch((x, {"mask": mask}), program)] == [x.data_ptr(), mask.data_ptr()]
+
+
+def test_a_dictionary_as_the_second_argument_is_one() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+            return x + more["y"]
+
+    args = torch.randn(2, 3), {"y": torch.randn(2, 3)}
+    assert len(flatten_batch(args, capture(Net(), args))) == 2
