@@ -67,11 +67,11 @@ def quantize(
         model: a module (it is not changed), or what `torch.export.export` made of one.
         args, kwargs: example inputs of a module.
         recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
-        calibration: representative batches, as argument tuples, keyword dicts, `(args, kwargs)` or single tensors; needed by recipes
-            with static activations. They are run through the captured graph in the model's own dtype, and show what
-            float16 would not hold, for every recipe; in an attention whose mask hides every key from some query of
-            theirs, such queries get zeros. Or what `calibrate` returned. A layer that they never reach, or only with
-            zeros, is not quantized, and listed as declined.
+        calibration: representative batches, as argument tuples, keyword dicts, `(args, kwargs)` or single tensors;
+            needed by recipes with static activations. They are run through the captured graph in the model's own
+            dtype, and show what float16 would not hold, for every recipe; in an attention whose mask hides every key
+            from some query of theirs, such queries get zeros. Or what `calibrate` returned. A layer that they never
+            reach, or only with zeros, is not quantized, and listed as declined.
         dynamic_shapes: as in `torch.export.export`.
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
             model's own and gives a float32 model float16: in float32 TensorRT fuses attention only where a quantizer
