@@ -106,7 +106,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, softmax_scale: Any, is_causal: 
 
 
 def _rms_norm(op: Any, x: Any, rank: int, weight: Any, eps: float | None) -> Any:
-    """RMSNormalization where the opset has it, else its definition, computed in float32."""
+    """RMSNormalization where the opset has it, else its definition, computed in float32.
+
+    So is the product with the weight, as in torch: rounded before it, TensorRT multiplies the weight and the scale of a
+    Q behind it into one, and, where the norm reads a transposed tensor, quantizes in a kernel of its own.
+    """
     if eps is None:
         eps = float(np.finfo(np.float32).eps)
     if op.version >= 23 and weight is not None:
@@ -114,5 +118,5 @@ def _rms_norm(op: Any, x: Any, rank: int, weight: Any, eps: float | None) -> Any
     wide = op.Cast(x, to=1)
     mean = op.ReduceMean(op.Mul(wide, wide), op.Constant(value_ints=list(range(-rank, 0))), keepdims=1)
     root = op.Sqrt(op.Add(mean, op.Constant(value=onnx_ir.tensor(np.float32(eps)))))
-    normal = op.CastLike(op.Div(wide, root), x)
-    return normal if weight is None else op.Mul(normal, weight)
+    normal = op.Div(wide, root)
+    return op.CastLike(normal if weight is None else op.Mul(normal, op.Cast(weight, to=1)), x)

@@ -90,8 +90,8 @@ def rms_norm(
     wide = x.float()
     least = torch.finfo(torch.float32).eps if eps is None else eps
     mean = (wide * wide).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
-    normal = (wide / (mean + least).sqrt()).to(x.dtype)
-    return normal if weight is None else normal * weight
+    normal = wide / (mean + least).sqrt()
+    return (normal if weight is None else normal * weight.float()).to(x.dtype)
 
 
 def attention(
