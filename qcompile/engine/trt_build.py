@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.engine.backend import Backend
+from qcompile.engine.collector import undisturbed
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.layer_list import parse_layers
 from qcompile.engine.layers import Layer
@@ -33,6 +34,11 @@ class Built:
 
 def build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] | None, step: Step) -> Built:
     """Build one network. Raises EngineError with the node, its module path, the builder's reason and a hint."""
+    with undisturbed():
+        return _build(fill, backend, profiles, step)
+
+
+def _build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] | None, step: Step) -> Built:
     trt = backend.trt
     log = logger(trt)
     builder = trt.Builder(log)
