@@ -148,16 +148,11 @@ _ARITHMETIC = {
 
 
 def _is_float_arithmetic(node: Node, settings: Any = None) -> bool:
-    operands = [val(n) for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-    floating = {tensor.dtype for tensor in (*operands, val(node))}
-    numbers = [n for n in node.args if not isinstance(n, Node)]
-    return (
-        OURS in node.meta
-        and not node.kwargs  # alpha
-        and len(operands) + len(numbers) == len(node.args) == 2
-        and len(floating) == 1
-        and floating <= {torch.float16, torch.bfloat16, torch.float32}
-    )
+    operands = [operand.meta["val"] if isinstance(operand, Node) else operand for operand in node.args]
+    kinds = {value.dtype for value in (*operands, val(node)) if isinstance(value, torch.Tensor)}
+    floats = len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16, torch.float32}
+    known = all(isinstance(operand, (torch.Tensor, int, float)) for operand in operands)  # and no dynamic size
+    return OURS in node.meta and not node.kwargs and known and floats  # a keyword is alpha
 
 
 def arithmetic(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
