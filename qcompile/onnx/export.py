@@ -106,7 +106,7 @@ def export_onnx(
         VerificationError: the file failed a check; it was not put in place.
     """
     opset = _check(program, target, opset, block_fp8)
-    destination = Path(path)
+    destination, noted = Path(path), record_of(program)
     check_writable(destination, error=ExportError, parents=True)
     check_room({destination: program_bytes(program)}, ExportError)
     if compare is not None:
@@ -114,7 +114,7 @@ def export_onnx(
     with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
         log = run_pipeline(_KERNELS[target], gm)
-        modules = Modules.of(gm, record_of(program).declined)
+        modules = Modules.of(gm, noted.declined)
         run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm, log)
         costs = cost_notices(gm, log)
         _check_subgraphs(gm)
@@ -126,8 +126,8 @@ def export_onnx(
     relus_to_max(converted.model)
     biases_to_rows(converted.model)
     name_interface(converted.model, program, input_names, output_names)
-    name_dimensions(converted.model, record_of(program).dimensions)
-    _say_where_from(converted.model, record_of(program), target)
+    name_dimensions(converted.model, noted.dimensions)
+    _say_where_from(converted.model, noted, target)
     _add_functions(converted.model, opset)
     restate_shapes(converted.model)
     if target == "tensorrt":
@@ -142,7 +142,7 @@ def export_onnx(
         require(checks)
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
-    return _report(program, modules, log, converted.model, target, opset, costs, checks, comparison, size)
+    return _report(noted, modules, log, converted.model, target, opset, costs, checks, comparison, size)
 
 
 def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
@@ -291,7 +291,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _report(
-    program: ExportedProgram,
+    record: QuantizeRecord,
     modules: Modules,
     log: PassLog,
     model: onnx_ir.Model,
@@ -302,7 +302,6 @@ def _report(
     comparison: Any,
     size: int,
 ) -> Report:
-    record = record_of(program)
     return Report(
         target=target,
         opset=opset,
