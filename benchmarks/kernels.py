@@ -87,8 +87,9 @@ def measure(architecture: Architecture, recipe: str, target: str) -> Row:
 
 def _builds(architecture: Architecture, row: Row, recipe: str, target: str, folder: Path) -> None:
     example = architecture.example()
-    report = qcompile.export_onnx(example.quantized(recipe=recipe), folder / "quantized.onnx", target="tensorrt")
-    built = qcompile.build_engine(folder / "quantized.onnx", target=target, progress=False)
+    program, path = example.quantized(recipe=recipe), folder / "quantized.onnx"
+    report = qcompile.export_onnx(program, path, io_dtype=torch.float16)  # as the rival's
+    built = qcompile.build_engine(path, target=target, progress=False)
     row.kernels, row.blocks = built.kernels, blocks_of(example.model)
     row.attention = built.attention.low_precision, built.attention.total
     row.differences = differences(report, built)

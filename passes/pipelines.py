@@ -29,6 +29,7 @@ from passes.legalize.attention import DecomposeAttention, is_long_causal
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
+from passes.legalize.boundary import ConvertBoundary
 from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
@@ -186,6 +187,11 @@ PORTABLE: Pipeline = (
     FoldFixed,
 )
 """Standard operators only, in the shape of the model."""
+
+
+def boundary(io_dtype: torch.dtype | None) -> Pipeline:
+    """Behind either of them: inputs and outputs in `io_dtype`; as the program has them if it is None."""
+    return () if io_dtype is None else (partial(ConvertBoundary, io_dtype),)
 
 
 def torch_pipeline(device: Device, *, fast_accumulation: bool = True) -> Pipeline:

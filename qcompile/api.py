@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch.export import ExportedProgram
 
 from qcompile.ahead import check_model_target
@@ -32,6 +33,7 @@ def build_engine(
     profiles: Profile | Sequence[Profile] | None = None,
     route: Literal["onnx", "torch_tensorrt"] = "onnx",
     block_fp8: BlockFp8 = "k_split",
+    io_dtype: torch.dtype | None = None,
     expect: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> EngineReport:
@@ -44,7 +46,7 @@ def build_engine(
         profiles: for dynamic shapes, {input name: (min, opt, max)} with whole shapes, or several of those.
         route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
             file; it has to be installed, and needs a GPU to load.
-        block_fp8: of a program, as in `export_onnx`.
+        block_fp8, io_dtype: of a program, as in `export_onnx`.
         expect: what the engine must reach, such as {"attention_fp8": 12, "gemm_fp8": 49, "kernels": 149}: counts of
             attentions and GEMMs are least counts, `kernels` is a largest one.
         progress: show a bar on stderr.
@@ -62,14 +64,14 @@ def build_engine(
     if route == "torch_tensorrt":
         if not isinstance(model, ExportedProgram):
             raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
-        network = ProgramNetwork(model, block_fp8)
+        network = ProgramNetwork(model, block_fp8, io_dtype)
         return build_network(network, output, target=target, profiles=profiles, expect=expect, progress=progress)
     if not isinstance(model, ExportedProgram):
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.onnx"
         check_room({path: program_bytes(model)}, EngineError)
-        export_onnx(model, path, target="tensorrt", block_fp8=block_fp8)
+        export_onnx(model, path, target="tensorrt", block_fp8=block_fp8, io_dtype=io_dtype)
         return build_engine_from_file(path, output, target=target, profiles=profiles, expect=expect, progress=progress)
 
 

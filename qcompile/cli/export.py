@@ -43,6 +43,7 @@ def export(
     onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
     opset: Annotated[int | None, _ONNX] = None,
     block_fp8: Annotated[Literal["k_split", "per_channel"], _ONNX] = "k_split",
+    io_dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, _ONNX] = None,
     compare: Annotated[bool, _ONNX] = True,
     engine: Annotated[Path | None, _ENGINE] = None,
     target: Annotated[str | None, _ENGINE] = None,
@@ -116,6 +117,8 @@ def export(
         How weights in blocks of 128 x 128 (fp8_block) are multiplied. k_split: block by block, which is exact and
         writes the products of all blocks to memory; per_channel: quantized once more, with one scale for each channel
         of the weight and each token.
+    io_dtype:
+        Type of the file's floating-point inputs and outputs. Default: those of the model, whatever --dtype is.
     compare:
         Compare the file with the program, layer by layer, on one batch.
     engine:
@@ -153,6 +156,7 @@ def export(
             "--onnx-target": onnx_target != "tensorrt",
             "--opset": opset,
             "--block-fp8": block_fp8 != "k_split",
+            "--io-dtype": io_dtype,
             "--no-compare": not compare,
             "--engine": engine,
             "--target": target,
@@ -216,7 +220,13 @@ def export(
     step(f"exporting to {output}")
     batch_to_compare = (first if first is not None else loaded.example_batch) if compare else None
     exported = qcompile.export_onnx(
-        program, output, target=onnx_target, opset=opset, block_fp8=block_fp8, compare=batch_to_compare
+        program,
+        output,
+        target=onnx_target,
+        opset=opset,
+        block_fp8=block_fp8,
+        io_dtype=getattr(torch, io_dtype) if io_dtype else None,
+        compare=batch_to_compare,
     )
     data: dict[str, Any] = {"source": loaded.name, "export": json.loads(exported.to_json()), "engine": None}
     if calibration == "random":

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
-from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline
+from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline, boundary
 from passes.program import lift, unlift
 from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
 from qcompile.coverage import Modules
@@ -59,6 +59,7 @@ from qcompile.sizes import program_bytes
 Target = Literal["tensorrt", "portable"]
 BlockFp8 = Literal["k_split", "per_channel"]
 OPSETS = range(19, 24)
+IO_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DEFAULT_OPSET = 21
 _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
 _PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTABLE}
@@ -80,6 +81,7 @@ def export_onnx(
     target: Target = "tensorrt",
     opset: int | None = None,
     block_fp8: BlockFp8 = "k_split",
+    io_dtype: torch.dtype | None = None,
     compare: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -96,6 +98,8 @@ def export_onnx(
         block_fp8: how linear layers with FP8 weights in blocks of 128 x 128 are written: `k_split` multiplies block by
             block, exactly, and writes the products of all blocks to memory; `per_channel` quantizes the weights once
             more, with one scale for each channel, and the activations per token. The report tells what it costs.
+        io_dtype: float16, bfloat16 or float32, of the file's floating-point inputs and outputs; None is that of the
+            program's, which a conversion of what it computes in has left as they were. What is between stays the same.
         compare: a batch, as in calibration, on which every layer of the file is compared with the program.
         input_names, output_names: what the file calls them, in the order of the program; without them inputs are called
             as the model calls its arguments, and outputs by their keys, else `output`, `output_1`. Dynamic dimensions
@@ -105,7 +109,7 @@ def export_onnx(
         ExportError: names do not fit the program, an operator has no ONNX form, or the opset is out of range.
         VerificationError: the file failed a check; it was not put in place.
     """
-    opset = _check(program, target, opset, block_fp8)
+    opset = _check(program, target, opset, block_fp8, io_dtype)
     destination, noted = Path(path), record_of(program)
     check_writable(destination, error=ExportError, parents=True)
     check_room({destination: program_bytes(program)}, ExportError)
@@ -115,7 +119,7 @@ def export_onnx(
         gm = unlift(program)
         log = run_pipeline(_KERNELS[target], gm)
         modules = Modules.of(gm, noted.declined)
-        run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target]), gm, log)
+        run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target], *boundary(io_dtype)), gm, log)
         costs = cost_notices(gm, log)
         _check_subgraphs(gm)
         lowered = lift(gm, program)
@@ -177,7 +181,7 @@ def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
     return [f"TensorRT-RTX will refuse this file, as it has no operator for {some(found)}"] if found else []
 
 
-def _check(program: object, target: str, opset: int | None, block_fp8: str) -> int:
+def _check(program: object, target: str, opset: int | None, block_fp8: str, io_dtype: torch.dtype | None) -> int:
     if not isinstance(program, ExportedProgram):
         raise ExportError(f"a {type(program).__name__} is not a program: give what qcompile.quantize returns")
     check_interface(program)
@@ -185,13 +189,16 @@ def _check(program: object, target: str, opset: int | None, block_fp8: str) -> i
         raise ExportError(f"unknown target {target!r}; known: {', '.join(_PIPELINES)}")
     if block_fp8 not in _BLOCK_FP8:
         raise ExportError(f"unknown block_fp8 {block_fp8!r}; known: {', '.join(_BLOCK_FP8)}")
+    if io_dtype not in (None, *IO_DTYPES):
+        raise ExportError(f"unknown io_dtype {io_dtype!r}; known: {', '.join(map(str, IO_DTYPES))}")
     if opset is not None and opset not in OPSETS:
         raise ExportError(
             f"opset {opset} is not supported: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}"
         )
     if opset is not None and opset < FP4_OPSET and uses_fp4(program):
         raise ExportError(f"opset {opset} has no FP4; leave `opset` out, or give {FP4_OPSET}")
-    return opset or (FP4_OPSET if uses_fp4(program) else _BFLOAT16_OPSET if _uses_bfloat16(program) else _DEFAULT_OPSET)
+    bfloat16 = io_dtype is torch.bfloat16 or _uses_bfloat16(program)
+    return opset or (FP4_OPSET if uses_fp4(program) else _BFLOAT16_OPSET if bfloat16 else _DEFAULT_OPSET)
 
 
 def _uses_bfloat16(program: ExportedProgram) -> bool:

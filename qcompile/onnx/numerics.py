@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from passes.formats import get_format
-from passes.graph import aten, is_call
+from passes.graph import aten, dtype, is_call
 from passes.ir import ATTENTION, QUANTIZE
 from passes.program import unlift
 from passes.quantize.sites import NORMS
@@ -106,8 +106,15 @@ def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -
         names[node].append(str(value.name))
     recorder = _Recorder(gm, names)
     with torch.no_grad():
-        recorder.run(*inputs)
+        recorder.run(*map(_as_taken, inputs, placeholders))
     return recorder.values
+
+
+def _as_taken(value: Any, placeholder: Node) -> Any:
+    """`value` in the dtype of `placeholder`, where the file has another one at its boundary than the program."""
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        return value.to(dtype(placeholder))
+    return value
 
 
 def _is_packed(node: Node) -> bool:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from passes.base import run_pipeline
 from passes.graph import aten, bounds, place_of, val
 from passes.legalize.attention import SHORT
-from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT, TENSORRT_KERNELS
+from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT, TENSORRT_KERNELS, boundary
 from passes.sdpa import SDPA, Attention
 from qcompile.errors import EngineError
 from qcompile.torch_tensorrt.decompose import Table, attention, decompose, rms_norm
@@ -23,12 +23,12 @@ _OWN: Table = {aten.rms_norm.default: rms_norm, SDPA: attention}  # written othe
 _SHOWN = 5  # operators without a converter that a message lists
 
 
-def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split") -> list[int]:
+def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split", io_dtype: torch.dtype | None = None) -> list[int]:
     """Run the pipeline of the ONNX route on `gm`, in place, and decompose what has no converter.
 
     Args:
         gm: a quantized program with its weights as `get_attr`.
-        block_fp8: as in `qcompile.export_onnx`.
+        block_fp8, io_dtype: as in `qcompile.export_onnx`.
 
     Returns:
         The positions of the outputs that are tensors; those that are None are no longer there.
@@ -44,7 +44,7 @@ def lower(gm: GraphModule, block_fp8: BlockFp8 = "k_split") -> list[int]:
 
     if block_fp8 not in _BLOCK_FP8:
         raise EngineError(f"unknown block_fp8 {block_fp8!r}; known: {', '.join(_BLOCK_FP8)}")
-    run_pipeline((*TENSORRT_KERNELS, *_BLOCK_FP8[block_fp8], *TENSORRT), gm)
+    run_pipeline((*TENSORRT_KERNELS, *_BLOCK_FP8[block_fp8], *TENSORRT, *boundary(io_dtype)), gm)
     sizes_of_inputs(gm)
     kept = _tensor_outputs(gm)
     for node in gm.graph.nodes:

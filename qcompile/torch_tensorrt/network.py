@@ -54,7 +54,9 @@ class Filled:
 class ProgramNetwork:
     """A quantized program as the layers of a TensorRT network: what `qcompile.engine.build_network` builds."""
 
-    def __init__(self, program: ExportedProgram, block_fp8: BlockFp8 = "k_split") -> None:
+    def __init__(
+        self, program: ExportedProgram, block_fp8: BlockFp8 = "k_split", io_dtype: torch.dtype | None = None
+    ) -> None:
         """Lower `program`, which is not changed.
 
         Raises:
@@ -66,7 +68,7 @@ class ProgramNetwork:
             raise EngineError(problem)
         with torch.no_grad():  # or torch traces the forms that have gradients
             self._gm = unlift(program)
-            lower(self._gm, block_fp8)
+            lower(self._gm, block_fp8, io_dtype)
         given = {spec.arg.name for spec in program.graph_signature.input_specs if isinstance(spec.arg, TensorArgument)}
         self._inputs = [name for _, name in tensor_inputs(program) if name in given]  # sizes are read off tensors
         self._outputs = output_names(program)

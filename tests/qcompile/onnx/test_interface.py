@@ -101,3 +101,18 @@ def test_merged_weights_and_the_origin_can_be_read(tmp_path: Path) -> None:
     origin = {entry.key: entry.value for entry in model.metadata_props}
     assert origin.pop("qcompile.version")
     assert origin == {"qcompile.recipe": "fp8", "qcompile.target": "tensorrt", "qcompile.calibration": "2 samples"}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+def test_the_boundary_is_in_the_dtype_of_choice(target: Any, tmp_path: Path) -> None:
+    made, args = program(None), inputs()
+    path = tmp_path / "m.onnx"
+    report = qcompile.export_onnx(made, path, target=target, io_dtype=torch.float16, compare=args)
+    graph = onnx.load(path).graph
+    halves = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert halves == {onnx.TensorProto.FLOAT16} and all(node.op_type != "Cast" for node in graph.node)
+    assert report.comparison is not None and all(
+        not d.problem and d.cosine > 0.999 for d in report.comparison.differences
+    )
+    with pytest.raises(ExportError, match=r"unknown io_dtype torch\.int8; known: torch\.float16"):
+        qcompile.export_onnx(made, path, io_dtype=torch.int8)
