@@ -39,7 +39,7 @@ from qcompile.onnx.interface import (
     name_interface,
     required_dependence,
 )
-from qcompile.onnx.names import describe
+from qcompile.onnx.names import describe, name_nodes
 from qcompile.onnx.numerics import compare_layers
 from qcompile.onnx.ops import translation_table
 from qcompile.onnx.optimize import optimize
@@ -138,6 +138,7 @@ def export_onnx(
         separate_codes(converted.model)
         costs += _not_for_tensorrt(converted.model)
     costs += complex_notices(program)
+    name_nodes(converted.model)
     if uses_fp4(program):
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 

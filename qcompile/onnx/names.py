@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from itertools import pairwise
 
 import onnx
+import onnx_ir
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 # What the exporter writes for an FX node without nn_module_stack.
@@ -21,12 +24,35 @@ def module_path(node: onnx.NodeProto) -> str | None:
 
 def path_of_scopes(scopes: str) -> str | None:
     """The module path in the exporter's list of scopes, the last of which is the FX node."""
+    paths = _paths(scopes)
+    return paths if paths is None else (paths or [""])[-1]
+
+
+def _paths(scopes: str) -> list[str] | None:
+    """The module paths in the exporter's list of scopes, outermost first; None if there is no such list."""
     try:
         names = ast.literal_eval(scopes)
     except (ValueError, SyntaxError):
         return None
-    path = str(names[-2]) if isinstance(names, list) and len(names) > 1 else ""
-    return None if path == _NO_STACK else path
+    paths = list(map(str, names[:-1])) if isinstance(names, list) else []
+    return None if _NO_STACK in paths else paths
+
+
+def name_nodes(model: onnx_ir.Model) -> None:
+    """Call each node as it stands in the model, `/layers.0/q_proj/MatMul`, as torch's first exporter did.
+
+    Viewers group nodes by such names, and TensorRT names kernels, and its errors, by them. A node that the exporter's
+    optimizer made is where the first that it reads is.
+    """
+    taken: Counter[str] = Counter()
+    known: dict[onnx_ir.Node | None, list[str]] = {}
+    for node in model.graph.all_nodes():
+        before = next((known[made] for value in node.inputs if value and (made := value.producer()) in known), [])
+        known[node] = _paths(node.metadata_props.get(NAME_SCOPES, "[]")) or before
+        parts = [path.removeprefix(f"{outer}.") for outer, path in pairwise(["", *filter(None, known[node])])]
+        name = "/".join(["", *parts, node.op_type])
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
 
 
 def describe(node: onnx.NodeProto) -> str:

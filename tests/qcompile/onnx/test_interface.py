@@ -116,3 +116,27 @@ def test_the_boundary_is_in_the_dtype_of_choice(target: Any, tmp_path: Path) -> 
     )
     with pytest.raises(ExportError, match=r"unknown io_dtype torch\.int8; known: torch\.float16"):
         qcompile.export_onnx(made, path, io_dtype=torch.int8)
+
+
+def test_nodes_are_called_as_they_stand_in_the_model(tmp_path: Path) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Two(), Two()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x - torch.relu(block(x, {"a": x}, [x])["sum"])
+            return x
+
+    x = torch.randn(2, 5, 32)
+    made = qcompile.quantize(Outer().eval(), (x,), calibration=[x], progress=False)
+    qcompile.export_onnx(made, tmp_path / "m.onnx")
+    names = [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert len(set(names)) == len(names)
+    for block in "01":
+        assert f"/blocks.{block}/q_proj+k_proj/MatMul" in names
+    assert {name.rpartition("/")[0] for name in names} <= {
+        *("", "/blocks.0", "/blocks.0/q_proj", "/blocks.0/q_proj+k_proj"),
+        *("/blocks.1", "/blocks.1/q_proj", "/blocks.1/q_proj+k_proj"),
+    }
