@@ -42,7 +42,7 @@ from qcompile.recipe import (
     unsupported,
 )
 from qcompile.recipe.notices import Notice
-from qcompile.record import FIXED, UNREACHED, QuantizeRecord, record
+from qcompile.record import SITES, UNREACHED, QuantizeRecord, record
 from qcompile.scales import activation_ranges, has_constant, largest_by_name, mask_state, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")
@@ -184,7 +184,7 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
         check_quantizes(recipe, names, resolution)
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
-    configs = _reached(gm, configs, log)
+    configs = _useful(gm, configs, log)
     for notice in resolution.notices:
         logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
 
@@ -198,14 +198,14 @@ def planned(gm: GraphModule, recipe: Recipe, log: PassLog | None = None, *, requ
     return Plan(recipe, configs, resolution.notices, log)
 
 
-def _reached(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], log: PassLog) -> dict[Site, QuantizerConfig]:
-    """`configs` less the layers and attentions that give the same at every call: back ends store what they give."""
+def _useful(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], log: PassLog) -> dict[Site, QuantizerConfig]:
+    """`configs` less what gives the same at every call, which back ends store, and layers that would gain nothing."""
     fixed = {node for part in graphs(gm) for node in fixed_nodes(part)}
-    for site in {site.consumer: site for site in configs if site.consumer in fixed}.values():
-        log.declined.append(
-            Decline(FIXED, "not quantized: no user input reaches it", site.module, (site.consumer.name,))
-        )
-    return {site: config for site, config in configs.items() if site.consumer not in fixed}
+    reasons = {site: "no user input reaches it" if site.consumer in fixed else site.idle for site in configs}
+    left = {site.consumer: (site.module, reason) for site, reason in reasons.items() if reason}
+    for node, (module, reason) in left.items():
+        log.declined.append(Decline(SITES, f"not quantized: {reason}", module, (node.name,)))
+    return {site: config for site, config in configs.items() if site.consumer not in left}
 
 
 def without(

@@ -13,7 +13,7 @@ from passes.base import Decline
 from qcompile.headroom import Headroom
 
 UNREACHED = "Calibration"  # what declined a layer that calibration gave no range, instead of the name of a pass
-FIXED = "Sites"  # what declined a layer that no input reaches
+SITES = "Sites"  # what declined a layer that no input reaches, or that gains nothing
 _META = "qcompile"  # key of the record in program.graph_module.meta
 
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from passes.constants import is_constant_expression, root_constants
-from passes.graph import aten, is_call, module_class, module_path
+from passes.graph import aten, is_call, module_class, module_path, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.sdpa import SDPA
 from passes.subgraphs import all_calls
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+# Products over fewer elements than this are no GEMM in TensorRT: it multiplies and adds in the kernel beside them, in
+# half. Quantized they would be two kernels more (TensorRT-RTX 1.7.1, SM89), for a weight of no size.
+LEAST_REDUCTION = 5
 
 # Operand -> (suffix of the quantizer's name, index of the operand among the arguments of the consumer).
 _OPERANDS = {
@@ -58,6 +62,13 @@ class Site:
         return _OPERANDS[self.operand][1]
 
     @property
+    def idle(self) -> str | None:
+        """Why quantizing this operand saves nothing, or None."""
+        if self.operand not in ("input", "weight"):
+            return None
+        return idle_reduction(shape(self.tensor)[-1])
+
+    @property
     def tensor(self) -> Node:
         """The node whose values the quantizer sees."""
         if self.index is None:
@@ -65,6 +76,13 @@ class Site:
         operand = self.consumer.args[self.index]
         assert isinstance(operand, Node)
         return operand
+
+
+def idle_reduction(size: object) -> str | None:
+    """Why a linear layer whose reduction axis has `size` elements gains nothing by quantizers; None if it may."""
+    if isinstance(size, int) and size < LEAST_REDUCTION:
+        return f"it has {size} input features, and products over fewer than {LEAST_REDUCTION} are no GEMM"
+    return None
 
 
 def find_sites(gm: GraphModule) -> list[Site]:

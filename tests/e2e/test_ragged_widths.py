@@ -1,4 +1,5 @@
-"""Reduction axes that a block of NVFP4 does not divide: padded, in FP4, and the kernels of a width that it divides."""
+"""Reduction axes that a block of NVFP4 does not divide: padded, in FP4, and the kernels of a width that it divides.
+And those that are too short for a GEMM: not quantized."""
 
 from __future__ import annotations
 
@@ -52,3 +53,18 @@ def kernels(width: int, normed: bool, dynamic: bool, path: Path) -> int:
 def test_padding_costs_a_kernel_at_most(normed: bool, dynamic: bool, tmp_path: Path) -> None:
     ragged, whole = (kernels(width, normed, dynamic, tmp_path / f"{width}.onnx") for width in (682, 688))
     assert ragged <= whole + normed
+
+
+@pytest.mark.parametrize(("recipe", "features", "idle"), [("fp8", 4, True), ("int8", 4, True), ("fp8", 5, False)])
+def test_a_product_over_a_few_features_stays_in_the_kernel_beside_it(
+    recipe: str, features: int, idle: bool, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(features, 256), nn.LayerNorm(256), nn.Linear(256, 256)).eval()
+    x = torch.randn(1, 128, features)
+    half = torch.export.export(model.half(), (x.half(),))
+    plain = qcompile.build_engine(half, target="sm89", progress=False)
+    assert plain.gemms["half"] == (1 if idle else 2)  # why it is not quantized
+    program = qcompile.quantize(model.float(), (x,), recipe=recipe, calibration=[(x,)], progress=False)
+    report = qcompile.export_onnx(program, tmp_path / "m.onnx")
+    assert report.unquantized == ({"0": "linear"} if idle else {})
+    assert [d.module for d in report.declined if f"it has {features} input features" in d.reason] == ["0"] * idle

@@ -341,7 +341,7 @@ class CutsOff(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         _, mask = gm.graph.find_nodes(op="placeholder")
-        mask.replace_all_uses_with(add_constant(gm, "mask", torch.ones(4), mask.next))
+        mask.replace_all_uses_with(add_constant(gm, "mask", torch.ones(16), mask.next))
         self.fire()
 
 
@@ -349,12 +349,12 @@ def test_a_pass_that_cuts_an_input_off_is_found(monkeypatch: pytest.MonkeyPatch)
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.layer = nn.Linear(16, 16)
 
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             return x, self.layer(x) * mask
 
-    x, mask = torch.randn(3, 4), torch.ones(4)
+    x, mask = torch.randn(3, 16), torch.ones(16)
     program = quantize(Model(), x, mask)
     lost = r"output 1 no longer depends on mask: a pass cut it off"
     for module, pipeline in ((quantization, "NORMALIZE"), (importing, "CANONICALIZE")):

@@ -29,7 +29,7 @@ from qcompile.messages import some
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.record import FIXED, UNREACHED, record_of
+from qcompile.record import SITES, UNREACHED, record_of
 
 DEFAULT_RECIPES = {"fp8": "fp8_block"}  # the one thing that this format holds
 
@@ -88,7 +88,7 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     weights.kv_scales = plain_names(weights.kv_scales, origin.hub.attentions)
     plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
     noted = record_of(model)
-    unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name in (UNREACHED, FIXED)]
+    unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name in (UNREACHED, SITES)]
     plan.notices = [*origin.notices, *noted.notices, *unreached, *plan.notices, *weights.notices]
     job = Job(origin, plan, noted.recipe, weights=weights)
     job.kv_scales = _kv_scales(job, weights)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.formats import Format
+from passes.quantize.sites import idle_reduction
 from qcompile.checkpoint.formats import CheckpointFormat, Contents
 from qcompile.checkpoint.formats.merged import MERGED
 from qcompile.checkpoint.hub.adapters import MERGE
@@ -183,7 +184,7 @@ def _fits(layer: Layer, fmt: Format, plan: Plan) -> bool:
             f"{layer.name} cannot be quantized in a checkpoint: {layer.refusal}; leave it out of the recipe, by a rule"
             f' such as {{quantizer: "{layer.name}.*", enable: false}}'
         )
-    reason = layer.stays
+    reason = layer.stays or next(filter(None, (idle_reduction(part.shape[1]) for part in layer.parts)), None)
     if not reason and fmt.packed and (ragged := [p for p in layer.parts if p.shape[1] % fmt.sizes[-1]]):
         reason = f"{fmt.name} has blocks of {fmt.sizes[-1]} elements, and the reduction axis has {ragged[0].shape[1]}"
     if reason:

@@ -218,7 +218,7 @@ class Recurrent(nn.Module):
         self.before = nn.Linear(16, 16)
         self.recurrent = kind(16, 16, batch_first=True, **settings)
         self.after = nn.Linear(16, 16)
-        self.lm_head = nn.Linear(16, 4)
+        self.lm_head = nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lm_head(self.after(self.recurrent(self.before(x))[0]))  # type: ignore[no-any-return]
@@ -227,7 +227,7 @@ class Recurrent(nn.Module):
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.inner, self.lm_head = nn.Linear(16, 16), Recurrent(nn.LSTM), nn.Linear(4, 4)
+        self.first, self.inner, self.lm_head = nn.Linear(16, 16), Recurrent(nn.LSTM), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lm_head(self.inner(self.first(x)))  # type: ignore[no-any-return]
