@@ -50,7 +50,7 @@ class NormalizeAttention(Pass):
         place of a NaN, or of probabilities that a mask of the scores hides, are left to the mask.
     Declines when: scores or probabilities have another user (a model that returns attentions), or something happens
         to scores or probabilities that attention has no argument for; the softmax goes over queries, or weights are
-        made by a sigmoid or another function of each score.
+        made by a sigmoid or another function of each score; there is one key only.
     Why: attention has one form for all later passes, whatever order a model scales, masks and casts in.
     """
 
@@ -85,6 +85,8 @@ def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Nod
         NotUnderstood: the operands' dtypes or shapes are not those of an attention. Nothing has been written then.
     """
     use.check(scores.masks)
+    if shape(softmax)[-2 if use.transposed else -1] == 1:
+        raise NotUnderstood("it attends to one key, whose value it gives")
     left, right = scores.product.args[-2:]
     if any(len(shape(operand)) < 2 for operand in (left, right, use.value)):  # type: ignore[arg-type]
         raise NotUnderstood("query, key or value is a single vector")
