@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, shape
@@ -85,7 +86,7 @@ def _attention(gm: GraphModule, scores: Scores, use: Probabilities, softmax: Nod
         NotUnderstood: the operands' dtypes or shapes are not those of an attention. Nothing has been written then.
     """
     use.check(scores.masks)
-    if shape(softmax)[-2 if use.transposed else -1] == 1:
+    if statically_known_true(shape(softmax)[-2 if use.transposed else -1] == 1):
         raise NotUnderstood("it attends to one key, whose value it gives")
     left, right = scores.product.args[-2:]
     if any(len(shape(operand)) < 2 for operand in (left, right, use.value)):  # type: ignore[arg-type]

@@ -445,6 +445,10 @@ def one_vector(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (k[0, 0] @ q[0, 0, 0]).softmax(0) @ v[0, 0]
 
 
+def one_key(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+    return (q @ k[:, :, :1].mT).softmax(-1) @ v[:, :, :1]
+
+
 def vectors(m: Eager, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
     return (k[:, 0] @ q[0, 0, 0]).softmax(-1)[:, None] @ v[:, 0]
 
@@ -480,6 +484,7 @@ DECLINED: list[tuple[Callable[..., Any], str]] = [
     (of_integers, "aten._to_copy.default between the product of query and key and the softmax"),
     (not_a_number, "scores are replaced by something that is not a very negative number"),
     (other_heads, "is added to scores of shape (4, 1, 5, 7)"),
+    (one_key, "it attends to one key"),
     (one_vector, "query, key or value is a single vector"),
     (vectors, "are changed before they meet the value"),
     (mask_of_the_transpose, "is a mask of transposed scores"),
