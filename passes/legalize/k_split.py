@@ -101,7 +101,9 @@ def _rewrite(linear: Node, values: Node, size: Node, matrix: Node, scale: Node, 
     scaled = emit(aten.mul.Tensor, product, emit(aten.mul.Tensor, size, scale))
     if batched:
         scaled = emit(aten.reshape.default, scaled, [lead[0], blocks, lead[1], shape(linear)[-1]])
-    result = emit(aten.sum.dim_IntList, scaled, [1 if batched else 0])
+    axis = 1 if batched else 0
+    # TensorRT makes a kernel of a sum over one block, too
+    result = emit(aten.squeeze.dim, scaled, axis) if blocks == 1 else emit(aten.sum.dim_IntList, scaled, [axis])
     if joint:  # [M, E*N]
         result = emit(aten.reshape.default, result, [lead[1], lead[0], shape(linear)[-1]])
         result = emit(aten.transpose.int, result, 0, 1)
