@@ -49,7 +49,7 @@ def build(
         needs a least sequence of 32 or more to be fused.
     expect:
         Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention_int8, attention,
-        gemm_fp8, gemm_fp4 and gemm_int8 are least counts, kernels is a largest one.
+        gemm_fp8, gemm_fp4, gemm_int8 and gemm_int4 (weights in INT4) are least counts, kernels is a largest one.
     report:
         Write the engine's report to this JSON file.
     """

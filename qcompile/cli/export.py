@@ -130,8 +130,8 @@ def export(
         For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max:
         input_ids=1x32,4x128,8x512.
     expect:
-        What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4 and
-        gemm_int8 are least counts, kernels is a largest one. A shortfall is exit code 1.
+        What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4,
+        gemm_int8 and gemm_int4 are least counts, kernels is a largest one. A shortfall is exit code 1.
     to_checkpoint:
         Write a quantized checkpoint to this directory, which is new or empty. The source is a Hugging Face directory;
         it is read one tensor at a time and may be larger than memory. Recipes with static activations (fp8, nvfp4) need

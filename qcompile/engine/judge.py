@@ -65,7 +65,7 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
 
 
 def _by_precision(kernels: list[Layer]) -> dict[str, int]:
-    return {p: sum(k.precision == p for k in kernels) for p in ("fp8", "fp4", "int8", "half", "float")}
+    return {p: sum(k.precision == p for k in kernels) for p in ("fp8", "fp4", "int8", "int4", "half", "float")}
 
 
 def _attentions(

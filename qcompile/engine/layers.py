@@ -18,7 +18,7 @@ _NOT_KERNELS = frozenset({"signal", "wait", "shape_call", "ShapeHostToDevice"})
 _ATTENTION = re.compile(r"^_+(?:\w*_)?f?mha_v?\d")
 
 _PRECISION = {"FP4E2M1": "fp4", "FP8": "fp8", "Int8": "int8", "Half": "half", "BFloat16": "half", "Float": "float"}
-LOW_PRECISION = ("fp4", "fp8", "int8")
+LOW_PRECISION = ("fp4", "fp8", "int8", "int4")
 
 
 class Tensor(BaseModel):
@@ -65,7 +65,12 @@ class Layer(BaseModel):
 
     @property
     def precision(self) -> str:
-        """The precision in which a GEMM, convolution or attention multiplies: fp4, fp8, int8, half or float."""
+        """The precision in which a GEMM, convolution or attention multiplies: fp4, fp8, int8, half or float.
+
+        A GEMM that unpacks the INT4 codes of its weight itself is int4, whatever it multiplies in.
+        """
+        if self.is_gemm and any(t.datatype == "Int4" for t in self.constants):
+            return "int4"
         operands = [_PRECISION.get(t.datatype, "") for t in (*self.inputs, *self.constants)]
         needed = 3 if self.is_attention else 2
         if not self._casts_operands():

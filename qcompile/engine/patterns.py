@@ -19,12 +19,19 @@ _ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "TRT_QuantizedAttent
 _AFTER_SOFTMAX = MOVES | {"Mul", "Div", "Where", "IsNaN", "QuantizeLinear", "DequantizeLinear"}
 _BEFORE_SOFTMAX = _AFTER_SOFTMAX | {"Add", "Sub", "Min", "Max", "Clip", "Tanh"}
 _FORMATS: Mapping[int | None, str] = {onnx.TensorProto.FLOAT8E4M3FN: "fp8", onnx.TensorProto.INT8: "int8"}
+# Products of codes without Q/DQ, as ONNX Runtime has them: (kind, operands that are not quantized).
+_ON_CODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("gemm", ())),
+    **dict.fromkeys(("QLinearMatMul", "QGemm"), ("gemm", ())),
+    **dict.fromkeys(("ConvInteger", "QLinearConv"), ("conv", ())),
+    "MatMulNBits": ("gemm", ("activation",)),
+}
 _ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are called in a file
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv").
+    """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv"), or one of ONNX Runtime's operators that multiply codes.
 
     `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's.
     """
@@ -58,6 +65,9 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
     taken = frozenset[str]().union(*(a.nodes for a in attentions))
     found = []
     for node in graph.nodes:
+        if node.op_type in _ON_CODES:
+            found.append(Gemm(node_name(node), module_path(node), *_ON_CODES[node.op_type]))
+            continue
         operands = list(node.input[:2])
         is_product = node.op_type in ("MatMul", "Gemm", "Einsum", "Conv") and len(operands) == 2
         if not is_product or all(map(graph.is_constant, operands)) or node_name(node) in taken:

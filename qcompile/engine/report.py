@@ -54,8 +54,9 @@ class EngineReport(BaseModel):
         builder: package and version that built it.
         kernels: kernels of one run: layers other than signals, waits, shape calls and sizes handed to the GPU.
         attention: attentions of the file, and how many were fused.
-        gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float). Parallel GEMMs that the
-            builder merged are one; the two GEMMs of an attention that was not fused belong to it and are not counted.
+        gemms: GEMM kernels by the type that they multiply in (fp8, fp4, int8, half, float), or int4 for those that
+            read a weight in INT4 and multiply in half or float. Parallel GEMMs that the builder merged are one; the two
+            GEMMs of an attention that was not fused belong to it and are not counted.
         convolutions: convolution kernels, by the same types.
         precisions: module path of each GEMM and convolution -> the type that it multiplies in; several GEMMs of one
             module that differ are joined, as in "fp4+half".
@@ -99,7 +100,7 @@ class EngineReport(BaseModel):
 
         Args:
             expect: `attention_fp8`, `attention_int8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`,
-                `gemm_int8`: at least so many; `kernels`: at most so many. Every profile has to reach them.
+                `gemm_int8`, `gemm_int4`: at least so many; `kernels`: at most so many. Every profile has to reach them.
 
         Raises:
             EngineError: an unknown key, or a value that is no count.
@@ -124,13 +125,22 @@ def _shortfall(counts: ProfileCounts | EngineReport, key: str, wanted: int, wher
         met, bound, found, kind = counts.kernels <= wanted, "at most", counts.kernels, ""
     else:
         kind, _, precision = key.partition("_")
-        found = counts.gemms[precision] if kind == "gemm" else getattr(counts.attention, precision or "fused")
+        found = counts.gemms.get(precision, 0) if kind == "gemm" else getattr(counts.attention, precision or "fused")
         met, bound = found >= wanted, "at least"
     behind = [f"    {n.kind} {n.module}: {n.reason}" for n in counts.not_low_precision if n.kind == kind]
     return [] if met else [f"  {key}{where}: {bound} {wanted} wanted, {found} found", *behind]
 
 
-EXPECTATIONS = ("attention_fp8", "attention_int8", "attention", "gemm_fp8", "gemm_fp4", "gemm_int8", "kernels")
+EXPECTATIONS = (
+    "attention_fp8",
+    "attention_int8",
+    "attention",
+    "gemm_fp8",
+    "gemm_fp4",
+    "gemm_int8",
+    "gemm_int4",
+    "kernels",
+)
 
 
 def check_keys(expect: Mapping[str, int]) -> None:
