@@ -76,9 +76,9 @@ def _report(console: Console, data: dict[str, Any], file: Path) -> int:
 def _onnx(console: Console, file: Path) -> int:
     from qcompile.engine.graph import OnnxGraph
     from qcompile.engine.patterns import find_attentions, find_gemms
-    from qcompile.onnx.verify import verify_onnx
+    from qcompile.onnx.foreign import verify_foreign
 
-    checks = verify_onnx(file)
+    checks = verify_foreign(file)
     graph = OnnxGraph.load(file)
     operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in graph.nodes)
     console.print(Text(f"{file}: {size(file.stat().st_size)}", style="bold"))

@@ -1,4 +1,4 @@
-"""`qcompile repair`: an ONNX file with TensorRT's legacy FP8 operators, turned into one of standard operators."""
+"""`qcompile repair`: an ONNX file of another tool, turned into one of standard operators that TensorRT takes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qcompile.tables import add, show_checks, show_rows, size, table
 
 
 def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
-    """Turn the legacy FP8 operators of an ONNX file into standard ones, and check the new file.
+    """Turn what other tools quantized into standard operators that TensorRT takes, and check the new file.
 
-    For files whose quantizers are `trt::TRT_FP8QuantizeLinear` and `trt::TRT_FP8DequantizeLinear`, or `QuantizeLinear`
-    and `DequantizeLinear` left in the domain `trt` (nvidia-modelopt writes both): TensorRT reads them, and ONNX Runtime
-    and the ONNX tools do not. The new file computes the same, and TensorRT runs it with the same kernels.
+    For FP8 files of nvidia-modelopt (`trt::TRT_FP8QuantizeLinear` and its like), which TensorRT reads and nothing else;
+    and for INT8 and INT4 files of ONNX Runtime, Quark, AIMET, NNCF, Brevitas and others, which ONNX Runtime reads and
+    TensorRT refuses. The new file computes the same numbers, and TensorRT runs it in kernels of FP8 or INT8.
 
     ```
     qcompile repair vit.fp8.onnx vit.onnx
@@ -30,20 +30,22 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     qcompile build vit.onnx --target sm89 --expect attention_fp8=12
     ```
 
-    What is done: weights in float behind a quantizer become FP8 codes, in the layout that their GEMM reads; Casts
+    What is done: weights in float behind a quantizer become codes, FP8 in the layout that their GEMM reads; Casts
     between a quantizer and a GEMM go; what the file says of types and shapes is thrown away and inferred again; opsets
-    before 19 are raised to it; a zero point other than 0, which TensorRT ignores, is written out by the formula.
+    are raised as far as needed. An FP8 zero point other than 0 is written out by the formula; that of integers becomes
+    an addition, and moves into the biases of GEMMs. UINT8 and UINT4 become INT8 and INT4; biases in codes become float;
+    QLinearConv, QLinearMatMul, QGemm and their like, and MatMulNBits, become Q/DQ around standard operators.
 
-    What is not: INT8 quantizers stay as they are, what is not quantized is not quantized, and other operators of
-    TensorRT's are kept, with a warning that nothing else reads them.
+    What is not: what is not quantized is not quantized; scales that are measured at run time, codes of 16 bits, and
+    other operators that are not standard stay, with a warning.
 
     Parameters
     ----------
     old:
         ONNX file; external data is found beside it. It is not changed.
     new:
-        Another file. It is moved in place when it is complete and passes the checks (exit code 1 if it does not). Above
-        1.8 GB its weights go to NEW.data.
+        Another file. It is moved in place when it is complete and right; above 1.8 GB its weights go to NEW.data. Exit
+        code 1 if it is not, or if TensorRT or standard tools do not take it, as `inspect` says of it.
     report:
         Write what was changed, and the checks, to this JSON file.
     """
@@ -59,7 +61,7 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     show_repair(out(), data["repair"], new)
     if report is not None:
         write_json(report, data)
-    return 0
+    return 0 if all(check["passed"] for check in data["repair"]["checks"]) else 1
 
 
 def show_repair(console: Console, report: Mapping[str, Any], new: object = "the new file") -> None:
@@ -81,9 +83,12 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
     for operator, count in report["standardized"].items():
         add(found, f"{operator}, now standard", count)
     rows = {
-        "weights folded into FP8 codes": len(report["folded"]),
+        "weights folded into codes": len(report["folded"]),
         "weights stored transposed": report["transposes"],
-        "INT32 biases folded to float": len(report.get("biases", ())),
+        "codes stored as TensorRT takes them": len(report.get("codes", ())),
+        "biases folded to float": len(report.get("biases", ())),
+        "activations quantized to INT8 instead of UINT8": report.get("signed", 0),
+        "integer zero points that are additions or in biases now": len(report.get("offsets", ())),
         "Relus in front of FP8 quantizers written as Max": report.get("relus", 0),
         "Casts between quantizers and GEMMs removed": report["casts"],
         "zero points other than 0 written out": len(report["zero_points"]),
@@ -96,5 +101,5 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
     for operator, count in report["kept"].items():
         add(found, f"{operator}, kept", count)
     console.print(found)
-    show_rows(console, "Weights", ("FP8 codes", "from"), list(report["folded"].items()))
+    show_rows(console, "Weights", ("codes", "from"), list({**report["folded"], **report.get("codes", {})}.items()))
     show_rows(console, "Zero points other than 0", ("quantizer",), [(name,) for name in report["zero_points"]])

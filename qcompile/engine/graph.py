@@ -47,6 +47,12 @@ def module_path(node: onnx.NodeProto) -> str:
     return node_name(node)
 
 
+def place(node: onnx.NodeProto) -> str:
+    """Where a node is, for people: its module path and name, or its name alone where no module is known."""
+    path, name = module_path(node), node_name(node)
+    return f"{node.op_type} '{name}'" if path == name else f"{path} (node {name})"
+
+
 class OnnxGraph:
     """The main graph of an ONNX model, indexed. Bodies of If, Loop and functions are not looked into."""
 

@@ -22,8 +22,12 @@ _HINTS = (
         "leave that attention unquantized, or set TRT_decomposable = 1 on the operator",
     ),
     (r"have to be the same type", "a Q/DQ pair of a GEMM has no FP8 zero point, so its data is read as INT8"),
-    (r"must all be positive", "a scale is 0, or underflows in its type: calibrate with data that is not all zero"),
-    (r"Non-zero zero point", "TensorRT multiplies symmetric INT8 only: quantize with zero points of 0"),
+    (
+        r"must all be positive",
+        "a scale is 0, or underflows in its type: calibrate with data that is not all zero; or it is negative: "
+        "qcompile repair negates its codes",
+    ),
+    (r"Non-zero zero point", "TensorRT multiplies symmetric INT8 only: qcompile repair moves zero points into biases"),
     (r"Plugin not found", "TensorRT does not know this operator: export with target='tensorrt' or 'portable'"),
     (r"same input types|must have the same type", "two operands have different types: a Cast is missing in the file"),
 )
@@ -34,7 +38,13 @@ def first(messages: Sequence[str]) -> str:
     told = [m for m in messages if m.strip() and not _NOISE.search(m)] or ["it gave no reason"]
     text = re.sub(r"\s+In \w+ at /\S+\.(cpp|h):\d+\)?", "", told[0]).strip()
     text = re.sub(r"^IBuilder::\w+: Error Code \d+: (Myelin \(\[[^\]]*\] )?", "", text)
-    return re.sub(r"^MyelinCheckException: \S+: ", "", text)
+    text = re.sub(r"^MyelinCheckException: \S+: ", "", text)
+    text = re.sub(r" Please set k\w+ .* on DLA\.", "", text)  # another chip than what is built for
+    said = re.fullmatch(r'(?:Assertion failed: )?\w+ && "(.+)"', text) or re.search(
+        r"Assertion failed: .+?: (.+)", text
+    )
+    text = said[1] if said else text
+    return "it gave no reason" if re.fullmatch(r"(Assertion failed: )?(false)?[:\s]*", text) else text
 
 
 def with_hint(message: str) -> str:

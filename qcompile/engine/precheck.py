@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 
 from qcompile.engine.capability import lacking
-from qcompile.engine.graph import OnnxGraph, module_path, node_name
+from qcompile.engine.graph import OnnxGraph, module_path, place
 from qcompile.engine.network import NetworkGraph
 from qcompile.errors import EngineError
 from qcompile.onnxfile.refused import nodes_without_operator, refused
@@ -21,7 +21,7 @@ def precheck(graph: OnnxGraph, target: int) -> None:
     for quantization in a file that TensorRT does not have: a network is made of TensorRT's own layers."""
     problems = []
     if not isinstance(graph, NetworkGraph):
-        problems = [f"{module_path(node)}: {why} (node {node_name(node)})" for node, why in refused(graph.model)]
+        problems = [f"{place(node)}: {why}" for node, why in refused(graph.model)]
     if problems:
         more = f"\n  and {len(problems) - 1} more of the kind" if len(problems) > 1 else ""
         raise EngineError(f"TensorRT cannot take the file: {problems[0]}{more}")
@@ -32,9 +32,9 @@ def precheck(graph: OnnxGraph, target: int) -> None:
     for node in graph.nodes:
         if node.op_type in ("MatMul", "Gemm") and _mixes_block_and_static(graph, node):
             raise EngineError(
-                f"{module_path(node)}: an FP8 weight with block scales meets an activation with one static FP8 scale; "
+                f"{place(node)}: an FP8 weight with block scales meets an activation with one static FP8 scale; "
                 "TensorRT-RTX 1.7.1 builds this into a wrong result without saying so. Use per-tensor or per-channel "
-                f"weight scales, or leave the activation unquantized (node {node_name(node)})"
+                "weight scales, or leave the activation unquantized"
             )
 
 
@@ -46,7 +46,7 @@ def check_operators(graph: OnnxGraph) -> None:
     (node, does, way_out), *others = found
     more = f"; {len(others)} more are refused" if len(others) > 1 else "; one more is refused" if others else ""
     raise EngineError(
-        f"TensorRT-RTX cannot take the file: {module_path(node)}: {node.op_type} {does} (node {node_name(node)}){more}."
+        f"TensorRT-RTX cannot take the file: {place(node)}: {node.op_type} {does}{more}."
         f" {way_out[0].upper()}{way_out[1:]}, or run the file in ONNX Runtime"
     )
 

@@ -111,7 +111,8 @@ def _parse_error(parser: Any, graph: OnnxGraph) -> EngineError:
     error = parser.get_error(0)
     node = error.node_name()
     reason = first(error.desc().removeprefix(f"Invalid Node - {node}\n").splitlines())
-    where = f"{error.node_operator()} {node!r} in module {graph.module(node)!r}: " if node else ""
+    module = "" if graph.module(node) == node else f" in module {graph.module(node)!r}"
+    where = f"{error.node_operator()} {node!r}{module}: " if node else ""
     return EngineError(with_hint(f"TensorRT cannot read the file: {where}{reason}"))
 
 

@@ -60,5 +60,5 @@ def describe(node: onnx.NodeProto) -> str:
     operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     name = node.name or (node.output[0] if node.output else "")
     path = module_path(node)
-    module = "module unknown" if path is None else f"module '{path}'" if path else "root module"
-    return f"{operator} '{name}' ({module})"
+    module = "" if path is None else f" (module '{path}')" if path else " (root module)"
+    return f"{operator} '{name}'{module}"

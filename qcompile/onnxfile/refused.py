@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 _STANDARD = ("", "ai.onnx")
+_MICROSOFT = "com.microsoft"  # of ONNX Runtime; TensorRT's parser reads operators by their names alone
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _DEQUANTIZED = {
     *(TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1),
 }
+_UNSIGNED = {TensorProto.UINT8, TensorProto.UINT4}
 _MOVES = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Slice", "Gather", "Concat"}
 _SYMMETRIC = "quantize to INT8 with zero points of 0 (ActivationSymmetric and WeightSymmetric in onnxruntime)"
-_INTEGER_OPERATORS = {
-    "DynamicQuantizeLinear": "measures scales at run time; use constant scales, of calibration",
-    **dict.fromkeys(("MatMulInteger", "ConvInteger"), "multiplies codes; write QuantizeLinear and DequantizeLinear"),
+_MEASURES = "measures scales at run time; use constant scales, of calibration"
+_MULTIPLIES = "multiplies codes; write QuantizeLinear and DequantizeLinear"
+_WRITES = "computes on codes: qcompile repair writes QuantizeLinear and DequantizeLinear, if its scales are constant"
+_OPERATORS = {
+    **dict.fromkeys(("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"), _MEASURES),
+    **dict.fromkeys(("MatMulInteger", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger16"), _MULTIPLIES),
+    "QAttention": _MULTIPLIES,
+    "QGemm": _WRITES,
+    "MatMulNBits": "unpacks its weight: qcompile repair writes DequantizeLinear and MatMul",
 }
 _PLACES = "compute all places and choose with torch.where instead of x[mask], nonzero or unique"
 _OUTSIDE = "compute it outside of the model"
@@ -70,24 +80,32 @@ def refused(model: onnx.ModelProto, stored: Collection[str] = ()) -> Iterator[tu
     """(node, why TensorRT does not take it and the way out), for quantization that ONNX has and TensorRT has not.
 
     Args:
-        model: values are not looked at, so that large weights may be empty.
+        model: large weights may be empty, their values are not looked at.
         stored: inputs of the graph that stand for weights, if those are not in it.
 
-    Zero points other than 0 and scales that are not positive are for who reads values.
+    Zero points are read where they are in it. Scales that are not positive are for who reads values.
     """
-    types = _types(model.graph)
+    types, constants = _types(model.graph), _constants(model.graph)
     stored = {*stored, *(tensor.name for tensor in model.graph.initializer)}
     producer = {name: node for node in model.graph.node for name in node.output if name}
     for node in model.graph.node:
-        if node.op_type in _INTEGER_OPERATORS and node.domain in _STANDARD:
-            yield node, f"TensorRT has no {node.op_type}, which {_INTEGER_OPERATORS[node.op_type]}"
-        elif node.op_type.startswith("QLinear"):
-            yield node, f"TensorRT has no {node.op_type}: write QuantizeLinear and DequantizeLinear (quant_format=QDQ)"
-        elif node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain in _STANDARD:
+        known = node.domain in (*_STANDARD, _MICROSOFT)
+        if known and (does := _OPERATORS.get(node.op_type, _WRITES if node.op_type.startswith("QLinear") else "")):
+            yield node, f"TensorRT has no {node.op_type}, which {does}"
+        elif known and node.op_type in _QUANTIZERS:
             name = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
             why = _type_problem(types.get(name), name in stored) or _place_problem(node, producer, stored)
+            why = why or _zero_problem(node, constants) or _number_problem(node, constants)
             if why:
                 yield node, why
+        elif known and node.op_type in ("MatMul", "Gemm", "Conv") and (why := _pair_problem(node, producer, types)):
+            yield node, why
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    made = ((node, entry) for node in graph.node if node.op_type == "Constant" for entry in node.attribute)
+    tensors = {node.output[0]: entry.t for node, entry in made if entry.name == "value"}
+    return tensors | {tensor.name: tensor for tensor in graph.initializer}
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, int]:
@@ -116,8 +134,48 @@ def _type_problem(elem_type: int | None, is_constant: bool) -> str | None:
         way = "qcompile repair folds such a bias to float" if is_constant else "leave it in float"
         return f"TensorRT dequantizes no INT32: {way}"
     if elem_type == TensorProto.UINT8 and not is_constant:
-        return f"TensorRT builds UINT8 as INT8, so that codes above 127 are cut to 127: {_SYMMETRIC}"
+        return (
+            "TensorRT builds UINT8 as INT8, so that codes above 127 are cut to 127: qcompile repair makes INT8 of what "
+            f"is dequantized, or {_SYMMETRIC}"
+        )
+    if elem_type in _UNSIGNED and is_constant:
+        return f"TensorRT has no {name} quantization: qcompile repair makes the codes signed"
     return f"TensorRT has no {name} quantization: {_SYMMETRIC}, or to FP8 (E4M3FN)"
+
+
+def _zero_problem(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> str | None:
+    zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+    if zero is None or not (zero.raw_data or zero.int32_data) or zero.data_location == zero.EXTERNAL:
+        return None
+    if not numpy_helper.to_array(zero).astype(np.float32).any():
+        return None
+    return (
+        f"TensorRT takes zero points of 0 alone, which '{node.input[2]}' is not: qcompile repair adds it in front and "
+        f"moves it into biases, or {_SYMMETRIC}"
+    )
+
+
+def _number_problem(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> str | None:
+    """The builder takes no code that has no axis."""
+    codes = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    if codes is not None and not codes.dims:
+        return "TensorRT dequantizes no single number: qcompile repair folds it to float"
+    return None
+
+
+def _pair_problem(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], types: Mapping[str, int]) -> str | None:
+    """A product of codes of two types."""
+    found = []
+    for name in node.input[:2]:
+        source = producer.get(name)
+        while source is not None and source.op_type in _MOVES:
+            source = producer.get(source.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            return None
+        found.append(types.get(source.input[0], 0))
+    if set(found) != {TensorProto.INT8, TensorProto.INT4}:
+        return None
+    return "TensorRT multiplies no INT8 by INT4: qcompile repair widens codes with a scale for each tensor or channel"
 
 
 def _place_problem(node: onnx.NodeProto, producer: dict[str, onnx.NodeProto], stored: Collection[str]) -> str | None:
@@ -129,5 +187,6 @@ def _place_problem(node: onnx.NodeProto, producer: dict[str, onnx.NodeProto], st
     if between is None or name not in stored:
         return None
     return (
-        f"TensorRT takes constant codes right in front of their DequantizeLinear only, and {between.op_type} is between"
+        "TensorRT takes constant codes right in front of their DequantizeLinear only, and "
+        f"{between.op_type} is between: qcompile repair computes it"
     )

@@ -52,5 +52,5 @@ def test_errors_are_one_message(old: str, capsys: pytest.CaptureFixture[str]) ->
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["repair", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for expected in ("qcompile repair vit.fp8.onnx vit.onnx", "INT8 quantizers stay as they are", "--report"):
+    for expected in ("qcompile repair vit.fp8.onnx vit.onnx", "UINT8 and UINT4 become INT8 and INT4", "--report"):
         assert expected in said

@@ -17,6 +17,8 @@ TYPE_NEEDS: dict[int, tuple[int, int]] = {
     TensorProto.FLOAT8E4M3FNUZ: (19, 9),
     TensorProto.FLOAT8E5M2: (19, 9),
     TensorProto.FLOAT8E5M2FNUZ: (19, 9),
+    TensorProto.INT16: (21, 10),
+    TensorProto.UINT16: (21, 10),
     TensorProto.INT4: (21, 10),
     TensorProto.UINT4: (21, 10),
     TensorProto.FLOAT4E2M1: (23, 11),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,10 @@ FLOAT8 = {
     TensorProto.FLOAT8E5M2,
     TensorProto.FLOAT8E5M2FNUZ,
 }
+_ANY_SIGN = {
+    TensorProto.INT4,
+    TensorProto.UINT4,
+}  # ONNX Runtime and NNCF write negative ones, and every reader takes them
 # E5M2 and the FNUZ variants: no TensorRT kernel reads them.
 UNSUPPORTED = FLOAT8 - {TensorProto.FLOAT8E4M3FN}
 
@@ -29,50 +34,63 @@ def type_name(elem_type: int) -> str:
 
 
 def scales(view: ModelView) -> Findings:
-    """Every constant scale is > 0 and finite in its own dtype: 1e-8 is fine in fp32, and 0 in fp16.
+    """Every constant scale is > 0 and finite in its own dtype: 1e-8 is fine in fp32, and 0 in fp16; those of stored
+    INT4 codes are finite. Each fits its data.
 
     Judged as stored and through the Casts above it. A scale that is computed from data cannot be judged here.
     """
-    problems, verdicts = [], dict[str, str | None]()
+    problems, verdicts = [], dict[tuple[str, bool], str | None]()
     nodes = view.of_type("QuantizeLinear", "DequantizeLinear")
     for node in nodes:
         name = node.input[1]
-        if name not in verdicts:
-            verdicts[name] = _scale_problem(view.value(name))
-        problem = verdicts[name] or _size_problem(view, node)
+        int4 = node.op_type == "DequantizeLinear" and view.elem_type(node.input[0]) in _ANY_SIGN
+        if (name, int4) not in verdicts:
+            verdicts[name, int4] = _scale_problem(view.value(name), any_sign=int4)
+        problem = verdicts[name, int4] or _size_problem(view, node)
         if problem:
             problems.append(f"{describe(node)}: scale '{name}' {problem}")
     for node, formal, value in _function_scales(view):
         if problem := _scale_problem(value):
             problems.append(f"{describe(node)}: {formal} {problem}")
-    dynamic = sum(name not in view.constants for name in verdicts)
+    dynamic = sum(name not in view.constants for name, _ in verdicts)
     return Findings(
         problems, f"{len(verdicts) - dynamic} constant scales > 0 and finite, {dynamic} computed at run time"
     )
 
 
-def _scale_problem(value: Array | None) -> str | None:
+def _scale_problem(value: Array | None, *, any_sign: bool = False) -> str | None:
     if value is None:
         return None
     numbers = value.astype(np.float32) if value.dtype != np.float64 else value
-    bad = ~((numbers > 0) & np.isfinite(numbers))
+    bad = ~((any_sign | (numbers > 0)) & np.isfinite(numbers))
     if not bad.any():
         return None
     first = float(numbers[bad][0]) if numbers.ndim else float(numbers)
-    return f"has {int(bad.sum())} of {bad.size} values not > 0 and finite in {value.dtype} (the first: {first})"
+    wanted = "finite" if any_sign else "> 0 and finite"
+    return f"has {int(bad.sum())} of {bad.size} values not {wanted} in {value.dtype} (the first: {first})"
 
 
 def _size_problem(view: ModelView, node: onnx.NodeProto) -> str | None:
-    """A per-channel scale must have one value for each channel; ONNX inference does not look."""
+    """One value, one for each channel, or one for each block of the axis: ONNX inference does not look."""
     scale, data = view.dims(node.input[1]), view.dims(node.input[0])
-    if scale is None or data is None or len(scale) != 1 or scale == [1] or attribute(node, "block_size"):
-        return None
-    axis = attribute(node, "axis")
+    axis, block = (attribute(node, name) for name in ("axis", "block_size"))
     axis = 1 if axis is None else axis
-    channels = data[axis] if -len(data) <= axis < len(data) else None
-    if isinstance(channels, int) and channels != scale[0]:
-        return f"has {scale[0]} values for the {channels} channels of axis {axis}"
-    return None
+    if scale is None or data is None or (not block and scale in ([], [1])):
+        return None
+    if not -len(data) <= axis < len(data):
+        return f"of shape {scale} is for axis {axis}, which data of {len(data)} axes have not"
+    if not block and len(scale) == 1:
+        right = data[axis] == scale[0] or not all(isinstance(dim, int) for dim in (data[axis], scale[0]))
+        return None if right else f"has {scale[0]} values for the {data[axis]} channels of axis {axis}"
+    if not block:
+        return f"of shape {scale} is neither per tensor nor per channel, and there is no block_size"
+    wanted = list(data)
+    if isinstance(size := data[axis], int):
+        wanted[axis] = math.ceil(size / block)
+    known = (pair for pair in zip(scale, wanted, strict=False) if all(isinstance(dim, int) for dim in pair))
+    if len(scale) == len(wanted) and all(found == dim for found, dim in known):
+        return None
+    return f"of shape {scale} has to be {wanted} for blocks of {block} along axis {axis} of {data}"
 
 
 def _function_scales(view: ModelView) -> Iterator[tuple[onnx.NodeProto, str, Array | None]]:

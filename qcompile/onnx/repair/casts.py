@@ -19,7 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
-from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, describe, is_standard
+from qcompile.onnx.repair.integers import integer_nodes
+from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, describe, is_blocked, is_standard
 from qcompile.onnx.repair.state import State
 
 _GEMMS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
@@ -29,8 +30,11 @@ Made = dict[tuple[ir.Node, ir.DataType], ir.Value]  # the copy of a node in a ty
 
 
 def remove_casts(state: State) -> None:
-    """*Requires*: FP8 DQ are standard, with constant scales, and types are inferred."""
-    quantizers = set(state.fp8_nodes(DEQUANTIZE))
+    """*Requires*: DQ are standard, those of FP8 have constant scales, and types are inferred."""
+    integers = (
+        n for n in integer_nodes(state, DEQUANTIZE) if not is_blocked(n) and state.constant(n.inputs[1]) is not None
+    )
+    quantizers = {*state.fp8_nodes(DEQUANTIZE), *integers}
     made: Made = {}
     for gemm in state.nodes():
         if not is_standard(gemm, *_GEMMS):
@@ -94,9 +98,17 @@ def _rebuilt(state: State, path: Path, dtype: ir.DataType, made: Made) -> ir.Val
 
 
 def _copied(state: State, node: ir.Node, dtype: ir.DataType) -> ir.Value:
+    scale = narrow_scale(state, node, dtype)
+    copy = _copy(state, node, [node.inputs[0], scale, *node.inputs[2:]])
+    state.converted.add(copy.producer())  # type: ignore[arg-type]
+    return copy
+
+
+def narrow_scale(state: State, node: ir.Node, dtype: ir.DataType) -> ir.Value:
+    """The scale of a DQ in `dtype`. Raises RepairError where that cannot hold it."""
     scale = state.constant(node.inputs[1])
     if scale is None:
-        raise RepairError(f"{describe(node)}: a Cast follows it, and its scale is computed at run time")
+        raise RepairError(f"{describe(node)}: a Cast to {dtype.name} follows it, and its scale is computed at run time")
     rounded = scale.astype(dtype.numpy())
     least = 2.0**-14 if dtype is ir.DataType.FLOAT16 else 2.0**-126  # the smallest normal number
     exact = scale.astype(np.float32)
@@ -106,10 +118,7 @@ def _copied(state: State, node: ir.Node, dtype: ir.DataType) -> ir.Value:
             f"({float(exact.min()):.3g}) is too small or too large for that type; compute that layer in float32"
         )
     assert node.inputs[1] is not None
-    scale_value = state.initializer(f"{node.inputs[1].name}_{dtype.name.lower()}", rounded)
-    copy = _copy(state, node, [node.inputs[0], scale_value, *node.inputs[2:]])
-    state.converted.add(copy.producer())  # type: ignore[arg-type]
-    return copy
+    return state.initializer(f"{node.inputs[1].name}_{dtype.name.lower()}", rounded)
 
 
 def _moved(state: State, node: ir.Node, value: ir.Value) -> ir.Value:

@@ -1,9 +1,10 @@
-"""Which nodes are legacy quantizers: TensorRT's own names, or the standard names left in TensorRT's domain.
+"""Which nodes are legacy quantizers: TensorRT's own names, or the standard names in its domain or ONNX Runtime's.
 
 trt::TRT_FP8QuantizeLinear(x, scale[, zero_point])        FP8 e4m3; its output is declared as uint8
 trt::QuantizeLinear(x, scale, zero_point)                 what nvidia-modelopt 0.47 makes of it
 trt::TRT_FP8DequantizeLinear(codes, scale[, zero_point])  codes in uint8, or in FP8
 trt::DequantizeLinear(codes, scale[, zero_point])
+com.microsoft::QuantizeLinear, DequantizeLinear           as the standard ones of opset 21; without a zero point, uint8
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import STANDARD_DOMAINS
 
 DOMAIN = "trt"
+MICROSOFT = "com.microsoft"
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 FP8_NAMES = {"TRT_FP8QuantizeLinear": QUANTIZE, "TRT_FP8DequantizeLinear": DEQUANTIZE}
 FP8 = ir.DataType.FLOAT8E4M3FN
@@ -30,7 +32,7 @@ def is_legacy(node: ir.Node | onnx.NodeProto, functions: Collection[tuple[str, s
         return False
     if node.op_type in FP8_NAMES:
         return node.domain in (DOMAIN, *STANDARD_DOMAINS)  # an old graph surgery drops the domain
-    return node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE)
+    return node.domain in (DOMAIN, MICROSOFT) and node.op_type in (QUANTIZE, DEQUANTIZE)
 
 
 def is_standard(node: ir.Node | None, *op_types: str) -> bool:

@@ -17,10 +17,15 @@ from qcompile.onnx.checks.opsets import TYPE_NEEDS, opset_version
 from qcompile.onnx.inlining import function_key, inline_functions
 from qcompile.onnx.loading import skeleton
 from qcompile.onnx.names import describe
-from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8_NAMES, QUANTIZE, is_legacy
+from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8_NAMES, MICROSOFT, QUANTIZE, is_legacy
+from qcompile.onnx.repair.nbits import is_nbits
+from qcompile.onnx.repair.qoperators import is_qoperator
 from qcompile.onnx.view import attribute, reads, walk
 
 _FP8_OPSET = 19
+_CHANNELS_OPSET = 13  # scales for each channel
+_HALF_OPSET = 19  # scales in half precision
+_BLOCKS_OPSET = 21  # scales for each block, codes of 4 bits
 _MOVES_FP8 = 21  # Transpose, Reshape and the like take FP8 from here on
 
 
@@ -31,6 +36,10 @@ def needed_opset(model: onnx.ModelProto) -> int:
     nodes = [*walk(model.graph), *(node for function in model.functions for node in function.node)]
     legacy = [node for node in nodes if is_legacy(node, functions)]
     need = max((_needs(node, types) for node in legacy), default=0)
+    if any(is_qoperator(node) for node in nodes):
+        need = max(need, _CHANNELS_OPSET)
+    if any(is_nbits(node) for node in nodes):
+        need = max(need, _BLOCKS_OPSET)
     codes = {node.output[0] for node in legacy if FP8_NAMES.get(node.op_type, node.op_type) == QUANTIZE}
     for node in nodes:
         if FP8_NAMES.get(node.op_type, node.op_type) != DEQUANTIZE and codes.intersection(node.input):
@@ -39,12 +48,14 @@ def needed_opset(model: onnx.ModelProto) -> int:
 
 
 def _needs(node: onnx.NodeProto, types: dict[str, int]) -> int:
-    need = _FP8_OPSET
+    need = _CHANNELS_OPSET if node.domain == MICROSOFT else _FP8_OPSET
     quantizes = FP8_NAMES.get(node.op_type, node.op_type) == QUANTIZE
     if attribute(node, "block_size") or (quantizes and attribute(node, "output_dtype") and len(node.input) < 3):
         need = 21
     if not quantizes and attribute(node, "output_dtype"):
         need = 23
+    if types.get(node.input[1] if len(node.input) > 1 else "") == onnx.TensorProto.FLOAT16:
+        need = max(need, _HALF_OPSET)
     return max([need, *(TYPE_NEEDS.get(types.get(name, 0), (0, 0))[0] for name in node.input)])
 
 

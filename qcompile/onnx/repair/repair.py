@@ -20,19 +20,24 @@ from qcompile.onnx.checks.forms import tensorrt
 from qcompile.onnx.checks.opsets import opset_version
 from qcompile.onnx.checks.structure import payloads, shapes
 from qcompile.onnx.checks.values import zero_points
+from qcompile.onnx.foreign import TENSORRT, UNREAD, verify_foreign
 from qcompile.onnx.loading import SMALL_BYTES, is_external, payload_bytes
 from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.repair.arithmetic import fold_shapes
 from qcompile.onnx.repair.biases import fold_biases
 from qcompile.onnx.repair.casts import remove_casts
-from qcompile.onnx.repair.judge import judged
+from qcompile.onnx.repair.codes import store_codes
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, is_legacy, is_opaque, is_standard
+from qcompile.onnx.repair.nbits import expand_nbits
+from qcompile.onnx.repair.offsets import move_zero_points
 from qcompile.onnx.repair.opset import raise_ir_version, raised
+from qcompile.onnx.repair.qoperators import expand_qoperators
 from qcompile.onnx.repair.report import RepairReport
 from qcompile.onnx.repair.shapes import forget, infer
+from qcompile.onnx.repair.signed import make_signed
 from qcompile.onnx.repair.standardize import standardize
 from qcompile.onnx.repair.state import Changes, State
-from qcompile.onnx.repair.types import match_types
+from qcompile.onnx.repair.types import match_outputs, match_types
 from qcompile.onnx.repair.weights import fold_weights
 from qcompile.onnx.repair.zero_points import write_out_zero_points
 from qcompile.onnx.save import data_file, folder_beside, written_beside
@@ -59,7 +64,8 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
     Raises:
         RepairError: `old` is no ONNX model, is incomplete, or has a quantizer that standard operators cannot express;
             or `new` is `old`.
-        VerificationError: the new file failed a check; it was not put in place.
+        VerificationError: the new file failed a check; it was not put in place. What TensorRT or standard tools do not
+            take of a file that is right is a failed check of the report, with a notice, and the file is in place.
         OSError: a file cannot be read or written.
     """
     source, destination = Path(old), Path(new)
@@ -76,20 +82,28 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
         _finish(state)
     else:
         state = State(_model(view.model, source.parent))  # with what it said of its types
-    checks, after, refusals = _write(state, view, destination, changed, required, set(kept))
+    checks, after, refusals = _write(state, view, destination, changed, required)
     return _report(state, view, checks, changed, after, dict(kept), refusals)
 
 
 def _rewrite(state: State) -> None:
     """What is rewritten, in order."""
     standardize(state)
+    expand_qoperators(state)
+    expand_nbits(state)
     forget(state)
     infer(state, strict=False)  # for the types of what goes into quantizers and comes out of Casts
+    if match_outputs(state):
+        forget(state)
+        infer(state, strict=False)
     match_types(state)
     remove_casts(state)
     fold_weights(state)
     write_out_zero_points(state)
     fold_biases(state)
+    make_signed(state)
+    store_codes(state)
+    move_zero_points(state)
     state.changes.relus = relus_to_max(state.model)
 
 
@@ -173,13 +187,13 @@ def _copied_beside(view: ModelView, destination: Path) -> Iterator[Path]:
 
 
 def _write(
-    state: State, view: ModelView, destination: Path, changed: bool, required: dict[str, set[str]], kept: set[str]
+    state: State, view: ModelView, destination: Path, changed: bool, required: dict[str, set[str]]
 ) -> tuple[list[Check], int, list[str]]:
     """Write, verify, move in place; the verdicts, the size on disk, and what TensorRT refuses of the new file."""
     copies = not changed and not _external_files(view)
     with _copied_beside(view, destination) if copies else written_beside(state.model, destination) as path:
-        checks = judged(path, required, kept)
-        require(checks)
+        checks = verify_foreign(path, required)
+        require(check for check in checks if check.name not in UNREAD)
         return checks, sum(file.stat().st_size for file in path.parent.iterdir()), _refusals(ModelView(path))
 
 
@@ -210,6 +224,9 @@ def _report(
         standardized=dict(found.standardized),
         folded={name: said for name, said in found.folded.items() if name in model.graph.initializers},
         biases=found.biases,
+        codes={name: said for name, said in found.codes.items() if name in model.graph.initializers},
+        signed=found.signed,
+        offsets=found.offsets,
         zero_points=found.zero_points,
         casts=found.casts,
         transposes=found.transposes,
@@ -223,9 +240,13 @@ def _report(
     )
 
 
+def _reader(operator: str) -> str:
+    return "only TensorRT" if operator.startswith(f"{TENSORRT}::") else "no standard tool"
+
+
 def _notices(found: Changes, kept: dict[str, int]) -> list[str]:
     notices = [
-        f"{count} {name} kept: only TensorRT reads this operator, so that nothing behind it could be checked"
+        f"{count} {name} kept: {_reader(name)} reads this operator, so that nothing behind it could be checked"
         for name, count in kept.items()
     ]
     if found.zero_points:

@@ -17,9 +17,12 @@ class RepairReport:
         changed: False if the file was standard already, and an equal one was written.
         opset, ir_version: (of the old file, of the new file).
         standardized: legacy operator -> how many became standard ones.
-        folded: FP8 initializer -> the float weight that it was made from, its shape, type and granularity.
-        biases: float bias -> the INT32 codes that it was made from.
-        zero_points: quantizers whose zero point was not 0 and is now written out.
+        folded: initializer of codes -> the float weight that it was made from, its shape, type and granularity.
+        biases: float bias -> the codes that it was made from.
+        codes: INT8 or INT4 initializer -> the codes that it was made from, of another type or with a zero point.
+        signed: activations that are quantized to INT8 now, and were to UINT8.
+        offsets: quantizers whose integer zero point was not 0 and is an addition, a subtraction or in a bias now.
+        zero_points: FP8 quantizers whose zero point was not 0 and is now written out.
         casts: Casts between a DQ and a GEMM that are gone.
         transposes: weights that are stored transposed, as their GEMM reads them.
         relus: Relus in front of an FP8 QuantizeLinear that are a Max now, which ONNX Runtime does not drop.
@@ -37,6 +40,9 @@ class RepairReport:
     standardized: dict[str, int]
     folded: dict[str, str]
     biases: dict[str, str]
+    codes: dict[str, str]
+    signed: int
+    offsets: list[str]
     zero_points: list[str]
     casts: int
     transposes: int

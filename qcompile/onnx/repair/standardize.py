@@ -5,8 +5,9 @@
     after:   x, scale, fp8_zero_point                -> QuantizeLinear               -> codes, FLOAT8E4M3FN
              codes, scale, fp8_zero_point            -> DequantizeLinear             -> y
 
-The standard names in the `trt` domain likewise. Scales become a scalar or one value for each channel, zero points FP8
-(some writers store their byte as uint8) and of the scale's shape, codes that are stored as uint8 FP8 (the same bytes).
+The standard names in the `trt` domain, and in ONNX Runtime's, likewise. Scales become a scalar or one value for each
+channel, zero points FP8 (some writers store their byte as uint8) and of the scale's shape, codes that are stored as
+uint8 FP8 (the same bytes).
 An integer or a block-scaled quantizer changes its domain only.
 
 *Raises*: RepairError for a scale that is missing, computed at run time, NaN or not > 0; for a zero point that is NaN or
@@ -24,6 +25,7 @@ from qcompile.onnx.repair.legacy import (
     DEQUANTIZE,
     FP8,
     FP8_NAMES,
+    MICROSOFT,
     MOVES,
     QUANTIZE,
     channel_axis,
@@ -75,6 +77,8 @@ def _says_fp8(node: ir.Node) -> bool:
     if node.op_type == DEQUANTIZE:
         return _code_type(node.inputs[0]) is FP8
     stated = node.attributes.get("output_dtype")
+    if node.domain == MICROSOFT and stated is None:
+        return False
     if stated is None or not stated.as_int():
         raise RepairError(
             f"{describe(node)} has neither a zero point nor output_dtype, so that it may be FP8, int8 or uint8: "

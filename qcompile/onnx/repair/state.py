@@ -29,7 +29,11 @@ class Changes:
     standardized: Counter[str] = field(default_factory=Counter)
     folded: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
+    signed: int = 0
+    offsets: list[str] = field(default_factory=list)
     zero_points: list[str] = field(default_factory=list)
+    types: int = 0
     casts: int = 0
     transposes: int = 0
     relus: int = 0
@@ -84,10 +88,12 @@ class State:
         self.model.graph.register_initializer(value)
         return value
 
-    def lazy_weight(self, wish: str, shape: tuple[int, ...], codes: Callable[[], Array]) -> ir.Value:
-        """FP8 codes that are computed when they are written, so that one weight at a time is in memory."""
+    def lazy_weight(
+        self, wish: str, shape: tuple[int, ...], codes: Callable[[], Array], dtype: ir.DataType = FP8
+    ) -> ir.Value:
+        """Codes that are computed when they are written, so that one weight at a time is in memory."""
         name = self.name(wish)
-        return self.weight(ir.LazyTensor(lambda: ir.tensor(codes()), FP8, ir.Shape(shape), name=name), name)
+        return self.weight(ir.LazyTensor(lambda: ir.tensor(codes()), dtype, ir.Shape(shape), name=name), name)
 
     def zero_point(self, shape: tuple[int, ...]) -> ir.Value:
         """FP8 zeros of a scale's shape."""
@@ -174,3 +180,30 @@ def insert(before: ir.Node, op_type: str, inputs: list[ir.Value | None], state: 
     assert graph is not None
     graph.insert_before(before, node)
     return output
+
+
+def take_over(old: ir.Value, new: ir.Value, state: State) -> None:
+    """Whatever reads `old` reads `new`, which gets its name: an output of the graph keeps it."""
+    name = old.name
+    new.type, new.shape = old.type, old.shape
+    old.name = state.name(f"{name}_before")
+    new.name = name
+    own = new.producer()
+    for user, index in list(old.uses()):
+        if user is not own:
+            user.replace_input_with(index, new)
+    for graph in state.model.graphs():
+        for index, value in enumerate(graph.outputs):
+            if value is old:
+                graph.outputs[index] = new
+
+
+def follow(node: ir.Node, op_type: str, others: list[ir.Value | None], state: State, **attributes: Any) -> ir.Value:
+    """The output of a new standard node behind `node`, which takes over from the output of `node`."""
+    (old,) = node.outputs
+    made = ir.node(op_type, [old, *others], attributes=attributes, metadata_props=dict(node.metadata_props))
+    made.name = state.name(f"{old.name}_{op_type.lower()}")
+    assert node.graph is not None
+    node.graph.insert_after(node, made)
+    take_over(old, made.outputs[0], state)
+    return made.outputs[0]

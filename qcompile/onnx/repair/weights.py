@@ -13,13 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
-from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, QUANTIZE, channel_axis, describe, is_standard
+from qcompile.onnx.repair.integers import code_type, integer_nodes
+from qcompile.onnx.repair.legacy import (
+    DEQUANTIZE,
+    FP8,
+    MOVES,
+    QUANTIZE,
+    channel_axis,
+    describe,
+    is_blocked,
+    is_standard,
+)
 from qcompile.onnx.repair.state import Array, State
 
 FP8_MAX = 448.0
@@ -27,15 +38,24 @@ Known = dict[tuple[object, ...], ir.Value]  # codes that are stored already, by 
 
 
 def quantized(x: Array, scale: Array, zero_point: Array, axis: int | None, *, saturate: bool = True) -> Array:
-    """FP8 e4m3 codes of `x` of the shape of `x`; `scale` and `zero_point` are scalars or lie along `axis`."""
+    """Codes of `x` of the type of `zero_point`; it and `scale` are scalars or lie along `axis`."""
     codes: Array = x.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         codes = codes / _along(scale, x.ndim, axis)
+        if zero_point.dtype != ml_dtypes.float8_e4m3fn:
+            low, high = _limits(zero_point.dtype)
+            codes = np.rint(codes) + _along(zero_point, x.ndim, axis)
+            return np.clip(codes, low, high).astype(zero_point.dtype)
         if zero_point.astype(np.float32).any():  # adding 0 would make 0 of -0
             codes = codes + _along(zero_point, x.ndim, axis)
         if saturate:
             codes = np.clip(codes, -FP8_MAX, FP8_MAX)
         return codes.astype(ml_dtypes.float8_e4m3fn)
+
+
+def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    info: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
+    return int(info.min), int(info.max)
 
 
 def _along(values: Array, rank: int, axis: int | None) -> Array:
@@ -48,7 +68,7 @@ def _along(values: Array, rank: int, axis: int | None) -> Array:
 def fold_weights(state: State) -> None:
     """*Requires*: FP8 Q and DQ are standard, with constant scales."""
     codes: Known = {}
-    for node in list(state.fp8_nodes(QUANTIZE)):
+    for node in [*state.fp8_nodes(QUANTIZE), *integer_nodes(state, QUANTIZE)]:
         if _is_weight(state, node):
             _fold(state, node, codes)
     for node in list(state.fp8_nodes(DEQUANTIZE)):
@@ -60,12 +80,14 @@ def fold_weights(state: State) -> None:
 def _is_weight(state: State, node: ir.Node) -> bool:
     x, scale = node.inputs[0], node.inputs[1]
     assert x is not None and scale is not None
-    return state.is_constant(x) and state.is_constant(scale) and not node.outputs[0].is_graph_output()
+    return not is_blocked(node) and all(map(state.is_constant, (x, scale))) and not node.outputs[0].is_graph_output()
 
 
 def _fold(state: State, node: ir.Node, known: Known) -> None:
     x, scale, where = node.inputs[0], state.constant(node.inputs[1]), describe(node)
-    zero_point = state.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), ml_dtypes.float8_e4m3fn)
+    dtype = code_type(node)
+    assert dtype is not None
+    zero_point = state.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), dtype.numpy())
     weight = state.constant(x)
     assert x is not None and scale is not None and weight is not None
     if zero_point is None:
@@ -74,11 +96,12 @@ def _fold(state: State, node: ir.Node, known: Known) -> None:
         raise RepairError(f"{where} quantizes '{x.name}', which is {weight.dtype} and no floating-point weight")
     axis = _channels(weight.shape, scale, channel_axis(node), where)
     saturate = node.attributes["saturate"].as_int() != 0 if "saturate" in node.attributes else True
-    key = (x, scale.tobytes(), zero_point.tobytes(), axis, saturate)
+    key = (x, scale.tobytes(), zero_point.tobytes(), dtype, axis, saturate)
     if key not in known:
         source = _source(x)
         make = partial(_quantize_later, state.evaluator(x), scale, zero_point, axis, saturate)
-        known[key] = state.lazy_weight(f"{source}_fp8", weight.shape, make)
+        suffix = "fp8" if dtype is FP8 else dtype.name.lower()
+        known[key] = state.lazy_weight(f"{source}_{suffix}", weight.shape, make, dtype)
         per = "per tensor" if axis is None else f"per channel, axis {axis}"
         state.changes.folded[str(known[key].name)] = f"{source} {list(weight.shape)} {weight.dtype}, {per}"
     for user in node.outputs[0].consumers():

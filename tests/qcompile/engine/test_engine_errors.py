@@ -95,7 +95,9 @@ def test_block_scaled_weight_with_static_activation_is_refused(new_file: Any, tm
     scales, zeros = file.real(np.full((2, 64), 0.01)), file.zero("fp8", (2, 64))
     weight = file.op("DequantizeLinear", codes, scales, zeros, axis=0, block_size=128)
     file.output(file.op("MatMul", x, weight, scope="layers.0.fc"), [128, 64])
-    assert message(file.save(tmp_path / "m.onnx")).startswith("layers.0.fc: an FP8 weight with block scales")
+    assert message(file.save(tmp_path / "m.onnx")).startswith(
+        "layers.0.fc (node node_MatMul_3): an FP8 weight with block scales"
+    )
 
 
 def test_attention_without_a_kernel_names_the_module(attention_file: Callable[..., Path]) -> None:

@@ -10,10 +10,11 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 import qcompile
+from qcompile.errors import RepairError
 from qcompile.onnx import save as save_module
 from tests.qcompile.onnx import legacy
 from tests.qcompile.onnx.conftest import build
@@ -143,8 +144,8 @@ def test_a_scale_of_another_type_rounds_nothing(tmp_path: Path) -> None:
     assert np.array_equal(run(tmp_path / "new.onnx", x), legacy.reference(source, x))
 
 
-def test_integer_quantizers_are_left_alone(tmp_path: Path) -> None:
-    """Zero points other than 0 and weights in float: the verifier refuses both in what we write."""
+def test_integer_quantizers_beside_fp8_lose_their_zero_points(tmp_path: Path) -> None:
+    """Zero points along the reduced axis, which no bias can hold, among them."""
     source = linear(STANDARD_NAMES, transposed=False)
     int8 = [
         helper.make_node("QuantizeLinear", ["y", "s", "z"], ["i_q"], name="i_q", doc_string="mine"),
@@ -166,24 +167,38 @@ def test_integer_quantizers_are_left_alone(tmp_path: Path) -> None:
     )
     source.graph.output[0].CopyFrom(helper.make_tensor_value_info("out", TensorProto.FLOAT, ["N", 8]))
     model, report = repaired(source, tmp_path)
-    after = {node.name: node.SerializeToString() for node in model.graph.node}
-    assert [after[node.name] for node in int8[:4]] == [node.SerializeToString() for node in int8[:4]]
+    assert not nonzero(model) and len(report.offsets) == 4 and report.signed == 1
     assert all(check.passed for check in report.checks)
     x = rng.standard_normal((3, 40)).astype(np.float32)
     np.testing.assert_allclose(run(tmp_path / "new.onnx", x), legacy.reference(source, x), rtol=1e-5, atol=1e-5)
 
 
-def test_integer_quantizers_in_the_trt_domain_change_their_domain_only(tmp_path: Path) -> None:
+def nonzero(model: onnx.ModelProto) -> list[str]:
+    """The zero points of Q and DQ that are not 0."""
+    values = {t.name: numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer}
+    points = {name for node in model.graph.node if "Quantize" in node.op_type for name in node.input[2:]}
+    return sorted(name for name in points if values[name].any())
+
+
+@pytest.mark.parametrize("domain", ["trt", "com.microsoft"])
+@pytest.mark.parametrize(("dtype", "zero"), [(np.int8, -3), (np.uint8, 125), (np.uint8, None)])
+def test_integer_quantizers_in_other_domains(domain: str, dtype: Any, zero: int | None, tmp_path: Path) -> None:
+    point = [] if zero is None else ["z"]
     nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q", domain="trt"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], name="dq", domain="trt"),
+        helper.make_node("QuantizeLinear", ["x", "s", *point], ["q"], name="q", domain=domain),
+        helper.make_node("DequantizeLinear", ["q", "s", *point], ["y"], name="dq", domain=domain),
     ]
-    tensors = [tensor("s", np.array(0.5, np.float32)), tensor("z", np.array(-3, np.int8))]
-    model, _ = repaired(legacy.model(nodes, tensors, {"x": (1, [4])}, {"y": (1, [4])}), tmp_path)
-    for node in nodes:
-        node.ClearField("domain")
-    assert list(model.graph.node) == nodes
-    assert run(tmp_path / "new.onnx", np.array([0, 1, -1, 1e3], np.float32)).tolist() == [0, 1, -1, 65]
+    tensors = [tensor("s", np.array(0.5, np.float32)), tensor("z", np.array(zero or 0, dtype))]
+    source = legacy.model(nodes, tensors[: 1 + len(point)], {"x": (1, [4])}, {"y": (1, [4])})
+    if domain == "trt" and zero is None:
+        with pytest.raises(RepairError, match="give it a zero point of its type"):
+            repaired(source, tmp_path)
+        return
+    model, _ = repaired(source, tmp_path)
+    assert not nonzero(model) and {node.domain for node in model.graph.node} == {""}
+    low, high = ((0, 255) if dtype is np.uint8 else (-128, 127)) - np.array(zero or 0)
+    expected = [0, max(1, low / 2), max(-1, low / 2), high / 2]
+    assert run(tmp_path / "new.onnx", np.array([0, 1, -1, 1e3], np.float32)).tolist() == expected
 
 
 def test_operators_that_only_tensorrt_reads_are_kept(tmp_path: Path) -> None:

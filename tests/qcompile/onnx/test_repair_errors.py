@@ -156,7 +156,7 @@ def test_the_old_file_is_never_changed(new: str, tmp_path: Path) -> None:
 def test_a_failed_check_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx.save(linear(), tmp_path / "old.onnx")
     (tmp_path / "new.onnx").write_bytes(b"precious")
-    monkeypatch.setattr(repair_module, "judged", lambda *_: [Check("mine", False, "not today")])
+    monkeypatch.setattr(repair_module, "verify_foreign", lambda *_: [Check("mine", False, "not today")])
     with pytest.raises(VerificationError, match="mine: not today"):
         qcompile.repair_onnx(tmp_path / "old.onnx", tmp_path / "new.onnx")
     assert (tmp_path / "new.onnx").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 2

@@ -106,7 +106,7 @@ REFUSED = {
 def test_it_is_named_before_the_parser(what: str, tmp_path: Path) -> None:
     make, pattern = REFUSED[what]
     onnx.save(make(), tmp_path / "m.onnx")
-    with pytest.raises(EngineError, match=rf"(?s)cannot take the file: {pattern}"):
+    with pytest.raises(EngineError, match=rf"(?s)cannot take the file: .*{pattern}"):
         precheck(OnnxGraph.load(tmp_path / "m.onnx"), 89)
     (check,) = (check for check in verify_onnx(tmp_path / "m.onnx") if check.name == "tensorrt")
     assert not check.passed and "TensorRT" in check.detail
@@ -145,7 +145,7 @@ def test_what_it_takes_is_not_named(model: onnx.ModelProto, tmp_path: Path) -> N
     assert all(check.passed for check in verify_onnx(tmp_path / "m.onnx"))
 
 
-@pytest.mark.parametrize("what", ["uint8 activations", "uint4", "clip", "dynamic", "qlinear"])
+@pytest.mark.parametrize("what", ["int16", "dynamic"])
 def test_a_repair_that_leaves_it_says_so(what: str, tmp_path: Path) -> None:
     onnx.save(REFUSED[what][0](), tmp_path / "old.onnx")
     report = qcompile.repair_onnx(tmp_path / "old.onnx", tmp_path / "new.onnx")
