@@ -1,4 +1,4 @@
-"""ONNX files with TensorRT's legacy FP8 operators, turned into files of standard operators: one idea a file."""
+"""ONNX files that other tools quantized, turned into standard operators that TensorRT takes: one idea a file."""
 
 from __future__ import annotations
 

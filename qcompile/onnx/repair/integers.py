@@ -85,11 +85,15 @@ def dequantized(state: State, node: ir.Node) -> Array | None:
 
 
 def set_zero(state: State, node: ir.Node, zero: Array, dtype: ir.DataType | None = None) -> None:
-    """Give `node` the zero point `zero`, in the shape of its scale; of type `dtype`, or of that of its codes."""
+    """Give `node` the zero point `zero`, in the shape of its scale; of type `dtype`, or of that of its codes.
+
+    It is one of its own: two weights that share theirs do not load in ONNX Runtime with `session.x64quantprecision`.
+    """
     scale, dtype = state.constant(node.inputs[1]), dtype or code_type(node)
     assert scale is not None and dtype is not None
+    name = state.name(f"{node.outputs[0].name}_zero_point")
     made = np.broadcast_to(zero, scale.shape).astype(dtype.numpy())
     node.resize_inputs(3)
-    node.replace_input_with(2, state.initializer(f"{dtype.name.lower()}_zero_point", made))
+    node.replace_input_with(2, state.weight(ir.tensor(made, name=name), name))
     if node.op_type == QUANTIZE:
         node.attributes.pop("output_dtype", None)

@@ -1,7 +1,8 @@
 """Raise the opset of a file as far as its quantizers need, with `onnx.version_converter`.
 
-FP8 came with opset 19: an older file comes out with 19, one whose codes pass through another operator on their way
-from Q to DQ with 21, a newer one with what it had. The converter never sees a large weight.
+Integers need 13, in blocks 21. FP8 came with opset 19: an older file comes out with 19, one whose codes pass through
+another operator on their way from Q to DQ with 21, a newer one with what it had. The converter never sees a large
+weight.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from qcompile.onnx.repair.qoperators import is_qoperator
 from qcompile.onnx.view import attribute, reads, walk
 
 _FP8_OPSET = 19
-_CHANNELS_OPSET = 13  # scales for each channel
+_CHANNELS_OPSET = 13  # scales for each channel, and sums along axes that are an input
 _HALF_OPSET = 19  # scales in half precision
 _BLOCKS_OPSET = 21  # scales for each block, codes of 4 bits
 _MOVES_FP8 = 21  # Transpose, Reshape and the like take FP8 from here on
 
 
 def needed_opset(model: onnx.ModelProto) -> int:
-    """The least opset that can say what `model`'s legacy quantizers say; 0 without any."""
+    """The least opset that can say what a repair makes of `model`'s quantizers; 0 without any."""
     functions = {function_key(function) for function in model.functions}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     nodes = [*walk(model.graph), *(node for function in model.functions for node in function.node)]
     legacy = [node for node in nodes if is_legacy(node, functions)]
     need = max((_needs(node, types) for node in legacy), default=0)
-    if any(is_qoperator(node) for node in nodes):
+    if any(is_qoperator(node) or node.op_type in (QUANTIZE, DEQUANTIZE) for node in nodes):
         need = max(need, _CHANNELS_OPSET)
     if any(is_nbits(node) for node in nodes):
         need = max(need, _BLOCKS_OPSET)

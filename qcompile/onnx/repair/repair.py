@@ -1,4 +1,4 @@
-"""`qcompile.repair_onnx`: an ONNX file with legacy FP8 operators in, a verified one of standard operators out."""
+"""`qcompile.repair_onnx`: an ONNX file of another tool in, a verified one of standard operators out."""
 
 from __future__ import annotations
 
@@ -46,15 +46,18 @@ from qcompile.onnx.view import ModelView, reads, walk
 
 
 def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> RepairReport:
-    """Write `new`, which computes what `old` does with standard ONNX operators in place of legacy FP8 ones.
+    """Write `new`, which computes what `old` does with standard ONNX operators that TensorRT takes.
 
     before:  weight -> trt::TRT_FP8QuantizeLinear -> trt::TRT_FP8DequantizeLinear -> Transpose -> MatMul    opset 17
     after:   FP8 weight, transposed               -> DequantizeLinear                          -> MatMul    opset 19
 
+    before:  x        -> Q, DQ (uint8, zero point z) -> Gemm (weight w, bias in INT32)
+    after:   x + s z' -> Q, DQ (int8)                -> Gemm (weight w, float bias - s z' sum(w))           z' = z - 128
+
     Legacy are `trt::TRT_FP8QuantizeLinear`, `trt::TRT_FP8DequantizeLinear`, and `QuantizeLinear`, `DequantizeLinear` in
-    the `trt` domain. FP8 weights are folded (float32 arithmetic), shapes inferred anew, the opset is raised to 19 if it
-    is older. Integer quantizers stay as they are, and so do operators that only TensorRT reads (`report.kept`). What is
-    not quantized is not quantized by this.
+    the domains `trt` and `com.microsoft`; operators on codes (QLinearConv, QGemm, MatMulNBits, ...) become Q/DQ, too.
+    Weights are folded (float32 arithmetic), shapes inferred anew, the opset is raised where it has to be. Operators
+    that only TensorRT reads stay (`report.kept`). What is not quantized is not quantized by this.
 
     Args:
         old: an ONNX file; external data is found beside it. It is only read.

@@ -38,6 +38,7 @@ class Model(NamedTuple):
     shape: list[int] = MATRIX
     in_reference: bool = True
     rank: int = 2
+    opset: int = 21
 
     def save(self, path: Path) -> Path:
         infos = [
@@ -46,7 +47,7 @@ class Model(NamedTuple):
         ]
         tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in self.constants.items()]
         graph = helper.make_graph(self.nodes, "g", infos[:1], infos[1:], tensors)
-        imports = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
         onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=10), path)
         return path
 
@@ -191,6 +192,7 @@ KINDS = {
     "padded convolution": lambda: convolution(codes(-99, 99, INT8, (32, 16, 3, 3)), 0),
     "depthwise of 9 bits": lambda: convolution(codes(0, 255, UINT8, (16, 1, 3, 3)), 9, groups=16),
     "product of activations": of_activations,
+    "opset 11": lambda: of_activations()._replace(opset=11, in_reference=False),
     "codes through MaxPool and Concat, a single number": pooled,
     "operators on codes": qoperators,
     "nbits 4": lambda: nbits(4, ""),
