@@ -26,6 +26,7 @@ _ON_CODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("ConvInteger", "QLinearConv"), ("conv", ())),
     "MatMulNBits": ("gemm", ("activation",)),
 }
+_BLOCK_ZERO_POINTS = "block_zero_points_"  # what a repair calls what zero points of blocks add to a product
 _ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are called in a file
 
 
@@ -71,6 +72,8 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
         operands = list(node.input[:2])
         is_product = node.op_type in ("MatMul", "Gemm", "Einsum", "Conv") and len(operands) == 2
         if not is_product or all(map(graph.is_constant, operands)) or node_name(node) in taken:
+            continue
+        if any(tensor.startswith(_BLOCK_ZERO_POINTS) for tensor in operands):
             continue
         labels = ("weight" if graph.is_constant(t) else "activation" for t in operands)
         missing = tuple(label for label, t in zip(labels, operands, strict=True) if not graph.is_quantized(t))

@@ -7,7 +7,8 @@
     int8 codes, scale < 0       -> DQ                        -codes, -scale       -> DQ, if they fit, else DQ -> Mul -1
     int4 codes -> DQ, beside INT8 activations                the codes (int8)     -> DQ
 
-*Ensures*: the same numbers behind every DQ. A zero point that does not fit stays, for `offsets`.
+*Ensures*: the same numbers behind every DQ. A zero point that does not fit stays, for `offsets`; of INT4 codes, where
+`blocks` can subtract it, and with INT8 codes elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.repair.blocks import products_of
 from qcompile.onnx.repair.integers import SHIFT, SIGNED, along, code_type, fits, integer_nodes, set_zero, zeros
 from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, is_blocked, is_standard
 from qcompile.onnx.repair.state import Array, State, follow
@@ -78,7 +80,7 @@ def _shift(codes: Array, zero: Array, dtype: ir.DataType, node: ir.Node) -> tupl
     spread = along(zero, codes.shape, node)
     exact = codes.astype(np.int64) - spread
     signed = SIGNED.get(dtype, dtype)
-    for wide in (signed, ir.DataType.INT8):
+    for wide in (signed,) if signed is ir.DataType.INT4 and products_of(node) else (signed, ir.DataType.INT8):
         low, high = _LIMITS[wide]
         if not exact.size or (exact.min() >= low and exact.max() <= high):
             return spread, np.zeros_like(zero), wide

@@ -14,8 +14,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.repair.blocks import products_of, subtract_blocks
 from qcompile.onnx.repair.integers import along, code_type, fits, integer_nodes, set_zero, zeros
-from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, describe
+from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, describe, is_blocked
 from qcompile.onnx.repair.products import Offsets, Shifted, correct, quantize_shifted, widen_scale
 from qcompile.onnx.repair.state import Array, State, follow, insert, take_over
 
@@ -31,6 +32,9 @@ def move_zero_points(state: State) -> None:
         if offset is None:
             continue
         state.changes.offsets.append(describe(node))
+        if is_blocked(node) and products_of(node):
+            subtract_blocks(state, node)
+            continue
         if node.op_type == QUANTIZE:
             set_zero(state, node, np.zeros((), np.int64))
             quantize_shifted(state, node, offset)

@@ -159,7 +159,7 @@ def nbits(bits: int, zero: str) -> Model:
     sizes = {"K": 64, "N": 48, "bits": bits, "block_size": 16}
     made = node("MatMulNBits", "x", "w", "s", *points, domain=MICROSOFT, **sizes)
     constants = {"w": packed, "s": RNG.uniform(0.01, 0.02, (48, 4)).astype(np.float32), **points}
-    return Model([made], constants, {"int4": 1} if bits == 4 and not points else {})
+    return Model([made], constants, {"int4": 1} if bits == 4 else {})
 
 
 def clipped() -> Model:
@@ -231,6 +231,7 @@ def test_tensorrt_runs_it_in_the_kernels_that_it_asks_for(kind: str, tmp_path: P
     model = KINDS[kind]()
     qcompile.repair_onnx(model.save(tmp_path / "old.onnx"), tmp_path / "new.onnx")
     built = qcompile.build_engine(tmp_path / "new.onnx", target="sm89", progress=False)
+    assert not model.kernels or not built.not_low_precision
     for precision, count in model.kernels.items():
         assert built.gemms[precision] + built.convolutions[precision] == count
 
