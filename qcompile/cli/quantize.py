@@ -15,13 +15,11 @@ from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.options import UsageError
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.quantized import is_finished
-from qcompile.source import Source, load_calibration
-
-MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"
+from qcompile.source import MADE_UP, Data, Source
 
 
 def quantized(
-    source: Source, recipe: qcompile.Recipe, calibration: str | None, dtype: torch.dtype | None
+    source: Source, recipe: qcompile.Recipe, calibration: Data | None, dtype: torch.dtype | None
 ) -> tuple[ExportedProgram, Any]:
     """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
     batches, first = _calibration(calibration, source)
@@ -51,7 +49,7 @@ def quantized(
     return program, first
 
 
-def imported(source: Source, calibration: str | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:
+def imported(source: Source, calibration: Data | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:
     """The program of a model that is quantized already, and the first batch of the calibration data.
 
     Raises UsageError for a program that is finished, which calibration and `dtype` come too late for.
@@ -88,13 +86,15 @@ def save(program: ExportedProgram, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _calibration(text: str | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
-    """The calibration data that `--calibration` names, and its first batch."""
-    if text is None:
+def _calibration(data: Data | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
+    """The batches of the calibration data, and the first of them."""
+    if data is None:
         return None, None
-    if text == "random":
+    batches, first = _peek(data.batches(source))
+    step(f"calibration data: {data}")
+    if MADE_UP in data.notices:
         warn(MADE_UP)
-    return _peek(load_calibration(text, source))
+    return batches, first
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:

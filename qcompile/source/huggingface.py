@@ -11,13 +11,11 @@ from qcompile.checkpoint.hub.config import auto_config, import_transformers, mod
 from qcompile.errors import SourceError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
 from qcompile.messages import first_line, some
-from qcompile.source.examples import example_inputs
+from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
 
 
-def load_directory(
-    path: Path, *, random_weights: int | None, batch: int, sequence: int | None, submodule: str | None
-) -> Source:
+def load_directory(path: Path, *, random_weights: int | None, sizes: Sizes, submodule: str | None) -> Source:
     """The model of `path`, on the CPU and in the dtype of its weights, with example inputs made from its config.
 
     A quantized checkpoint becomes a model with quantized layers (`qcompile.frontends.checkpoint`).
@@ -44,7 +42,7 @@ def load_directory(
         model = _made_up(transformers, found, config, random_weights, path)
     if submodule is not None:
         model, name = _part(model, submodule, path), f"{name}.{submodule}"
-    inputs = example_inputs(model, name, batch, sequence)
+    inputs = example_inputs(model, name, sizes)
     return Source(model.eval(), (), inputs, None, f"{path.resolve().name} ({name})")
 
 

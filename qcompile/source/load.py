@@ -8,9 +8,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.export import ExportedProgram
 
 import passes.ir  # noqa: F401  # a saved program of ours holds these operators
 from qcompile.errors import SourceError
+from qcompile.source.examples import Sizes
 from qcompile.source.huggingface import load_directory
 from qcompile.source.model import Source
 
@@ -32,6 +34,7 @@ def load_source(
     batch: int = 1,
     sequence: int | None = None,
     submodule: str | None = None,
+    shapes: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Source:
     """Load the model that `text` names.
 
@@ -41,6 +44,7 @@ def load_source(
             as a tensor, a tuple or a keyword dict. The current directory is importable.
         random_weights: seed, for a directory: make the weights up instead of reading them.
         batch, sequence: size of a directory's example inputs; sequence is in tokens.
+        shapes: of calibration data: a directory's example inputs are like these in all but the batch.
         submodule: path of the part of a directory's model to take, such as `model.encoder`.
 
     Raises:
@@ -48,7 +52,8 @@ def load_source(
     """
     path = Path(text)
     if path.is_dir():
-        return load_directory(path, random_weights=random_weights, batch=batch, sequence=sequence, submodule=submodule)
+        sizes = Sizes(batch, sequence, shapes)
+        return load_directory(path, random_weights=random_weights, sizes=sizes, submodule=submodule)
     if random_weights is not None or sequence is not None or submodule is not None or batch != 1:
         raise SourceError(
             "random weights, a submodule, and sizes of the example inputs are for Hugging Face directories;"

@@ -90,7 +90,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER, "--block-fp8", "per_channel"), ("the recipe fp8 asks for none",)),
         ((*NEVER[:-1], "none.npz"), ("there is no calibration file none.npz",)),
         ((*NEVER[:-1], "fakes:none"), ("fakes has no none",)),
-        ((*NEVER[:-1], "none.csv"), ("is no file that can be read",)),
+        ((*NEVER[:-1], "none.csv"), ("is not there: give a folder of images",)),
         ((*NEVER, "--dynamic", "x"), ("write it as input:axis=dimension",)),
         ((*NEVER[:3], "missing/m.onnx"), ("there is no directory",)),
         ((*NEVER[:3], "a_directory"), ("it is a directory",)),
