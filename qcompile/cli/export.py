@@ -130,8 +130,8 @@ def export(
         GPU to build for, such as sm89 or sm120; without --engine the engine is judged and not kept. Default: the GPU of
         this machine.
     profile:
-        For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max:
-        input_ids=1x32,4x128,8x512.
+        For each dynamic dimension its least, usual and largest size, as dimension=min,opt,max: seq=32,128,512; or for
+        an input its shapes: input_ids=1x32,4x128,8x512. What differs between several profiles is given several times.
     expect:
         What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4 and
         gemm_int8 are least counts, kernels is a largest one. A shortfall is exit code 1.

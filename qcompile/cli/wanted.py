@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qcompile.cli.options import Profile
+from qcompile.engine.profiles import Profile
 from qcompile.onnx.export import BlockFp8, Target
 from qcompile.recipe import Recipe
 
@@ -45,7 +45,7 @@ class Wanted:
     builds: bool
     engine: Path | None
     target: str | None
-    profiles: Profile | None
+    profiles: Sequence[Profile]
     expect: dict[str, int] | None
     report: Path | None
 

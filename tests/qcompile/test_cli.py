@@ -96,9 +96,10 @@ def test_dynamic_shapes_and_a_program_that_was_saved(here: Path, capsys: pytest.
     capsys.readouterr()
     assert run("export", "model.pt2", "-o", "again.onnx", "--recipe", "fp8") == 2
     assert "is quantized already" in capsys.readouterr().err
-    for command in (("build", "model.onnx"), (*EXPORT, "--dynamic-batch")):
+    for command in (("build", "model.onnx"), ("export", "model.pt2", "-o", "again.onnx"), (*EXPORT, *dynamic[:3])):
         assert run(*command, "--target", "sm89") == 2
-        assert "--profile tokens=1x" in capsys.readouterr().err
+        assert "--profile batch=1,8,32 length=32,128,512" in capsys.readouterr().err
+    assert run("build", "again.onnx", "--target", "sm89", "--profile", "batch=1,2,4", "length=32,64,128") == 0
 
 
 def _without_qdq() -> onnxruntime.SessionOptions:
@@ -213,20 +214,24 @@ def test_as_a_process(tmp_path: Path) -> None:
 
 
 def test_options() -> None:
-    assert parse_profiles(["a=1x32,4x128,8x512", "b=1,2,3"]) == {
-        "a": ((1, 32), (4, 128), (8, 512)),
-        "b": ((1,), (2,), (3,)),
-    }
-    assert parse_profiles([]) is None and parse_expect([]) is None
+    assert parse_profiles(["a=1x32,4x128,8x512", "b=1,2,3"]) == [{"a": ((1, 32), (4, 128), (8, 512)), "b": (1, 2, 3)}]
+    both = parse_profiles(["past=0,0,0", "batch=1,2,3", "past=1,64,128"])
+    assert both == [{"past": (0, 0, 0), "batch": (1, 2, 3)}, {"past": (1, 64, 128), "batch": (1, 2, 3)}]
+    assert parse_profiles([]) == [] and parse_expect([]) is None
     assert parse_expect(["kernels=149"]) == {"kernels": 149}
     for bad in ("a", "a=1x2", "a=1x2,2x2", "=1,2,3", "a=1,2,x", "a=1,2,3,4"):
-        with pytest.raises(UsageError, match="write it as input=min,opt,max"):
+        with pytest.raises(UsageError, match="write it as dimension=min,opt,max"):
             parse_profiles([bad])
-    with pytest.raises(UsageError, match="given twice"):
-        parse_profiles(["a=1,2,3", "a=1,2,3"])
+    with pytest.raises(UsageError, match="--profile b is given 2 times, and another one 3 times"):
+        parse_profiles(3 * ["a=1,2,3"] + 2 * ["b=1,2,3"])
     for bad in ("kernels", "kernels=-1", "=3", "kernels=x"):
         with pytest.raises(UsageError, match="write it as key=count"):
             parse_expect([bad])
-    require_profile({"a": [1, 2]}, None)
-    with pytest.raises(UsageError, match=r"a has dynamic dimensions[^$]*--profile a=1x32x7,8x128x7,32x512x7"):
-        require_profile({"a": ["batch", "n", 7], "b": [1]}, None)
+    require_profile({"a": [1, 2]}, [])
+    require_profile({"a": ["n", "n + 1"]}, [{"n": (1, 2, 3)}])
+    require_profile({"a": ["n"]}, [{"m": (1, 2, 3)}])  # the engine names what there is
+    for given in ([], [{"n": (1, 2, 3)}]):
+        with pytest.raises(UsageError, match=r"a has dynamic dimensions[^$]*--profile batch=1,8,32 n=32,128,512"):
+            require_profile({"a": ["batch", "n", 7], "b": [1]}, given)
+    with pytest.raises(UsageError, match=r"--profile a=1x32x7,8x128x7,32x512x7"):
+        require_profile({"a": ["?", "?", 7]}, [])

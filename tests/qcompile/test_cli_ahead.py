@@ -80,7 +80,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER, "--expect", "kernels=9"), ("no target was given", "--target sm89")),
         ((*NEVER, "--engine", "e"), ("no target was given", "--target sm89")),
         ((*NEVER, "--target", "sm89", "--expect", "speed=3"), ("unknown key 'speed'",)),
-        ((*NEVER, "--target", "sm89", "--profile", "x=1,2"), ("write it as input=min,opt,max",)),
+        ((*NEVER, "--target", "sm89", "--profile", "x=1,2"), ("write it as dimension=min,opt,max",)),
         ((*NEVER, "--profile", "x=1,2,3"), ("--profile is for an engine",)),
         ((*NEVER, "--opset", "18"), ("FP8 needs 19 or later",)),
         ((*NEVER, "--opset", "24"), ("torch.onnx writes up to 23",)),
