@@ -31,6 +31,7 @@ def export(
     batch: Annotated[int, _MODEL] = 1,
     sequence: Annotated[int | None, _MODEL] = None,
     submodule: Annotated[str | None, _MODEL] = None,
+    input_: Annotated[list[str], _MODEL, Several, Parameter(name="--input")] = [],  # noqa: B006
     dynamic: Annotated[list[str], _MODEL, Several] = [],  # noqa: B006  # nobody changes it
     dynamic_batch: Annotated[bool, _MODEL, _NO] = False,
     recipe: Annotated[str | None, _QUANTIZATION] = None,
@@ -71,7 +72,8 @@ def export(
     ----------
     source:
         A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
-        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]). What is quantized
+        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]), or with --input the
+        model alone. What is quantized
         already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
         and scales, and takes no recipe; calibration data is for the q of attentions whose k and v it has in FP8.
     output:
@@ -88,6 +90,10 @@ def export(
         else 128, or what the model takes if that is less.
     submodule:
         Take this part of a directory's model, such as model.encoder of Whisper.
+    input_:
+        Declare an example input, as name=shape:dtype: x=2x8x64:float32 ids=2:int64. What is declared is all that the
+        model is called with: for directories whose inputs are not known, functions that return a model alone, and
+        programs that were saved without examples.
     dynamic:
         Make an axis of an input dynamic, as input:axis=dimension[:least:largest]: input_ids:1=seq:1:512
         attention_mask:1=seq. A model with a table of positions needs the range.
@@ -152,6 +158,7 @@ def export(
             "--output": output,
             "--random-weights": random_weights is not None,
             "--submodule": submodule,
+            "--input": input_,
             "--dynamic": dynamic,
             "--dynamic-batch": dynamic_batch,
             "--dtype": dtype,
@@ -186,6 +193,7 @@ def export(
 
     import qcompile
     from qcompile.cli.route import Wanted, export_onnx
+    from qcompile.source import parse_inputs
 
     return export_onnx(
         Wanted(
@@ -194,6 +202,7 @@ def export(
             batch=batch,
             sequence=sequence,
             submodule=submodule,
+            inputs=parse_inputs(input_),
             dynamic=dynamic,
             dynamic_batch=dynamic_batch,
             recipe=qcompile.load_recipe(recipe or "fp8", set_),

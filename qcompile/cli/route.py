@@ -57,5 +57,6 @@ def _load(wanted: Wanted, calibration: Data | None) -> Source:
         sequence=wanted.sequence,
         submodule=wanted.submodule,
         shapes=calibration.shapes() if calibration is not None else {},
+        inputs=wanted.inputs,
     )
     return with_dynamic_shapes(source, wanted.dynamic, batch=wanted.dynamic_batch)

@@ -11,6 +11,7 @@ import torch
 from qcompile.engine.profiles import Profile
 from qcompile.onnx.export import BlockFp8, Target
 from qcompile.recipe import Recipe
+from qcompile.source import Declared
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Wanted:
     batch: int
     sequence: int | None
     submodule: str | None
+    inputs: Sequence[Declared]
     dynamic: Sequence[str]
     dynamic_batch: bool
     recipe: Recipe

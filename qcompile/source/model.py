@@ -12,7 +12,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.errors import SourceError
 from qcompile.record import record_of
 
 
@@ -86,17 +85,10 @@ class Source:
         return found
 
     def batch(self, flat: list[Any]) -> Any:
-        """Flat inputs in the order of `inputs` as one calibration batch: an argument tuple or a keyword dict.
-
-        Raises SourceError for a model that is called with both, which calibration batches cannot say.
-        """
+        """Flat inputs in the order of `inputs` as one calibration batch: arguments, keywords, or `(args, kwargs)`."""
         _, spec = pytree.tree_flatten((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(flat, spec)
-        if args and kwargs:
-            raise SourceError(
-                f"{self.name} has positional and keyword inputs: to calibrate it, give all of them one way"
-            )
-        return kwargs or args
+        return (args, kwargs) if args and kwargs else kwargs or args
 
     def _positional_names(self) -> list[str]:
         if isinstance(self.model, ExportedProgram):

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 import qcompile
 from qcompile.errors import CalibrationError, CheckpointError, SourceError
 from qcompile.quantized import is_quantized
-from qcompile.source import Source, load_source, open_calibration, with_dynamic_shapes
+from qcompile.source import Source, load_source, open_calibration, parse_inputs, with_dynamic_shapes
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +42,7 @@ def wrong(): return nn.Linear(4, 4)
 def fails(): raise RuntimeError("out of coffee")
 def batches(): return ((torch.ones(2, 4),) for _ in range(3))
 def one_batch(): return torch.ones(2, 4)
+def lazy(): return type("Lazy", (nn.Module,), {"forward": lambda self, input, other: input})()
 constant = 3
 """
 
@@ -242,6 +243,73 @@ def test_factories(factories: str) -> None:
 def test_factory_errors(factories: str, name: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         load_source(name.format(factories))
+
+
+# --- declared inputs
+
+
+def declared(*texts: str) -> list[Any]:
+    return parse_inputs(texts)
+
+
+def test_a_function_that_returns_a_model_alone(factories: str) -> None:
+    source = load_source(f"{factories}:wrong", inputs=declared("input=3x4:float16"))
+    assert source.dims == {"input": [3, 4]} and source.args[0].dtype == torch.float16 and not source.kwargs
+    source = load_source(f"{factories}:keywords", inputs=declared("input=3x4:float32"))
+    assert source.kwargs["input"].shape == (3, 4) and not source.args
+
+
+def test_a_program_without_example_inputs(tmp_path: Path) -> None:
+    path = str(tmp_path / "two.pt2")
+    program = torch.export.export(Two(), (torch.ones(2, 8),), {"ids": torch.ones(2, dtype=torch.int64)})
+    program._example_inputs = None  # as of programs that other tools made
+    torch.export.save(program, path)
+    with pytest.raises(SourceError, match="without example inputs; declare them: --input") as told:
+        load_source(path)
+    texts = [text for text in str(told.value).split() if "=" in text]
+    assert texts == ["x=2x8:float32", "ids=2:int64"]
+    source = load_source(path, inputs=declared(*texts))
+    assert source.dims == {"x": [2, 8], "ids": [2]} and not source.kwargs["ids"].any()
+    quantized = qcompile.quantize(source.model, recipe="fp8_per_channel_per_token", progress=False)
+    assert quantized.module()(torch.ones(2, 8), ids=torch.ones(2, dtype=torch.int64)).shape == (2, 8)
+    for wrong in (["x=2x8:float32"], ["x=2x9:float32", texts[1]], [texts[0], "ids=2:int32"], [*texts, "y=1:bool"]):
+        with pytest.raises(SourceError, match=r"other inputs .*: --input x=2x8:float32 --input ids=2:int64"):
+            load_source(path, inputs=declared(*wrong))
+
+
+def test_a_directory_whose_inputs_are_declared(tmp_path: Path) -> None:
+    directory = config_only(tmp_path, transformers.BertConfig(**BERT), "BertModel")
+    texts = ("input_ids=2x16:int64", "attention_mask=2x16:int64", "position_ids=2x16:int64")
+    source = load_source(directory, random_weights=0, inputs=declared(*texts))
+    assert isinstance(source.model, nn.Module) and source.kwargs["attention_mask"].all()
+    assert source.kwargs["input_ids"].unique().numel() > 8 and not source.kwargs["position_ids"].any()
+    with torch.no_grad():
+        source.model(**source.kwargs)
+    config_only(tmp_path, transformers.ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8), "ResNetModel")
+    with pytest.raises(SourceError, match=r"no image_size.*--input NAME=SHAPE:DTYPE"):
+        load_source(directory, random_weights=0)
+    pixels = declared("pixel_values=1x3x32x32:float32")
+    assert load_source(directory, random_weights=0, inputs=pixels).dims == {"pixel_values": [1, 3, 32, 32]}
+    with pytest.raises(SourceError, match=r"--input pixels: .* takes no such input; it takes pixel_values"):
+        load_source(directory, random_weights=0, inputs=declared("pixels=1:bool"))
+
+
+def test_declarations(factories: str) -> None:
+    assert [str(one) for one in declared("step=:int64", "x=2x3:bool")] == ["step=:int64", "x=2x3:bool"]
+    for bad in ("x", "x=2x3", "x=2x:int64", "x=2:long", "=2:int64"):
+        with pytest.raises(SourceError, match="write it as name=shape:dtype"):
+            declared(bad)
+    with pytest.raises(SourceError, match="given twice"):
+        declared("x=2:int64", "x=2:int64")
+    with pytest.raises(SourceError, match="needs input, too"):
+        load_source(f"{factories}:lazy", inputs=declared("other=2:int64"))
+
+
+def test_batches_of_arguments_and_keywords_together(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(4, 8), "ids": torch.arange(4)}, tmp_path / "data.pt")
+    source = Source(Two().eval(), (torch.ones(2, 8),), {"ids": torch.arange(2)})
+    args, kwargs = open_calibration(str(tmp_path / "data.pt")).batches(source)[1]  # type: ignore[index]
+    assert args[0].shape == (2, 8) and kwargs["ids"].tolist() == [2, 3]
 
 
 # --- dynamic shapes
