@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from qcompile.ahead import check_model_target, check_recipe_target, formats_of
-from qcompile.cli.options import UsageError, require_profile
+from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError, require_profile
 from qcompile.cli.wanted import Wanted
 from qcompile.engine.backend import find_backend
 from qcompile.engine.profiles import checked_profiles
@@ -19,6 +19,7 @@ from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
 from qcompile.quantized import is_quantized
 from qcompile.recipe.asked import asked_formats, calibrates
+from qcompile.remedy import with_remedy
 from qcompile.sizes import least_bytes
 from qcompile.source import Data, Source, open_calibration, parse_dynamic
 
@@ -33,8 +34,8 @@ def check_before_loading(wanted: Wanted) -> Data | None:
     _target(wanted)
     if wanted.compare and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
-            "the file is compared with the program in ONNX Runtime, which is not installed: pip install"
-            " 'qcompile[onnxruntime]', or leave the comparison out with --no-compare"
+            "the file is compared with the program in ONNX Runtime, which is not installed: leave the comparison out"
+            " with --no-compare, or pip install 'qcompile[onnxruntime]'"
         )
     is_directory = (Path(wanted.source) / "config.json").is_file()
     if is_directory and importlib.util.find_spec("transformers") is None:
@@ -97,10 +98,11 @@ def _check_recipe(wanted: Wanted) -> None:
 
 def _check_calibration(wanted: Wanted) -> None:
     if wanted.calibration is None and calibrates(wanted.recipe):
-        raise CalibrationError(
+        problem = CalibrationError(
             f"the recipe {wanted.recipe.metadata.name} needs calibration data for the ranges of activations:"
-            " --calibration FILE, or --calibration random to try out without data"
+            f" {HOW_TO_CALIBRATE}"
         )
+        raise with_remedy(problem, RANDOM_DATA)
 
 
 def _check_opset(wanted: Wanted, formats: Container[str]) -> None:

@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from qcompile.cli.build import build
+from qcompile.cli.command import better_command
 from qcompile.cli.console import err
 from qcompile.cli.demo import demo
 from qcompile.cli.export import export
@@ -77,7 +78,8 @@ def _launch(
     except (QCompileError, OSError) as error:
         if debug or os.environ.get("QCOMPILE_DEBUG"):
             raise
-        _say(str(error))
+        better = better_command(tokens, error) if isinstance(error, QCompileError) else None
+        _say(f"{error}\nThis works:\n  {better}" if better else str(error))
         return FALLS_SHORT if isinstance(error, VerificationError | ExpectationError) else WRONG_USAGE
     return result if isinstance(result, int) else GOOD
 

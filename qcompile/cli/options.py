@@ -9,6 +9,13 @@ from typing import Any
 from qcompile.engine.profile_dims import NAME, likely, with_shapes
 from qcompile.engine.profiles import Profile
 from qcompile.errors import QCompileError
+from qcompile.remedy import Remedy, with_remedy
+
+HOW_TO_CALIBRATE = (
+    "give --calibration a folder of images, a .txt or .jsonl file, or tensors (.npz, .safetensors), or take a recipe"
+    " with dynamic activations such as fp8_per_channel_per_token; random data are good for trying out only"
+)
+RANDOM_DATA = Remedy(options={"--calibration": ("random",)})
 
 
 class UsageError(QCompileError):
@@ -51,11 +58,12 @@ def require_profile(inputs: Mapping[str, Sequence[int | str]], profiles: Sequenc
     for profile in profiles or [{}]:
         if profile.keys() <= known and (missing := dynamic.keys() - with_shapes(profile, inputs).keys()):
             names = [name for name in dynamic if name in missing]
-            example = " ".join(f"{name}={_written(sizes)}" for name, sizes in likely(dynamic).items())
-            raise UsageError(
+            example = tuple(f"{name}={_written(sizes)}" for name, sizes in likely(dynamic).items())
+            problem = UsageError(
                 f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} dynamic dimensions, for which the engine"
-                f" needs the least, the usual and the largest size, such as\n  --profile {example}"
+                f" needs the least, the usual and the largest size, such as\n  --profile {' '.join(example)}"
             )
+            raise with_remedy(problem, Remedy(options={"--profile": example}))
 
 
 def _written(sizes: Sequence[Any]) -> str:

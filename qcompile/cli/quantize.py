@@ -12,9 +12,10 @@ from torch.export import ExportedProgram
 
 import qcompile
 from qcompile.cli.console import interactive, step, warn
-from qcompile.cli.options import UsageError
+from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.quantized import is_finished
+from qcompile.remedy import with_remedy
 from qcompile.source import MADE_UP, Data, Source
 
 
@@ -44,8 +45,8 @@ def quantized(
     except CalibrationError as error:
         if calibration is not None:
             raise
-        hint = "On the command line: --calibration FILE, or --calibration random to try out without data"
-        raise CalibrationError(f"{error}\n{hint}") from error
+        problem = CalibrationError(f"{error}\nOn the command line: {HOW_TO_CALIBRATE}")
+        raise with_remedy(problem, RANDOM_DATA) from error
     return program, first
 
 

@@ -59,7 +59,9 @@ def find_backend(target: str | None, package: str | None = None) -> Backend:
 
 def _nothing_installed(wanted: int, here: int | None) -> str:
     if _import("tensorrt") is None:
-        return "building an engine needs TensorRT: pip install 'qcompile[tensorrt-rtx]' (works without a GPU)"
+        return (
+            "building an engine needs TensorRT, of which RTX works without a GPU: pip install 'qcompile[tensorrt-rtx]'"
+        )
     gpu = f"this machine's GPU is sm{here}" if here is not None else "this machine has no usable GPU"
     return (
         f"tensorrt builds only for the GPU at hand, and {gpu}: to build for sm{wanted} ahead of time, "

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from qcompile.engine.profile_dims import NAME, likely, with_shapes
 from qcompile.errors import EngineError
+from qcompile.remedy import meant, with_remedy
 
 Shape = Sequence[int]
 ShapeProfile = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -56,9 +57,10 @@ def checked_profiles(
     for profile in found:
         if unknown := [name for name in profile if name not in inputs]:
             dimensions = f", and its dynamic dimensions {', '.join(named)}" if named else ""
-            raise EngineError(
+            problem = EngineError(
                 f"the profile names {unknown[0]!r}, but the file's inputs are {', '.join(inputs)}{dimensions}"
             )
+            raise with_remedy(problem, meant(unknown[0], [*named, *inputs]))
         if missing := {name: dims for name, dims in dynamic.items() if name not in profile}:
             raise EngineError(_missing(missing, dynamic))
         for name, shapes in profile.items():

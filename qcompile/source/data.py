@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from qcompile.errors import CalibrationError
+from qcompile.remedy import Remedy, with_remedy
+from qcompile.source.examples import TEXT_INPUTS
 from qcompile.source.model import Source
 
 DEFAULT_SAMPLES = 128
@@ -66,38 +68,68 @@ def batch_size(wanted: Mapping[str, torch.Tensor]) -> int:
 
 
 def as_batch(source: Source, tensors: Mapping[str, Any], data: str) -> Any:
-    """One batch of `source`: the tensors by name, cast as `fitting` does, and of other inputs the examples."""
-    wanted = tensor_inputs(source)
-    dims = source.dims
-    fit = {name: fitting(name, tensors[name], example, dims[name], data) for name, example in wanted.items()}
+    """One batch of `source`: the tensors as `fitting` makes them, and of other inputs the examples."""
+    fit = fitting(source, tensors, data)
     return source.batch([fit.get(name, value) for name, value in source.inputs.items()])
 
 
-def fitting(name: str, tensor: Any, example: torch.Tensor, dims: Sequence[int | str], data: str) -> torch.Tensor:
-    """`tensor` in the dtype of the example, where that changes no meaning.
+def fitting(source: Source, tensors: Mapping[str, Any], data: str) -> dict[str, torch.Tensor]:
+    """The tensors that the model takes, in its dtypes, where that changes no meaning.
 
     Args:
-        dims: the axes of the input, with a name for each that is dynamic; the first one is the samples.
-        data: what the message calls the data.
+        tensors: by input, samples on the first axis.
+        data: what messages call them.
+
+    Raises:
+        CalibrationError: a tensor has another number of axes, another size than was captured, or another kind of dtype.
     """
-    found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != example.ndim:
-        raise CalibrationError(f"{data}: {name} is {found}, but the model takes {_shown(dims)} (samples first)")
-    differ = [
-        f"--dynamic {name}:{axis}"
-        for axis, (size, dim) in enumerate(zip(tensor.shape, dims, strict=True))
-        if axis and isinstance(dim, int) and size != dim
-    ]
+    dims, wanted = source.dims, tensor_inputs(source)
+    for name, example in wanted.items():
+        tensor = tensors[name]
+        found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != example.ndim:
+            raise CalibrationError(
+                f"{data}: {name} is {found}, but the model takes {_shown(dims[name])} (samples first)"
+            )
+        if tensor.is_floating_point() != example.is_floating_point():
+            raise CalibrationError(
+                f"{data}: {name} is {tensor.dtype}, but the model takes {example.dtype}: prepare the data as for"
+                " the model"
+            )
+    _check_sizes(source, {name: tensors[name] for name in wanted}, data)
+    return {name: tensors[name].to(example.dtype) for name, example in wanted.items()}
+
+
+def _check_sizes(source: Source, tensors: Mapping[str, torch.Tensor], data: str) -> None:
+    differ = {
+        (name, axis): (dim, tensor.shape[axis])
+        for name, tensor in tensors.items()
+        for axis, dim in enumerate(source.dims[name])
+        if axis and isinstance(dim, int) and tensor.shape[axis] != dim
+    }
     if differ:
-        raise CalibrationError(
-            f"{data}: {name} is {found}, but the model was captured with {_shown(dims)} (samples first): give data of"
-            f" that size, or let it vary with {' '.join(differ)}"
+        name = next(iter(differ))[0]
+        problem = CalibrationError(
+            f"{data}: {name} is {list(tensors[name].shape)}, but the model was captured with"
+            f" {_shown(source.dims[name])} (samples first): give data of that size, or capture with the size of the"
+            " data, or with a dynamic one"
         )
-    if tensor.is_floating_point() != example.is_floating_point():
-        raise CalibrationError(
-            f"{data}: {name} is {tensor.dtype}, but the model takes {example.dtype}: prepare the data as for the model"
-        )
-    return tensor.to(example.dtype)
+        raise with_remedy(problem, _other_sizes(source, differ))
+
+
+def _other_sizes(source: Source, differ: Mapping[tuple[str, int], tuple[int, int]]) -> Remedy:
+    """Axes that differ in the same way are one dimension; of text in a directory it is the length."""
+    if source.program is not None:
+        return Remedy()  # has its sizes for good
+    pairs = dict.fromkeys(differ.values())
+    if (
+        hasattr(source.model, "main_input_name")
+        and len(pairs) == 1
+        and {name for name, _ in differ} <= set(TEXT_INPUTS)
+    ):
+        return Remedy(options={"--sequence": (str(next(iter(pairs))[1]),)})
+    dims = {pair: f"size_{i}" for i, pair in enumerate(pairs)}
+    return Remedy(options={"--dynamic": tuple(f"{n}:{axis}={dims[pair]}" for (n, axis), pair in differ.items())})
 
 
 def _shown(dims: Sequence[int | str]) -> str:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from passes.graph import val
 from qcompile.errors import SourceError
 from qcompile.messages import some
+from qcompile.remedy import Remedy, meant, with_remedy
 from qcompile.source.model import Source
 
 _INPUT = re.compile(r"(?P<name>\w+)=(?P<shape>(\d+(x\d+)*)?):(?P<dtype>\w+)")
@@ -115,8 +116,9 @@ def _check_program(program: ExportedProgram, declared: Sequence[Declared], name:
     shapes = {node.name: val(node).shape for node in program.graph.find_nodes(op="placeholder") if node.name in wanted}
     fit = {one.name for one in declared if one.name in wanted and _fits(one, shapes[one.name], wanted[one.name].dtype)}
     if fit != wanted.keys() or len(declared) != len(wanted):
-        told = " ".join(f"--input {one}" for one in wanted.values())
-        raise SourceError(f"{name} was exported for other inputs than the declared ones: {told}")
+        told = tuple(map(str, wanted.values()))
+        problem = SourceError(f"{name} was exported for other inputs than the declared ones: --input {' '.join(told)}")
+        raise with_remedy(problem, Remedy(options={"--input": told}))
 
 
 def _fits(one: Declared, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> bool:
@@ -131,6 +133,7 @@ def _check_signature(model: torch.nn.Module, declared: Sequence[Declared], name:
     taken = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     names = [one.name for one in declared]
     if unknown := [n for n in names if n not in taken and not open_ended]:
-        raise SourceError(f"--input {unknown[0]}: {name} takes no such input; it takes {', '.join(taken)}")
+        problem = SourceError(f"--input {unknown[0]}: {name} takes no such input; it takes {', '.join(taken)}")
+        raise with_remedy(problem, meant(unknown[0], taken))
     if missing := [n for n, p in taken.items() if p.default is p.empty and n not in names]:
         raise SourceError(f"{name} needs {some(missing)}, too: declare every input, with --input NAME=SHAPE:DTYPE")

@@ -12,6 +12,7 @@ import torch
 from qcompile.errors import SourceError
 
 _DEFAULT_TOKENS = 128
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 _AUDIO_SAMPLES = 16000
 
 

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 import passes.ir  # noqa: F401  # a saved program of ours holds these operators
 from qcompile.errors import SourceError
+from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.declared import Declared, inputs_of, with_inputs
 from qcompile.source.examples import Sizes
 from qcompile.source.huggingface import load_directory
@@ -141,8 +142,11 @@ def _load_program(path: Path, declared: bool) -> Source:
         raise SourceError(f"there is no file {path}")
     program = _deserialize(path)
     if program.example_inputs is None and not declared:
-        told = " ".join(f"--input {one}" for one in inputs_of(program))
-        raise SourceError(f"{path}: the program was saved without example inputs; declare them: {told}")
+        told = tuple(map(str, inputs_of(program)))
+        problem = SourceError(
+            f"{path}: the program was saved without example inputs; declare them: --input {' '.join(told)}"
+        )
+        raise with_remedy(problem, Remedy(options={"--input": told}))
     args, kwargs = program.example_inputs or ((), {})
     return Source(program, tuple(args), dict(kwargs), None, path.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import CalibrationError
+from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.data import Data, batch_size, fitting, tensor_inputs
 from qcompile.source.model import Source
 
@@ -54,8 +56,7 @@ class TensorFile(Data):
                 )
             data = {next(iter(wanted)): data}
         _check_names(data, wanted, self.path)
-        dims = source.dims
-        fit = {name: fitting(name, data[name], example, dims[name], self.name) for name, example in wanted.items()}
+        fit = fitting(source, data, self.name)
         total, size = self._count(fit), batch_size(wanted)
         if total < size:
             raise CalibrationError(f"{self.name} has {total} samples, fewer than one batch of {size}")
@@ -127,11 +128,46 @@ def _first_line(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _check_names(data: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def _check_names(data: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
     missing, unknown = sorted(wanted.keys() - data.keys()), sorted(data.keys() - wanted.keys())
     if missing or unknown:
         lacks = f"lacks {', '.join(missing)}" if missing else ""
         extra = f"holds {', '.join(unknown)}, which the model does not take" if unknown else ""
-        raise CalibrationError(
+        problem = CalibrationError(
             f"{path} {' and '.join(filter(None, (lacks, extra)))}; the model's inputs are {', '.join(wanted)}"
         )
+        raise with_remedy(problem, _renamed(data, wanted, path))
+
+
+_READ_WRITE = {
+    ".npz": ("import numpy as np", "dict(np.load({}))", "np.savez({}, **d)"),
+    ".safetensors": ("from safetensors.torch import load_file, save_file", "load_file({})", "save_file(d, {})"),
+    ".pt": ("import torch", "torch.load({})", "torch.save(d, {})"),
+}
+
+
+def _renamed(data: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], path: Path) -> Remedy:
+    """A file with the names of the model, if it is clear which is which: by their number of axes and kind of dtype."""
+    missing = [name for name in wanted if name not in data]
+    spare = [name for name in data if name not in wanted]
+    pairs = {}
+    for name in missing:
+        like = [other for other in spare if _alike(data[other], wanted[name])]
+        if len(like) != 1 or path.suffix not in _READ_WRITE:
+            return Remedy()
+        pairs[name] = like[0]
+        spare.remove(like[0])
+    new = path.with_stem(f"{path.stem}-renamed")
+    imports, read, write = _READ_WRITE[path.suffix]
+    moves = [f"d[{name!r}] = d.pop({other!r})" for name, other in pairs.items()]
+    moves += [f"d.pop({other!r})" for other in spare]
+    lines = [imports, f"d = {read.format(repr(str(path)))}", *moves, write.format(repr(str(new)))]
+    return Remedy(first=f"python -c {shlex.quote('; '.join(lines))}", options={"--calibration": (str(new),)})
+
+
+def _alike(tensor: Any, example: torch.Tensor) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.ndim == example.ndim
+        and tensor.is_floating_point() == example.is_floating_point()
+    )

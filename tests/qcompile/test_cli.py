@@ -133,7 +133,7 @@ def test_random_calibration_says_so_loudly(here: Path, capsys: pytest.CaptureFix
         ((*EXPORT, "--target", "sm1"), "sm1"),
         ((*EXPORT, "--report", "missing/report.json"), "there is no directory"),
         ((*EXPORT[:4], "--calibration", "none.npz"), "there is no calibration file none.npz"),
-        (EXPORT[:4], "--calibration FILE, or --calibration random"),
+        (EXPORT[:4], "qcompile export models:make -o model.onnx --calibration random"),
         (("export", "nothing", "-o", "model.onnx"), "a source is a Hugging Face directory"),
         (("inspect", "nothing.onnx"), "there is no file nothing.onnx"),
         (("inspect", "models.json"), "not a report of qcompile"),
