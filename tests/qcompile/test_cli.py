@@ -192,7 +192,7 @@ def test_recipes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "check", "bad.yaml") == 2
 
 
-@pytest.mark.parametrize("command", ["", "export", "build", "inspect", "recipes", "demo"])
+@pytest.mark.parametrize("command", ["", "export", "build", "inspect", "recipes", "demo", "doctor", "completion"])
 def test_help_has_examples_and_markdown_eats_no_star(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0
     shown = capsys.readouterr().out
@@ -211,6 +211,25 @@ def test_as_a_process(tmp_path: Path) -> None:
         [*python, "--debug", "recipes", "show", "nothing"], capture_output=True, text=True, env=environment
     )
     assert failed.returncode != 0 and "Traceback" in failed.stderr
+
+
+def test_completion_by_bash_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is written."""
+    assert run("completion", "bash") == 0
+    script = capsys.readouterr().out
+    assert {p.name for p in here.iterdir()} - {"__pycache__"} == {"models.py"}
+    script += """
+complete_line() {
+    COMP_LINE="$*"; COMP_WORDS=($*); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+    $(complete -p qcompile | sed 's/.*-F \\([^ ]*\\).*/\\1/') qcompile "${COMP_WORDS[COMP_CWORD]}" x
+    echo "${COMPREPLY[@]}"
+}
+complete_line qcompile rec
+complete_line qcompile export --cali
+complete_line qcompile export m --format mod
+"""
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert [line.split() for line in shown.stdout.splitlines()] == [["recipes"], ["--calibration"], ["modelopt"]]
 
 
 def test_options() -> None:
