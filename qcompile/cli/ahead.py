@@ -18,6 +18,7 @@ from qcompile.onnx.export import OPSETS
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
 from qcompile.quantized import is_quantized
+from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats, calibrates
 from qcompile.remedy import with_remedy
 from qcompile.sizes import least_bytes
@@ -97,9 +98,15 @@ def _check_recipe(wanted: Wanted) -> None:
 
 
 def _check_calibration(wanted: Wanted) -> None:
-    if wanted.calibration is None and calibrates(wanted.recipe):
+    if wanted.calibration is None and not wanted.dry_run:
+        check_needs_no_data(wanted.recipe)
+
+
+def check_needs_no_data(recipe: Recipe) -> None:
+    """Raise CalibrationError for a recipe that calibrates linear layers."""
+    if calibrates(recipe):
         problem = CalibrationError(
-            f"the recipe {wanted.recipe.metadata.name} needs calibration data for the ranges of activations:"
+            f"the recipe {recipe.metadata.name} needs calibration data for the ranges of activations:"
             f" {HOW_TO_CALIBRATE}"
         )
         raise with_remedy(problem, RANDOM_DATA)

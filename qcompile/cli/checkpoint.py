@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from qcompile.cli.console import interactive, out, step
 from qcompile.cli.options import UsageError
 from qcompile.tables import show_checkpoint
@@ -24,6 +26,7 @@ def write_checkpoint(
     samples: int | None,
     batch: int,
     sequence: int | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """Write the checkpoint and show its report, which is returned as JSON data."""
     import torch
@@ -32,6 +35,7 @@ def write_checkpoint(
     from qcompile.checkpoint.files.directory import check_new
     from qcompile.checkpoint.write.job import DEFAULT_RECIPES, check_names
     from qcompile.checkpoint.write.save import save_checkpoint
+    from qcompile.cli.ahead import check_needs_no_data
     from qcompile.source import load_source, open_calibration
 
     if not Path(source).is_dir():
@@ -47,7 +51,11 @@ def write_checkpoint(
     chosen = qcompile.load_recipe(name, overrides)
     check_new(target)
     notices: list[str] = []
-    if data is None:
+    if dry_run:
+        report = check_names(source, target, chosen_format, chosen)
+        out().print(Text(f"Dry run of {source}: nothing is written", style="bold"))
+    elif data is None:
+        check_needs_no_data(chosen)
         step(f"writing {target} with the recipe {chosen.metadata.name}")
         report = save_checkpoint(source, target, format=chosen_format, recipe=chosen, progress=interactive())
     else:

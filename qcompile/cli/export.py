@@ -27,6 +27,7 @@ def export(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     report: Path | None = None,
+    dry_run: Annotated[bool, _NO] = False,
     random_weights: Annotated[int | None, _MODEL] = None,
     batch: Annotated[int, _MODEL] = 1,
     sequence: Annotated[int | None, _MODEL] = None,
@@ -58,6 +59,7 @@ def export(
     ```
     qcompile export ./vit-base -o vit.onnx --calibration photos/ --engine vit.engine --target sm89
     qcompile export ./vit-base -o vit.onnx --random-weights 0 --calibration random
+    qcompile export ./vit-base -o vit.onnx --recipe nvfp4 --dry-run
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
     qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration texts.jsonl --target sm120
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
@@ -81,6 +83,9 @@ def export(
         --to-checkpoint.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
+    dry_run:
+        Show what would be captured, quantized, declined and written, and stop there. Nothing is calibrated, and no data
+        are needed.
     random_weights:
         Make up the weights of a Hugging Face directory with this seed; they need not be there.
     batch:
@@ -175,8 +180,10 @@ def export(
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
         check_writable(report)
-        written = write_checkpoint(source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence)
-        if report is not None:
+        written = write_checkpoint(
+            source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence, dry_run
+        )
+        if report is not None and not dry_run:
             write_json(report, {"source": source, "checkpoint": written})
         return 0
     if output is None:
@@ -222,5 +229,6 @@ def export(
             profiles=profiles,
             expect=expected,
             report=report,
+            dry_run=dry_run,
         )
     )

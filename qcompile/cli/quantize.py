@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,20 @@ def quantized(
 ) -> tuple[ExportedProgram, Any]:
     """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
     batches, first = _calibration(calibration, source)
+    return quantized_with(batches, source, recipe, dtype), first
+
+
+def quantized_with(
+    batches: Iterable[Any] | Mapping[str, torch.Tensor] | None,
+    source: Source,
+    recipe: qcompile.Recipe,
+    dtype: torch.dtype | None,
+) -> ExportedProgram:
+    """The quantized program; errors are in the words of the command line."""
     step(f"quantizing with the recipe {recipe.metadata.name}")
     args, kwargs = _inputs(source)
     try:
-        program = qcompile.quantize(
+        return qcompile.quantize(
             source.model,
             args,
             kwargs,
@@ -43,11 +53,10 @@ def quantized(
         hint = "On the command line a range is given like this: --dynamic input_ids:1=sequence:1:512"
         raise CaptureError(f"{error}\n{hint}") from error
     except CalibrationError as error:
-        if calibration is not None:
+        if batches is not None:
             raise
         problem = CalibrationError(f"{error}\nOn the command line: {HOW_TO_CALIBRATE}")
         raise with_remedy(problem, RANDOM_DATA) from error
-    return program, first
 
 
 def imported(source: Source, calibration: Data | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:

@@ -9,7 +9,8 @@ import qcompile
 from qcompile.cli.ahead import check_before_loading, check_before_quantizing
 from qcompile.cli.build import build_and_show
 from qcompile.cli.console import out, step, write_json
-from qcompile.cli.quantize import imported, quantized, save
+from qcompile.cli.preview import AnyRange, show_preview
+from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.wanted import Wanted
 from qcompile.source import Data, Source, load_source, with_dynamic_shapes
 from qcompile.tables import show_export
@@ -21,7 +22,15 @@ def export_onnx(wanted: Wanted) -> int:
     """Write what is wanted, and show the reports."""
     calibration = check_before_loading(wanted)
     source = _load(wanted, calibration)
-    if check_before_quantizing(wanted, source):
+    finished = check_before_quantizing(wanted, source)
+    if wanted.dry_run:
+        if finished:
+            program, _ = imported(source, None, wanted.dtype)
+        else:
+            program = quantized_with(AnyRange(), source, wanted.recipe, wanted.dtype)
+        show_preview(wanted, source, program, calibration)
+        return 0
+    if finished:
         program, first = imported(source, calibration, wanted.dtype)
     else:
         program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)

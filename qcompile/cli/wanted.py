@@ -50,6 +50,7 @@ class Wanted:
     profiles: Sequence[Profile]
     expect: dict[str, int] | None
     report: Path | None
+    dry_run: bool
 
     @property
     def outputs(self) -> list[Path]:

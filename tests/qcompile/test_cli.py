@@ -57,6 +57,10 @@ EXPORT = ("export", "models:make", "-o", "model.onnx", "--calibration", "models:
 def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     engine = ("--engine", "model.engine", "--target", "sm89", "--expect", "attention_fp8=1", "gemm_fp8=2")
+    assert run(*EXPORT[:4], *engine, "--report", "report.json", "--dry-run") == 0
+    foreseen = capsys.readouterr().out
+    assert {p.name for p in here.iterdir()} - {"__pycache__"} == {"models.py"}
+    assert all(word in foreseen for word in ("tokens", "[2, 40, 64]", "model.engine", "engine for sm89", "report.json"))
     assert run(*EXPORT, *engine, "--report", "report.json") == 0
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == {
         *("models.py", "model.onnx", "model.engine", "report.json")
@@ -65,7 +69,10 @@ def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) ->
     report = json.loads((here / "report.json").read_text())
     assert report["export"]["unquantized"] == {"classifier": "linear"}
     assert report["engine"]["attention"] == {"total": 1, "fused": 1, "fp8": 1, "int8": 0}
-    assert "layer by layer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "layer by layer" in shown
+    coverage = shown[shown.index("Coverage") : shown.index("Headroom")]
+    assert "1 of 1" in coverage and coverage in foreseen, "a dry run tells what comes"
 
     assert run("inspect", "report.json") == 0
     shown = capsys.readouterr().out
