@@ -158,6 +158,11 @@ def export(
     for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():
         if size is not None and size < 1:
             raise UsageError(f"{name} {size}: a size is 1 or more")
+    if samples is not None and calibration is None:
+        raise UsageError("--samples is for calibration data: give --calibration, too")
+    sizes = {"--batch": batch != 1, "--sequence": sequence}
+    if input_ and (given := [name for name, value in sizes.items() if value]):
+        raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
     if to_checkpoint is not None:
         others = {
             "--output": output,

@@ -107,6 +107,10 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (("export", "a_directory", "--to-checkpoint", "new", "--calibration", "none.npz"), ("no calibration file",)),
         (("demo", "--epochs", "0"), ("1 or more",)),
         ((*NEVER, "--batch", "0"), ("--batch 0: a size is 1 or more",)),
+        ((*NEVER[:-2], "--samples", "3"), ("--samples is for calibration data",)),
+        ((*NEVER, "--samples", "0"), ("--samples 0: a size is 1 or more",)),
+        ((*NEVER, "--input", "x=2:int64", "--sequence", "8"), ("--sequence: not with --input",)),
+        ((*NEVER, "--input", "x"), ("write it as name=shape:dtype",)),
         ((*NEVER, "--sequence", "-1"), ("--sequence -1: a size is 1 or more",)),
     ],
 )
@@ -135,6 +139,7 @@ def test_what_is_not_known_is_not_refused(here: Path, capsys: pytest.CaptureFixt
     [
         ("onnxruntime", NEVER, "--no-compare"),
         ("transformers", ("export", "a_directory", "-o", "m.onnx"), r"qcompile[transformers]"),
+        ("PIL", ("export", "a_directory", "-o", "m.onnx", "--calibration", "a_directory"), r"qcompile[transformers]"),
         ("onnxruntime", ("demo",), r"qcompile[onnxruntime]"),
         ("tensorrt_rtx", (*NEVER, "--target", "sm89"), r"qcompile[tensorrt-rtx]"),
     ],

@@ -90,6 +90,7 @@ def told(mistake: str, capsys: pytest.CaptureFixture[str]) -> str:
     return command[:-1]
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize(("mistake", "works"), MISTAKES)
 def test_mistakes_end_with_the_command_that_works(
     here: Path, capsys: pytest.CaptureFixture[str], mistake: str, works: str
@@ -131,6 +132,7 @@ X, MASK = torch.ones(1, 8, 32), torch.ones(1, 8)
 BY_NAME = {"x": X, "mask": MASK}
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize(
     ("captured", "batch", "line"),
     [

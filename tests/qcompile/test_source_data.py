@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompile.cli import main
 from qcompile.errors import CalibrationError
 from qcompile.source import Source, open_calibration
 
@@ -159,6 +161,24 @@ def test_a_decoder_reads_line_after_line(model: str, tmp_path: Path) -> None:
     assert found["input_ids"] == [[3, 4, 2, 4], [5, 3, 4, 5]]
     found, _ = encoded(text, tmp_path / "a.jsonl", model, 1, **IDS)
     assert found["input_ids"] == [[3, 4, 2, 4]]
+
+
+@pytest.mark.slow
+def test_the_first_command_of_a_new_user(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of photographs to an FP8 ViT, a text file to an NVFP4 BERT."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=(32, 24), patch_size=8, **sizes))
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=40, **sizes))
+    (tmp_path / "text.txt").write_text("one two three\n\n" * 5)
+    for network, recipe, data, samples in ((vit, "fp8", photos, 7), (bert, "nvfp4", tmp_path / "text.txt", 5)):
+        network.save_pretrained(model)
+        file = tmp_path / f"{recipe}.onnx"
+        assert main(["export", model, "-o", str(file), "--recipe", recipe, "--calibration", str(data)]) == 0
+        assert "FAILED" not in capsys.readouterr().out
+        kept = {p.key: p.value for p in onnx.load(file).metadata_props}
+        assert kept["qcompile.calibration"] == f"{samples} samples" and kept["qcompile.recipe"] == recipe
 
 
 @pytest.mark.parametrize(
