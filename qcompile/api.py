@@ -43,7 +43,8 @@ def build_engine(
         model: path of an ONNX file, or a program, which is exported to a temporary one first.
         output: where to write the engine; None builds and reports only.
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
-        profiles: for dynamic shapes, {input name: (min, opt, max)} with whole shapes, or several of those.
+        profiles: for dynamic shapes, {dimension: (min, opt, max)} by the names that the file has, or {input: (min, opt,
+            max)} with whole shapes, or several of those.
         route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
             file; it has to be installed, and needs a GPU to load.
         block_fp8, io_dtype: of a program, as in `export_onnx`.

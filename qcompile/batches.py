@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import dtype, shape, val
+from qcompile.batch_forms import dynamic_shapes_for, rearranged
 from qcompile.capture.inputs import laid_out
 from qcompile.errors import CalibrationError
 
@@ -40,6 +42,7 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
             f"{name} is called as {_describe(args, kwargs)}, but the model was captured as"
             f" {_describe(*example) if example else program.call_spec.in_spec}"
             + ("; give batches as (args, kwargs)" if example is not None and all(example) else "")
+            + (f"; give\n  {better}" if (better := rearranged(args, kwargs, program)) else "")
         )
     return flat if example is None else laid_out(flat, pytree.tree_leaves(example))
 
@@ -67,17 +70,26 @@ class Piece:
     weight: float = 1.0
 
 
-def pieces(inputs: list[Any], placeholders: list[Node], name: str, *, evenly: bool = False) -> Iterator[Piece]:
+def pieces(
+    inputs: list[Any],
+    placeholders: list[Node],
+    name: str,
+    *,
+    evenly: bool = False,
+    program: ExportedProgram | None = None,
+) -> Iterator[Piece]:
     """`inputs` as they are, or in pieces where all that differs from what was captured is the size of the batch axis.
 
     The last piece is filled up with samples from the beginning: a largest value does not change if it sees a sample
     again. `evenly` is for sums: what is left over is cut into divisors of the captured size, and each piece has all of
-    its samples equally often, so that `weight` makes up for that wherever the graph puts its batch axis.
+    its samples equally often, so that `weight` makes up for that wherever the graph puts its batch axis. `program` is
+    for messages.
     """
     other: list[tuple[int, torch.Tensor]] = []
     sizes: set[tuple[int, int]] = set()
     for i, (value, placeholder) in enumerate(zip(inputs, placeholders, strict=True)):
-        _check_fit(value, placeholder, name)
+        dynamic = partial(dynamic_shapes_for, inputs, placeholders, program) if program is not None else str
+        _check_fit(value, placeholder, name, dynamic)
         if isinstance(value, torch.Tensor) and value.ndim and _differ(value.shape[0], shape(placeholder)[0]):
             other.append((i, value))
             sizes.add((value.shape[0], shape(placeholder)[0]))
@@ -108,8 +120,11 @@ def _cuts(size: int, captured: int, evenly: bool) -> Iterator[tuple[torch.Tensor
         start += count
 
 
-def _check_fit(value: object, placeholder: Node, name: str) -> None:
-    """Raises unless `value` has the dtype that was captured, and the shape, the first axis aside."""
+def _check_fit(value: object, placeholder: Node, name: str, dynamic: Callable[[], str]) -> None:
+    """Raises unless `value` has the dtype that was captured, and the shape, the first axis aside.
+
+    `dynamic` says with which `dynamic_shapes` it would fit.
+    """
     if not isinstance(value, torch.Tensor) or not isinstance(val(placeholder), torch.Tensor):
         if type(value) is not type(val(placeholder)) and not isinstance(val(placeholder), torch.SymInt):
             captured_kind = kind_of(val(placeholder))
@@ -125,7 +140,8 @@ def _check_fit(value: object, placeholder: Node, name: str) -> None:
     if value.ndim != len(captured) or any(map(_differ, value.shape[1:], captured[1:])):
         raise CalibrationError(
             f"{name}: {placeholder.name} has shape {list(value.shape)}, but the model was captured with"
-            f" [{', '.join(map(str, captured))}]; capture with dynamic_shapes, or give batches of that shape"
+            f" [{', '.join(map(str, captured))}]; give batches of that shape, or capture with dynamic_shapes"
+            + (f":\n  {told}" if value.ndim == len(captured) and (told := dynamic()) else "")
         )
 
 

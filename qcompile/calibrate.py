@@ -136,7 +136,7 @@ def observe(
         for batch in batches:
             name = f"calibration batch {count}"
             flat = flatten_batch(batch, program, name)
-            for piece in pieces(flat, placeholders, name, evenly=evenly):
+            for piece in pieces(flat, placeholders, name, evenly=evenly, program=program):
                 observer.weigh(piece.weight)
                 _run(observer, piece.inputs, name)
             log.add(flat, name)

@@ -18,6 +18,7 @@ from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
 from passes.subgraphs import graphs, owner
+from qcompile.batch_forms import calibration_form
 from qcompile.calibrate import observe
 from qcompile.errors import CalibrationError
 from qcompile.headroom import Headroom, Watch
@@ -112,8 +113,9 @@ def activation_ranges(
     if calibration is None:
         if static:
             raise CalibrationError(
-                f"the recipe gives static scales to {some([s.name for s in static])}, which need calibration data: pass"
-                " calibration=batches, or use a recipe with dynamic activations such as fp8_per_channel_per_token"
+                f"the recipe gives static scales to {some([s.name for s in static])}, which need calibration data: use"
+                " a recipe with dynamic activations such as fp8_per_channel_per_token, or give batches in the form of"
+                f" the example inputs, many of them in the place of this one:\n  {calibration_form(program)}"
             )
         return Ranges({}, notices=_unknown_ranges(source, target))
     watch = Watch(gm, source, target)

@@ -93,9 +93,11 @@ def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown
 
 def show_checkpoint(console: Console, report: Mapping[str, Any], directory: object = "") -> None:
     """The report of `qcompile.save_checkpoint`, as `CheckpointReport.to_json` writes it."""
-    head = f"Checkpoint {directory}".rstrip() + f": {size(report['bytes'])} in {len(report['files'])} files"
+    head = f"Checkpoint {directory}".rstrip() + f": {size(report['bytes'])}"
+    head += f" in {len(report['files'])} files" if report["files"] else ", about"
     recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
-    console.print(Text(f"{head}; format {report['format']}{recipe}, {report['seconds']:.1f} s", style="bold"))
+    seconds = f", {report['seconds']:.1f} s" if report["seconds"] else ""
+    console.print(Text(f"{head}; format {report['format']}{recipe}{seconds}", style="bold"))
     coverage = table("Layers", "", "layers", numbers=("layers",))
     for scheme, count in Counter(report["quantized"].values()).most_common():
         add(coverage, scheme, count)

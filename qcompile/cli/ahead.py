@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container
 from pathlib import Path
 
-import torch
-
-import qcompile
 from qcompile.ahead import check_model_target, check_recipe_target, formats_of
-from qcompile.cli.options import Profile, UsageError, require_profile
+from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError, require_profile
+from qcompile.cli.wanted import Wanted
 from qcompile.engine.backend import find_backend
 from qcompile.engine.profiles import checked_profiles
 from qcompile.engine.report import check_keys
@@ -21,39 +18,15 @@ from qcompile.onnx.export import OPSETS
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
 from qcompile.quantized import is_quantized
+from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats, calibrates
+from qcompile.remedy import with_remedy
 from qcompile.sizes import least_bytes
-from qcompile.source import Source, check_calibration, parse_dynamic
+from qcompile.source import Data, Source, open_calibration, parse_dynamic
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The options of one export.
-
-    Attributes:
-        given: the recipe was asked for, and is not the default.
-        builds: an engine is built, for `target`, or for the GPU of this machine.
-        outputs: the files that hold the weights.
-    """
-
-    source: str
-    recipe: qcompile.Recipe
-    given: bool
-    calibration: str | None
-    dtype: torch.dtype | None
-    opset: int | None
-    block_fp8: str
-    compare: bool
-    dynamic: Sequence[str]
-    builds: bool
-    target: str | None
-    profiles: Profile | None
-    expect: Mapping[str, int] | None
-    outputs: Sequence[Path]
-
-
-def check_before_loading(wanted: Wanted) -> None:
-    """Raise what the options alone tell: nothing of the model is read but a config.json."""
+def check_before_loading(wanted: Wanted) -> Data | None:
+    """Raise what the options alone tell: nothing of the model is read but its small files. Returns calibration data."""
     if wanted.opset is not None and wanted.opset not in OPSETS:
         raise UsageError(f"--opset {wanted.opset}: FP8 needs 19 or later, and torch.onnx writes up to {OPSETS[-1]}")
     check_keys(wanted.expect or {})
@@ -62,11 +35,9 @@ def check_before_loading(wanted: Wanted) -> None:
     _target(wanted)
     if wanted.compare and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
-            "the file is compared with the program in ONNX Runtime, which is not installed: pip install"
-            " 'qcompile[onnxruntime]', or leave the comparison out with --no-compare"
+            "the file is compared with the program in ONNX Runtime, which is not installed: leave the comparison out"
+            " with --no-compare, or pip install 'qcompile[onnxruntime]'"
         )
-    if wanted.calibration is not None:
-        check_calibration(wanted.calibration)
     is_directory = (Path(wanted.source) / "config.json").is_file()
     if is_directory and importlib.util.find_spec("transformers") is None:
         raise UsageError("reading a Hugging Face directory needs transformers: pip install 'qcompile[transformers]'")
@@ -76,6 +47,9 @@ def check_before_loading(wanted: Wanted) -> None:
         _check_recipe(wanted)
         if is_directory:
             _check_calibration(wanted)
+    if wanted.calibration is None:
+        return None
+    return open_calibration(wanted.calibration, wanted.source, wanted.samples)
 
 
 def check_before_quantizing(wanted: Wanted, source: Source) -> bool:
@@ -124,11 +98,18 @@ def _check_recipe(wanted: Wanted) -> None:
 
 
 def _check_calibration(wanted: Wanted) -> None:
-    if wanted.calibration is None and calibrates(wanted.recipe):
-        raise CalibrationError(
-            f"the recipe {wanted.recipe.metadata.name} needs calibration data for the ranges of activations:"
-            " --calibration FILE, or --calibration random to try out without data"
+    if wanted.calibration is None and not wanted.dry_run:
+        check_needs_no_data(wanted.recipe)
+
+
+def check_needs_no_data(recipe: Recipe) -> None:
+    """Raise CalibrationError for a recipe that calibrates linear layers."""
+    if calibrates(recipe):
+        problem = CalibrationError(
+            f"the recipe {recipe.metadata.name} needs calibration data for the ranges of activations:"
+            f" {HOW_TO_CALIBRATE}"
         )
+        raise with_remedy(problem, RANDOM_DATA)
 
 
 def _check_opset(wanted: Wanted, formats: Container[str]) -> None:

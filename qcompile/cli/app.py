@@ -13,8 +13,11 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from qcompile.cli.build import build
+from qcompile.cli.command import better_command
+from qcompile.cli.completion import completion
 from qcompile.cli.console import err
 from qcompile.cli.demo import demo
+from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
 from qcompile.cli.inspect import inspect
 from qcompile.cli.recipes import recipes
@@ -29,13 +32,15 @@ _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine,
 
 **From a model to an engine in one go**
 
-    qcompile export ./vit-base -o vit.onnx --recipe fp8 --calibration images.safetensors \\
+    qcompile export ./vit-base -o vit.onnx --recipe fp8 --calibration photos/ \\
         --engine vit.engine --target sm89 --report vit.json
     qcompile inspect vit.json
 
 **From a Hugging Face directory to a quantized one**, for vLLM, SGLang and transformers
 
     qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
+
+**What this machine allows**: `qcompile doctor` looks at packages, builders and devices.
 
 **Without a model at hand**: `qcompile demo` trains a small one on real images and shows the whole route.
 
@@ -57,6 +62,8 @@ app.command(inspect)
 app.command(repair)
 app.command(recipes)
 app.command(demo)
+app.command(doctor)
+app.command(completion)
 
 
 @app.meta.default
@@ -77,7 +84,8 @@ def _launch(
     except (QCompileError, OSError) as error:
         if debug or os.environ.get("QCOMPILE_DEBUG"):
             raise
-        _say(str(error))
+        better = better_command(tokens, error) if isinstance(error, QCompileError) else None
+        _say(f"{error}\nThis works:\n  {better}" if better else str(error))
         return FALLS_SHORT if isinstance(error, VerificationError | ExpectationError) else WRONG_USAGE
     return result if isinstance(result, int) else GOOD
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from qcompile.cli.console import interactive, out, write_json
-from qcompile.cli.options import Profile, parse_expect, parse_profiles, require_profile
+from qcompile.cli.options import parse_expect, parse_profiles, require_profile
+from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_writable
 from qcompile.tables import show_engine
 
@@ -33,7 +35,7 @@ def build(
 
     ```
     qcompile build vit.onnx -o vit.engine --target sm89 --expect attention_fp8=12 kernels=149
-    qcompile build bert.onnx --target sm120 --profile input_ids=1x32,8x128,32x512 attention_mask=1x32,8x128,32x512
+    qcompile build bert.onnx --target sm120 --profile batch=1,8,32 sequence=32,128,512
     ```
 
     Parameters
@@ -45,8 +47,10 @@ def build(
     target:
         GPU to build for: sm89 (Ada), sm120 (Blackwell RTX), ... Default: the GPU of this machine.
     profile:
-        For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max. FP8 attention
-        needs a least sequence of 32 or more to be fused.
+        For each dynamic dimension, by its name in the file, its least, usual and largest size, as
+        dimension=min,opt,max; or for an input its shapes: input_ids=1x32,8x128,32x512. FP8 attention needs a least
+        sequence of 32 or more to be fused. For several profiles give what differs several times: past=0,0,0
+        past=1,128,512.
     expect:
         Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention_int8, attention,
         gemm_fp8, gemm_fp4, gemm_int8 and gemm_int4 (weights in INT4) are least counts, kernels is a largest one.
@@ -61,7 +65,7 @@ def build(
 
 
 def build_and_show(
-    model: Path, output: Path | None, target: str | None, profile: Profile | None, expect: dict[str, int] | None
+    model: Path, output: Path | None, target: str | None, profiles: Sequence[Profile], expect: dict[str, int] | None
 ) -> dict[str, Any]:
     """Build, print the report, and return it as plain data."""
     from qcompile.engine import build_engine
@@ -69,9 +73,9 @@ def build_and_show(
 
     inputs = OnnxGraph.load(model).model.graph.input
     require_profile(
-        {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profile
+        {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profiles
     )
-    built = build_engine(model, output, target=target, profiles=profile, expect=expect, progress=interactive())
+    built = build_engine(model, output, target=target, profiles=profiles, expect=expect, progress=interactive())
     data: dict[str, Any] = json.loads(built.to_json())
     show_engine(out(), data)
     return data

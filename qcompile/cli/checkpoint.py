@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from qcompile.cli.console import interactive, out, step
 from qcompile.cli.options import UsageError
 from qcompile.tables import show_checkpoint
@@ -21,8 +23,10 @@ def write_checkpoint(
     recipe: str | None,
     overrides: Sequence[str],
     calibration: str | None,
+    samples: int | None,
     batch: int,
     sequence: int | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """Write the checkpoint and show its report, which is returned as JSON data."""
     import torch
@@ -31,9 +35,12 @@ def write_checkpoint(
     from qcompile.checkpoint.files.directory import check_new
     from qcompile.checkpoint.write.job import DEFAULT_RECIPES, check_names
     from qcompile.checkpoint.write.save import save_checkpoint
+    from qcompile.cli.ahead import check_needs_no_data
+    from qcompile.source import load_source, open_calibration
 
     if not Path(source).is_dir():
         raise UsageError(f"a checkpoint is made from a Hugging Face directory, and {source} is none")
+    data = open_calibration(calibration, source, samples) if calibration is not None else None
     chosen_format: Any = format or _DEFAULT_FORMAT
     name = recipe or DEFAULT_RECIPES.get(chosen_format)
     if name is None:
@@ -43,22 +50,25 @@ def write_checkpoint(
         )
     chosen = qcompile.load_recipe(name, overrides)
     check_new(target)
-    notices = []
-    if calibration is None:
+    notices: list[str] = []
+    if dry_run:
+        report = check_names(source, target, chosen_format, chosen)
+        out().print(Text(f"Dry run of {source}: nothing is written", style="bold"))
+    elif data is None:
+        check_needs_no_data(chosen)
         step(f"writing {target} with the recipe {chosen.metadata.name}")
         report = save_checkpoint(source, target, format=chosen_format, recipe=chosen, progress=interactive())
     else:
-        from qcompile.cli.quantize import MADE_UP, quantized
-        from qcompile.source import load_source
+        from qcompile.cli.quantize import quantized
 
         check_names(source, target, chosen_format, chosen)
         step(f"loading {source}")
-        loaded = load_source(source, batch=batch, sequence=sequence)
-        program, _ = quantized(loaded, chosen, calibration, torch.float32)  # in half, scales would be rounded to it
+        loaded = load_source(source, batch=batch, sequence=sequence, shapes=data.shapes())
+        program, _ = quantized(loaded, chosen, data, torch.float32)  # in half, scales would be rounded to it
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
-        notices = [MADE_UP] if calibration == "random" else []
-    data: dict[str, Any] = json.loads(report.to_json())
-    data["notices"] = [*notices, *data["notices"]]
-    show_checkpoint(out(), data, target)
-    return data
+        notices = data.notices
+    shown: dict[str, Any] = json.loads(report.to_json())
+    shown["notices"] = [*notices, *shown["notices"]]
+    show_checkpoint(out(), shown, target)
+    return shown

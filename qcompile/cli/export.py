@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from qcompile.cli.build import Several, build_and_show
+from qcompile.cli.build import Several
 from qcompile.cli.checkpoint import write_checkpoint
-from qcompile.cli.console import out, step, write_json
+from qcompile.cli.console import write_json
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles
 from qcompile.outputs import check_writable
-from qcompile.tables import show_export
 
 _MODEL = Parameter(group=Group("Model", sort_key=2))
 _QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
@@ -29,15 +27,18 @@ def export(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     report: Path | None = None,
+    dry_run: Annotated[bool, _NO] = False,
     random_weights: Annotated[int | None, _MODEL] = None,
     batch: Annotated[int, _MODEL] = 1,
     sequence: Annotated[int | None, _MODEL] = None,
     submodule: Annotated[str | None, _MODEL] = None,
+    input_: Annotated[list[str], _MODEL, Several, Parameter(name="--input")] = [],  # noqa: B006
     dynamic: Annotated[list[str], _MODEL, Several] = [],  # noqa: B006  # nobody changes it
     dynamic_batch: Annotated[bool, _MODEL, _NO] = False,
     recipe: Annotated[str | None, _QUANTIZATION] = None,
     set_: Annotated[list[str], _QUANTIZATION, Several, Parameter(name="--set")] = [],  # noqa: B006
     calibration: Annotated[str | None, _QUANTIZATION] = None,
+    samples: Annotated[int | None, _QUANTIZATION] = None,
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, _QUANTIZATION] = None,
     save_program: Annotated[Path | None, _QUANTIZATION] = None,
     onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
@@ -57,13 +58,14 @@ def export(
     Or quantize a Hugging Face directory to another one, for vLLM, SGLang and transformers.
 
     ```
-    qcompile export ./vit-base -o vit.onnx --calibration images.safetensors --engine vit.engine --target sm89
+    qcompile export ./vit-base -o vit.onnx --calibration photos/ --engine vit.engine --target sm89
     qcompile export ./vit-base -o vit.onnx --random-weights 0 --calibration random
+    qcompile export ./vit-base -o vit.onnx --recipe nvfp4 --dry-run
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
-    qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration ids.safetensors --target sm120
+    qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration texts.jsonl --target sm120
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
     qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
-    qcompile export ./llama --to-checkpoint ./llama-fp4 --format modelopt --recipe nvfp4 --calibration ids.safetensors
+    qcompile export ./llama --to-checkpoint ./llama-fp4 --format modelopt --recipe nvfp4 --calibration text.txt
     ```
 
     Nothing is written but the files that are named, and each only when it is complete and good. What cannot work (a
@@ -73,7 +75,8 @@ def export(
     ----------
     source:
         A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
-        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]). What is quantized
+        package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]), or with --input the
+        model alone. What is quantized
         already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
         and scales, and takes no recipe; calibration data is for the q of attentions whose k and v it has in FP8.
     output:
@@ -81,14 +84,22 @@ def export(
         --to-checkpoint.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
+    dry_run:
+        Show what would be captured, quantized, declined and written, and stop there. Nothing is calibrated, and no data
+        are needed.
     random_weights:
         Make up the weights of a Hugging Face directory with this seed; they need not be there.
     batch:
         Batch size of a directory's example inputs, which is that of the file unless the batch is dynamic.
     sequence:
-        Tokens in a directory's example inputs. Default: 128, or what the model takes if that is less.
+        Tokens in a directory's example inputs, and in samples of text. Default: those of calibration data in tensors,
+        else 128, or what the model takes if that is less.
     submodule:
         Take this part of a directory's model, such as model.encoder of Whisper.
+    input_:
+        Declare an example input, as name=shape:dtype: x=2x8x64:float32 ids=2:int64. What is declared is all that the
+        model is called with: for directories whose inputs are not known, functions that return a model alone, and
+        programs that were saved without examples.
     dynamic:
         Make an axis of an input dynamic, as input:axis=dimension[:least:largest]: input_ids:1=seq:1:512
         attention_mask:1=seq. A model with a table of positions needs the range.
@@ -101,9 +112,15 @@ def export(
         Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`; with a Hadamard
         rotation, `'rules[format=nvfp4].rotate=true'`.
     calibration:
-        Data that fixes the ranges of activations: a .safetensors, .npz or .pt file with a tensor for each input, by
-        name, samples on the first axis; a .npy file for a model with one input; package.module:function, which returns
-        an iterable of batches; or "random", to try out without data (the file is then of no other use).
+        Data that fixes the ranges of activations. For a Hugging Face directory: a folder of images, which its processor
+        prepares, or a .txt or .jsonl file (a line, or its "text", is a sample), which its tokenizer reads. For any
+        model: a .safetensors, .npz or .pt file with a tensor for each input, by name, samples on the first axis; a .npy
+        file for a model with one input; package.module:function, which returns an iterable of batches; or "random", to
+        try out without data (the file is then of no other use). A directory's example inputs have the sizes of the
+        data.
+    samples:
+        How many samples to calibrate with. Default: 128 images, evenly spread over the folder, or the first 128 of a
+        text; all of tensors and functions.
     dtype:
         What is not quantized is computed in this type. Default: the model's own if it is half precision, else float16,
         which ends at 65504: a model that goes beyond in calibration is refused, and takes bfloat16.
@@ -127,8 +144,8 @@ def export(
         GPU to build for, such as sm89 or sm120; without --engine the engine is judged and not kept. Default: the GPU of
         this machine.
     profile:
-        For each input with dynamic dimensions its least, usual and largest shape, as input=min,opt,max:
-        input_ids=1x32,4x128,8x512.
+        For each dynamic dimension its least, usual and largest size, as dimension=min,opt,max: seq=32,128,512; or for
+        an input its shapes: input_ids=1x32,4x128,8x512. What differs between several profiles is given several times.
     expect:
         What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4,
         gemm_int8 and gemm_int4 are least counts, kernels is a largest one. A shortfall is exit code 1.
@@ -141,14 +158,20 @@ def export(
         then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, blocks beside NVFP4, and
         INT8. Default: fp8.
     """
-    for name, size in {"--batch": batch, "--sequence": sequence}.items():
+    for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():
         if size is not None and size < 1:
             raise UsageError(f"{name} {size}: a size is 1 or more")
+    if samples is not None and calibration is None:
+        raise UsageError("--samples is for calibration data: give --calibration, too")
+    sizes = {"--batch": batch != 1, "--sequence": sequence}
+    if input_ and (given := [name for name, value in sizes.items() if value]):
+        raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
     if to_checkpoint is not None:
         others = {
             "--output": output,
             "--random-weights": random_weights is not None,
             "--submodule": submodule,
+            "--input": input_,
             "--dynamic": dynamic,
             "--dynamic-batch": dynamic_batch,
             "--dtype": dtype,
@@ -166,12 +189,10 @@ def export(
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
         check_writable(report)
-        if calibration is not None:
-            from qcompile.source import check_calibration
-
-            check_calibration(calibration)
-        written = write_checkpoint(source, to_checkpoint, format, recipe, set_, calibration, batch, sequence)
-        if report is not None:
+        written = write_checkpoint(
+            source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence, dry_run
+        )
+        if report is not None and not dry_run:
             write_json(report, {"source": source, "checkpoint": written})
         return 0
     if output is None:
@@ -187,54 +208,37 @@ def export(
     import torch
 
     import qcompile
-    from qcompile.cli.ahead import Wanted, check_before_loading, check_before_quantizing
-    from qcompile.cli.quantize import MADE_UP, imported, quantized, save
-    from qcompile.source import load_source, with_dynamic_shapes
+    from qcompile.cli.route import Wanted, export_onnx
+    from qcompile.source import parse_inputs
 
-    wanted = Wanted(
-        source=source,
-        recipe=qcompile.load_recipe(recipe or "fp8", set_),
-        given=bool(recipe or set_),
-        calibration=calibration,
-        dtype=getattr(torch, dtype) if dtype else None,
-        opset=opset,
-        block_fp8=block_fp8,
-        compare=compare,
-        dynamic=dynamic,
-        builds=builds,
-        target=target,
-        profiles=profiles,
-        expect=expected,
-        outputs=[path for path in (output, save_program, engine) if path is not None],
+    return export_onnx(
+        Wanted(
+            source=source,
+            random_weights=random_weights,
+            batch=batch,
+            sequence=sequence,
+            submodule=submodule,
+            inputs=parse_inputs(input_),
+            dynamic=dynamic,
+            dynamic_batch=dynamic_batch,
+            recipe=qcompile.load_recipe(recipe or "fp8", set_),
+            given=bool(recipe or set_),
+            calibration=calibration,
+            samples=samples,
+            dtype=getattr(torch, dtype) if dtype else None,
+            save_program=save_program,
+            output=output,
+            onnx_target=onnx_target,
+            opset=opset,
+            block_fp8=block_fp8,
+            io_dtype=getattr(torch, io_dtype) if io_dtype else None,
+            compare=compare,
+            builds=builds,
+            engine=engine,
+            target=target,
+            profiles=profiles,
+            expect=expected,
+            report=report,
+            dry_run=dry_run,
+        )
     )
-    check_before_loading(wanted)
-    step(f"loading {source}")
-    loaded = load_source(source, random_weights=random_weights, batch=batch, sequence=sequence, submodule=submodule)
-    loaded = with_dynamic_shapes(loaded, dynamic, batch=dynamic_batch)
-    if check_before_quantizing(wanted, loaded):
-        program, first = imported(loaded, calibration, wanted.dtype)
-    else:
-        program, first = quantized(loaded, wanted.recipe, calibration, wanted.dtype)
-    if save_program is not None:
-        save(program, save_program)
-    step(f"exporting to {output}")
-    batch_to_compare = (first if first is not None else loaded.example_batch) if compare else None
-    exported = qcompile.export_onnx(
-        program,
-        output,
-        target=onnx_target,
-        opset=opset,
-        block_fp8=block_fp8,
-        io_dtype=getattr(torch, io_dtype) if io_dtype else None,
-        compare=batch_to_compare,
-    )
-    data: dict[str, Any] = {"source": loaded.name, "export": json.loads(exported.to_json()), "engine": None}
-    if calibration == "random":
-        data["export"]["notices"].insert(0, MADE_UP)
-    show_export(out(), data["export"])
-    if builds:
-        step("building the engine")
-        data["engine"] = build_and_show(output, engine, target, profiles, expected)
-    if report is not None:
-        write_json(report, data)
-    return 0

@@ -4,62 +4,70 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from qcompile.engine.profile_dims import NAME, likely, with_shapes
+from qcompile.engine.profiles import Profile
 from qcompile.errors import QCompileError
+from qcompile.remedy import Remedy, with_remedy
 
-Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]
+HOW_TO_CALIBRATE = (
+    "give --calibration a folder of images, a .txt or .jsonl file, or tensors (.npz, .safetensors), or take a recipe"
+    " with dynamic activations such as fp8_per_channel_per_token; random data are good for trying out only"
+)
+RANDOM_DATA = Remedy(options={"--calibration": ("random",)})
 
 
 class UsageError(QCompileError):
     """An option that cannot be read, or does not go with another one."""
 
 
-def parse_profiles(texts: Sequence[str]) -> Profile | None:
-    """`input=min,opt,max` with shapes such as `8x512`, one for each input; None when there are none."""
-    profile: Profile = {}
+def parse_profiles(texts: Sequence[str]) -> list[Profile]:
+    """`dimension=min,opt,max` or, with shapes such as `8x512`, `input=min,opt,max`.
+
+    What is given several times has another value in each profile; what is given once, the same in all.
+    """
+    given: dict[str, list[Any]] = {}
     for text in texts:
-        name, _, shapes = text.partition("=")
-        sizes = [_shape(shape) for shape in shapes.split(",")]
-        known = [shape for shape in sizes if shape is not None]
-        if not name or len(sizes) != 3 or len(known) != 3:
+        name, _, sizes = text.partition("=")
+        if not name or not re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*){2}", sizes):
             raise UsageError(
-                f"--profile {text}: write it as input=min,opt,max with shapes like 4x128, such as"
-                " input_ids=1x32,4x128,8x512"
+                f"--profile {text}: write it as dimension=min,opt,max, such as sequence=32,128,512, or with shapes as"
+                " input=min,opt,max, such as input_ids=1x32,4x128,8x512"
             )
-        if name in profile:
-            raise UsageError(f"--profile {text}: the input {name} is given twice")
-        profile[name] = (known[0], known[1], known[2])
-    return profile or None
+        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in sizes.split(","))
+        given.setdefault(name, []).append(shapes if "x" in sizes else tuple(size for (size,) in shapes))
+    count = max(map(len, given.values()), default=0)
+    for name, several in given.items():
+        if len(several) not in (1, count):
+            raise UsageError(
+                f"--profile {name} is given {len(several)} times, and another one {count} times: each once, for all"
+                " profiles, or as often as there are profiles"
+            )
+    return [{name: several[i if several[1:] else 0] for name, several in given.items()} for i in range(count)]
 
 
-def _shape(text: str) -> Shape | None:
-    return tuple(int(size) for size in text.split("x")) if re.fullmatch(r"\d+(x\d+)*", text.strip()) else None
-
-
-def require_profile(inputs: Mapping[str, Sequence[int | str]], profile: Profile | None) -> None:
+def require_profile(inputs: Mapping[str, Sequence[int | str]], profiles: Sequence[Profile]) -> None:
     """Dynamic inputs need a profile: say so in the words of the command line, with an example to copy.
 
     Args:
         inputs: input -> its dimensions, a name for each dynamic one.
     """
-    missing = [name for name, dims in inputs.items() if name not in (profile or {}) and not _static(dims)]
-    if missing:
-        example = " ".join(f"--profile {name}={_example(inputs[name])}" for name in missing)
-        raise UsageError(
-            f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} dynamic dimensions, for which the engine"
-            f" needs the least, the usual and the largest shape, such as\n  {example}"
-        )
+    known = {*inputs, *(name for dims in inputs.values() for dim in dims for name in NAME.findall(str(dim)))}
+    dynamic = {name: dims for name, dims in inputs.items() if not all(isinstance(dim, int) for dim in dims)}
+    for profile in profiles or [{}]:
+        if profile.keys() <= known and (missing := dynamic.keys() - with_shapes(profile, inputs).keys()):
+            names = [name for name in dynamic if name in missing]
+            example = tuple(f"{name}={_written(sizes)}" for name, sizes in likely(dynamic).items())
+            problem = UsageError(
+                f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} dynamic dimensions, for which the engine"
+                f" needs the least, the usual and the largest size, such as\n  --profile {' '.join(example)}"
+            )
+            raise with_remedy(problem, Remedy(options={"--profile": example}))
 
 
-def _static(dims: Sequence[int | str]) -> bool:
-    return all(isinstance(dim, int) for dim in dims)
-
-
-def _example(dims: Sequence[int | str]) -> str:
-    likely = {0: (1, 8, 32)}
-    sizes = [3 * (d,) if isinstance(d, int) else likely.get(i, (32, 128, 512)) for i, d in enumerate(dims)]
-    return ",".join("x".join(str(size[k]) for size in sizes) for k in range(3))
+def _written(sizes: Sequence[Any]) -> str:
+    return ",".join(str(size) if isinstance(size, int) else "x".join(map(str, size)) for size in sizes)
 
 
 def parse_expect(texts: Sequence[str]) -> dict[str, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,32 @@ from torch.export import ExportedProgram
 
 import qcompile
 from qcompile.cli.console import interactive, step, warn
-from qcompile.cli.options import UsageError
+from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.quantized import is_finished
-from qcompile.source import Source, load_calibration
-
-MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"
+from qcompile.remedy import with_remedy
+from qcompile.source import MADE_UP, Data, Source
 
 
 def quantized(
-    source: Source, recipe: qcompile.Recipe, calibration: str | None, dtype: torch.dtype | None
+    source: Source, recipe: qcompile.Recipe, calibration: Data | None, dtype: torch.dtype | None
 ) -> tuple[ExportedProgram, Any]:
     """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
     batches, first = _calibration(calibration, source)
+    return quantized_with(batches, source, recipe, dtype), first
+
+
+def quantized_with(
+    batches: Iterable[Any] | Mapping[str, torch.Tensor] | None,
+    source: Source,
+    recipe: qcompile.Recipe,
+    dtype: torch.dtype | None,
+) -> ExportedProgram:
+    """The quantized program; errors are in the words of the command line."""
     step(f"quantizing with the recipe {recipe.metadata.name}")
     args, kwargs = _inputs(source)
     try:
-        program = qcompile.quantize(
+        return qcompile.quantize(
             source.model,
             args,
             kwargs,
@@ -44,14 +53,13 @@ def quantized(
         hint = "On the command line a range is given like this: --dynamic input_ids:1=sequence:1:512"
         raise CaptureError(f"{error}\n{hint}") from error
     except CalibrationError as error:
-        if calibration is not None:
+        if batches is not None:
             raise
-        hint = "On the command line: --calibration FILE, or --calibration random to try out without data"
-        raise CalibrationError(f"{error}\n{hint}") from error
-    return program, first
+        problem = CalibrationError(f"{error}\nOn the command line: {HOW_TO_CALIBRATE}")
+        raise with_remedy(problem, RANDOM_DATA) from error
 
 
-def imported(source: Source, calibration: str | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:
+def imported(source: Source, calibration: Data | None, dtype: torch.dtype | None) -> tuple[ExportedProgram, Any]:
     """The program of a model that is quantized already, and the first batch of the calibration data.
 
     Raises UsageError for a program that is finished, which calibration and `dtype` come too late for.
@@ -88,13 +96,15 @@ def save(program: ExportedProgram, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _calibration(text: str | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
-    """The calibration data that `--calibration` names, and its first batch."""
-    if text is None:
+def _calibration(data: Data | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
+    """The batches of the calibration data, and the first of them."""
+    if data is None:
         return None, None
-    if text == "random":
+    batches, first = _peek(data.batches(source))
+    step(f"calibration data: {data}")
+    if MADE_UP in data.notices:
         warn(MADE_UP)
-    return _peek(load_calibration(text, source))
+    return batches, first
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:

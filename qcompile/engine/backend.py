@@ -50,16 +50,30 @@ def find_backend(target: str | None, package: str | None = None) -> Backend:
     rtx = _import("tensorrt_rtx") if package != "tensorrt" else None
     if rtx is None:
         raise EngineError(_nothing_installed(wanted, here))
-    accepted = {int(n[2:]): c for n, c in rtx.ComputeCapability.__members__.items() if re.fullmatch(r"SM\d+", n)}
+    accepted = _accepted(rtx)
     if wanted not in accepted:
         names = ", ".join(f"sm{n}" for n in sorted(accepted))
         raise EngineError(f"unknown target sm{wanted}: tensorrt_rtx {rtx.__version__} builds for {names}")
     return Backend(rtx, "tensorrt_rtx", wanted, accepted[wanted])
 
 
+def built_for(trt: Any, package: str) -> list[int]:
+    """Compute capabilities of the GPUs that a builder can build for here."""
+    if package == "tensorrt_rtx":
+        return sorted(_accepted(trt))
+    return [here] if (here := _gpu()) is not None else []
+
+
+def _accepted(rtx: Any) -> dict[int, Any]:
+    """Compute capability -> what the builder calls it."""
+    return {int(n[2:]): c for n, c in rtx.ComputeCapability.__members__.items() if re.fullmatch(r"SM\d+", n)}
+
+
 def _nothing_installed(wanted: int, here: int | None) -> str:
     if _import("tensorrt") is None:
-        return "building an engine needs TensorRT: pip install 'qcompile[tensorrt-rtx]' (works without a GPU)"
+        return (
+            "building an engine needs TensorRT, of which RTX works without a GPU: pip install 'qcompile[tensorrt-rtx]'"
+        )
     gpu = f"this machine's GPU is sm{here}" if here is not None else "this machine has no usable GPU"
     return (
         f"tensorrt builds only for the GPU at hand, and {gpu}: to build for sm{wanted} ahead of time, "

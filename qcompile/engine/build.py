@@ -43,7 +43,7 @@ def build_engine(
         model: path of an ONNX file; external data is found beside it.
         output: where to write the engine; None builds and judges only. It replaces an existing file when complete.
         target: compute capability, such as "sm89", "sm120" or "8.9". None: the GPU of this machine.
-        profiles: for files with dynamic shapes, {input name: (min, opt, max)} with shapes in elements, or several.
+        profiles: for files with dynamic shapes, {dimension or input: (min, opt, max)}, of sizes or shapes, or several.
         expect: see `EngineReport.check`; a shortfall is an error, and nothing is written.
         progress: show a progress bar on stderr.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.judge import unsupported_shape
 from qcompile.engine.patterns import find_attentions
-from qcompile.engine.profiles import Profile
+from qcompile.engine.profiles import ShapeProfile
 
 # Follows an unrelated failure on a machine without a GPU, and is never the reason.
 _NOISE = re.compile(r"catchCudaError|CUDA driver version is insufficient|^ModelImporter\.cpp")
@@ -52,7 +52,7 @@ def with_hint(message: str) -> str:
     return message + next((f"\n  hint: {hint}" for pattern, hint in _HINTS if re.search(pattern, message)), "")
 
 
-def suspects(graph: OnnxGraph, profiles: Sequence[Profile]) -> list[str]:
+def suspects(graph: OnnxGraph, profiles: Sequence[ShapeProfile]) -> list[str]:
     """The attentions that have no fused kernel at the smallest shapes: the builder does not say which one it means."""
     minima: list[dict[str, Sequence[int]]] = [{n: s[0] for n, s in p.items()} for p in profiles] or [{}]
     found = {}

@@ -6,7 +6,7 @@ from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.backend import Backend
 from qcompile.engine.judge import NO_KERNEL, READER, Judgement, judge
 from qcompile.engine.layers import OTHER, Layer
-from qcompile.engine.profiles import Profile
+from qcompile.engine.profiles import ShapeProfile
 from qcompile.engine.report import EngineReport
 from qcompile.engine.trt_build import Built
 
@@ -60,7 +60,7 @@ def _several(judged: list[Judgement], worst: int) -> list[str]:
     ]
 
 
-def _unfused(result: Judgement, index: int, profiles: list[Profile]) -> list[str]:
+def _unfused(result: Judgement, index: int, profiles: list[ShapeProfile]) -> list[str]:
     notices = []
     shortest = _shortest_axis(profiles[index]) if profiles else None
     unexplained = [
@@ -86,7 +86,7 @@ def _unfused(result: Judgement, index: int, profiles: list[Profile]) -> list[str
     return notices
 
 
-def _shortest_axis(profile: Profile) -> int | None:
+def _shortest_axis(profile: ShapeProfile) -> int | None:
     """The smallest minimum of an axis, other than the first, that the profile leaves dynamic."""
     shapes = ((least, most) for least, _, most in profile.values())
     sizes = [low for least, most in shapes for low, high in list(zip(least, most, strict=True))[1:] if low != high]

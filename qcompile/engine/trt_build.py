@@ -15,7 +15,7 @@ from qcompile.engine.layer_list import parse_layers
 from qcompile.engine.layers import Layer
 from qcompile.engine.listeners import Step, logger, monitor
 from qcompile.engine.messages import first, suspects, with_hint
-from qcompile.engine.profiles import Profile, checked_profiles
+from qcompile.engine.profiles import Profile, ShapeProfile, checked_profiles
 from qcompile.errors import EngineError
 
 Fill = Callable[[Any, Any], OnnxGraph]
@@ -28,7 +28,7 @@ class Built:
 
     plan: Any
     layers: list[Layer]
-    profiles: list[Profile]
+    profiles: list[ShapeProfile]
     graph: OnnxGraph
 
 
@@ -59,16 +59,16 @@ def _build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] |
             put = profile.set_shape_input if name in values else profile.set_shape
             put(name, tuple(low), tuple(best), tuple(high))
         config.add_optimization_profile(profile)
-    found = [{name: s for name, s in profile.items() if name not in values} for profile in found]
+    shaped: list[ShapeProfile] = [{name: s for name, s in profile.items() if name not in values} for profile in found]
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = first(log.errors)
-        concerned = suspects(graph, found) if "dedicated kernel" in reason else []
+        concerned = suspects(graph, shaped) if "dedicated kernel" in reason else []
         raise EngineError(
             "\n  ".join([with_hint(f"the builder refused the file for sm{backend.target}: {reason}"), *concerned])
         )
-    layers = parse_layers(log.layers or _inspect(trt, log, plan), max(1, len(found)))
-    return Built(plan, layers, found, graph)
+    layers = parse_layers(log.layers or _inspect(trt, log, plan), max(1, len(shaped)))
+    return Built(plan, layers, shaped, graph)
 
 
 def parse_file(path: str | os.PathLike[str], graph: OnnxGraph, backend: Backend) -> Fill:

@@ -150,6 +150,14 @@ def export_onnx(
     return _report(noted, modules, log, converted.model, target, opset, costs, checks, comparison, size)
 
 
+def modules_of(program: ExportedProgram, target: Target) -> Modules:
+    """What of `program` a file for `target` has quantized: what has no kernel there is in floating point."""
+    with torch.no_grad():
+        gm = unlift(program)
+        run_pipeline(_KERNELS[target], gm)
+        return Modules.of(gm, record_of(program).declined)
+
+
 def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
     """Keep in the file's metadata what made it: readers show it, and nothing depends on it."""
     known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": version("qcompile")}

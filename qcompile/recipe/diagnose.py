@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from qcompile.recipe.rule import FormatName, Granularity, Rule
 from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
+from qcompile.remedy import closest
 
 Path = tuple[str | int, ...]
 
@@ -31,8 +31,8 @@ _EXPECTED = {
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or nothing if no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(word, known)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def show_path(path: Path, root: str = "the recipe") -> str:
@@ -59,6 +59,27 @@ def diagnose(
     return "\n".join(dict.fromkeys(lines))
 
 
+def typos(error: ValidationError, whole: type[BaseModel]) -> dict[str, str]:
+    """Words that are not known -> what was meant, where one comes near."""
+    found = {}
+    for detail in error.errors(include_url=False):
+        path = tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG))
+        if detail["type"] == "literal_error":
+            word, known = detail["input"], _CHOICES[str(path[-1])]
+        elif detail["type"] == "extra_forbidden" and IMPORT_TAG not in detail["loc"]:
+            word, known = path[-1], _known_keys(path[:-1], whole)
+        else:
+            continue
+        if meant := closest(word, known):
+            found[str(word)] = meant
+    return found
+
+
+def _known_keys(owner: Path, whole: type[BaseModel]) -> tuple[str, ...]:
+    model = _MODELS[tuple(part for part in owner if isinstance(part, str))] if owner else whole
+    return (*model.model_fields, "import") if model is Rule else tuple(model.model_fields)
+
+
 def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: Mapping[Path, str]) -> str:
     kind, found = detail["type"], detail["input"]
     owner, key = path[:-1], path[-1] if path else ""
@@ -67,8 +88,7 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
     if kind in ("extra_forbidden", "invalid_key"):
         if IMPORT_TAG in detail["loc"]:
             return f"{show_path(owner)} imports a fragment, it cannot have the key {key!r} as well; add a rule after it"
-        model = _MODELS[tuple(part for part in owner if isinstance(part, str))] if owner else whole
-        known = (*model.model_fields, "import") if model is Rule else tuple(model.model_fields)
+        known = _known_keys(owner, whole)
         hint = did_you_mean(key, known) or "; known: " + ", ".join(known)
         return f"unknown key {key!r} in {show_path(owner, root)}{hint}"
     if kind == "missing":

@@ -9,6 +9,7 @@ from qcompile.errors import RecipeError
 from qcompile.recipe.diagnose import did_you_mean
 from qcompile.recipe.rule import SHIPPED
 from qcompile.recipe.yaml_lines import Document, parse
+from qcompile.remedy import meant, with_remedy
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _FRAGMENTS = _BUILTIN / "fragments"
@@ -32,7 +33,8 @@ def recipe_path(name: str) -> Path:
     if name in list_fragments():
         raise RecipeError(f"{name!r} is a fragment, not a recipe: a recipe has it among its rules, `- import: {name}`")
     others = f"shipped: {', '.join(known)}; or give a path to a YAML file"
-    raise RecipeError(f"no recipe is called {name!r}; {others}{did_you_mean(name, known)}")
+    problem = RecipeError(f"no recipe is called {name!r}; {others}{did_you_mean(name, known)}")
+    raise with_remedy(problem, meant(name, known))
 
 
 def fragment_path(name: str) -> Path:

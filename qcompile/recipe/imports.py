@@ -10,11 +10,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qcompile.errors import RecipeError
-from qcompile.recipe.diagnose import Path, diagnose, show_path
+from qcompile.recipe.diagnose import Path, diagnose, show_path, typos
 from qcompile.recipe.files import fragment_path, looks_like_path, read
 from qcompile.recipe.rule import Location, Rule
 from qcompile.recipe.schema import IDLE_SWITCH, Fragment, Import, Recipe, RecipeFile, idle_switch
 from qcompile.recipe.yaml_lines import Document
+from qcompile.remedy import Remedy, with_remedy
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -72,7 +73,8 @@ def _validated(model: type[_Model], text: Written) -> _Model:
     try:
         return model.model_validate(text.data)
     except ValidationError as error:
-        raise RecipeError(diagnose(error, text.place, model, text.plain)) from error
+        problem = RecipeError(diagnose(error, text.place, model, text.plain))
+        raise with_remedy(problem, Remedy(typos=typos(error, model))) from error
 
 
 def _expanded(

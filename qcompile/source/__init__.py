@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from qcompile.source.calibration import check_calibration, load_calibration
+from qcompile.source.calibration import MADE_UP, open_calibration
+from qcompile.source.data import Data
+from qcompile.source.declared import Declared, parse_inputs
 from qcompile.source.inputs import parse_dynamic, with_dynamic_shapes
 from qcompile.source.load import load_source
 from qcompile.source.model import Source
 
-__all__ = ["Source", "check_calibration", "load_calibration", "load_source", "parse_dynamic", "with_dynamic_shapes"]
+__all__ = [
+    "MADE_UP",
+    "Data",
+    "Declared",
+    "Source",
+    "load_source",
+    "open_calibration",
+    "parse_dynamic",
+    "parse_inputs",
+    "with_dynamic_shapes",
+]

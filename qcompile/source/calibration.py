@@ -1,4 +1,4 @@
-"""Calibration data from a file, from a function, or made up, as batches for `qcompile.quantize`."""
+"""Calibration data from a file, a folder or a function, or made up, as batches for `qcompile.quantize`."""
 
 from __future__ import annotations
 
@@ -6,145 +6,88 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qcompile.errors import CalibrationError, SourceError
+from qcompile.source import tensor_files, texts
+from qcompile.source.data import Data, batch_size, tensor_inputs
+from qcompile.source.images import ImageFolder
 from qcompile.source.load import FUNCTION, call_function, import_function
 from qcompile.source.model import Source
+from qcompile.source.tensor_files import TensorFile, first_samples
+from qcompile.source.texts import TextFile
 
 RANDOM = "random"
+MADE_UP = "calibrated with random data: the ranges mean nothing, and neither does this file's accuracy"
 _RANDOM_BATCHES = 4
-_SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".npy")
 
 
-def load_calibration(text: str, source: Source) -> Iterable[Any]:
-    """Batches for calibrating `source`.
+def open_calibration(text: str, model: str = "", samples: int | None = None) -> Data:
+    """The calibration data that `text` names.
 
     Args:
         text: a `.safetensors`, `.npz` or `.pt` file with a tensor for each input, by name, whose first axis is the
             samples; a `.npy` or `.pt` file with the one tensor of a model with one input; a `.pt` file with a list of
-            batches; `package.module:function`, which returns an iterable of batches; or `random`, made-up data that
-            is good for nothing but trying out.
-
-    Returns:
-        Batches of the size of the example inputs; the last one can be smaller.
+            batches; a folder of images; a `.txt` file, or a `.jsonl` file with a "text" on each line;
+            `package.module:function`, which returns an iterable of batches; or `random`, made-up data that is good for
+            nothing but trying out.
+        model: the source of the model as `load_source` takes it: a directory has the processor of images and the
+            tokenizer of texts.
+        samples: how many to take. None: all that tensors and functions have, 128 of images and texts.
 
     Raises:
-        CalibrationError: the file cannot be read or does not fit the inputs.
-        SourceError: the function cannot be found or fails.
+        CalibrationError: there is no such file, or it cannot be read.
+        SourceError: the function cannot be found.
     """
-    check_calibration(text)
     path = Path(text)
     if text == RANDOM:
-        return _made_up(source)
-    if path.suffix in _SUFFIXES:
-        data = _read(path)
-        return data if isinstance(data, list) else _batches(data, source, path)
-    result = call_function(text)
-    if isinstance(result, Mapping | torch.Tensor) or not isinstance(result, Iterable):
-        raise SourceError(f"{text} returned a {type(result).__name__}; it has to return an iterable of batches")
-    return result
+        return _MadeUp(samples)
+    if path.is_dir():
+        return ImageFolder(path, model, samples)
+    if path.suffix in tensor_files.SUFFIXES:
+        return TensorFile(path, samples)
+    if path.suffix in texts.SUFFIXES:
+        return TextFile(path, model, samples)
+    if FUNCTION.fullmatch(text) and not path.exists():
+        return _Function(text, samples)
+    problem = "is nothing that can be read" if path.exists() else "is not there"
+    raise CalibrationError(
+        f"calibration data {text!r} {problem}: give a folder of images,"
+        f" {', '.join((*texts.SUFFIXES, *tensor_files.SUFFIXES))}, package.module:function, or {RANDOM!r} to try out"
+        " without data"
+    )
 
 
-def check_calibration(text: str) -> None:
-    """Raise, before a model is loaded, what `load_calibration` would for a file or a function that is not there."""
-    path = Path(text)
-    if text == RANDOM:
-        return
-    if path.suffix in _SUFFIXES:
-        if not path.is_file():
-            raise CalibrationError(f"there is no calibration file {path}")
-    elif FUNCTION.fullmatch(text) and not path.exists():
-        import_function(text)
-    else:
-        raise CalibrationError(
-            f"calibration data {text!r} is no file that can be read: give {', '.join(_SUFFIXES)},"
-            f" package.module:function, or {RANDOM!r} to try out without data"
-        )
+class _Function(Data):
+    """What a function returns: an iterable of batches."""
+
+    def __init__(self, name: str, samples: int | None) -> None:
+        super().__init__(name)
+        self.samples = samples
+        import_function(name)
+
+    def batches(self, source: Source) -> Iterable[Any]:
+        result = call_function(self.name)
+        if isinstance(result, Mapping | torch.Tensor) or not isinstance(result, Iterable):
+            raise SourceError(
+                f"{self.name} returned a {type(result).__name__}; it has to return an iterable of batches"
+            )
+        return result if self.samples is None else first_samples(result, self.samples)
 
 
-def _read(path: Path) -> Any:
-    """A tensor, a dict of tensors by name, or a list of batches."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each of these libraries has its own
-        text = str(error).strip().splitlines()
-        raise CalibrationError(
-            f"{path} cannot be read as tensors: {text[0] if text else type(error).__name__}"
-        ) from error
-    if not isinstance(data, torch.Tensor | Mapping | list | tuple):
-        raise CalibrationError(f"{path} holds a {type(data).__name__}; a tensor, a dict of tensors or a list is wanted")
-    return list(data) if isinstance(data, tuple) else data
-
-
-def _batches(data: Any, source: Source, path: Path) -> list[Any]:
-    """Cut tensors with all samples into batches of the sizes that the example inputs have."""
-    inputs = source.inputs
-    wanted = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    if isinstance(data, torch.Tensor):
-        if len(wanted) != 1:
-            raise CalibrationError(f"{path} holds one tensor, but the model has the inputs {', '.join(wanted)}")
-        data = {next(iter(wanted)): data}
-    _check_names(set(data), wanted, path)
-    pieces = {
-        name: _cut(name, _fitting(name, data[name], example, path), example, path) for name, example in wanted.items()
-    }
-    counts = {name: len(cut) for name, cut in pieces.items()}
-    if len(set(counts.values())) != 1:
-        told = ", ".join(f"{name} has {data[name].shape[0]}" for name in counts)
-        raise CalibrationError(f"{path}: the tensors have different numbers of samples: {told}")
-    total = next(iter(counts.values()))
-    return [
-        source.batch([pieces[name][i] if name in pieces else value for name, value in inputs.items()])
-        for i in range(total)
-    ]
-
-
-def _check_names(found: set[str], wanted: Mapping[str, Any], path: Path) -> None:
-    missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys())
-    if missing or unknown:
-        lacks = f"lacks {', '.join(missing)}" if missing else ""
-        extra = f"holds {', '.join(unknown)}, which the model does not take" if unknown else ""
-        raise CalibrationError(
-            f"{path} {' and '.join(filter(None, (lacks, extra)))}; the model's inputs are {', '.join(wanted)}"
-        )
-
-
-def _fitting(name: str, tensor: Any, example: torch.Tensor, path: Path) -> torch.Tensor:
-    """`tensor` in the dtype of the example, where that changes no meaning."""
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim != example.ndim:
-        shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise CalibrationError(f"{path}: {name} is {shape}, but the model takes {list(example.shape)} (samples first)")
-    if tensor.is_floating_point() != example.is_floating_point():
-        raise CalibrationError(
-            f"{path}: {name} is {tensor.dtype}, but the model takes {example.dtype}: prepare the data as for the model"
-        )
-    return tensor.to(example.dtype)
-
-
-def _cut(name: str, tensor: torch.Tensor, example: torch.Tensor, path: Path) -> list[torch.Tensor]:
-    size = example.shape[0] if example.ndim else 1
-    if not example.ndim:
-        return [tensor]
-    if tensor.shape[0] < size:
-        raise CalibrationError(f"{path}: {name} has {tensor.shape[0]} samples, fewer than one batch of {size}")
-    return [tensor[start : start + size] for start in range(0, tensor.shape[0], size)]
-
-
-def _made_up(source: Source) -> list[Any]:
+class _MadeUp(Data):
     """Normal floats with mean and deviation of the example, integers in its range; the seed is fixed."""
-    random = torch.Generator().manual_seed(0)
-    return [source.batch([_like(value, random) for value in source.inputs.values()]) for _ in range(_RANDOM_BATCHES)]
+
+    def __init__(self, samples: int | None) -> None:
+        super().__init__(RANDOM)
+        self.samples = samples
+        self.notices = [MADE_UP]
+
+    def batches(self, source: Source) -> Iterable[Any]:
+        random = torch.Generator().manual_seed(0)
+        made = (source.batch([_like(value, random) for value in source.inputs.values()]) for _ in iter(int, 1))
+        size = batch_size(tensor_inputs(source))
+        return list(first_samples(made, self.samples or _RANDOM_BATCHES * size))
 
 
 def _like(value: Any, random: torch.Generator) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,22 +12,36 @@ import torch
 from qcompile.errors import SourceError
 
 _DEFAULT_TOKENS = 128
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 _AUDIO_SAMPLES = 16000
 
 
-def example_inputs(model: torch.nn.Module, name: str, batch: int, tokens: int | None) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of example inputs besides the config.
+
+    Attributes:
+        batch: their first axis.
+        tokens: sequence length of text; None leaves it to what follows.
+        shapes: input -> shape of calibration data; 128 tokens, and images as the config has them, where they have none.
+    """
+
+    batch: int = 1
+    tokens: int | None = None
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+def example_inputs(model: torch.nn.Module, name: str, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Keyword inputs of `model`, random with a fixed seed.
 
     Images are `pixel_values` [batch, channels, height, width]; text is `input_ids` [batch, tokens], with an
-    `attention_mask` for encoders; audio is `input_features` or `input_values`.
-
-    Args:
-        tokens: sequence length of text; None is 128, or the longest that the model takes if that is less.
+    `attention_mask` for encoders; audio is `input_features` or `input_values`. What else calibration data have of these
+    is an input, too, such as an `attention_mask` of a decoder.
 
     Raises:
-        SourceError: the model's inputs are not among those known here, or `tokens` is more than it takes.
+        SourceError: the model's inputs are not among those known here, or they have more tokens than it takes.
     """
-    maker = _Maker(model, name, batch, tokens)
+    maker = _Maker(model, name, sizes)
     main = getattr(model, "main_input_name", None)
     if main not in _MAKERS:
         raise SourceError(f"{name}: no example inputs are known for it (its main input is {main}); use a factory")
@@ -36,6 +52,7 @@ def example_inputs(model: torch.nn.Module, name: str, batch: int, tokens: int | 
         names = ["input_ids", "pixel_values", "attention_mask"]  # CLIP and its kin compare a text with an image
     if getattr(model.config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
+    names += [name for name in sizes.shapes if name in _MAKERS and name not in names]
     taken = inspect.signature(model.forward).parameters
     return {name: _MAKERS[name](maker) for name in names if name in taken}
 
@@ -43,11 +60,10 @@ def example_inputs(model: torch.nn.Module, name: str, batch: int, tokens: int | 
 class _Maker:
     """Makes the inputs of one model; composite configs are looked through for the part that an input belongs to."""
 
-    def __init__(self, model: torch.nn.Module, name: str, batch: int, tokens: int | None) -> None:
-        self.model, self.name, self.batch = model, name, batch
+    def __init__(self, model: torch.nn.Module, name: str, sizes: Sizes) -> None:
+        self.model, self.name, self.batch, self.sizes = model, name, sizes.batch, sizes
         self.config: Any = model.config
         self.random = torch.Generator().manual_seed(0)
-        self._tokens = tokens
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
@@ -68,41 +84,56 @@ class _Maker:
             raise SourceError(f"{self.name}: its config has no {keys[0]}, so its inputs are unknown; use a factory")
         return default
 
-    def tokens(self) -> int:
+    def tokens(self, name: str) -> int:
         limit = self.look_up(("max_position_embeddings", "n_positions"), ("text_config",), default=2**31)
-        if self._tokens is not None and self._tokens > limit:
-            raise SourceError(f"{self.name} takes at most {limit} tokens, not {self._tokens}")
-        return self._tokens or min(_DEFAULT_TOKENS, limit)
+        of_data = self.of_data(name, 2)
+        tokens = self.sizes.tokens or (of_data[0] if of_data else min(_DEFAULT_TOKENS, limit))
+        if tokens > limit:
+            raise SourceError(f"{self.name} takes at most {limit} tokens, not {tokens}")
+        return tokens
+
+    def of_data(self, name: str, rank: int) -> Sequence[int]:
+        """The sizes behind the first axis that calibration data have for an input; none if they have none for it."""
+        shape = self.sizes.shapes.get(name, ())
+        return shape[1:] if len(shape) == rank else ()
 
     def floats(self, *sizes: int) -> torch.Tensor:
         return torch.randn(self.batch, *sizes, generator=self.random).to(self.dtype)
 
     def pixel_values(self) -> torch.Tensor:
+        if of_data := self.of_data("pixel_values", 4):
+            return self.floats(*of_data)
         size = self.look_up(("image_size",), ("vision_config",))
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         channels = self.look_up(("num_channels", "in_channels"), ("vision_config",), default=3)
         return self.floats(channels, height, width)
 
-    def input_ids(self) -> torch.Tensor:
+    def ids(self, name: str) -> torch.Tensor:
         vocabulary = self.look_up(("vocab_size",), ("text_config",))
-        return torch.randint(0, vocabulary, (self.batch, self.tokens()), generator=self.random)
+        return torch.randint(0, vocabulary, (self.batch, self.tokens(name)), generator=self.random)
 
     def attention_mask(self) -> torch.Tensor:
-        return torch.ones(self.batch, self.tokens(), dtype=torch.int64)
+        return torch.ones(self.batch, self.tokens("attention_mask"), dtype=torch.int64)
+
+    def token_type_ids(self) -> torch.Tensor:
+        return torch.zeros(self.batch, self.tokens("token_type_ids"), dtype=torch.int64)
 
     def input_features(self) -> torch.Tensor:
+        if of_data := self.of_data("input_features", 3):
+            return self.floats(*of_data)
         # Whisper's encoder halves the frames and has one position for each that is left.
         return self.floats(self.look_up(("num_mel_bins",), ()), 2 * self.look_up(("max_source_positions",), ()))
 
     def input_values(self) -> torch.Tensor:
-        return self.floats(_AUDIO_SAMPLES)
+        return self.floats(*(self.of_data("input_values", 2) or (_AUDIO_SAMPLES,)))
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
     "pixel_values": _Maker.pixel_values,
-    "input_ids": _Maker.input_ids,
+    "input_ids": lambda maker: maker.ids("input_ids"),
     "attention_mask": _Maker.attention_mask,
-    "decoder_input_ids": _Maker.input_ids,
+    "token_type_ids": _Maker.token_type_ids,
+    "decoder_input_ids": lambda maker: maker.ids("decoder_input_ids"),
     "input_features": _Maker.input_features,
     "input_values": _Maker.input_values,
 }

@@ -11,18 +11,19 @@ from qcompile.checkpoint.hub.config import auto_config, import_transformers, mod
 from qcompile.errors import SourceError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
 from qcompile.messages import first_line, some
-from qcompile.source.examples import example_inputs
+from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
 
 
 def load_directory(
-    path: Path, *, random_weights: int | None, batch: int, sequence: int | None, submodule: str | None
+    path: Path, *, random_weights: int | None, sizes: Sizes, submodule: str | None, declared: bool
 ) -> Source:
     """The model of `path`, on the CPU and in the dtype of its weights, with example inputs made from its config.
 
     A quantized checkpoint becomes a model with quantized layers (`qcompile.frontends.checkpoint`).
 
-    The arguments are those of `load_source`. Only local files are read and no code of the directory is run.
+    The arguments are those of `load_source`; `declared`: there will be other example inputs, and need be none. Only
+    local files are read and no code of the directory is run.
 
     Raises:
         SourceError: no config.json, a model that transformers does not know, weights that are missing or incomplete,
@@ -44,7 +45,12 @@ def load_directory(
         model = _made_up(transformers, found, config, random_weights, path)
     if submodule is not None:
         model, name = _part(model, submodule, path), f"{name}.{submodule}"
-    inputs = example_inputs(model, name, batch, sequence)
+    try:
+        inputs = example_inputs(model, name, sizes)
+    except SourceError as error:
+        if not declared:
+            raise SourceError(f"{error}, or declare its inputs with --input NAME=SHAPE:DTYPE") from error
+        inputs = {}
     return Source(model.eval(), (), inputs, None, f"{path.resolve().name} ({name})")
 
 

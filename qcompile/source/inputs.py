@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import SourceError
+from qcompile.remedy import meant, with_remedy
 from qcompile.source.model import Source
 
 _DYNAMIC = re.compile(
@@ -82,7 +83,8 @@ def _parse(text: str, inputs: dict[str, Any], ranges: _Ranges) -> tuple[str, int
     match = parse_dynamic(text)
     name, axis = match["name"], int(match["axis"])
     if not isinstance(inputs.get(name), torch.Tensor):
-        raise SourceError(f"--dynamic {text}: there is no input {name!r}; the inputs are {', '.join(inputs)}")
+        problem = SourceError(f"--dynamic {text}: there is no input {name!r}; the inputs are {', '.join(inputs)}")
+        raise with_remedy(problem, meant(name, inputs))
     rank = inputs[name].ndim
     if not -rank <= axis < rank:
         raise SourceError(f"--dynamic {text}: {name} has {rank} axes, {list(inputs[name].shape)}")

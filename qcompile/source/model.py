@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.errors import SourceError
+from qcompile.record import record_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Source:
         if isinstance(self.model, ExportedProgram):
             shapes = {n.name: getattr(n.meta.get("val"), "shape", None) for n in self.model.graph.nodes}
             found = {name: shapes.get(name) for name in self.inputs}
-            return {n: [d if isinstance(d, int) else str(d) for d in s] for n, s in found.items() if s is not None}
+            names = record_of(self.model).dimensions
+            return {n: [_dim(size, names) for size in shape] for n, shape in found.items() if shape is not None}
         dims: dict[str, list[int | str]] = {
             name: list(value.shape) for name, value in self.inputs.items() if isinstance(value, torch.Tensor)
         }
@@ -83,17 +85,10 @@ class Source:
         return found
 
     def batch(self, flat: list[Any]) -> Any:
-        """Flat inputs in the order of `inputs` as one calibration batch: an argument tuple or a keyword dict.
-
-        Raises SourceError for a model that is called with both, which calibration batches cannot say.
-        """
+        """Flat inputs in the order of `inputs` as one calibration batch: arguments, keywords, or `(args, kwargs)`."""
         _, spec = pytree.tree_flatten((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(flat, spec)
-        if args and kwargs:
-            raise SourceError(
-                f"{self.name} has positional and keyword inputs: to calibrate it, give all of them one way"
-            )
-        return kwargs or args
+        return (args, kwargs) if args and kwargs else kwargs or args
 
     def _positional_names(self) -> list[str]:
         if isinstance(self.model, ExportedProgram):
@@ -104,6 +99,11 @@ class Source:
                 return names + [f"{parameter.name}_{i}" for i in range(len(self.args) - len(names))]
             names.append(parameter.name)
         return names
+
+
+def _dim(size: Any, names: Mapping[str, str]) -> int | str:
+    """A size, or what files call a dynamic one."""
+    return size if isinstance(size, int) else re.sub(r"[A-Za-z_]\w*", lambda s: names.get(s[0], s[0]), str(size))
 
 
 def _name(path: tuple[Any, ...], parameters: list[str]) -> str:

@@ -134,7 +134,10 @@ def test_a_dynamic_batch_is_not_cut() -> None:
         ([None], "batch 0 is a NoneType; a batch is a tuple"),
         ([torch.randn(4, 6), [torch.randn(4, 6), torch.zeros(4)]], r"batch 1 is called as model\(Tensor, Tensor\)"),
         ([{"y": torch.randn(4, 6)}], r"model\(y=Tensor\), but the model was captured as model\(Tensor\)"),
-        ([torch.randn(4, 7)], r"x has shape \[4, 7\], but the model was captured with \[4, 6\]; capture with dynamic"),
+        (
+            [torch.randn(4, 7)],
+            r"x has shape \[4, 7\], but the model was captured with \[4, 6\]; give batches of that",
+        ),
         ([torch.randn(6)], r"x has shape \[6\]"),
         ([torch.randn(0, 6)], "0 where 4 was captured"),
         ([torch.randn(4, 6).double()], "x is torch.float64, but the model was captured with torch.float32"),

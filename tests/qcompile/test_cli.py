@@ -57,6 +57,10 @@ EXPORT = ("export", "models:make", "-o", "model.onnx", "--calibration", "models:
 def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     engine = ("--engine", "model.engine", "--target", "sm89", "--expect", "attention_fp8=1", "gemm_fp8=2")
+    assert run(*EXPORT[:4], *engine, "--report", "report.json", "--dry-run") == 0
+    foreseen = capsys.readouterr().out
+    assert {p.name for p in here.iterdir()} - {"__pycache__"} == {"models.py"}
+    assert all(word in foreseen for word in ("tokens", "[2, 40, 64]", "model.engine", "engine for sm89", "report.json"))
     assert run(*EXPORT, *engine, "--report", "report.json") == 0
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == {
         *("models.py", "model.onnx", "model.engine", "report.json")
@@ -65,7 +69,10 @@ def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) ->
     report = json.loads((here / "report.json").read_text())
     assert report["export"]["unquantized"] == {"classifier": "linear"}
     assert report["engine"]["attention"] == {"total": 1, "fused": 1, "fp8": 1, "int8": 0}
-    assert "layer by layer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "layer by layer" in shown
+    coverage = shown[shown.index("Coverage") : shown.index("Headroom")]
+    assert "1 of 1" in coverage and coverage in foreseen, "a dry run tells what comes"
 
     assert run("inspect", "report.json") == 0
     shown = capsys.readouterr().out
@@ -96,9 +103,10 @@ def test_dynamic_shapes_and_a_program_that_was_saved(here: Path, capsys: pytest.
     capsys.readouterr()
     assert run("export", "model.pt2", "-o", "again.onnx", "--recipe", "fp8") == 2
     assert "is quantized already" in capsys.readouterr().err
-    for command in (("build", "model.onnx"), (*EXPORT, "--dynamic-batch")):
+    for command in (("build", "model.onnx"), ("export", "model.pt2", "-o", "again.onnx"), (*EXPORT, *dynamic[:3])):
         assert run(*command, "--target", "sm89") == 2
-        assert "--profile tokens=1x" in capsys.readouterr().err
+        assert "--profile batch=1,8,32 length=32,128,512" in capsys.readouterr().err
+    assert run("build", "again.onnx", "--target", "sm89", "--profile", "batch=1,2,4", "length=32,64,128") == 0
 
 
 def _without_qdq() -> onnxruntime.SessionOptions:
@@ -132,7 +140,7 @@ def test_random_calibration_says_so_loudly(here: Path, capsys: pytest.CaptureFix
         ((*EXPORT, "--target", "sm1"), "sm1"),
         ((*EXPORT, "--report", "missing/report.json"), "there is no directory"),
         ((*EXPORT[:4], "--calibration", "none.npz"), "there is no calibration file none.npz"),
-        (EXPORT[:4], "--calibration FILE, or --calibration random"),
+        (EXPORT[:4], "qcompile export models:make -o model.onnx --calibration random"),
         (("export", "nothing", "-o", "model.onnx"), "a source is a Hugging Face directory"),
         (("inspect", "nothing.onnx"), "there is no file nothing.onnx"),
         (("inspect", "models.json"), "not a report of qcompile"),
@@ -191,7 +199,7 @@ def test_recipes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "check", "bad.yaml") == 2
 
 
-@pytest.mark.parametrize("command", ["", "export", "build", "inspect", "recipes", "demo"])
+@pytest.mark.parametrize("command", ["", "export", "build", "inspect", "recipes", "demo", "doctor", "completion"])
 def test_help_has_examples_and_markdown_eats_no_star(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0
     shown = capsys.readouterr().out
@@ -212,21 +220,44 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert failed.returncode != 0 and "Traceback" in failed.stderr
 
 
+def test_completion_by_bash_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is written."""
+    assert run("completion", "bash") == 0
+    script = capsys.readouterr().out
+    assert {p.name for p in here.iterdir()} - {"__pycache__"} == {"models.py"}
+    script += """
+complete_line() {
+    COMP_LINE="$*"; COMP_WORDS=($*); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+    $(complete -p qcompile | sed 's/.*-F \\([^ ]*\\).*/\\1/') qcompile "${COMP_WORDS[COMP_CWORD]}" x
+    echo "${COMPREPLY[@]}"
+}
+complete_line qcompile rec
+complete_line qcompile export --cali
+complete_line qcompile export m --format mod
+"""
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert [line.split() for line in shown.stdout.splitlines()] == [["recipes"], ["--calibration"], ["modelopt"]]
+
+
 def test_options() -> None:
-    assert parse_profiles(["a=1x32,4x128,8x512", "b=1,2,3"]) == {
-        "a": ((1, 32), (4, 128), (8, 512)),
-        "b": ((1,), (2,), (3,)),
-    }
-    assert parse_profiles([]) is None and parse_expect([]) is None
+    assert parse_profiles(["a=1x32,4x128,8x512", "b=1,2,3"]) == [{"a": ((1, 32), (4, 128), (8, 512)), "b": (1, 2, 3)}]
+    both = parse_profiles(["past=0,0,0", "batch=1,2,3", "past=1,64,128"])
+    assert both == [{"past": (0, 0, 0), "batch": (1, 2, 3)}, {"past": (1, 64, 128), "batch": (1, 2, 3)}]
+    assert parse_profiles([]) == [] and parse_expect([]) is None
     assert parse_expect(["kernels=149"]) == {"kernels": 149}
     for bad in ("a", "a=1x2", "a=1x2,2x2", "=1,2,3", "a=1,2,x", "a=1,2,3,4"):
-        with pytest.raises(UsageError, match="write it as input=min,opt,max"):
+        with pytest.raises(UsageError, match="write it as dimension=min,opt,max"):
             parse_profiles([bad])
-    with pytest.raises(UsageError, match="given twice"):
-        parse_profiles(["a=1,2,3", "a=1,2,3"])
+    with pytest.raises(UsageError, match="--profile b is given 2 times, and another one 3 times"):
+        parse_profiles(3 * ["a=1,2,3"] + 2 * ["b=1,2,3"])
     for bad in ("kernels", "kernels=-1", "=3", "kernels=x"):
         with pytest.raises(UsageError, match="write it as key=count"):
             parse_expect([bad])
-    require_profile({"a": [1, 2]}, None)
-    with pytest.raises(UsageError, match=r"a has dynamic dimensions[^$]*--profile a=1x32x7,8x128x7,32x512x7"):
-        require_profile({"a": ["batch", "n", 7], "b": [1]}, None)
+    require_profile({"a": [1, 2]}, [])
+    require_profile({"a": ["n", "n + 1"]}, [{"n": (1, 2, 3)}])
+    require_profile({"a": ["n"]}, [{"m": (1, 2, 3)}])  # the engine names what there is
+    for given in ([], [{"n": (1, 2, 3)}]):
+        with pytest.raises(UsageError, match=r"a has dynamic dimensions[^$]*--profile batch=1,8,32 n=32,128,512"):
+            require_profile({"a": ["batch", "n", 7], "b": [1]}, given)
+    with pytest.raises(UsageError, match=r"--profile a=1x32x7,8x128x7,32x512x7"):
+        require_profile({"a": ["?", "?", 7]}, [])

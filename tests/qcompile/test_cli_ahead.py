@@ -80,7 +80,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER, "--expect", "kernels=9"), ("no target was given", "--target sm89")),
         ((*NEVER, "--engine", "e"), ("no target was given", "--target sm89")),
         ((*NEVER, "--target", "sm89", "--expect", "speed=3"), ("unknown key 'speed'",)),
-        ((*NEVER, "--target", "sm89", "--profile", "x=1,2"), ("write it as input=min,opt,max",)),
+        ((*NEVER, "--target", "sm89", "--profile", "x=1,2"), ("write it as dimension=min,opt,max",)),
         ((*NEVER, "--profile", "x=1,2,3"), ("--profile is for an engine",)),
         ((*NEVER, "--opset", "18"), ("FP8 needs 19 or later",)),
         ((*NEVER, "--opset", "24"), ("torch.onnx writes up to 23",)),
@@ -90,7 +90,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER, "--block-fp8", "per_channel"), ("the recipe fp8 asks for none",)),
         ((*NEVER[:-1], "none.npz"), ("there is no calibration file none.npz",)),
         ((*NEVER[:-1], "fakes:none"), ("fakes has no none",)),
-        ((*NEVER[:-1], "none.csv"), ("is no file that can be read",)),
+        ((*NEVER[:-1], "none.csv"), ("is not there: give a folder of images",)),
         ((*NEVER, "--dynamic", "x"), ("write it as input:axis=dimension",)),
         ((*NEVER[:3], "missing/m.onnx"), ("there is no directory",)),
         ((*NEVER[:3], "a_directory"), ("it is a directory",)),
@@ -107,6 +107,10 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (("export", "a_directory", "--to-checkpoint", "new", "--calibration", "none.npz"), ("no calibration file",)),
         (("demo", "--epochs", "0"), ("1 or more",)),
         ((*NEVER, "--batch", "0"), ("--batch 0: a size is 1 or more",)),
+        ((*NEVER[:-2], "--samples", "3"), ("--samples is for calibration data",)),
+        ((*NEVER, "--samples", "0"), ("--samples 0: a size is 1 or more",)),
+        ((*NEVER, "--input", "x=2:int64", "--sequence", "8"), ("--sequence: not with --input",)),
+        ((*NEVER, "--input", "x"), ("write it as name=shape:dtype",)),
         ((*NEVER, "--sequence", "-1"), ("--sequence -1: a size is 1 or more",)),
     ],
 )
@@ -135,6 +139,7 @@ def test_what_is_not_known_is_not_refused(here: Path, capsys: pytest.CaptureFixt
     [
         ("onnxruntime", NEVER, "--no-compare"),
         ("transformers", ("export", "a_directory", "-o", "m.onnx"), r"qcompile[transformers]"),
+        ("PIL", ("export", "a_directory", "-o", "m.onnx", "--calibration", "a_directory"), r"qcompile[transformers]"),
         ("onnxruntime", ("demo",), r"qcompile[onnxruntime]"),
         ("tensorrt_rtx", (*NEVER, "--target", "sm89"), r"qcompile[tensorrt-rtx]"),
     ],
@@ -155,7 +160,7 @@ def test_missing_packages(
 def test_a_directory_without_calibration_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "a_directory" / "config.json").write_text("{}")
     told = refused(here, capsys, "export", "a_directory", "-o", "m.onnx")
-    assert "the recipe fp8 needs calibration data" in told and "--calibration FILE" in told
+    assert "the recipe fp8 needs calibration data" in told and "a_directory -o m.onnx --calibration random" in told
 
 
 def test_a_quantized_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

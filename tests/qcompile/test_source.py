@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 import qcompile
 from qcompile.errors import CalibrationError, CheckpointError, SourceError
 from qcompile.quantized import is_quantized
-from qcompile.source import Source, load_calibration, load_source, with_dynamic_shapes
+from qcompile.remedy import remedy_of
+from qcompile.source import Source, load_source, open_calibration, parse_inputs, with_dynamic_shapes
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +43,7 @@ def wrong(): return nn.Linear(4, 4)
 def fails(): raise RuntimeError("out of coffee")
 def batches(): return ((torch.ones(2, 4),) for _ in range(3))
 def one_batch(): return torch.ones(2, 4)
+def lazy(): return type("Lazy", (nn.Module,), {"forward": lambda self, input, other: input})()
 constant = 3
 """
 
@@ -244,6 +246,73 @@ def test_factory_errors(factories: str, name: str, message: str) -> None:
         load_source(name.format(factories))
 
 
+# --- declared inputs
+
+
+def declared(*texts: str) -> list[Any]:
+    return parse_inputs(texts)
+
+
+def test_a_function_that_returns_a_model_alone(factories: str) -> None:
+    source = load_source(f"{factories}:wrong", inputs=declared("input=3x4:float16"))
+    assert source.dims == {"input": [3, 4]} and source.args[0].dtype == torch.float16 and not source.kwargs
+    source = load_source(f"{factories}:keywords", inputs=declared("input=3x4:float32"))
+    assert source.kwargs["input"].shape == (3, 4) and not source.args
+
+
+def test_a_program_without_example_inputs(tmp_path: Path) -> None:
+    path = str(tmp_path / "two.pt2")
+    program = torch.export.export(Two(), (torch.ones(2, 8),), {"ids": torch.ones(2, dtype=torch.int64)})
+    program._example_inputs = None  # as of programs that other tools made
+    torch.export.save(program, path)
+    with pytest.raises(SourceError, match="without example inputs; declare them: --input") as told:
+        load_source(path)
+    texts = [text for text in str(told.value).split() if "=" in text]
+    assert texts == ["x=2x8:float32", "ids=2:int64"]
+    source = load_source(path, inputs=declared(*texts))
+    assert source.dims == {"x": [2, 8], "ids": [2]} and not source.kwargs["ids"].any()
+    quantized = qcompile.quantize(source.model, recipe="fp8_per_channel_per_token", progress=False)
+    assert quantized.module()(torch.ones(2, 8), ids=torch.ones(2, dtype=torch.int64)).shape == (2, 8)
+    for wrong in (["x=2x8:float32"], ["x=2x9:float32", texts[1]], [texts[0], "ids=2:int32"], [*texts, "y=1:bool"]):
+        with pytest.raises(SourceError, match=r"other inputs .*: --input x=2x8:float32 ids=2:int64"):
+            load_source(path, inputs=declared(*wrong))
+
+
+def test_a_directory_whose_inputs_are_declared(tmp_path: Path) -> None:
+    directory = config_only(tmp_path, transformers.BertConfig(**BERT), "BertModel")
+    texts = ("input_ids=2x16:int64", "attention_mask=2x16:int64", "position_ids=2x16:int64")
+    source = load_source(directory, random_weights=0, inputs=declared(*texts))
+    assert isinstance(source.model, nn.Module) and source.kwargs["attention_mask"].all()
+    assert source.kwargs["input_ids"].unique().numel() > 8 and not source.kwargs["position_ids"].any()
+    with torch.no_grad():
+        source.model(**source.kwargs)
+    config_only(tmp_path, transformers.ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8), "ResNetModel")
+    with pytest.raises(SourceError, match=r"no image_size.*--input NAME=SHAPE:DTYPE"):
+        load_source(directory, random_weights=0)
+    pixels = declared("pixel_values=1x3x32x32:float32")
+    assert load_source(directory, random_weights=0, inputs=pixels).dims == {"pixel_values": [1, 3, 32, 32]}
+    with pytest.raises(SourceError, match=r"--input pixels: .* takes no such input; it takes pixel_values"):
+        load_source(directory, random_weights=0, inputs=declared("pixels=1:bool"))
+
+
+def test_declarations(factories: str) -> None:
+    assert [str(one) for one in declared("step=:int64", "x=2x3:bool")] == ["step=:int64", "x=2x3:bool"]
+    for bad in ("x", "x=2x3", "x=2x:int64", "x=2:long", "=2:int64"):
+        with pytest.raises(SourceError, match="write it as name=shape:dtype"):
+            declared(bad)
+    with pytest.raises(SourceError, match="given twice"):
+        declared("x=2:int64", "x=2:int64")
+    with pytest.raises(SourceError, match="needs input, too"):
+        load_source(f"{factories}:lazy", inputs=declared("other=2:int64"))
+
+
+def test_batches_of_arguments_and_keywords_together(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(4, 8), "ids": torch.arange(4)}, tmp_path / "data.pt")
+    source = Source(Two().eval(), (torch.ones(2, 8),), {"ids": torch.arange(2)})
+    args, kwargs = open_calibration(str(tmp_path / "data.pt")).batches(source)[1]  # type: ignore[index]
+    assert args[0].shape == (2, 8) and kwargs["ids"].tolist() == [2, 3]
+
+
 # --- dynamic shapes
 
 
@@ -311,7 +380,7 @@ def test_named_tensors_are_cut_into_batches(tmp_path: Path, suffix: str) -> None
         save_file(data, path)
     else:
         np.savez(path, **{name: tensor.numpy() for name, tensor in data.items()})
-    batches = list(load_calibration(str(path), two()))
+    batches = list(open_calibration(str(path)).batches(two()))
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert [batch[1].tolist() for batch in batches] == [[0, 1], [2, 3], [4]], "each sample once"
     assert torch.equal(batches[2][0], data["x"][4:])
@@ -320,25 +389,25 @@ def test_named_tensors_are_cut_into_batches(tmp_path: Path, suffix: str) -> None
 def test_one_tensor_for_a_model_with_one_input(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", np.ones((4, 4), np.float64))
     source = Source(nn.Linear(4, 4), (torch.ones(2, 4),))
-    batches = list(load_calibration(str(tmp_path / "data.npy"), source))
+    batches = list(open_calibration(str(tmp_path / "data.npy")).batches(source))
     assert len(batches) == 2 and batches[0][0].dtype == torch.float32
     with pytest.raises(CalibrationError, match="one tensor, but the model has the inputs x, ids"):
-        load_calibration(str(tmp_path / "data.npy"), two())
+        open_calibration(str(tmp_path / "data.npy")).batches(two())
 
 
 def test_calibration_from_a_function_or_a_list(factories: str, tmp_path: Path) -> None:
     source = load_source(f"{factories}:pair")
-    assert len(list(load_calibration(f"{factories}:batches", source))) == 3
+    assert len(list(open_calibration(f"{factories}:batches").batches(source))) == 3
     with pytest.raises(SourceError, match="has to return an iterable of batches"):
-        load_calibration(f"{factories}:one_batch", source)
+        open_calibration(f"{factories}:one_batch").batches(source)
     torch.save([(torch.ones(2, 4),)], tmp_path / "list.pt")
-    assert len(list(load_calibration(str(tmp_path / "list.pt"), source))) == 1
+    assert len(list(open_calibration(str(tmp_path / "list.pt")).batches(source))) == 1
 
 
 def test_random_data_stays_in_the_range_of_the_example() -> None:
     source = Source(Two(), (torch.randn(64, 8) * 3 + 10, torch.randint(5, 9, (64,))))
-    batches = list(load_calibration("random", source))
-    again = list(load_calibration("random", source))
+    batches = list(open_calibration("random").batches(source))
+    again = list(open_calibration("random").batches(source))
     for (x, ids), (x2, ids2) in zip(batches, again, strict=True):
         assert torch.equal(x, x2) and torch.equal(ids, ids2)
         assert abs(float(x.mean()) - 10) < 1 and abs(float(x.std()) - 3) < 0.5
@@ -361,15 +430,50 @@ def test_random_data_stays_in_the_range_of_the_example() -> None:
 def test_calibration_errors(tmp_path: Path, data: Any, message: str) -> None:
     torch.save(data, tmp_path / "data.pt")
     with pytest.raises(CalibrationError, match=message):
-        load_calibration(str(tmp_path / "data.pt"), two())
+        open_calibration(str(tmp_path / "data.pt")).batches(two())
+
+
+def test_arrays_that_are_no_tensors_are_named_and_never_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (tmp_path / "sprung").touch, ()  # type: ignore[return-value]
+
+    for array in (np.array([Trap()], dtype=object), np.array(["text"])):
+        np.savez(tmp_path / "data.npz", x=array, ids=np.arange(2))
+        with pytest.raises(CalibrationError, match=r"data\.npz: the array 'x' is no tensor"):
+            open_calibration(str(tmp_path / "data.npz")).batches(two())
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_so_many_samples_are_taken_as_asked(factories: str, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(6, 8), "ids": torch.arange(6)}, tmp_path / "data.pt")
+    batches = list(open_calibration(str(tmp_path / "data.pt"), samples=3).batches(two()))
+    assert [batch[1].tolist() for batch in batches] == [[0, 1], [2]]
+    source = load_source(f"{factories}:pair")
+    for text, samples, count in ((f"{factories}:batches", 3, 2), ("random", 12, 6), ("random", None, 4)):
+        assert len(list(open_calibration(text, samples=samples).batches(source))) == count
+
+
+def test_data_give_a_directory_the_sizes_of_its_inputs(tmp_path: Path) -> None:
+    """And an attention_mask of a decoder makes it an input."""
+    directory = config_only(tmp_path, transformers.LlamaConfig(**BERT), "LlamaForCausalLM")
+    np.savez(tmp_path / "ids.npz", input_ids=np.ones((3, 24), np.int64), attention_mask=np.ones((3, 24), np.int64))
+    data = open_calibration(str(tmp_path / "ids.npz"), directory)
+    source = load_source(directory, random_weights=0, shapes=data.shapes())
+    assert source.dims == {"input_ids": [1, 24], "attention_mask": [1, 24]}
+    assert [batch["attention_mask"].shape for batch in data.batches(source)] == 3 * [(1, 24)]
+    source = load_source(directory, random_weights=0, sequence=16, shapes=data.shapes())
+    with pytest.raises(CalibrationError, match=r"input_ids is \[3, 24\].*captured with \[1, 16\]") as told:
+        data.batches(source)
+    assert remedy_of(told.value).options == {"--sequence": ("24",)}
 
 
 def test_calibration_file_errors(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no calibration file"):
-        load_calibration(str(tmp_path / "none.npz"), two())
-    with pytest.raises(CalibrationError, match="is no file that can be read"):
-        load_calibration("images.zip", two())
+        open_calibration(str(tmp_path / "none.npz")).batches(two())
+    with pytest.raises(CalibrationError, match="is not there: give a folder of images"):
+        open_calibration("images.zip").batches(two())
     for suffix in ("pt", "safetensors", "npz", "npy"):
         (tmp_path / f"bad.{suffix}").write_bytes(b"nothing like it")
         with pytest.raises(CalibrationError, match="cannot be read as tensors"):
-            load_calibration(str(tmp_path / f"bad.{suffix}"), two())
+            open_calibration(str(tmp_path / f"bad.{suffix}")).batches(two())

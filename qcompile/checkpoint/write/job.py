@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.checkpoint.formats import format_called
+from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.hub.wrappers import plain_names
@@ -24,6 +25,7 @@ from qcompile.checkpoint.write.plan import (
     unwritten_notice,
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
+from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.outputs import check_room
@@ -96,12 +98,26 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     return job
 
 
-def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> None:
-    """Refuse, before a model is loaded and calibrated, what could not be written after it."""
+def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> CheckpointReport:
+    """Refuse, before a model is loaded and calibrated, what could not be written after it.
+
+    Returns what would be written where calibration leaves no layer out, and no files.
+    """
     origin, fmt = open_origin(source), format_called(format)
     plan = plan_recipe(recipe, origin.hub, calibrated=True)
-    fmt.check(*contents_of(plan, origin.hub))
-    check_room({directory.resolve(): estimated_bytes(plan, origin, fmt)}, CheckpointError)
+    contents, shapes = contents_of(plan, origin.hub)
+    fmt.check(contents, shapes)
+    size = estimated_bytes(plan, origin, fmt)
+    check_room({directory.resolve(): size}, CheckpointError)
+    notices = [*origin.notices, *plan.all_notices, *fmt.notices(contents, shapes)]
+    layers = layers_of(plan, origin)
+    return CheckpointReport(format, recipe.metadata.name, *layers, contents.kv_cache, notices, [], size, 0.0)
+
+
+def layers_of(plan: Plan, origin: Origin) -> tuple[dict[str, str], list[str]]:
+    """(layer -> its scheme in words, the layers that stay as they are)."""
+    stays = [name for name in origin.hub.layers if name not in plan.schemes]
+    return {name: describe(scheme) for name, scheme in plan.schemes.items()}, stays
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

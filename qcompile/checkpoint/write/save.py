@@ -17,12 +17,11 @@ from torch.export import ExportedProgram
 from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
 from qcompile.checkpoint.files.shards import ShardWriter, parse_size
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
-from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.hub.layout import Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.read.written import check_written
 from qcompile.checkpoint.write.codes import Advance, largest_magnitude, quantize_weight
-from qcompile.checkpoint.write.job import Job, read_job
+from qcompile.checkpoint.write.job import Job, layers_of, read_job
 from qcompile.checkpoint.write.plan import contents_of, estimated_bytes, parts_by_key
 from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
@@ -90,12 +89,8 @@ def save_checkpoint(
         notices = job.plan.all_notices + _write_rest(job.origin, chosen, contents, partial)
         check_written(partial, contents.schemes, job.origin.hub.unknown, job.origin.architecture)
         files = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
-    stays = [name for name in job.origin.hub.layers if name not in job.plan.schemes]
-    quantized = {name: describe(scheme) for name, scheme in job.plan.schemes.items()}
-    seconds = time.perf_counter() - start
-    return CheckpointReport(
-        format, job.recipe, quantized, stays, contents.kv_cache, notices, files, writer.bytes, seconds
-    )
+    layers, seconds = layers_of(job.plan, job.origin), time.perf_counter() - start
+    return CheckpointReport(format, job.recipe, *layers, contents.kv_cache, notices, files, writer.bytes, seconds)
 
 
 def _check_ties(origin: Origin) -> None:

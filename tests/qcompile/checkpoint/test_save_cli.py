@@ -26,8 +26,12 @@ def run(*argv: str) -> int:
 
 
 def test_block_fp8_is_the_default(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--to-checkpoint", "out", "--report", "report.json", "--dry-run") == 0
+    foreseen = capsys.readouterr().out
+    assert "format fp8, recipe fp8_block" in foreseen and {path.name for path in here.iterdir()} == {"llama"}
     assert run("--to-checkpoint", "out", "--report", "report.json") == 0
     shown = capsys.readouterr()
+    assert shown.out[shown.out.index("Layers") : shown.out.index("notice")] in foreseen
     assert "format fp8, recipe fp8_block" in shown.out and "fp8_128x128 weight" in shown.out
     assert "pytorch_model.bin" in shown.out  # that it was left out
     report = json.loads((here / "report.json").read_text())
@@ -42,12 +46,12 @@ def test_block_fp8_is_the_default(here: Path, capsys: pytest.CaptureFixture[str]
 def test_static_recipes_are_calibrated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = ("--to-checkpoint", "out", "--format", "modelopt", "--recipe", "fp8")
     assert run(*request) == 2
-    assert "on the command line add --calibration" in capsys.readouterr().err
+    assert "qcompile export llama " + " ".join((*request, "--calibration", "random")) in capsys.readouterr().err
     save_file({"input_ids": torch.randint(0, 96, (2, 40))}, here / "ids.safetensors")
     assert run("--to-checkpoint", "out", "--recipe", "fp8", "--calibration", "ids.safetensors") == 2
     shown = capsys.readouterr().err
     assert "format fp8 cannot hold" in shown and "loading" not in shown  # said before the model is loaded
-    assert run(*request, "--calibration", "ids.safetensors", "--sequence", "40") == 0
+    assert run(*request, "--calibration", "ids.safetensors") == 0
     assert "key/value cache in FP8" in capsys.readouterr().out
     tensors = read(here / "out")
     assert tensors["model.layers.0.self_attn.q_proj.input_scale"].dtype == torch.float32

@@ -117,10 +117,13 @@ def test_missing_profile_shows_an_example_that_works(attention_file: Callable[..
 @pytest.mark.parametrize(
     ("profile", "expected"),
     [
-        ({"y": ((1, 64),) * 3}, "names 'y', but the file's inputs are x"),
+        ({"y": ((1, 64),) * 3}, "names 'y', but the file's inputs are x, and its dynamic dimensions rows"),
+        ({"row": (1, 2, 3)}, "names 'row', but the file's inputs are x, and its dynamic dimensions rows"),
+        ({"rows": (3, 2, 1)}, "axis 0 needs min <= opt <= max, not 3, 2, 1"),
         ({}, "x: (rows, 64); dynamic: rows"),
         ({"x": ((1,), (2,), (3,))}, "three shapes (min, opt, max) of 2 sizes"),
         ({"x": ((1, 64), (2, 64))}, "three shapes (min, opt, max) of 2 sizes"),
+        ({"x": (1, 2, 3)}, "three shapes (min, opt, max) of 2 sizes"),
         ({"x": (1, 64)}, "three shapes (min, opt, max) of 2 sizes"),
         ({"x": ((1, 32), (2, 32), (3, 32))}, "axis 1 is 64 in the file, not 32, 32, 32"),
         ({"x": ((4, 64), (2, 64), (8, 64))}, "axis 0 needs min <= opt <= max, not 4, 2, 8"),

@@ -1,0 +1,72 @@
+"""The ONNX part of `qcompile export`: from a source to a file, and an engine of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import qcompile
+from qcompile.cli.ahead import check_before_loading, check_before_quantizing
+from qcompile.cli.build import build_and_show
+from qcompile.cli.console import out, step, write_json
+from qcompile.cli.preview import AnyRange, show_preview
+from qcompile.cli.quantize import imported, quantized, quantized_with, save
+from qcompile.cli.wanted import Wanted
+from qcompile.source import Data, Source, load_source, with_dynamic_shapes
+from qcompile.tables import show_export
+
+__all__ = ["Wanted", "export_onnx"]
+
+
+def export_onnx(wanted: Wanted) -> int:
+    """Write what is wanted, and show the reports."""
+    calibration = check_before_loading(wanted)
+    source = _load(wanted, calibration)
+    finished = check_before_quantizing(wanted, source)
+    if wanted.dry_run:
+        if finished:
+            program, _ = imported(source, None, wanted.dtype)
+        else:
+            program = quantized_with(AnyRange(), source, wanted.recipe, wanted.dtype)
+        show_preview(wanted, source, program, calibration)
+        return 0
+    if finished:
+        program, first = imported(source, calibration, wanted.dtype)
+    else:
+        program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)
+    if wanted.save_program is not None:
+        save(program, wanted.save_program)
+    step(f"exporting to {wanted.output}")
+    compared = first if first is not None else source.example_batch
+    exported = qcompile.export_onnx(
+        program,
+        wanted.output,
+        target=wanted.onnx_target,
+        opset=wanted.opset,
+        block_fp8=wanted.block_fp8,
+        io_dtype=wanted.io_dtype,
+        compare=compared if wanted.compare else None,
+    )
+    report: dict[str, Any] = {"source": source.name, "export": json.loads(exported.to_json()), "engine": None}
+    report["export"]["notices"][:0] = calibration.notices if calibration is not None else ()
+    show_export(out(), report["export"])
+    if wanted.builds:
+        step("building the engine")
+        report["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)
+    if wanted.report is not None:
+        write_json(wanted.report, report)
+    return 0
+
+
+def _load(wanted: Wanted, calibration: Data | None) -> Source:
+    step(f"loading {wanted.source}")
+    source = load_source(
+        wanted.source,
+        random_weights=wanted.random_weights,
+        batch=wanted.batch,
+        sequence=wanted.sequence,
+        submodule=wanted.submodule,
+        shapes=calibration.shapes() if calibration is not None else {},
+        inputs=wanted.inputs,
+    )
+    return with_dynamic_shapes(source, wanted.dynamic, batch=wanted.dynamic_batch)
