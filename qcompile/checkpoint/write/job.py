@@ -13,19 +13,18 @@ from qcompile.checkpoint.formats import format_called
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.hub.wrappers import plain_names
+from qcompile.checkpoint.write.activations import KvScales, refuse_latent, uncovered
 from qcompile.checkpoint.write.plan import (
     Plan,
     contents_of,
     estimated_bytes,
     plan_program,
     plan_recipe,
-    refuse_latent,
     sibling_groups,
     unwritten_notice,
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.errors import CheckpointError
-from qcompile.messages import some
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
@@ -51,7 +50,7 @@ class Job:
     recipe: str
     power_of_two: bool = False
     weights: ProgramWeights | None = None
-    kv_scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -77,7 +76,9 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        return Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job = Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
+        return job
     if source is None:
         raise CheckpointError("a program needs source=, the directory or the model that it was made from")
     if recipe is not None:
@@ -104,7 +105,7 @@ def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> No
     check_room({directory.resolve(): estimated_bytes(plan, origin, fmt)}, CheckpointError)
 
 
-def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, KvScales]:
     """Name of an attention on the hub -> its scales, of those that have a key/value cache."""
     attentions, notices = job.origin.hub.attentions, job.plan.notices
     if weights.fused:
@@ -116,6 +117,5 @@ def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tenso
     if len(found) < len(weights.kv_scales):
         count = len(weights.kv_scales) - len(found)
         notices.append(f"the scales of k and v of {count} attentions are not written: they keep no keys and values")
-    if left := [path for path, attention in attentions.items() if found and attention.cached and path not in found]:
-        notices.append(f"{some(left)} without scales for the key/value cache: servers take 1")
+    notices += uncovered(found, job.origin.hub)
     return {attentions[path].name: scales for path, scales in found.items()}

@@ -159,7 +159,9 @@ def _quantized(
         advance(tensor.nbytes)
         return weight
     scheme, config = job.plan.schemes[layer.name], job.plan.configs[layer.name]
-    return quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+    quantized = quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+    quantized.input_scale = job.plan.input_scales.get(layer.name)
+    return quantized
 
 
 def _write_rest(origin: Origin, chosen: CheckpointFormat, contents: Contents, partial: Path) -> list[str]:
