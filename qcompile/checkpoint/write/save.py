@@ -18,6 +18,7 @@ from qcompile.checkpoint.files.directory import carry_over, check_new, new_direc
 from qcompile.checkpoint.files.shards import ShardWriter, parse_size
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
+from qcompile.checkpoint.formats.servers import server_notices
 from qcompile.checkpoint.hub.layout import Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.read.written import check_written
@@ -32,7 +33,7 @@ from qcompile.outputs import check_room
 from qcompile.recipe import Recipe
 from qcompile.scales import scale_of
 
-FormatName = Literal["fp8", "modelopt", "compressed-tensors"]
+FormatName = Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"]
 
 
 def save_checkpoint(
@@ -59,7 +60,8 @@ def save_checkpoint(
             architecture needs and nothing else; it is removed after an error. A second run starts clean. The tokenizer
             and other small files of a source directory go along; weights in other forms, hidden files and
             subdirectories (but additional_chat_templates) do not, and a notice lists them.
-        format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt" or "compressed-tensors".
+        format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt", "modelopt_mixed" (which lists the
+            algorithm of each layer as MIXED_PRECISION also where all have one) or "compressed-tensors".
         recipe: as of `quantize`, for weights only or with dynamic activations; static ones need calibration, which is
             what `quantize` is for. None is fp8_block for the format fp8. Not with a program.
         source: the directory or the model that a program was made from: its configuration, its other tensors, each in
@@ -81,7 +83,7 @@ def save_checkpoint(
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
     check_room({Path(directory).resolve(): estimated_bytes(job.plan, job.origin, chosen)}, CheckpointError)
-    job.plan.notices += chosen.notices(contents, shapes)
+    job.plan.notices += chosen.notices(contents, shapes) + server_notices(format, contents)
     _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:
         writer = ShardWriter(partial, largest)
