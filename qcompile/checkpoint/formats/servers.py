@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from passes.formats import FP8, INT8, INT8_PER_TOKEN, NVFP4
+from passes.formats import INT8, INT8_PER_TOKEN, NVFP4
 from qcompile.checkpoint.formats.base import Contents
 from qcompile.checkpoint.formats.merged import expert_container, is_merged
-from qcompile.layer import FP8_CHANNEL_TOKEN, Scheme
+from qcompile.layer import FP8_CHANNEL_TOKEN, FP8_TENSOR, Scheme
 from qcompile.messages import some
 
 VLLM, SGLANG, EDGE = "vLLM 0.33.0", "SGLang 0.5.23", "TensorRT Edge-LLM 0.11.0"
@@ -71,8 +71,13 @@ def _mixed_dense(contents: Contents) -> list[str]:
     return _dense(contents) if floating or len(set(contents.schemes.values())) > 1 else []
 
 
-def _several_dense(contents: Contents) -> list[str]:
-    return _dense(contents) if len(set(contents.schemes.values())) > 1 else []
+def _without_nvfp4(contents: Contents) -> list[str]:
+    return [] if any(scheme.weight == NVFP4 for scheme in contents.schemes.values()) else list(contents.schemes)
+
+
+def _several(layers: Callable[[Contents], list[str]]) -> Callable[[Contents], list[str]]:
+    """`layers` of a checkpoint with several schemes."""
+    return lambda contents: layers(contents) if len(set(contents.schemes.values())) > 1 else []
 
 
 _STATIC_INT8 = (Scheme(INT8, INT8), Scheme(INT8, INT8, per_channel=True))
@@ -152,7 +157,23 @@ LIMITS = (
         "several schemes in a dense model",
         "stops while it loads them",
         "use one scheme",
-        _several_dense,
+        _several(_dense),
+    ),
+    Limit(
+        SGLANG,
+        ("modelopt_mixed",),
+        "no layer in NVFP4",
+        "takes the checkpoint for W4AFP8",
+        "use the format modelopt",
+        _without_nvfp4,
+    ),
+    Limit(
+        SGLANG,
+        ("modelopt",),
+        "several schemes, none of them NVFP4",
+        "takes the checkpoint for W4AFP8",
+        "use the format compressed-tensors",
+        _several(_without_nvfp4),
     ),
     Limit(
         EDGE,
@@ -176,7 +197,7 @@ LIMITS = (
         "FP8 in experts",
         "stops",
         "use NVFP4 there",
-        _in(Scheme(FP8, FP8), experts=True),
+        _in(FP8_TENSOR, experts=True),
     ),
     Limit(
         EDGE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from passes.formats import INT8, NVFP4
+from passes.formats import FP8_128X128, INT8, NVFP4
 from qcompile.checkpoint.formats import FORMATS, Contents
 from qcompile.checkpoint.formats.servers import EDGE, LIMITS, SGLANG, VLLM, server_notices
 from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
@@ -31,6 +31,10 @@ STATIC_INT8 = Scheme(INT8, INT8, per_channel=True)
         ("modelopt_mixed", {DENSE: Scheme(NVFP4)}, {SGLANG}),
         ("modelopt_mixed", {EXPERT: Scheme(NVFP4)}, set()),
         ("modelopt", {DENSE: NVFP4_W4A4, OTHER: FP8_TENSOR}, {SGLANG}),
+        ("modelopt", {EXPERT: NVFP4_W4A4, OTHER: FP8_TENSOR}, set()),
+        ("modelopt", {EXPERT: FP8_TENSOR, OTHER: NVFP4_W4A4}, {EDGE}),
+        ("modelopt", {EXPERT: FP8_TENSOR, OTHER: Scheme(FP8_128X128)}, {SGLANG, EDGE}),
+        ("modelopt_mixed", {EXPERT: FP8_TENSOR}, {SGLANG, EDGE}),
         ("compressed-tensors", {DENSE: NVFP4_W4A4, OTHER: FP8_TENSOR}, {SGLANG, EDGE}),
         ("compressed-tensors", {DENSE: INT8_CHANNEL_TOKEN}, {EDGE}),
         ("compressed-tensors", {EXPERT: INT8_CHANNEL_TOKEN}, {SGLANG, EDGE}),
