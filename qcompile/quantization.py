@@ -246,7 +246,8 @@ def quantize_graph(
     _tell_small_weights(plan, amax, target)
 
     def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
-        largest = amax.get(site, torch.tensor(1.0, dtype=torch.float32))  # probabilities are at most 1
+        known = config.constant_amax or 1.0  # probabilities are at most 1
+        largest = amax.get(site, torch.tensor(known, dtype=torch.float32))
         return scale_of(largest, config, plan.recipe.calibration.power_of_two).to(val(site.tensor).device)
 
     quantizers = {

@@ -177,7 +177,7 @@ def _unknown_ranges(source: torch.dtype, target: torch.dtype) -> list[str]:
 
 def static_sites(configs: Mapping[Site, QuantizerConfig]) -> list[Site]:
     """The activations with a constant scale, if only a global one, that calibration has to find."""
-    return [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and has_constant(config)]
+    return [s for s, config in configs.items() if s.operand not in ("weight", "softmax") and is_calibrated(config)]
 
 
 def is_state(calibration: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
@@ -232,6 +232,11 @@ def has_constant(config: QuantizerConfig) -> bool:
     """Whether the quantizer has a constant scale: NVFP4 has a global one above those of its blocks."""
     fmt = format_of(config)
     return fmt.scale is not None or not (config.dynamic or fmt.sizes)
+
+
+def is_calibrated(config: QuantizerConfig) -> bool:
+    """Whether the constant scale of an activation is that of what calibration sees."""
+    return has_constant(config) and config.constant_amax is None
 
 
 def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) -> torch.Tensor:

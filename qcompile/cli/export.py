@@ -51,7 +51,7 @@ def export(
     profile: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
     expect: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
     to_checkpoint: Annotated[Path | None, _CHECKPOINT] = None,
-    format: Annotated[Literal["fp8", "modelopt", "compressed-tensors"] | None, _CHECKPOINT] = None,
+    format: Annotated[Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"] | None, _CHECKPOINT] = None,
 ) -> int:
     """Quantize a model and export it to an ONNX file, checked and compared; build an engine from it on request.
 
@@ -155,7 +155,8 @@ def export(
         --calibration, which loads the model in float32; recipes for weights or with dynamic activations need none.
     format:
         Of the checkpoint. fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default
-        then); modelopt: FP8, NVFP4 and mixtures of them; compressed-tensors: all of these, blocks beside NVFP4, and
+        then); modelopt: FP8, NVFP4 and mixtures of them; modelopt_mixed: these with the algorithm of each layer,
+        as MIXED_PRECISION, also where all have one; compressed-tensors: all of these, blocks beside NVFP4, and
         INT8. Default: fp8.
     """
     for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():

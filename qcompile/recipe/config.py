@@ -43,6 +43,7 @@ class QuantizerConfig:
         dynamic: scales are computed at run time; for nvfp4 those of the blocks, under a constant global scale that is
             calibrated.
         rotate: a Hadamard rotation comes first, on both operands of the linear.
+        constant_amax: the largest magnitude that the constant scale is for, where the recipe says it.
         source: file:line of the rule that gave the format, and of the one that switched it on again.
     """
 
@@ -51,6 +52,7 @@ class QuantizerConfig:
     block_shape: tuple[int, int] | None = None
     dynamic: bool = False
     rotate: bool = False
+    constant_amax: float | None = None
     source: str = field(default="", compare=False)
 
     @property

@@ -132,6 +132,7 @@ def _config(rule: Rule, quantizer: QuantizerName, switched_on_by: Rule | None) -
         block_shape=block or rule.block_shape,
         dynamic=bool(block and quantizer.kind != WEIGHT) or bool(rule.dynamic),
         rotate=rule.rotate,
+        constant_amax=rule.constant_amax,
         source=source,
     )
 

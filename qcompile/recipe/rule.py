@@ -82,6 +82,9 @@ class Rule(Model):
     dynamic: bool | None = None
     """Scales of activations are computed at run time. Default: false, for nvfp4 and mxfp8 activations true. For nvfp4
     these are the scales of the blocks; the global scale above them is constant and needs calibration data."""
+    constant_amax: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] | None = None
+    """The largest magnitude of an activation, where it is to be this number and not what calibration sees: 448 is the
+    scale 1 in fp8, 2688 the global scale 1 in nvfp4. What is larger saturates."""
     rotate: bool = False
     """Rotate by a Hadamard matrix first, the weight and the activation of a linear both. A rule for weights alone
     rotates the activation too, without quantizing it."""
@@ -118,7 +121,7 @@ class Rule(Model):
     def _check_switch(self) -> None:
         if self.enable is None:
             raise wrong("quantizer", "a rule needs either `enable` or `format`")
-        for key in ("granularity", "block_shape", "dynamic", "rotate"):
+        for key in ("granularity", "block_shape", "dynamic", "constant_amax", "rotate"):
             if getattr(self, key):
                 raise wrong(key, f"`{key}` belongs to a rule with `format`; this one only has `enable`")
 
@@ -137,6 +140,10 @@ class Rule(Model):
                 raise wrong("block_shape", f"block sides must be at least 1, not {list(self.block_shape)}")
         elif self.block_shape is not None:
             raise wrong("block_shape", "`block_shape` needs `granularity: per_block`")
+        if self.constant_amax is not None and self.granularity in ("per_token", "per_block"):
+            raise wrong("constant_amax", f"`constant_amax` is one number, and {self.granularity} has many scales")
+        if self.constant_amax is not None and self.dynamic:
+            raise wrong("constant_amax", "`constant_amax` is known before, and `dynamic: true` measures at run time")
         if self.granularity == "per_token" and not self.dynamic:
             raise wrong("granularity", "per_token scales exist only at run time: add `dynamic: true`")
 
@@ -161,6 +168,8 @@ class Rule(Model):
             return "block_shape", f"blocks of {rows} rows are for weights, those of activations are [1, n]"
         if self.dynamic and kind == WEIGHT:
             return "dynamic", "`dynamic: true` is for activations, a weight's scale is constant"
+        if self.constant_amax is not None and kind in (WEIGHT, SOFTMAX):
+            return "constant_amax", f"`constant_amax` is for activations whose range is not known, not for {kind}"
         if self.dynamic and kind == SOFTMAX:
             return "dynamic", "`dynamic: true` is not for the softmax, whose range is known to be 0 to 1"
         return "", ""

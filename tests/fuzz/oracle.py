@@ -70,6 +70,10 @@ _DYNAMIC: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
         lambda w: fp8(w, _rows(w)),
         lambda x: fp8(x, _rows(x).clamp_min(2.0**-100)),
     ),
+    "int8_per_channel_per_token": (
+        lambda w: int8(w, _rows(w)),
+        lambda x: int8(x, _rows(x).clamp_min(2.0**-100)),
+    ),
     "fp8_block": (
         lambda w: fp8(w, _blocks(w, 128, 128)),
         lambda x: fp8(x, _blocks(x.reshape(-1, x.shape[-1]), 1, 128).reshape(x.shape)),

@@ -17,7 +17,8 @@ from qcompile.errors import CheckpointError
 
 __all__ = ["FORMATS", "CheckpointFormat", "Contents", "Get", "SchemeReader", "format_called", "reader_of"]
 
-FORMATS: dict[str, CheckpointFormat] = {f.name: f for f in (BlockFp8(), ModelOpt(), CompressedTensors())}
+_ALL = (BlockFp8(), ModelOpt(), ModelOpt(listed=True), CompressedTensors())
+FORMATS: dict[str, CheckpointFormat] = {fmt.name: fmt for fmt in _ALL}
 
 
 def format_called(name: str) -> CheckpointFormat:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -40,7 +40,7 @@ class Contents:
 class CheckpointFormat(ABC):
     """One way to spell quantized layers in a directory of the hub."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def check(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -30,6 +30,11 @@ def expert_container(name: str) -> str | None:
     return match[1] if match else None
 
 
+def is_merged(name: str) -> bool:
+    """Whether servers load the layer together with others."""
+    return name.rpartition(".")[2] in _GROUP_OF
+
+
 def describe(scheme: Scheme | None) -> str:
     """`fp8 weight per channel, fp8_per_token input`."""
     if scheme is None:

@@ -51,18 +51,25 @@ _MIXED_GROUPS = _GROUPS | {
 
 
 class ModelOpt(CheckpointFormat):
-    """FP8 and NVFP4, each of their algorithms alone or mixed, with an FP8 key/value cache or without."""
+    """FP8 and NVFP4, each of their algorithms alone or mixed, with an FP8 key/value cache or without.
 
-    name = "modelopt"
+    Args:
+        listed: write MIXED_PRECISION, with the algorithm of each layer, also where one is that of all. This goes by the
+            name that vLLM has for it, modelopt_mixed.
+    """
+
+    def __init__(self, *, listed: bool = False) -> None:
+        self.name = "modelopt_mixed" if listed else "modelopt"
+        self._listed = listed
 
     def check(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> None:
         check_contents(self.name, contents, shapes, _refusal)
         by_algorithm = _by_algorithm(contents)
         experts = [name for name in by_algorithm.get(_PC_PT, ()) if expert_container(name)]
-        if len(by_algorithm) > 1 and experts:
+        if self._mixes(by_algorithm) and experts:
             raise CheckpointError(
-                f"format modelopt cannot hold this model: {some(experts)} have {_PC_PT}, which servers do not read for"
-                " the experts of a mixture among other layers; use the format compressed-tensors"
+                f"format {self.name} cannot hold this model: {some(experts)} have {_PC_PT}, which servers do not"
+                " read for the experts of a mixture among other layers; use the format compressed-tensors"
             )
 
     def notices(self, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -75,12 +82,7 @@ class ModelOpt(CheckpointFormat):
             )
             if ragged := [name for name in blocks if shapes[name][0] % 128]:
                 found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
-        if experts := [name for name in by_algorithm.get(_PC_PT, ()) if expert_container(name)]:
-            found.append(
-                f"{some(experts)}: vLLM 0.33 and SGLang 0.5.23 load no experts with {_PC_PT} from this format, but from"
-                " compressed-tensors"
-            )
-        if len(by_algorithm) > 1 and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
+        if self._mixes(by_algorithm) and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
             found.append(f"{MIXED} with {', '.join(name.upper() for name in late)}: vLLM reads it from 0.33 on")
         return found
 
@@ -105,7 +107,7 @@ class ModelOpt(CheckpointFormat):
         }
 
     def files(self, contents: Contents) -> dict[str, dict[str, Any]]:
-        quantization = _quantization(contents)
+        quantization = self._quantization(contents)
         section: dict[str, Any] = {}
         algorithm = quantization["quant_algo"]
         if algorithm == MIXED:
@@ -125,6 +127,18 @@ class ModelOpt(CheckpointFormat):
 
     def reader(self, quantization_config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> SchemeReader:
         return ModelOptReader(*newest(quantization_config, files))
+
+    def _mixes(self, by_algorithm: Mapping[str, list[str]]) -> bool:
+        return self._listed or len(by_algorithm) > 1
+
+    def _quantization(self, contents: Contents) -> dict[str, Any]:
+        """The section `quantization` of hf_quant_config.json. The fused experts of a mixture are one entry."""
+        layers = {expert_container(name) or name: _layer(scheme) for name, scheme in contents.schemes.items()}
+        result: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if contents.kv_cache else None}
+        if self._mixes(_by_algorithm(contents)):
+            return result | {"quantized_layers": layers}  # what is not listed is not quantized: no exclude_modules
+        skipped = [expert_container(name) or name for name in skipped_names(contents)]
+        return result | next(iter(layers.values())) | {"exclude_modules": summarize(skipped, layers)}
 
 
 def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -148,17 +162,6 @@ def _by_algorithm(contents: Contents) -> dict[str, list[str]]:
     for name, scheme in contents.schemes.items():
         found.setdefault(_ALGORITHMS[scheme], []).append(name)
     return found
-
-
-def _quantization(contents: Contents) -> dict[str, Any]:
-    """The section `quantization` of hf_quant_config.json. The fused experts of a mixture are one entry."""
-    layers = {expert_container(name) or name: _layer(scheme) for name, scheme in contents.schemes.items()}
-    result: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if contents.kv_cache else None}
-    first = next(iter(layers.values()))
-    if any(layer != first for layer in layers.values()):
-        return result | {"quantized_layers": layers}  # what is not listed is not quantized: no exclude_modules
-    skipped = [expert_container(name) or name for name in skipped_names(contents)]
-    return result | first | {"exclude_modules": summarize(skipped, layers)}
 
 
 def _layer(scheme: Scheme) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ from qcompile.checkpoint.hub.names import HubNames
 from qcompile.checkpoint.read.store import TensorStore
 from qcompile.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 NAME = "qcompile_fp8_kv"
 _SCALE = re.compile(r"(?P<attention>.+?)(\.[kv]_proj)?\.([kv]_scale|(?<=_proj\.)output_scale)$")
 
@@ -27,11 +29,14 @@ def read_kv_scales(
 ) -> Scales:
     """Path of each attention whose key/value cache is FP8 -> its scales `(k, v)`, fp32 scalars.
 
+    Where the configuration says that the cache is FP8 and the files have no scale at all, as where Model Optimizer
+    casts keys and values (`kv_fp8_cast`), they are 1, as for servers.
+
     Args:
-        complete: where the configuration says that the cache is FP8, every attention has to have them.
+        complete: every attention has to have scales if the cache is FP8.
 
     Raises:
-        CheckpointError: the checkpoint says that the cache is FP8, and an attention has no scales.
+        CheckpointError: the cache is FP8, some attentions have scales, and one has not.
     """
     found: Scales = {}
     for attention in dict.fromkeys(match["attention"] for name in store if (match := _SCALE.match(name))):
@@ -42,10 +47,14 @@ def read_kv_scales(
     if reader.kv_cache and complete:
         attentions = [name.removesuffix(".k_proj") for name, _ in model.named_modules() if name.endswith(".k_proj")]
         if lacking := [path for path in attentions if path not in found]:
-            raise CheckpointError(
-                f"{store.directory}: the configuration says that the key/value cache is FP8, and {lacking[0]} has no"
-                " k_scale and v_scale; add them, or take the key/value cache out of the configuration"
-            )
+            if found:
+                raise CheckpointError(
+                    f"{store.directory}: the configuration says that the key/value cache is FP8, and {lacking[0]} has"
+                    " no k_scale and v_scale beside others that have; add them, or take the key/value cache out of the"
+                    " configuration"
+                )
+            logger.info("%s: the key/value cache is FP8, and no scale is there: it is 1", store.directory)
+            found = {path: (torch.ones(()), torch.ones(())) for path in lacking}
     return found
 
 

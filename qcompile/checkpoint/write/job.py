@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,25 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from qcompile.checkpoint.formats import format_called
+from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
+from qcompile.checkpoint.formats.servers import server_notices
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.hub.wrappers import plain_names
+from qcompile.checkpoint.write.activations import KvScales, refuse_latent, uncovered
 from qcompile.checkpoint.write.plan import (
     Plan,
     contents_of,
     estimated_bytes,
     plan_program,
     plan_recipe,
-    refuse_latent,
     sibling_groups,
     unwritten_notice,
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.errors import CheckpointError
-from qcompile.messages import some
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
@@ -53,7 +54,7 @@ class Job:
     recipe: str
     power_of_two: bool = False
     weights: ProgramWeights | None = None
-    kv_scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -79,7 +80,9 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        return Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job = Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
+        return job
     if source is None:
         raise CheckpointError("a program needs source=, the directory or the model that it was made from")
     if recipe is not None:
@@ -109,9 +112,14 @@ def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> Ch
     fmt.check(contents, shapes)
     size = estimated_bytes(plan, origin, fmt)
     check_room({directory.resolve(): size}, CheckpointError)
-    notices = [*origin.notices, *plan.all_notices, *fmt.notices(contents, shapes)]
+    notices = [*origin.notices, *plan.all_notices, *notices_of(fmt, contents, shapes)]
     layers = layers_of(plan, origin)
     return CheckpointReport(format, recipe.metadata.name, *layers, contents.kv_cache, notices, [], size, 0.0)
+
+
+def notices_of(fmt: CheckpointFormat, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What the format, and the servers that read it, make of such a checkpoint."""
+    return [*fmt.notices(contents, shapes), *server_notices(fmt.name, contents)]
 
 
 def layers_of(plan: Plan, origin: Origin) -> tuple[dict[str, str], list[str]]:
@@ -120,7 +128,7 @@ def layers_of(plan: Plan, origin: Origin) -> tuple[dict[str, str], list[str]]:
     return {name: describe(scheme) for name, scheme in plan.schemes.items()}, stays
 
 
-def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, KvScales]:
     """Name of an attention on the hub -> its scales, of those that have a key/value cache."""
     attentions, notices = job.origin.hub.attentions, job.plan.notices
     if weights.fused:
@@ -132,6 +140,5 @@ def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, tuple[torch.Tenso
     if len(found) < len(weights.kv_scales):
         count = len(weights.kv_scales) - len(found)
         notices.append(f"the scales of k and v of {count} attentions are not written: they keep no keys and values")
-    if left := [path for path, attention in attentions.items() if found and attention.cached and path not in found]:
-        notices.append(f"{some(left)} without scales for the key/value cache: servers take 1")
+    notices += uncovered(found, job.origin.hub)
     return {attentions[path].name: scales for path, scales in found.items()}

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from passes.formats import Format
 from passes.quantize.sites import idle_reduction
 from qcompile.checkpoint.formats import CheckpointFormat, Contents
@@ -14,16 +16,16 @@ from qcompile.checkpoint.formats.merged import MERGED
 from qcompile.checkpoint.hub.adapters import MERGE
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
+from qcompile.checkpoint.write.activations import K, KvScales, V, cache_scales, known_scale, uncovered
 from qcompile.checkpoint.write.codes import weight_like
 from qcompile.errors import CheckpointError, RecipeError
 from qcompile.layer import Scheme
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, check_quantizes, format_of, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
-from qcompile.scales import has_constant
+from qcompile.scales import has_constant, is_calibrated
 
 _OUTPUT = "output_quantizer"
-_K, _V = "k_bmm_quantizer", "v_bmm_quantizer"
 HOW_TO_CALIBRATE = (
     "program = qcompile.quantize(model, ..., recipe=..., calibration=batches, dtype=torch.float32), then"
     " save_checkpoint(program, directory, format=..., source=the directory of the model); on the command line add"
@@ -50,14 +52,18 @@ class Plan:
     Attributes:
         schemes: layer of the model -> its scheme.
         configs: layer -> what the recipe says of its weight.
+        input_scales: layer -> the constant scale of its input, where the recipe says it.
         kv_cache: keys and values are quantized, and the model has a cache of them.
+        kv_scales: path of an attention -> the constant scales of its cache, where the recipe says them.
         notices: what the reader of the report should know.
         left: why layers stay in floating point although they were to be quantized -> those layers.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     configs: dict[str, QuantizerConfig] = field(default_factory=dict)
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     kv_cache: bool = False
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)
 
@@ -94,9 +100,10 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
     plan = Plan(notices=[str(notice) for notice in resolution.notices])
     if not calibrated:
         _check_static(resolution.configs, hub)
-    cached = [path for path in hub.attentions if hub.attentions[path].cached and f"{path}.{_K}" in resolution.configs]
-    refuse_latent(cached, hub)
+    power_of_two = recipe.calibration.power_of_two
+    cached = cache_scales(resolution.configs, hub, power_of_two)
     plan.kv_cache = bool(cached)
+    plan.kv_scales = {path: (k, v) for path, (k, v) in cached.items() if k is not None and v is not None}
     for layer in hub.layers.values():
         weight = resolution.configs.get(f"{layer.name}.{WEIGHT}")
         x = resolution.configs.get(f"{layer.name}.{INPUT}")
@@ -105,12 +112,14 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
             per_channel = weight.granularity == "per_channel"
             plan.schemes[layer.name] = Scheme(format_of(weight), format_of(x) if x else None, per_channel)
             plan.configs[layer.name] = weight
+            if x is not None and (scale := known_scale(x, power_of_two)) is not None:
+                plan.input_scales[layer.name] = scale
         elif weight is None and x is not None and not layer.stays:
             raise CheckpointError(
                 f"{layer.name}: the recipe quantizes its input ({x.source}) and not its weight, which no checkpoint"
                 " says: give the weight a format, or switch the input off"
             )
-    plan.notices += _operand_notices(resolution.configs)
+    plan.notices += _operand_notices(resolution.configs) + uncovered(plan.kv_scales, hub)
     return plan
 
 
@@ -140,15 +149,6 @@ def refuse_rotation(module: str, rotated: bool) -> None:
         )
 
 
-def refuse_latent(paths: Iterable[str], hub: Hub) -> None:
-    if latent := [path for path in paths if hub.attentions[path].latent]:
-        raise CheckpointError(
-            f"{some(latent)}: k and v are quantized, and the cache holds what they are made of (multi-head latent"
-            " attention), so servers would scale it with numbers that are not its own: leave them out, by a rule such"
-            ' as {quantizer: "*.[qkv]_bmm_quantizer", enable: false}, or take the recipe fp8_gemm'
-        )
-
-
 def _quantizers(hub: Hub) -> Iterator[QuantizerName]:
     for layer in hub.layers.values():
         for kind in (INPUT, WEIGHT, _OUTPUT):
@@ -166,8 +166,8 @@ def _check_static(configs: Mapping[str, QuantizerConfig], hub: Hub) -> None:
     for name, config in configs.items():
         path, _, kind = name.rpartition(".")
         layer = hub.layers.get(path)
-        written = layer is not None and not layer.stays if kind == INPUT else kind in (_K, _V)
-        if written and has_constant(config):
+        written = layer is not None and not layer.stays if kind == INPUT else kind in (K, V)
+        if written and is_calibrated(config):
             static.append(name)
     if static:
         raise CheckpointError(

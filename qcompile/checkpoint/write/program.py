@@ -18,6 +18,7 @@ from passes.quantize.sites import linear_name
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs
 from qcompile.checkpoint.hub.layout import Part
+from qcompile.checkpoint.write.activations import KvScales
 from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
@@ -35,7 +36,7 @@ class ProgramWeights:
     """
 
     layers: dict[str, QuantizedWeight] = field(default_factory=dict)
-    kv_scales: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    kv_scales: dict[str, KvScales] = field(default_factory=dict)
     fused: bool = False
     notices: list[str] = field(default_factory=list)
 

@@ -21,7 +21,7 @@ from qcompile.checkpoint.hub.layout import Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.read.written import check_written
 from qcompile.checkpoint.write.codes import Advance, largest_magnitude, quantize_weight
-from qcompile.checkpoint.write.job import Job, layers_of, read_job
+from qcompile.checkpoint.write.job import Job, layers_of, notices_of, read_job
 from qcompile.checkpoint.write.plan import contents_of, estimated_bytes, parts_by_key
 from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
@@ -31,7 +31,7 @@ from qcompile.outputs import check_room
 from qcompile.recipe import Recipe
 from qcompile.scales import scale_of
 
-FormatName = Literal["fp8", "modelopt", "compressed-tensors"]
+FormatName = Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"]
 
 
 def save_checkpoint(
@@ -58,7 +58,8 @@ def save_checkpoint(
             architecture needs and nothing else; it is removed after an error. A second run starts clean. The tokenizer
             and other small files of a source directory go along; weights in other forms, hidden files and
             subdirectories (but additional_chat_templates) do not, and a notice lists them.
-        format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt" or "compressed-tensors".
+        format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt", "modelopt_mixed" (which lists the
+            algorithm of each layer as MIXED_PRECISION also where all have one) or "compressed-tensors".
         recipe: as of `quantize`, for weights only or with dynamic activations; static ones need calibration, which is
             what `quantize` is for. None is fp8_block for the format fp8. Not with a program.
         source: the directory or the model that a program was made from: its configuration, its other tensors, each in
@@ -80,7 +81,7 @@ def save_checkpoint(
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
     check_room({Path(directory).resolve(): estimated_bytes(job.plan, job.origin, chosen)}, CheckpointError)
-    job.plan.notices += chosen.notices(contents, shapes)
+    job.plan.notices += notices_of(chosen, contents, shapes)
     _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:
         writer = ShardWriter(partial, largest)
@@ -154,7 +155,9 @@ def _quantized(
         advance(tensor.nbytes)
         return weight
     scheme, config = job.plan.schemes[layer.name], job.plan.configs[layer.name]
-    return quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+    quantized = quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+    quantized.input_scale = job.plan.input_scales.get(layer.name)
+    return quantized
 
 
 def _write_rest(origin: Origin, chosen: CheckpointFormat, contents: Contents, partial: Path) -> list[str]:

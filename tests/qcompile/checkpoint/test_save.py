@@ -19,6 +19,7 @@ from qcompile.coverage import quantized_modules
 from qcompile.errors import RecipeError
 from tests.qcompile.checkpoint.models import batch, program, read, same, save, tiny
 
+SLOW = pytest.mark.slow  # a second or two each, and each kind of layer is in Qwen3-MoE
 CASES = [
     ("fp8", "fp8_block"),
     ("modelopt", "nvfp4_weight_only"),
@@ -26,8 +27,8 @@ CASES = [
     ("compressed-tensors", "nvfp4_weight_only"),
     ("compressed-tensors", "fp8_per_channel_per_token"),
     ("compressed-tensors", "fp8_block"),
+    pytest.param("compressed-tensors", "int8_per_channel_per_token", marks=SLOW),
 ]
-SLOW = pytest.mark.slow  # a second or two each, and each kind of layer is in Qwen3-MoE
 FAMILIES = [pytest.param("llama", marks=SLOW), pytest.param("qwen3", marks=SLOW), "qwen3_moe"]
 
 

@@ -273,7 +273,7 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"recipe": "fp8"}, STATIC),
     ({"recipe": "nvfp4"}, STATIC),
     ({"recipe": None}, r"format modelopt holds many schemes: say which with recipe="),
-    ({"format": "gguf"}, r"unknown checkpoint format 'gguf'; known: fp8, modelopt, compressed-tensors"),
+    ({"format": "gguf"}, r"unknown checkpoint format 'gguf'; known: fp8, modelopt, modelopt_mixed, compressed-tensors"),
     ({"format": "fp8"}, r"format fp8 cannot hold this model"),
     ({"max_shard_size": "1 box"}, r"max_shard_size='1 box': give a number of bytes"),
     ({"source": "."}, r"source= is for a program"),

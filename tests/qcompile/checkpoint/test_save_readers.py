@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import qcompile
+from passes.formats import FP8, INT8
 from passes.ir import DEQUANTIZE
 from qcompile.checkpoint.write.save import save_checkpoint
 from tests.qcompile.checkpoint.models import batch, read, same, save, tiny
@@ -28,7 +29,9 @@ def dequantized(checkpoint: dict[str, torch.Tensor], name: str, dtype: torch.dty
         scale = 1 / checkpoint[f"{name}.weight_global_scale"].float()
         scale = DEQUANTIZE(checkpoint[f"{name}.weight_scale"], scale.reshape(()), format="fp8", dtype=torch.float32)
         return DEQUANTIZE(checkpoint[f"{name}.weight_packed"], scale, format="nvfp4", dtype=dtype)
-    return DEQUANTIZE(checkpoint[f"{name}.weight"], checkpoint[f"{name}.weight_scale"], format="fp8", dtype=dtype)
+    codes = checkpoint[f"{name}.weight"]
+    fmt = INT8 if codes.dtype == INT8.storage else FP8
+    return DEQUANTIZE(codes, checkpoint[f"{name}.weight_scale"], format=fmt.name, dtype=dtype)
 
 
 def fake_quantized(model: Any, checkpoint: Path) -> Any:
@@ -75,6 +78,7 @@ def test_transformers_loads_block_fp8_experts(tmp_path: Path) -> None:
     [
         ("llama", "nvfp4_weight_only"),
         ("qwen3", "fp8_per_channel_per_token"),
+        ("llama", "int8_per_channel_per_token"),
         pytest.param("llama", "fp8_block", marks=SLOW),
         pytest.param("qwen3", "nvfp4_weight_only", marks=SLOW),
     ],

@@ -7,7 +7,7 @@ import torch
 
 import qcompile
 
-RECIPES = ("fp8_per_channel_per_token", "fp8_block", "int8", "nvfp4_weight_only", "nvfp4")
+RECIPES = ("fp8_per_channel_per_token", "fp8_block", "int8", "int8_per_channel_per_token", "nvfp4_weight_only", "nvfp4")
 
 
 def _model(k: int, n: int, dtype: torch.dtype) -> torch.nn.Module:

@@ -51,14 +51,21 @@ def test_many_blocks() -> None:
 
 @pytest.mark.everyday(1)
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("fp8_block", {"block_fp8": "per_channel"}), ("fp8_per_channel_per_token", {})]
+    ("recipe", "options"),
+    [
+        ("fp8_block", {"block_fp8": "per_channel"}),
+        ("fp8_per_channel_per_token", {}),
+        pytest.param("int8_per_channel_per_token", {}, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("target", ["sm89", "sm120"])
 def test_per_channel_per_token_is_the_fused_form(recipe: str, options: dict[str, Any], target: str) -> None:
-    """A quantizing kernel, an FP8 GEMM, and a kernel that multiplies by both scales, which is the next layer's."""
+    """A quantizing kernel, a GEMM, and a kernel that multiplies by both scales, which is the next layer's."""
     program = program_of(Mlp(), torch.randn(2, 32, 256), recipe)
     report = qcompile.build_engine(program, target=target, progress=False, **options)
-    assert (gemms(report), report.precisions) == ({"fp8": 2}, {"gate_proj+up_proj": "fp8", "down_proj": "fp8"})
+    precision = recipe.partition("_")[0]
+    assert gemms(report) == {precision: 2}
+    assert report.precisions == {"gate_proj+up_proj": precision, "down_proj": precision}
     assert report.not_low_precision == []
     assert report.kernels == 5
 

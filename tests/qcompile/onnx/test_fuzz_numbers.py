@@ -174,9 +174,12 @@ def agree(found: Runs, args: tuple[Any, ...], model: nn.Module, recipe: str, dty
         assert got.shape == expected.shape
         for row in np.flatnonzero(~(leaves if name == "onnxruntime" and dtype == FLOAT16 else near)):
             finite = np.isfinite(expected[row])
-            np.testing.assert_array_equal(np.isfinite(got[row]), finite, name)
-            if recipe == "int8" and not np.isfinite(args[0][row]).all():
+            if recipe.startswith("int8") and not np.isfinite(args[0][row]).all():
+                # it has no code for a NaN, which ReduceMax of ONNX Runtime passes over where a token is measured
+                if (recipe, name) != ("int8_per_channel_per_token", "onnxruntime"):
+                    np.testing.assert_array_equal(np.isfinite(got[row]), finite, name)
                 continue
+            np.testing.assert_array_equal(np.isfinite(got[row]), finite, name)
             size = max(1e-6, np.abs(expected[row][finite]).max(initial=0))
             np.testing.assert_allclose(got[row][finite], expected[row][finite], rtol=0, atol=tolerance * size)
 

@@ -35,6 +35,7 @@ RECIPES: dict[str, dict[str, str | None]] = {
     "fp8_per_channel_per_token": FP8 | {"bmm": None},
     "int8": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "int8_attention": dict.fromkeys(FP8, "int8"),
+    "int8_per_channel_per_token": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "nvfp4": NVFP4,
     "nvfp4_weight_only": NVFP4 | {"conv": None},
     "nvfp4_mlp_only": NVFP4 | {"attn": None, "other": None, "conv": None},

@@ -52,7 +52,7 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         (
             '- quantizer: "*"\n  zzz: 1\n  format: fp8',
             "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, unless, module_class, enable, format, "
-            "granularity, block_shape, dynamic, rotate",
+            "granularity, block_shape, dynamic, constant_amax, rotate",
         ),
         ('- quantizer: "*"\n  format: fp8\n  1: 2', "r.yaml:3: unknown key 1 in rules[0]; known: quantizer"),
         (
@@ -122,6 +122,15 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         (
             '- quantizer: "*.input_quantizer"\n  format: fp8\n  granularity: per_token',
             "r.yaml:5: rules[0].granularity: per_token scales exist only at run time: add `dynamic: true`",
+        ),
+        (
+            '- quantizer: "*.input_quantizer"\n  format: int8\n  granularity: per_token\n  constant_amax: 4',
+            "r.yaml:6: rules[0].constant_amax: `constant_amax` is one number, and per_token has many scales",
+        ),
+        (
+            '- quantizer: "*.{weight,k_bmm}_quantizer"\n  format: fp8\n  constant_amax: 448',
+            "r.yaml:5: rules[0].constant_amax: `constant_amax` is for activations whose range is not known, not for "
+            "weight_quantizer",
         ),
         (
             '- quantizer: "*mlp*"\n  format: fp8\n  granularity: per_token\n  dynamic: true',

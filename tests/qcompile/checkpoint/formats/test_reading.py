@@ -259,7 +259,7 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         ({**CT, "config_groups": {"g": 1}}, "quantization_config cannot be read: AttributeError"),
         ({**CT, "config_groups": {"g": TENSOR}, "ignore": ["re:("]}, "cannot be read: "),
         ({**FP8_SECTION, "modules_to_not_convert": [1]}, "1 is no name of a module"),
-        ({"quant_method": "gptq"}, "'gptq'; known: fp8, modelopt, compressed-tensors"),
+        ({"quant_method": "gptq"}, "'gptq'; known: fp8, modelopt, modelopt_mixed, compressed-tensors"),
         ({**FP8_SECTION, "weight_block_size": [1, 128]}, r"\[1, 128\].*known: \[128, 128\]"),
         ({**FP8_SECTION, "activation_scheme": "none"}, "activation_scheme 'none', known: 'static', 'dynamic'"),
         ({**FP8_SECTION, "fmt": "e5m2"}, "fmt 'e5m2', known: 'e4m3'"),

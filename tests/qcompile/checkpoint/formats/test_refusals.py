@@ -62,8 +62,8 @@ def test_modelopt_mixes_all_but_experts_per_channel() -> None:
         assert ("128 does not divide their rows" in notices) == (other == BLOCK_WEIGHT_ONLY)
     refused("modelopt", Contents({O_PROJ: NVFP4_W4A4, EXPERT: FP8_CHANNEL_TOKEN}), EXPERT, "compressed-tensors")
     modelopt.check(Contents({O_PROJ: FP8_CHANNEL_TOKEN, EXPERT: BLOCK_WEIGHT_ONLY}), {O_PROJ: (8, 8), EXPERT: (8, 128)})
-    alone = Contents({EXPERT: FP8_CHANNEL_TOKEN})
-    assert "load no experts" in modelopt.notices(alone, {EXPERT: (8, 8)})[0]
+    modelopt.check(Contents({EXPERT: FP8_CHANNEL_TOKEN}), {EXPERT: (8, 8)})
+    refused("modelopt_mixed", Contents({EXPERT: FP8_CHANNEL_TOKEN}), EXPERT, "compressed-tensors")
 
 
 def test_block_fp8_with_nvfp4_is_compressed_tensors() -> None:
@@ -120,5 +120,7 @@ def test_tied_layers_need_one_scheme() -> None:
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(CheckpointError, match=re.escape("'gguf'; known: fp8, modelopt, compressed-tensors")):
+    with pytest.raises(
+        CheckpointError, match=re.escape("'gguf'; known: fp8, modelopt, modelopt_mixed, compressed-tensors")
+    ):
         format_called("gguf")
