@@ -20,6 +20,11 @@ LEAST_ROWS = 17  # of `_int_mm` on a CUDA device
 LONGEST = (2**31 - 1) // (128 * 128)  # of K: a sum of so many products of codes fits in int32 whatever the codes are
 
 
+def multiplies_int8() -> bool:
+    """Whether integer products are fast on this CPU: oneDNN has them for x86 with VNNI; torch's own go one by one."""
+    return torch._C._has_mkldnn and bool(torch.cpu._is_vnni_supported())
+
+
 class LinearsToIntMm(LinearLowering):
     """Multiply INT8 codes as integers, and scale the sums.
 
@@ -34,10 +39,11 @@ class LinearsToIntMm(LinearLowering):
         result is. With fewer than 17 rows, or a number of them that is not known, a CUDA device gets rows of zeros,
         whose results are cut off.
     Declines when: a scale runs along K; K is so long that a sum could overflow int32. On a CUDA device: it has no
-        integer matrix units; K or N is no multiple of 8. On a CPU: K is 1. Experts are not looked at: there is no
-        batched integer product.
+        integer matrix units; K or N is no multiple of 8. On a CPU: it has no VNNI; K is 1. Experts are not looked at:
+        there is no batched integer product.
     Why: on two cores of an EPYC with VNNI a [197,768] x [768,3072] product takes 1.2 ms, where the one in float32 takes
-        8 ms, bfloat16 1.7 ms; the weight is read as it is stored. The limits are those of `_int_mm` in torch 2.13,
+        8 ms, bfloat16 1.7 ms; the weight is read as it is stored. On one without VNNI a [256,768] x [768,3072] product
+        takes 600 ms, where the one in float32 takes 26 ms. The limits are those of `_int_mm` in torch 2.13,
         which on a CPU leaves its result unwritten where K is 1.
     """
 
@@ -50,6 +56,8 @@ class LinearsToIntMm(LinearLowering):
             return f"K = {length}: sums of more than {LONGEST} products of INT8 codes can overflow int32"
         if reason := unscalable(linear):
             return reason
+        if self._is_cpu and not multiplies_int8():
+            return "this CPU has no VNNI, without which torch multiplies integers one by one"
         if self._is_cpu:
             return "K = 1, of which torch._int_mm makes wrong numbers on a CPU" if length == 1 else None
         if not self.device.has(INT8_UNITS):

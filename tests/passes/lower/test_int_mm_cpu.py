@@ -16,6 +16,7 @@ from passes.fold.weights import FoldWeights
 from passes.formats import INT8, INT8_PER_TOKEN, Format
 from passes.graph import aten
 from passes.ir import DEQUANTIZE
+from passes.lower import int_mm
 from passes.lower.device import Device
 from passes.lower.int_mm import LONGEST, LinearsToIntMm
 from passes.lower.kernels import kernels
@@ -24,6 +25,14 @@ from passes.quantize.sites import find_sites
 from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run, scale_of
 
 to_int_mm = partial(LinearsToIntMm, Device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def cpu_with_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes does not depend on it, only how fast."""
+    monkeypatch.setattr(int_mm, "multiplies_int8", lambda: True)
+
+
 SCALE = torch.tensor(0.03)
 STATIC = Quantizer(INT8, SCALE)
 
@@ -198,3 +207,9 @@ def test_scales_along_k_are_declined() -> None:
     x = torch.randn(3, 8)
     gm = quantized(nn.Linear(8, 8), x, activation=Quantizer(INT8, torch.full((8,), 0.03)))
     assert declines(to_int_mm, gm) == ["the input has neither one scale nor one for each row"]
+
+
+def test_without_vnni_it_is_left_to_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int_mm, "multiplies_int8", lambda: False)
+    (reason,) = declines(to_int_mm, quantized(nn.Linear(8, 8), torch.randn(3, 8)))
+    assert reason == "this CPU has no VNNI, without which torch multiplies integers one by one"

@@ -18,6 +18,7 @@ from passes.constants import constant
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4
 from passes.fuse.attention_qdq import FuseAttentionQdq
+from passes.lower import int_mm
 from passes.lower.cpu.pipeline import cpu_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
@@ -45,6 +46,11 @@ FORMS = {
     "nvfp4": (Quantizer(NVFP4, G), Quantizer(NVFP4, G), "oneDNN"),
     "nvfp4 weight": (Quantizer(NVFP4, G), None, "oneDNN"),
 }
+
+
+@pytest.fixture(autouse=True)
+def cpu_with_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int_mm, "multiplies_int8", lambda: True)
 
 
 def compiled(gm: GraphModule, *inputs: Any) -> Callable[..., list[Tensor]]:
