@@ -233,10 +233,14 @@ complete_line() {
 }
 complete_line qcompile rec
 complete_line qcompile export --cali
-complete_line qcompile export m --format mod
+complete_line qcompile export m --format comp
 """
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert [line.split() for line in shown.stdout.splitlines()] == [["recipes"], ["--calibration"], ["modelopt"]]
+    assert [line.split() for line in shown.stdout.splitlines()] == [
+        ["recipes"],
+        ["--calibration"],
+        ["compressed-tensors"],
+    ]
 
 
 def test_options() -> None:
