@@ -1,4 +1,4 @@
-"""Other people's graph tools over our files: legal, the same numbers and the same kernels afterwards."""
+"""Other people's graph tools over our files: legal, the same numbers, and no kernel more afterwards."""
 
 from __future__ import annotations
 
@@ -122,4 +122,4 @@ def test_a_tool_changes_nothing(recipe: str, target: Any, form: str, dynamic: bo
         onnx.checker.check_model(str(written), full_check=True)
         np.testing.assert_allclose(numbers(written, x, recipe), expected, rtol=0, atol=1e-6, err_msg=name)
         if built:
-            assert kernels(written, recipe, x, dynamic) == built, name
+            assert kernels(written, recipe, x, dynamic) <= built, name
