@@ -61,11 +61,12 @@ def test_export_build_inspect(here: Path, capsys: pytest.CaptureFixture[str]) ->
     foreseen = capsys.readouterr().out
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == {"models.py"}
     assert all(word in foreseen for word in ("tokens", "[2, 40, 64]", "model.engine", "engine for sm89", "report.json"))
-    assert run(*EXPORT, *engine, "--report", "report.json") == 0
+    assert run(*EXPORT, *engine, "--report", "report.json", "--io-dtype", "float16") == 0
     assert {p.name for p in here.iterdir()} - {"__pycache__"} == {
         *("models.py", "model.onnx", "model.engine", "report.json")
     }
-    onnx.checker.check_model(onnx.load("model.onnx"), full_check=True)
+    onnx.checker.check_model(model := onnx.load("model.onnx"), full_check=True)
+    assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT16}
     report = json.loads((here / "report.json").read_text())
     assert report["export"]["unquantized"] == {"classifier": "linear"}
     assert report["engine"]["attention"] == {"total": 1, "fused": 1, "fp8": 1, "int8": 0}
