@@ -47,17 +47,11 @@ def _show(console: Console, found: Findings) -> None:
     packages = table("Packages", "name", "declared", "tested", "installed", "for", "")
     for package in found.packages:
         state = Text("broken", style="bold red") if package.problem else "good" if package.installed else ""
-        install = f"pip install 'qcompile[{package.extra}]'" if package.extra and not package.installed else ""
-        add(
-            packages,
-            package.name,
-            package.declared,
-            package.tested,
-            package.installed or "-",
-            package.extra,
-            state or install,
-        )
+        installed = package.installed or "-"
+        add(packages, package.name, package.declared, package.tested, installed, package.extra, state)
     console.print(packages)
+    for extra in dict.fromkeys(package.extra for package in found.packages if package.extra and not package.installed):
+        console.print(Text(f"not installed: pip install 'qcompile[{extra}]'"), soft_wrap=True)
     builders = table("Builders of engines", "name", "version", "for")
     for builder in found.builders:
         add(builders, builder.name, builder.version or "-", ", ".join(builder.targets) or builder.problem)
