@@ -39,6 +39,7 @@ def kernels(kind: str, layers: int, folder: Path, targets: tuple[str, ...]) -> l
     return [engine.kernels for engine in engines]
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("kind", BARS)
 def test_kernels_of_a_further_block(kind: str, tmp_path: Path) -> None:
     two, three = (kernels(kind, layers, tmp_path, ("sm89", "sm120")) for layers in (2, 3))

@@ -48,6 +48,7 @@ def kernels(width: int, normed: bool, dynamic: bool, path: Path) -> int:
     return engine.kernels
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_padding_costs_a_kernel_at_most(normed: bool, dynamic: bool, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_padding_costs_a_kernel_at_most(normed: bool, dynamic: bool, tmp_path: P
     assert ragged <= whole + normed
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(("recipe", "features", "idle"), [("fp8", 4, True), ("int8", 4, True), ("fp8", 5, False)])
 def test_a_product_over_a_few_features_stays_in_the_kernel_beside_it(
     recipe: str, features: int, idle: bool, tmp_path: Path

@@ -36,7 +36,7 @@ def dtypes(gm: GraphModule) -> tuple[list[torch.dtype], list[torch.dtype]]:
     return [val(node).dtype for node in inputs], [val(node).dtype for node in outputs]  # type: ignore[union-attr]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     own=st.sampled_from(FLOATS),
     computing=st.sampled_from(FLOATS),

@@ -103,6 +103,7 @@ def test_merged_weights_and_the_origin_can_be_read(tmp_path: Path) -> None:
     assert origin == {"qcompile.recipe": "fp8", "qcompile.target": "tensorrt", "qcompile.calibration": "2 samples"}
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("target", ["tensorrt", "portable"])
 def test_the_boundary_is_in_the_dtype_of_choice(target: Any, tmp_path: Path) -> None:
     made, args = program(None), inputs()
