@@ -32,13 +32,13 @@ def quantized(recipe: str, **options: Any) -> Any:
     return qcompile.quantize(Block(), (x,), recipe=recipe, calibration=[x], dtype=torch.float16, **options)
 
 
-def filled(program: Any) -> tuple[Any, Any, Any]:
+def filled(program: Any, **options: Any) -> tuple[Any, Any, Any]:
     """A network with the layers of `program`, what is known of it, and the lowered graph."""
     import tensorrt_rtx as trt
 
     from qcompile.torch_tensorrt import ProgramNetwork
 
-    source = ProgramNetwork(program)
+    source = ProgramNetwork(program, **options)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     known = source.fill(network)
@@ -93,6 +93,8 @@ def test_inputs_and_outputs_have_their_names_and_types() -> None:
     assert [network.get_output(i).name for i in range(network.num_outputs)] == ["output_0", "output_2"]
     assert {network.get_output(i).dtype.name for i in range(2)} == {"FLOAT"}
     assert known.dimensions == {"x": [4, 64]}
+    (_, _, network), _, _ = filled(quantized("fp8"), io_dtype=torch.float16)
+    assert {tensor.dtype.name for tensor in (network.get_input(0), network.get_output(0))} == {"HALF"}
 
 
 def test_an_input_that_nothing_reads_stays_and_a_number_goes() -> None:
