@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions with the options that FP8 files need."""
+"""ONNX Runtime sessions with the options that files with Q/DQ need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qcompile")
 
-# ONNX Runtime's Q/DQ fusions assume 8-bit integers: on FP8 they make MatMulIntegerToFloat nodes that fail to load.
+# Above "basic", ONNX Runtime's Q/DQ fusions make nodes that fail to load, of FP8 without a bias up to 1.31 and of INT8
+# with one from 1.31 on, and round what the file leaves in float (MatMulNBits), or saturate (INT8 on CPUs without VNNI).
 _REQUIRED = {"session.disable_quant_qdq": "1"}
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -50,7 +51,7 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """Open `path` (or a serialized model) in ONNX Runtime, on the CPU unless `providers` says otherwise.
 
-    `sess_options` gets what FP8 needs in addition to what the caller set; without it, optimization is "basic".
+    `sess_options` gets what Q/DQ need in addition to what the caller set; without it, optimization is "basic".
     A level above that, ONNX Runtime's own default is one, is kept where it gives right numbers. For a file that it
     gives wrong ones for (a Relu in front of an FP8 Q, as other tools write it) this session, also after
     `set_providers`, is opened at "basic", with a warning of the logger `qcompile`; `sess_options` has the caller's
