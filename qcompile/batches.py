@@ -87,8 +87,8 @@ def pieces(
     """
     other: list[tuple[int, torch.Tensor]] = []
     sizes: set[tuple[int, int]] = set()
+    dynamic = partial(dynamic_shapes_for, inputs, placeholders, program) if program is not None else str
     for i, (value, placeholder) in enumerate(zip(inputs, placeholders, strict=True)):
-        dynamic = partial(dynamic_shapes_for, inputs, placeholders, program) if program is not None else str
         _check_fit(value, placeholder, name, dynamic)
         if isinstance(value, torch.Tensor) and value.ndim and _differ(value.shape[0], shape(placeholder)[0]):
             other.append((i, value))

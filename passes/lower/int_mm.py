@@ -56,9 +56,9 @@ class LinearsToIntMm(LinearLowering):
             return f"K = {length}: sums of more than {LONGEST} products of INT8 codes can overflow int32"
         if reason := unscalable(linear):
             return reason
-        if self._is_cpu and not multiplies_int8():
-            return "this CPU has no VNNI, without which torch multiplies integers one by one"
         if self._is_cpu:
+            if not multiplies_int8():
+                return "this CPU has no VNNI, without which torch multiplies integers one by one"
             return "K = 1, of which torch._int_mm makes wrong numbers on a CPU" if length == 1 else None
         if not self.device.has(INT8_UNITS):
             return f"{self.device} is not known to multiply INT8 fast"

@@ -49,7 +49,8 @@ class ImageFolder(Data):
         size = batch_size(wanted)
         if len(self.paths) < size:
             raise CalibrationError(f"{self.name} has {len(self.paths)} images, fewer than one batch of {size}")
-        if missing := [name for name in wanted if name not in self.shapes()]:
+        given = self.shapes()
+        if missing := [name for name in wanted if name not in given]:
             raise CalibrationError(
                 f"{source.name} takes {some(missing)}, too, which a folder of images does not give: take the part that"
                 " reads images with --submodule, or give tensors of all inputs (.safetensors, .npz)"

@@ -66,7 +66,8 @@ class TextFile(Data):
             )
         except ValueError as error:  # no token to fill up with
             raise CalibrationError(f"{self.name}: the tokenizer fails: {first_line(error)}") from error
-        if cut := sum(len(ids) > length for ids in self.tokenizer(lines)["input_ids"]):
+        full = [line for line, mask in zip(lines, encoded["attention_mask"], strict=True) if mask.all()]
+        if cut := sum(len(ids) > length for ids in (self.tokenizer(full)["input_ids"] if full else ())):
             self.notices.append(f"{self.name}: {cut} of {len(lines)} lines are cut off after {length} tokens")
         return dict(encoded)
 
