@@ -37,11 +37,15 @@ _current = _Current()
 
 def current_call() -> Call | None:
     """The innermost call of a compiled model that this thread is in."""
-    return _current.call
+    call = _current.call
+    while call is not None and call.is_over():
+        call = call.outer
+    _current.call = call
+    return call
 
 
-_recurrent = BreakAtRecurrent(lambda: _current.call is not None)
-torch_layers.install(lambda: _current.call is not None)
+_recurrent = BreakAtRecurrent(lambda: current_call() is not None)
+torch_layers.install(lambda: current_call() is not None)
 
 
 class Region:
@@ -113,9 +117,10 @@ class Call:
     Attributes:
         ran: number of a bound graph -> its layers, and the weights that it read.
         fallbacks: where Dynamo fell back to Python meanwhile.
+        outer: the call of a compiled model around this one.
     """
 
-    __slots__ = ("_error", "_frame", "_modules", "_outer", "fallbacks", "ran", "region")
+    __slots__ = ("_error", "_frame", "_modules", "fallbacks", "outer", "ran", "region")
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -124,14 +129,14 @@ class Call:
         self._modules: dict[str, nn.Module] | None = None
 
     def __enter__(self) -> None:
-        self._outer, _current.call = _current.call, self
+        self.outer, _current.call = current_call(), self
         self._frame = _caller()
         self._error = sys.exc_info()[1]
         self.fallbacks = Fallbacks()
         _recurrent.watch()
 
     def __exit__(self, *_: object) -> None:
-        _current.call = self._outer
+        _current.call = self.outer
         try:
             self.fallbacks.stop()
             if sys.exc_info()[1] is self._error:  # Dynamo does not say whether the call itself raised one
@@ -139,6 +144,13 @@ class Call:
         finally:
             self._frame = self._modules = None
             self.ran.clear()
+
+    def is_over(self) -> bool:
+        """Whether the call has returned: Dynamo leaves the context open where its own clean-up raises (2.11 to 2.15)."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return self._frame is not None and frame is None
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules that are called, by their names in what was compiled."""

@@ -6,7 +6,7 @@ has built in; their bodies of standard operators are in `qcompile.onnx.functions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir
 import onnxscript
 import torch
+from onnxscript.function_libs.torch_lib.ops.core import aten_roll
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from passes.formats import get_format
@@ -66,6 +67,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         # matmul, softmax, matmul at every opset: ONNX Runtime refuses opset 23's Attention with a mask that broadcasts
         SDPA: aten_scaled_dot_product_attention,
         torch.ops.aten.rms_norm.default: rms_norm,
+        torch.ops.aten.roll.default: roll,
     }
 
 
@@ -103,6 +105,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, softmax_scale: Any, is_causal: 
         kv_repeats=[1, 1, heads // kv_heads, 1, 1],
         kv_shape=[0, heads, -1, int(k.shape[3])],
     )
+
+
+def roll(x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+    """With axes counted from the front: onnxscript before 0.7.2 takes the size of axis -1 for nothing."""
+    return aten_roll(x, shifts, [axis % x.shape.rank() for axis in dims])
 
 
 def _rms_norm(op: Any, x: Any, rank: int, weight: Any, eps: float | None) -> Any:

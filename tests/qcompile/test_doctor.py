@@ -49,7 +49,7 @@ def test_what_is_declared_and_broken(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: broken)
     problems = examined(capsys, 1)["problems"]
     assert problems == [
-        f"torch: {torch.__version__} is outside of what is declared: pip install 'torch>=99'",
+        f"torch: {metadata.version('torch')} is outside of what is declared: pip install 'torch>=99'",
         "nobodys_package: not installed: pip install 'nobodys_package>=2'",
         f"numpy: {metadata.version('numpy')} is outside of what is declared: pip install 'numpy>=99'",
     ]

@@ -58,6 +58,8 @@ def pairs(m: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_HALF))
 def test_each_entry_has_a_float32_kernel_and_none_in_half_precision(name: str) -> None:
+    if not hasattr(aten, name):
+        pytest.skip("gone from torch 2.15")
     call = CALLS[name] if name in CALLS else getattr(aten, name).default
     matrix = torch.eye(4) * 2 + 0.5
     call(matrix)

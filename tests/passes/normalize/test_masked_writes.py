@@ -64,7 +64,8 @@ WRITES: dict[str, Write] = {
 def test_writes_become_a_choice(write: Write) -> None:
     model = Merge(write)
     gm = graph_of(model, HIDDEN, IDS, FEATURES)
-    rewrites(MaskedWritesToWhere, gm, HIDDEN, IDS, FEATURES)
+    if not count(gm, aten.masked_fill.Scalar):  # as torch 2.15 captures the write of a number
+        rewrites(MaskedWritesToWhere, gm, HIDDEN, IDS, FEATURES)
     assert count(gm, aten.index_put.default, aten.masked_scatter.default, aten.index_copy.default) == 0
     others = (torch.randn(2, 4, 6), torch.tensor([[4, 4, 2, 2], [1, 4, 3, 4]]), torch.randn(4, 6))
     torch.testing.assert_close(run(gm, *others)[0], model(*others), rtol=0, atol=0)

@@ -58,8 +58,8 @@ def test_one_norm_in_place_of_two(transposed: bool, dtype: torch.dtype, dynamic:
     x = torch.randn(3 if dynamic else 2, 7 if dynamic else 5, 8, WIDTH, dtype=dtype)
     x[0, 0] *= 1e-4
     x[0, 1] = 0
-    # a code of FP8 may be its neighbour
-    rewrites(JoinHeadNorms, gm, x, rtol=0.05, atol=0.15)
+    # a code of FP8 may be its neighbour, which the softmax sees
+    rewrites(JoinHeadNorms, gm, x, rtol=0.05, atol=0.15 if dtype is torch.float16 else 0.3)
     assert (count(gm, aten.rms_norm.default), count(gm, aten.mean.dim)) == (0, 1)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 import qcompile
+from qcompile.dynamo.calls import Region, current_call
 from qcompile.errors import ExpectationError
 from tests.qcompile.dynamo.support import (
     DYNAMIC,
@@ -80,7 +82,8 @@ def test_a_function_that_dynamo_gives_up_on(caplog: pytest.LogCaptureFixture) ->
         assert_same(run(X), model(X))
     (said,) = warnings(caplog)
     assert said.startswith("2 of 2 layers of Stop ran outside of the graphs that qcompile compiled")
-    assert "layers.0, layers.1" in said and "Stop.forward" in said and "Data-dependent branching" in said
+    assert "layers.0, layers.1" in said and "Data-dependent branching" in said
+    assert "Stop.forward" in said or not hasattr(eval_frame, "get_skip_reasons"), "torch 2.11 does not tell functions"
     explained = qcompile.explain(run)
     assert explained.graphs == [] and explained.quantized == {}
     assert set(explained.unquantized) == set(explained.left) == {"layers.0", "layers.1"}
@@ -196,6 +199,21 @@ def test_other_names_for_a_model_and_forced_eager() -> None:
         assert run(Stop(), X).shape == X.shape
 
 
+def test_a_call_that_dynamo_does_not_end_is_over_with_its_frame() -> None:
+    """Dynamo leaves what it entered open where its own clean-up raises."""
+
+    def compiled_function(fn: Any) -> Any:
+        def wrapper() -> bool:
+            assert fn is None
+            Region(None, None)().__enter__()
+            return current_call() is not None
+
+        return wrapper
+
+    assert compiled_function(None)()
+    assert current_call() is None
+
+
 def test_other_back_ends_are_left_as_they_were() -> None:
     compiled(Mlp())(X)
     seen: list[Any] = []
@@ -206,7 +224,8 @@ def test_other_back_ends_are_left_as_they_were() -> None:
 
     run: Any = torch.compile(Recurrent(nn.LSTM), backend=other)
     run(X)
-    assert not seen, "Dynamo gives up on the function for others"
+    # Dynamo gives up on the function for others, or breaks at the layer by itself
+    assert len(seen) == (2 if torch.__version__ >= (2, 15) else 0)
     assert torch._dynamo.config.allow_rnn is False
 
 

@@ -495,6 +495,7 @@ def test_training_beside_a_compiled_model_accumulates_nothing() -> None:
             model.weight.add_(1e-3)
 
     step()
+    gc.collect()  # what earlier tests left
     before = weakref.getweakrefcount(model.weight), len(weakref.finalize._registry)  # type: ignore[attr-defined]
     for _ in range(5):
         step()
