@@ -146,7 +146,7 @@ class Call:
             self.ran.clear()
 
     def is_over(self) -> bool:
-        """Whether the call has returned: Dynamo leaves the context open where its own clean-up raises (2.11 to 2.15)."""
+        """Whether the call has returned: Dynamo leaves the context open where its own clean-up raises (to 2.15)."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back

@@ -21,7 +21,7 @@ def scales_rows_on_cpu() -> bool:
 
 
 def annotates_linear(model: Any) -> bool:
-    """Whether a pt2e quantizer put quantizers into the graph: torchao's for x86 finds no linear layer with torch 2.11."""
+    """Whether a pt2e quantizer put quantizers into the graph: torchao's for x86 finds nothing with torch 2.11."""
     return any("quantized_decomposed" in str(node.target) for node in model.graph.nodes)
 
 
