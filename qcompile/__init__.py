@@ -12,23 +12,26 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
-from qcompile.api import build_engine
-from qcompile.checkpoint.write.report import CheckpointReport
-from qcompile.checkpoint.write.save import save_checkpoint
-from qcompile.dynamo.explain import CompileReport, Explanation, explain
-from qcompile.dynamo.registry import refresh
-from qcompile.engine import EngineReport
-from qcompile.errors import QCompileError
-from qcompile.frontends.checkpoint import load_checkpoint
-from qcompile.importing import import_quantized
-from qcompile.onnx.export import export_onnx
-from qcompile.onnx.repair import RepairReport, repair_onnx
-from qcompile.onnx.session import onnx_session
-from qcompile.quantization import calibrate, quantize
-from qcompile.recipe import Recipe, list_recipes, load_recipe
-from qcompile.report import Report
+if TYPE_CHECKING:
+    from qcompile.api import build_engine
+    from qcompile.checkpoint.write.report import CheckpointReport
+    from qcompile.checkpoint.write.save import save_checkpoint
+    from qcompile.dynamo.explain import CompileReport, Explanation, explain
+    from qcompile.dynamo.registry import refresh
+    from qcompile.engine import EngineReport
+    from qcompile.errors import QCompileError
+    from qcompile.frontends.checkpoint import load_checkpoint
+    from qcompile.importing import import_quantized
+    from qcompile.onnx.export import export_onnx
+    from qcompile.onnx.repair import RepairReport, repair_onnx
+    from qcompile.onnx.session import onnx_session
+    from qcompile.quantization import calibrate, quantize
+    from qcompile.recipe import Recipe, list_recipes, load_recipe
+    from qcompile.report import Report
 
 # torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
 # for tensors on a GPU only, where they do not.
@@ -57,3 +60,39 @@ __all__ = [
     "repair_onnx",
     "save_checkpoint",
 ]
+
+_PLACES = {
+    "CheckpointReport": "qcompile.checkpoint.write.report",
+    "CompileReport": "qcompile.dynamo.explain",
+    "EngineReport": "qcompile.engine",
+    "Explanation": "qcompile.dynamo.explain",
+    "QCompileError": "qcompile.errors",
+    "Recipe": "qcompile.recipe",
+    "RepairReport": "qcompile.onnx.repair",
+    "Report": "qcompile.report",
+    "build_engine": "qcompile.api",
+    "calibrate": "qcompile.quantization",
+    "explain": "qcompile.dynamo.explain",
+    "export_onnx": "qcompile.onnx.export",
+    "import_quantized": "qcompile.importing",
+    "list_recipes": "qcompile.recipe",
+    "load_checkpoint": "qcompile.frontends.checkpoint",
+    "load_recipe": "qcompile.recipe",
+    "onnx_session": "qcompile.onnx.session",
+    "quantize": "qcompile.quantization",
+    "refresh": "qcompile.dynamo.registry",
+    "repair_onnx": "qcompile.onnx.repair",
+    "save_checkpoint": "qcompile.checkpoint.write.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, from its module: importing the package loads nothing of what it does not use."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,10 +19,10 @@ from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
 from passes.subgraphs import graphs, owner
 from qcompile.batch_forms import calibration_form
-from qcompile.calibrate import observe
 from qcompile.errors import CalibrationError
 from qcompile.headroom import Headroom, Watch
 from qcompile.messages import some
+from qcompile.observe import observe
 from qcompile.recipe import QuantizerConfig, format_of
 
 # Why an activation has no range.

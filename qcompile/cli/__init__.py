@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
-from qcompile.cli.app import main
+import sys
+from collections.abc import Sequence
+
+from qcompile.cli.process import as_process
 
 __all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (None: the process's own arguments); returns the exit code."""
+    with as_process() as process:
+        from qcompile.cli.app import run  # for seconds: torch is imported
+
+        process.starting = False
+        try:
+            return run(sys.argv[1:] if argv is None else list(argv), process)
+        except KeyboardInterrupt:
+            return process.interrupted()

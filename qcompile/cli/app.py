@@ -20,9 +20,12 @@ from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
 from qcompile.cli.inspect import inspect
+from qcompile.cli.options import UsageError, check_given
+from qcompile.cli.process import Process, nobody_reads
 from qcompile.cli.recipes import recipes
 from qcompile.cli.repair import repair
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
+from qcompile.messages import first_line
 
 # "torchvision is not installed", and what torchao says of its own extensions when transformers imports it
 _NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
@@ -45,7 +48,7 @@ _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine,
 **Without a model at hand**: `qcompile demo` trains a small one on real images and shows the whole route.
 
 Exit codes: 0 good; 1 a check or an expectation failed; 2 wrong usage, or something that this version cannot do;
-3 a bug in qcompile.
+3 a bug in qcompile; 130 interrupted, by Ctrl-C or SIGTERM.
 """
 
 app = App(
@@ -56,6 +59,7 @@ app = App(
     version_flags=[],
     result_action="return_value",
 )
+app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the command line is called
 app.command(export)
 app.command(build)
 app.command(inspect)
@@ -90,32 +94,38 @@ def _launch(
     return result if isinstance(result, int) else GOOD
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on `argv` (None: the process's own arguments); returns the exit code."""
+def run(tokens: Sequence[str], process: Process) -> int:
+    """Run the command line on `tokens`; returns the exit code. Raises KeyboardInterrupt."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only local files are read, and the hub's retries take minutes
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|transformers|onnx\w*|copyreg)\b.*")
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    tokens = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in tokens or bool(os.environ.get("QCOMPILE_DEBUG"))
     try:
+        check_given(tokens)
         result = app.meta(tokens, exit_on_error=False, print_error=False)
-    except CycloptsError as error:
+    except (CycloptsError, UsageError) as error:
         _say(f"{error}\n'qcompile --help' and 'qcompile COMMAND --help' tell more")
         return WRONG_USAGE
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        nobody_reads(sys.stdout)
         return GOOD
     except Exception as error:
+        if process.asked:  # what code of others makes of a KeyboardInterrupt
+            raise KeyboardInterrupt from error
         if debug:
             raise
+        if _lacks_memory(error):
+            _say(f"there is not enough memory: {first_line(error)}")
+            return WRONG_USAGE
         _say(f"{type(error).__name__}: {error}\nThis is a bug in qcompile; --debug shows where it comes from")
         return INTERNAL
     return result if isinstance(result, int) else GOOD
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def _say(message: str) -> None:

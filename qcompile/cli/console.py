@@ -6,9 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
+
+from qcompile.cli.process import Quiet
+from qcompile.files import replaced
 
 _PLAIN_WIDTH = 160
 
@@ -29,7 +32,7 @@ def interactive() -> bool:
 def _console(stream: TextIO) -> Console:
     # Read when asked for, as a caller may have redirected the stream; a file has no width of its own.
     wide = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    return Console(file=stream, width=wide, highlight=False)
+    return Console(file=cast(TextIO, Quiet(stream)), width=wide, highlight=False)
 
 
 def step(message: str) -> None:
@@ -43,10 +46,6 @@ def warn(message: str) -> None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write beside the final name and move into place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write it whole or not at all."""
+    with replaced(path) as new:
+        new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

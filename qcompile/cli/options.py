@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qcompile.engine.profile_dims import NAME, likely, with_shapes
@@ -20,6 +21,18 @@ RANDOM_DATA = Remedy(options={"--calibration": ("random",)})
 
 class UsageError(QCompileError):
     """An option that cannot be read, or does not go with another one."""
+
+
+def check_given(tokens: Sequence[str]) -> None:
+    """Refuse an option that is given nothing, such as a variable of the shell that is not set, and a lost directory."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current directory is gone: change to one that is there") from None
+    for before, token in zip(("", *tokens), tokens, strict=False):
+        if not token or (token.startswith("--") and token.endswith("=")):
+            name = token.removesuffix("=") or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{name} is given nothing: leave it out, or give it a value")
 
 
 def parse_profiles(texts: Sequence[str]) -> list[Profile]:

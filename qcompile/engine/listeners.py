@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 Step = Callable[[str, int, int], None]
@@ -29,8 +33,36 @@ def logger(trt: Any) -> Any:
     return Log()
 
 
-def monitor(trt: Any, step: Step) -> Any:
-    """A progress monitor for the package `trt` that calls `step`."""
+class Stop:
+    """Whether somebody wants the build to end, by Ctrl-C or another signal that Python would raise something for."""
+
+    def __init__(self) -> None:
+        self.asked: tuple[int, FrameType | None] | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep signals until the body ends: what a handler raises in the middle of TensorRT would end the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        kept = {number: handler for number, handler in handlers.items() if callable(handler)}
+        for number in kept:
+            signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+        if self.asked is not None:
+            kept[signal.Signals(self.asked[0])](*self.asked)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number, frame
+
+
+def monitor(trt: Any, step: Step, stop: Stop) -> Any:
+    """A progress monitor for the package `trt` that calls `step`, and cancels the build if `stop` is asked for."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Phases nest and may run side by side: the newest that is still running is shown."""
@@ -47,7 +79,7 @@ def monitor(trt: Any, step: Step) -> Any:
             if phase in self.running:
                 self.running[phase] = (index + 1, self.running[phase][1])
             self.show()
-            return True  # False would cancel the build
+            return stop.asked is None
 
         def phase_finish(self, phase: str) -> None:
             self.running.pop(phase, None)

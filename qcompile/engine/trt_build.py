@@ -13,7 +13,7 @@ from qcompile.engine.collector import undisturbed
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.layer_list import parse_layers
 from qcompile.engine.layers import Layer
-from qcompile.engine.listeners import Step, logger, monitor
+from qcompile.engine.listeners import Step, Stop, logger, monitor
 from qcompile.engine.messages import first, suspects, with_hint
 from qcompile.engine.profiles import Profile, ShapeProfile, checked_profiles
 from qcompile.errors import EngineError
@@ -49,7 +49,8 @@ def _build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] |
     found = checked_profiles(profiles, _inputs(network, graph), values)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.progress_monitor = monitor(trt, step)
+    stop = Stop()
+    config.progress_monitor = monitor(trt, step, stop)
     if backend.capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(backend.capability, 0)
@@ -60,7 +61,8 @@ def _build(fill: Fill, backend: Backend, profiles: Profile | Sequence[Profile] |
             put(name, tuple(low), tuple(best), tuple(high))
         config.add_optimization_profile(profile)
     shaped: list[ShapeProfile] = [{name: s for name, s in profile.items() if name not in values} for profile in found]
-    plan = builder.build_serialized_network(network, config)
+    with stop.listening():
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = first(log.errors)
         concerned = suspects(graph, shaped) if "dedicated kernel" in reason else []

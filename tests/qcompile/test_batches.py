@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from passes.graph import aten, calls
 from passes.program import unlift
 from qcompile.batches import flatten_batch, pieces
-from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
+from qcompile.observe import observe
 from qcompile.statistics import Statistic
 
 

@@ -12,9 +12,9 @@ from torch.export import Dim, ExportedProgram
 
 from passes.graph import aten, calls
 from passes.program import unlift
-from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
+from qcompile.observe import observe
 from qcompile.quantization import calibrate
 from qcompile.statistics import Largest
 
