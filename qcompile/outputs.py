@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qcompile.errors import QCompileError
+
+_DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+_MADE_HERE = (".onnx", ".data", ".engine", ".plan", ".trt", ".pt2")
 
 
 def check_writable(*paths: Path | None, error: type[QCompileError] = QCompileError, parents: bool = False) -> None:
     """Raise `error` for a file (None: there is none) that could not be written beside its name and moved in place.
 
-    A file is made in the directory for a moment: permissions, a read-only disk and names that are too long show
-    themselves by that alone. What stands at a path is not touched.
+    A folder is made beside it for a moment: permissions and a read-only disk show themselves by that alone. What stands
+    at a path is not touched.
 
     Args:
         parents: directories that are missing are made by whoever writes.
@@ -27,20 +31,70 @@ def check_writable(*paths: Path | None, error: type[QCompileError] = QCompileErr
 
 
 def _check_writable(path: Path, error: type[QCompileError], parents: bool) -> None:
-    if path.is_dir():
-        raise error(f"cannot write {path}: it is a directory; name a file in it")
-    folder = _existing(path.absolute().parent) if parents else path.absolute().parent
-    if not folder.is_dir():
-        raise error(f"cannot write {path}: there is no directory {folder}, and what does not exist is not made")
-    # /dev/stdout may lead to a regular file, and a file moved in place would take the place of the link
-    if folder.resolve() == Path("/dev") or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
-        raise error(f"cannot write {path}: it is no regular file, which a complete one could be moved in place of")
-    trial = folder / f".{path.name}.{os.getpid()}.part"
     try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
+        if why := _why_not(path, parents):
+            raise error(f"cannot write {path}: {why}")
     except OSError as cause:
         raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+
+
+def _why_not(path: Path, parents: bool) -> str | None:
+    if path.is_dir():
+        return "it is a directory; name a file in it"
+    if path.is_symlink() and not path.exists():
+        return "it is a link to nothing"
+    # /dev/stdout may lead to a regular file
+    if path.absolute().parent in _DEVICES or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
+        return "it is no regular file, which a complete one could take the place of"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "it is read-only"
+    wanted = path.resolve().parent
+    folder = _existing(wanted) if parents else wanted
+    if not folder.is_dir():
+        return f"there is no directory {folder}, and what does not exist is not made"
+    path.with_name(path.name).exists()  # raises for a name that is too long
+    tempfile.TemporaryDirectory(prefix=".qcompile-", dir=folder).cleanup()
+    return None
+
+
+def check_distinct(
+    outputs: Mapping[str, Path | None],
+    inputs: Iterable[tuple[str, str | os.PathLike[str] | None]],
+    error: type[QCompileError] = QCompileError,
+) -> None:
+    """Raise `error` if an output is an input, or two outputs are one file, however they are spelled.
+
+    Args:
+        outputs, inputs: what each is called in a message, and its path. Of a directory all files may be read, so that
+            none of them is an output but those of the kinds that this package writes.
+    """
+    given = {name: path for name, path in outputs.items() if path is not None}
+    seen: dict[object, str] = {}
+    for name, path in given.items():
+        for written in (path, path.with_name(f"{path.name}.data")) if path.suffix == ".onnx" else (path,):
+            if (other := seen.setdefault(_identity(written), name)) != name:
+                raise error(f"{other} and {name} are one file, {path}: give each its own name")
+    for what, source in inputs:
+        if source is None:
+            continue
+        for name, path in given.items():
+            if path.exists() and _reads(Path(source), path):
+                raise error(f"{name} {path} is {what}: name another file, or that is lost")
+
+
+def _identity(path: Path) -> object:
+    """Equal for two paths of one file, which need not be there."""
+    if path.exists():
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return path.resolve()
+
+
+def _reads(source: Path, path: Path) -> bool:
+    """Whether who reads `source`, a file or a directory, reads the file `path`."""
+    if source.is_dir():
+        return source.resolve() in path.resolve().parents and not path.name.lower().endswith(_MADE_HERE)
+    return source.exists() and source.samefile(path)
 
 
 def check_room(sizes: Mapping[Path, int], error: type[QCompileError] = QCompileError) -> None:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from qcompile.cli.console import interactive, out, write_json
 from qcompile.cli.options import parse_expect, parse_profiles, require_profile
 from qcompile.engine.profiles import Profile
-from qcompile.outputs import check_writable
+from qcompile.outputs import check_distinct, check_writable
 from qcompile.tables import show_engine
 
 Several = Parameter(consume_multiple=True, negative="", show_default=False)
@@ -58,6 +58,7 @@ def build(
         Write the engine's report to this JSON file.
     """
     check_writable(output, report)
+    check_distinct({"--output": output, "--report": report}, [("the ONNX file", model)])
     result = build_and_show(model, output, target, parse_profiles(profile), parse_expect(expect))
     if report is not None:
         write_json(report, result)

@@ -11,12 +11,13 @@ from qcompile.cli.build import Several
 from qcompile.cli.checkpoint import write_checkpoint
 from qcompile.cli.console import write_json
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles
-from qcompile.outputs import check_writable
+from qcompile.outputs import check_distinct, check_writable
 
 _MODEL = Parameter(group=Group("Model", sort_key=2))
 _QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
 _ONNX = Parameter(group=Group("ONNX file", sort_key=4))
 _ENGINE = Parameter(group=Group("Engine", sort_key=5))
+_LARGEST = 2**31 - 1
 _CHECKPOINT = Parameter(group=Group("Checkpoint", sort_key=6))
 _NO = Parameter(negative="", show_default=False)
 
@@ -80,7 +81,7 @@ def export(
         already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
         and scales, and takes no recipe; calibration data is for the q of attentions whose k and v it has in FP8.
     output:
-        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.data. Not needed with
+        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.HASH.data. Not needed with
         --to-checkpoint.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
@@ -160,13 +161,16 @@ def export(
         INT8. Default: fp8.
     """
     for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():
-        if size is not None and size < 1:
-            raise UsageError(f"{name} {size}: a size is 1 or more")
+        if size is not None and not 1 <= size <= _LARGEST:
+            raise UsageError(f"{name} {size}: a size is 1 or more" + (f", and at most {_LARGEST}" if size > 0 else ""))
+    if random_weights is not None and not 0 <= random_weights < 2**63:
+        raise UsageError(f"--random-weights {random_weights}: a seed is 0 or more, and less than 2**63")
     if samples is not None and calibration is None:
         raise UsageError("--samples is for calibration data: give --calibration, too")
     sizes = {"--batch": batch != 1, "--sequence": sequence}
     if input_ and (given := [name for name, value in sizes.items() if value]):
         raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
+    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
     if to_checkpoint is not None:
         others = {
             "--output": output,
@@ -190,6 +194,7 @@ def export(
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
         check_writable(report)
+        check_distinct({"--report": report}, inputs)
         written = write_checkpoint(
             source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence, dry_run
         )
@@ -201,6 +206,8 @@ def export(
     if format is not None:
         raise UsageError("--format is for a checkpoint: give --to-checkpoint DIR, too")
     check_writable(output, report, engine, save_program)
+    outputs = {"--output": output, "--engine": engine, "--save-program": save_program, "--report": report}
+    check_distinct(outputs, inputs)
     profiles, expected = parse_profiles(profile), parse_expect(expect)
     builds = engine is not None or target is not None or expected is not None
     if profiles and not builds:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qcompile.cli.console import out
+from qcompile.cli.console import out, warn
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
 from qcompile.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
@@ -68,8 +68,12 @@ def _report(console: Console, data: dict[str, Any], file: Path) -> int:
             show_export(console, export)
         if engine:
             show_engine(console, engine)
+        if failed := data.get("failed"):
+            warn(f"the engine was not written: {failed}")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a whole report of this version: {type(error).__name__} {error}") from error
+    if data.get("failed"):
+        return 1
     return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
 
 

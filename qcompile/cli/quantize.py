@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.export import ExportedProgram
@@ -14,6 +15,7 @@ import qcompile
 from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
 from qcompile.errors import CalibrationError, CaptureError
+from qcompile.files import replaced
 from qcompile.quantized import is_finished
 from qcompile.remedy import with_remedy
 from qcompile.source import MADE_UP, Data, Source
@@ -87,13 +89,41 @@ def _inputs(source: Source) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    """Save a program beside `path` and move it in place."""
-    part = path.with_name(f".part-{path.name}")  # torch.export.save warns of a name that does not end in .pt2
-    try:
-        torch.export.save(program, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Save a program whole or not at all."""
+    with replaced(path) as new, open(new, "wb") as file:
+        held = _Held(file)
+        torch.export.save(program, held)  # type: ignore[arg-type]
+        held.check()
+
+
+class _Held(io.RawIOBase):
+    """A file for torch, which ends the process where writing raises: the first error is kept for later."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0  # torch does so once, when all is written
+
+    def check(self) -> None:
+        """Raise what writing raised."""
+        if self._error is not None:
+            raise self._error
 
 
 def _calibration(data: Data | None, source: Source) -> tuple[Iterable[Any] | None, Any]:

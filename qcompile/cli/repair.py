@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qcompile.cli.console import out, step, warn, write_json
 from qcompile.errors import EngineError
-from qcompile.outputs import check_room, check_writable
+from qcompile.outputs import check_distinct, check_room, check_writable
 from qcompile.tables import add, show_checks, show_rows, size, table
 
 
@@ -44,12 +44,13 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     old:
         ONNX file; external data is found beside it. It is not changed.
     new:
-        Another file. It is moved in place when it is complete and right; above 1.8 GB its weights go to NEW.data. Exit
-        code 1 if it is not, or if TensorRT or standard tools do not take it, as `inspect` says of it.
+        Another file. It is moved in place when it is complete and right; above 1.8 GB its weights go to NEW.HASH.data.
+        Exit code 1 if it is not, or if TensorRT or standard tools do not take it, as `inspect` says of it.
     report:
         Write what was changed, and the checks, to this JSON file.
     """
     check_writable(new, report)
+    check_distinct({"the new file": new, "--report": report}, [("part of the old file, which is never changed", old)])
 
     from qcompile.engine.graph import OnnxGraph
     from qcompile.onnx.repair import repair_onnx

@@ -12,6 +12,7 @@ from qcompile.cli.console import out, step, write_json
 from qcompile.cli.preview import AnyRange, show_preview
 from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.wanted import Wanted
+from qcompile.errors import QCompileError
 from qcompile.source import Data, Source, load_source, with_dynamic_shapes
 from qcompile.tables import show_export
 
@@ -50,11 +51,21 @@ def export_onnx(wanted: Wanted) -> int:
     report: dict[str, Any] = {"source": source.name, "export": json.loads(exported.to_json()), "engine": None}
     report["export"]["notices"][:0] = calibration.notices if calibration is not None else ()
     show_export(out(), report["export"])
-    if wanted.builds:
-        step("building the engine")
-        report["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)
-    if wanted.report is not None:
-        write_json(wanted.report, report)
+    try:
+        if wanted.builds:
+            step("building the engine")
+            report["engine"] = build_and_show(
+                wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect
+            )
+    except QCompileError as error:
+        report["failed"] = str(error)
+        new = [str(path) for path in (wanted.save_program, wanted.output) if path is not None]
+        old = f"; {wanted.engine} is as it was" if wanted.engine is not None else ""
+        step(f"{' and '.join(new)} {'is' if len(new) == 1 else 'are'} new{old}")
+        raise
+    finally:
+        if wanted.report is not None:
+            write_json(wanted.report, report)
     return 0
 
 

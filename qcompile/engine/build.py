@@ -22,7 +22,9 @@ from qcompile.engine.report import EngineReport, check_keys
 from qcompile.engine.summary import summarize
 from qcompile.engine.trt_build import Fill, build, parse_file
 from qcompile.errors import EngineError
-from qcompile.outputs import check_room, check_writable
+from qcompile.files import replaced
+from qcompile.onnxfile.weights import weight_files
+from qcompile.outputs import check_distinct, check_room, check_writable
 
 
 def build_engine(
@@ -55,6 +57,10 @@ def build_engine(
     listed(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
+    if destination is not None:
+        weights = [Path(model).parent / name for name in weight_files(graph.model)]
+        own = [("the ONNX file", model), *(("its file of weights", path) for path in weights)]
+        check_distinct({"the engine": destination}, own, EngineError)
     backend = find_backend(target)
     precheck(graph, backend.target)
     if backend.package == "tensorrt_rtx":
@@ -119,18 +125,8 @@ def _destination(output: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _write(path: Path, plan: Any) -> None:
-    """Write beside the final name and move into place, so that a crash or a full disk leaves the old file whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(memoryview(plan))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise EngineError(f"cannot write the engine to {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced(path, EngineError) as new, open(new, "wb") as file:
+        file.write(memoryview(plan))
 
 
 @contextmanager

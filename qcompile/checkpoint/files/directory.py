@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, INDEX, read_json
 from qcompile.errors import CheckpointError
+from qcompile.files import folder_beside, move_directory
 
-_MARKER = ".qcompile-partial"
 _WRITTEN_HERE = (CONFIG, HF_QUANT_CONFIG, INDEX)
 # weights in any form, and what a trainer leaves behind
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx*")
@@ -41,49 +40,20 @@ def check_new(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """`<directory>.partial` to write into, renamed to `directory` when the body ends without an error.
-
-    After an error it is removed, and `directory` is as it was. What a killed run left is removed by the next.
+    """A folder to write into, renamed to `directory` when the body ends; after an error `directory` is as it was.
 
     Raises:
         CheckpointError: `directory` is a file or not empty, has no parent, or another process is writing it.
     """
     check_new(directory)
     directory = directory.resolve()
-    partial = directory.with_name(f"{directory.name}.partial")
     try:
-        with _locked(partial):
-            try:
-                yield partial
-                if sys.platform == "win32" and directory.exists():
-                    directory.rmdir()
-                partial.rename(directory)
-            finally:
-                if partial.exists():
-                    shutil.rmtree(partial, ignore_errors=True)
-        (directory / _MARKER).unlink()
+        with folder_beside(directory, CheckpointError, alone=True) as folder:
+            yield folder
+            check_new(directory)
+            move_directory(folder, directory)
     except OSError as error:
-        raise CheckpointError(f"writing {partial} failed: {error}; nothing was left behind") from error
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """An empty `partial`, marked as this process's own for as long as it lives."""
-    if partial.exists() and not (partial / _MARKER).is_file():
-        raise CheckpointError(f"{partial} is in the way, and qcompile did not make it: move it, or delete it")
-    partial.mkdir(exist_ok=True)
-    with (partial / _MARKER).open("a") as marker:
-        if sys.platform != "win32":  # there a file that another process has open cannot be removed, which says the same
-            import fcntl
-
-            try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"another process is writing {partial}: wait for it, or stop it") from None
-        for left in partial.iterdir():
-            if left.name != _MARKER:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
+        raise CheckpointError(f"writing {directory} failed: {error}; nothing was left behind") from error
 
 
 def carry_over(source: Path, target: Path) -> list[str]:

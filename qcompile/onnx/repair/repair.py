@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx import external_data_helper, numpy_helper
+from onnx import numpy_helper
 from onnx_ir.passes import common
 
 from qcompile.errors import RepairError, VerificationError
@@ -40,9 +40,10 @@ from qcompile.onnx.repair.state import Changes, State
 from qcompile.onnx.repair.types import match_outputs, match_types
 from qcompile.onnx.repair.weights import fold_weights
 from qcompile.onnx.repair.zero_points import write_out_zero_points
-from qcompile.onnx.save import data_file, folder_beside, written_beside
+from qcompile.onnx.save import onnx_folder, written_beside
 from qcompile.onnx.verify import Check, require
 from qcompile.onnx.view import ModelView, reads, walk
+from qcompile.onnxfile.weights import weight_files
 
 
 def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> RepairReport:
@@ -143,16 +144,14 @@ def _read(source: Path, destination: Path) -> ModelView:
 def _refuse_own_files(view: ModelView, source: Path, destination: Path) -> None:
     """The input is never changed: not through its own name, a link, or the file of its weights."""
     own = [source, *(source.parent / name for name in _external_files(view))]
-    for written in (destination, data_file(destination)):
+    for written in (destination, destination.with_name(f"{destination.name}.data")):
         for file in own:
             if written.exists() and file.exists() and os.path.samefile(written, file):
                 raise RepairError(f"'{written}' is part of the old file, which is never changed: name another new file")
 
 
 def _external_files(view: ModelView) -> list[str]:
-    tensors = [tensor for tensor in view.model.graph.initializer if is_external(tensor)]
-    found = {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors}
-    return sorted(found - {view.file_name})  # weights inside the file are "external" in it
+    return sorted(weight_files(view.model) - {view.file_name})  # weights inside the file are "external" in it
 
 
 def _model(source: onnx.ModelProto, folder: Path) -> ir.Model:
@@ -185,7 +184,7 @@ def _is_untidy(view: ModelView) -> bool:
 def _copied_beside(view: ModelView, destination: Path) -> Iterator[Path]:
     """The old file, byte for byte, under the new name."""
     assert view.base_dir is not None
-    with folder_beside(destination) as folder:
+    with onnx_folder(destination, RepairError) as folder:
         yield Path(shutil.copyfile(view.base_dir / view.file_name, folder / destination.name))
 
 
@@ -194,7 +193,7 @@ def _write(
 ) -> tuple[list[Check], int, list[str]]:
     """Write, verify, move in place; the verdicts, the size on disk, and what TensorRT refuses of the new file."""
     copies = not changed and not _external_files(view)
-    with _copied_beside(view, destination) if copies else written_beside(state.model, destination) as path:
+    with _copied_beside(view, destination) if copies else written_beside(state.model, destination, RepairError) as path:
         checks = verify_foreign(path, required)
         require(check for check in checks if check.name not in UNREAD)
         return checks, sum(file.stat().st_size for file in path.parent.iterdir()), _refusals(ModelView(path))

@@ -165,14 +165,15 @@ def test_a_run_that_stops_leaves_nothing_and_the_next_one_works(
     assert read(out) and (out / "config.json").is_file() and not (out / ".qcompile-partial").exists()
 
 
-def test_what_a_killed_run_left_is_removed(source: Path) -> None:
-    partial = source.with_name("out.partial")
-    partial.mkdir()
-    for name in (".qcompile-partial", "part-00001.safetensors", "model-00007-of-00009.safetensors"):
-        (partial / name).touch()
+def test_what_a_killed_run_left_is_removed_and_nothing_else(source: Path) -> None:
+    left, mine, other = (source.with_name(n) for n in (".qcompile-0a1b2c3d", ".qcompile-mine", "out.partial"))
+    for folder in (left / "new", mine, other):
+        folder.mkdir(parents=True)
+        (folder / "part-00001.safetensors").touch()
+    (left / ".partial").write_text("out")
     report = write(source)
-    assert "model.safetensors" in report.files and not [f for f in report.files if "part" in f or "00007" in f]
-    assert {path.name for path in source.parent.iterdir()} == {"source", "out"}
+    assert "model.safetensors" in report.files and not [f for f in report.files if "part" in f]
+    assert {path.name for path in source.parent.iterdir()} == {"source", "out", mine.name, other.name}
 
 
 def test_directories_that_are_in_the_way(source: Path) -> None:
@@ -182,13 +183,7 @@ def test_directories_that_are_in_the_way(source: Path) -> None:
     with pytest.raises(CheckpointError, match=r"out is not empty"):
         write(source)
     (out / "mine").unlink()
-    partial = source.with_name("out.partial")
-    partial.mkdir()
-    with pytest.raises(CheckpointError, match=r"out.partial is in the way"):
-        write(source)
-    assert not any(partial.iterdir())
-    partial.rmdir()
-    with new_directory(out), pytest.raises(CheckpointError, match=r"another process is writing .*out.partial"):
+    with new_directory(out), pytest.raises(CheckpointError, match=r"another process is writing .*out: wait"):
         write(source)
     with pytest.raises(CheckpointError, match=r"there is no directory .*nowhere"):
         write(source, directory=source.parent / "nowhere" / "out")
@@ -207,8 +202,7 @@ def test_directories_that_can_only_be_replaced(source: Path, monkeypatch: pytest
     assert link.is_symlink() and (here / "config.json").is_file() and not (here / "dangling.json").exists()
     assert any("dangling.json" in notice for notice in report.notices)
     assert {path.name for path in source.parent.iterdir()} == {"source", "here", "link"}
-    with pytest.raises(CheckpointError, match=r"partial failed: .*File name too long"):
-        write(source, directory=source.with_name("x" * 250))
+    assert write(source, directory=source.with_name("x" * 250)).files
 
 
 def test_scales_of_k_and_v_are_not_those_of_a_latent_cache(tmp_path: Path) -> None:
