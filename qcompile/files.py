@@ -71,7 +71,9 @@ def said(path: Path, error: type[QCompileError]) -> Iterator[None]:
         yield
     except OSError as cause:
         tofile = cause.errno is None and "requested and" in str(cause)  # what numpy says where a disk is full
-        if not tofile and cause.errno not in (*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+        known = cause.errno in (*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+        elsewhere = cause.filename is not None and path.resolve().parent not in Path(cause.filename).resolve().parents
+        if elsewhere or not (tofile or known):  # what is read, too, may lie on a disk
             raise
         why = "no room is left on the disk" if tofile or cause.errno in _NO_ROOM else cause.strerror
         raise error(f"cannot write {path}: {why}; what was there before is as it was") from cause
