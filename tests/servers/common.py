@@ -1,4 +1,4 @@
-"""What both loaders need: packages that only a GPU machine has, and what of a checkpoint arrived in a model."""
+"""What the loaders need: packages that only a GPU machine has, and what of a checkpoint arrived in a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.machinery
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,11 +92,18 @@ def without_kernels(*names: str) -> None:
     sys.meta_path.insert(0, _Finder(names))
 
 
-def lost(directory: str, model: torch.nn.Module) -> list[str]:
-    """The tensors of the checkpoint whose bytes are in no parameter of `model`, those of the key/value cache aside."""
-    held = [_bytes(parameter.data) for parameter in model.parameters() if parameter.numel()]
+def lost(
+    directory: str, tensors: Iterable[torch.Tensor], read: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+) -> list[str]:
+    """The tensors of the checkpoint whose bytes are in none of `tensors`, those of the key/value cache aside.
+
+    Args:
+        tensors: those of the model.
+        read: what the loader makes of a stored tensor before it is in the model.
+    """
+    held = [_bytes(tensor.data) for tensor in tensors if tensor.numel()]
     stored = {name: t for file in Path(directory).glob("*.safetensors") for name, t in load_file(file).items()}
-    weights = {name: t for name, t in stored.items() if not name.endswith((".k_scale", ".v_scale"))}
+    weights = {name: read(t) for name, t in stored.items() if not name.endswith((".k_scale", ".v_scale"))}
     return [name for name, tensor in weights.items() if not any(_bytes(tensor) in there for there in held)]
 
 
@@ -104,11 +111,15 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def report(load: Callable[[str], torch.nn.Module]) -> None:
-    """Load each directory of the command line and print a line of JSON about it."""
+def report(judge: Callable[[str], list[str]]) -> None:
+    """Load each directory of the command line and print a line of JSON about it.
+
+    Args:
+        judge: loads a directory; gives the names of the tensors that did not arrive.
+    """
     for directory in sys.argv[1:]:
         try:
-            found: dict[str, Any] = {"error": None, "lost": lost(directory, load(directory))}
+            found: dict[str, Any] = {"error": None, "lost": judge(directory)}
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:300], "lost": []}
         print("RESULT", json.dumps({"directory": Path(directory).name, **found}), flush=True)

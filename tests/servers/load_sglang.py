@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tvm_ffi  # noqa: F401  before packages that it would ask for are stood in for
 import xgrammar  # noqa: F401
-from common import report, without_kernels
+from common import lost, report, without_kernels
 
 without_kernels(
     *("triton", "sgl_kernel", "flashinfer", "deep_gemm", "cuda", "cutlass", "quack", "tilelang", "torchvision"),
@@ -45,4 +45,4 @@ def load(directory: str) -> torch.nn.Module:
     return model
 
 
-report(load)
+report(lambda directory: lost(directory, load(directory).parameters()))

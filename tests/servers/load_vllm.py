@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.library
-from common import Anything, report, without_kernels
+from common import Anything, lost, report, without_kernels
 
 without_kernels("vllm.vllm_flash_attn", "vllm._C", "vllm._moe_C")
 
@@ -101,4 +101,4 @@ def load(directory: str) -> torch.nn.Module:
         return model
 
 
-report(load)
+report(lambda directory: lost(directory, load(directory).parameters()))

@@ -1,7 +1,7 @@
-"""Each format and recipe through the loaders of vLLM and SGLang: all weights arrive, or a notice said that they do not.
+"""Each format and recipe through the loaders of servers: all weights arrive, or a notice said that they do not.
 
-Their pins exclude ours, so each has a Python of its own, named by `QCOMPILE_VLLM_PYTHON` and `QCOMPILE_SGLANG_PYTHON`
-(docs/checkpoints.md says how to make them). No GPU is needed: loading runs no kernel.
+The pins of vLLM, SGLang and TensorRT Edge-LLM exclude ours, so each has a Python of its own, named by the variables of
+`PYTHONS` (docs/checkpoints.md says how to make them). No GPU is needed: loading runs no kernel.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 import qcompile
 from qcompile.checkpoint.formats import FORMATS
-from qcompile.checkpoint.formats.servers import SGLANG, VLLM
+from qcompile.checkpoint.formats.servers import EDGE, SGLANG, VLLM
 from qcompile.checkpoint.write.save import save_checkpoint
 from qcompile.errors import CheckpointError
 from qcompile.recipe import list_recipes
 from tests.qcompile.checkpoint.models import batch, save, tiny
 
-PYTHONS = {VLLM: "QCOMPILE_VLLM_PYTHON", SGLANG: "QCOMPILE_SGLANG_PYTHON"}
-SCRIPTS = {VLLM: "load_vllm.py", SGLANG: "load_sglang.py"}
+PYTHONS = {VLLM: "QCOMPILE_VLLM_PYTHON", SGLANG: "QCOMPILE_SGLANG_PYTHON", EDGE: "QCOMPILE_EDGELLM_PYTHON"}
+SCRIPTS = {VLLM: "load_vllm.py", SGLANG: "load_sglang.py", EDGE: "load_edgellm.py"}
 RECIPES = [name for name in list_recipes() if name != "int8_attention"]  # whose linears are those of int8
 
 

@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from passes.formats import INT8, INT8_PER_TOKEN, NVFP4
+from passes.formats import FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4
 from qcompile.checkpoint.formats.base import Contents
-from qcompile.checkpoint.formats.merged import expert_container, is_merged
-from qcompile.layer import FP8_CHANNEL_TOKEN, FP8_TENSOR, Scheme
-from qcompile.messages import some
+from qcompile.checkpoint.formats.limits import (
+    Limit,
+    dense,
+    experts,
+    floating,
+    mixed_dense,
+    mostly,
+    no_experts,
+    not_nvfp4,
+    nvfp4,
+    nvfp4_or_floating,
+    of_scheme,
+    several,
+    without_nvfp4,
+)
+from qcompile.layer import FP8_CHANNEL_TOKEN, Scheme
 
 VLLM, SGLANG, EDGE = "vLLM 0.33.0", "SGLang 0.5.23", "TensorRT Edge-LLM 0.11.0"
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One thing that a server does not load.
-
-    Attributes:
-        server: with the version that it was seen with.
-        formats: of checkpoints.
-        what: is not loaded, in words.
-        effect: what the server does instead.
-        instead: what to write for it.
-        layers: those of a checkpoint that this is about, none if it does not apply.
-    """
-
-    server: str
-    formats: tuple[str, ...]
-    what: str
-    effect: str
-    instead: str
-    layers: Callable[[Contents], list[str]]
-
-    def notice(self, names: list[str]) -> str:
-        return f"{some(names)}: {self.server} {self.effect} ({self.what}); {self.instead}"
 
 
 def server_notices(format_name: str, contents: Contents) -> list[str]:
     """The limits that a checkpoint of that format runs into."""
     of_format = (limit for limit in LIMITS if format_name in limit.formats)
     return [limit.notice(names) for limit in of_format if (names := limit.layers(contents))]
-
-
-def _in(*schemes: Scheme, experts: bool | None = None) -> Callable[[Contents], list[str]]:
-    """The layers that have one of `schemes`: of mixtures of experts, of others, or all."""
-
-    def layers(contents: Contents) -> list[str]:
-        return [
-            name
-            for name, scheme in contents.schemes.items()
-            if scheme in schemes and experts in (None, expert_container(name) is not None)
-        ]
-
-    return layers
-
-
-def _all(contents: Contents) -> list[str]:
-    return list(contents.schemes)
-
-
-def _dense(contents: Contents) -> list[str]:
-    return [] if any(map(expert_container, contents.schemes)) else list(contents.schemes)
-
-
-def _mixed_dense(contents: Contents) -> list[str]:
-    """The layers of a model without experts, if those that servers merge do not all have one scheme."""
-    floating = any(map(is_merged, contents.unquantized))
-    return _dense(contents) if floating or len(set(contents.schemes.values())) > 1 else []
-
-
-def _without_nvfp4(contents: Contents) -> list[str]:
-    return [] if any(scheme.weight == NVFP4 for scheme in contents.schemes.values()) else list(contents.schemes)
-
-
-def _several(layers: Callable[[Contents], list[str]]) -> Callable[[Contents], list[str]]:
-    """`layers` of a checkpoint with several schemes."""
-    return lambda contents: layers(contents) if len(set(contents.schemes.values())) > 1 else []
 
 
 _STATIC_INT8 = (Scheme(INT8, INT8), Scheme(INT8, INT8, per_channel=True))
@@ -93,7 +43,7 @@ LIMITS = (
         "FP8_PER_CHANNEL_PER_TOKEN in experts",
         "stops while it loads them",
         _TAKE_COMPRESSED,
-        _in(FP8_CHANNEL_TOKEN, experts=True),
+        experts(of_scheme(FP8_CHANNEL_TOKEN)),
     ),
     Limit(
         VLLM,
@@ -101,7 +51,7 @@ LIMITS = (
         "INT8 with static activations in experts",
         "refuses them",
         _TAKE_TOKENS,
-        _in(*_STATIC_INT8, experts=True),
+        experts(of_scheme(*_STATIC_INT8)),
     ),
     Limit(
         SGLANG,
@@ -109,7 +59,7 @@ LIMITS = (
         "FP8_PER_CHANNEL_PER_TOKEN",
         "refuses the checkpoint",
         _TAKE_COMPRESSED,
-        _in(FP8_CHANNEL_TOKEN),
+        of_scheme(FP8_CHANNEL_TOKEN),
     ),
     Limit(
         SGLANG,
@@ -117,7 +67,7 @@ LIMITS = (
         "INT8 with static activations",
         "stops while it loads them",
         f"{_TAKE_TOKENS} for dense models, FP8 for experts",
-        _in(*_STATIC_INT8),
+        of_scheme(*_STATIC_INT8),
     ),
     Limit(
         SGLANG,
@@ -125,7 +75,7 @@ LIMITS = (
         "INT8 in experts",
         "refuses them but on NPUs",
         "use FP8",
-        _in(*_TOKEN_INT8, experts=True),
+        experts(of_scheme(*_TOKEN_INT8)),
     ),
     Limit(
         SGLANG,
@@ -133,7 +83,7 @@ LIMITS = (
         "Llama, and models built on its class",
         "loads the codes without their scales and only logs it",
         f"{_TAKE_COMPRESSED} for these",
-        _dense,
+        dense,
     ),
     Limit(
         SGLANG,
@@ -141,7 +91,7 @@ LIMITS = (
         "several schemes, or floating q, k, v, gate or up, in a dense model",
         "stops, or for Llama leaves out those layers and only logs it",
         "use the format modelopt with one scheme",
-        _mixed_dense,
+        mixed_dense,
     ),
     Limit(
         SGLANG,
@@ -149,7 +99,7 @@ LIMITS = (
         "a dense model",
         "stops while it loads them",
         "use the format modelopt",
-        _dense,
+        dense,
     ),
     Limit(
         SGLANG,
@@ -157,7 +107,7 @@ LIMITS = (
         "several schemes in a dense model",
         "stops while it loads them",
         "use one scheme",
-        _several(_dense),
+        several(dense),
     ),
     Limit(
         SGLANG,
@@ -165,7 +115,7 @@ LIMITS = (
         "no layer in NVFP4",
         "takes the checkpoint for W4AFP8",
         "use the format modelopt",
-        _without_nvfp4,
+        without_nvfp4,
     ),
     Limit(
         SGLANG,
@@ -173,38 +123,70 @@ LIMITS = (
         "several schemes, none of them NVFP4",
         "takes the checkpoint for W4AFP8",
         "use the format compressed-tensors",
-        _several(_without_nvfp4),
+        several(without_nvfp4),
     ),
     Limit(
         EDGE,
         ("fp8", *_COMPRESSED),
-        "any scheme",
-        "takes codes for float16 without a word",
+        "FP8 or INT8",
+        "takes codes for float16 and leaves out their scales, without a word",
+        "use the format modelopt with the recipe fp8, or nvfp4 for experts",
+        not_nvfp4,
+    ),
+    Limit(
+        EDGE,
+        _COMPRESSED,
+        "NVFP4",
+        "leaves their weights uninitialized, without a word",
         "use the format modelopt",
-        _all,
+        nvfp4,
     ),
     Limit(
         EDGE,
         _MODELOPT,
-        "FP8_PER_CHANNEL_PER_TOKEN",
-        "takes it for static FP8 and finds no scales of inputs",
+        "W4A16_NVFP4, that of Nemotron-H in modelopt_mixed aside",
+        "takes it for NVFP4 with activations, whose scales are 1",
+        "use the recipe nvfp4",
+        of_scheme(Scheme(NVFP4)),
+    ),
+    Limit(
+        EDGE,
+        _MODELOPT,
+        "FP8_PER_CHANNEL_PER_TOKEN in layers that are no experts",
+        "takes it for FP8 with static scales of inputs, which are 1",
         "use the recipe fp8",
-        _in(FP8_CHANNEL_TOKEN),
+        no_experts(of_scheme(FP8_CHANNEL_TOKEN)),
+    ),
+    Limit(
+        EDGE,
+        _MODELOPT,
+        "FP8_PB_WO in layers that are no experts",
+        "takes it for MXFP8",
+        "use the recipe fp8",
+        no_experts(of_scheme(Scheme(FP8_128X128))),
     ),
     Limit(
         EDGE,
         _MODELOPT,
         "FP8 in experts",
-        "stops",
+        "stops while it loads them",
         "use NVFP4 there",
-        _in(FP8_TENSOR, experts=True),
+        experts(not_nvfp4),
     ),
     Limit(
         EDGE,
-        ("modelopt",),
-        "W4A16_NVFP4 alone",
-        "takes it for NVFP4 with activations",
-        "use the format modelopt_mixed",
-        lambda contents: _in(Scheme(NVFP4))(contents) if len(set(contents.schemes.values())) == 1 else [],
+        _MODELOPT,
+        "experts in NVFP4 or floating point among more layers in FP8, the experts of a layer counted as one",
+        "takes the experts for FP8, too, and stops",
+        "use the recipe nvfp4 or nvfp4_mlp_only",
+        mostly(experts(nvfp4_or_floating), fp4=False),
+    ),
+    Limit(
+        EDGE,
+        _MODELOPT,
+        "floating-point experts among layers in NVFP4",
+        "quantizes the experts to NVFP4, too, without a word",
+        "use the recipe nvfp4 or nvfp4_mlp_only",
+        mostly(experts(floating), fp4=True),
     ),
 )

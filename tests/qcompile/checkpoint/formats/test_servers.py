@@ -13,7 +13,7 @@ from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNE
 
 PAGE = Path(__file__).parents[4] / "docs/checkpoints.md"
 DENSE, OTHER = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
-EXPERT = "model.layers.0.mlp.experts.3.down_proj"
+EXPERT, NEXT = "model.layers.0.mlp.experts.3.down_proj", "model.layers.0.mlp.experts.4.down_proj"
 STATIC_INT8 = Scheme(INT8, INT8, per_channel=True)
 
 
@@ -28,10 +28,13 @@ STATIC_INT8 = Scheme(INT8, INT8, per_channel=True)
         ("modelopt", {DENSE: FP8_CHANNEL_TOKEN}, {SGLANG, EDGE}),
         ("modelopt", {EXPERT: FP8_CHANNEL_TOKEN}, {VLLM, SGLANG, EDGE}),
         ("modelopt", {DENSE: Scheme(NVFP4)}, {EDGE}),
-        ("modelopt_mixed", {DENSE: Scheme(NVFP4)}, {SGLANG}),
-        ("modelopt_mixed", {EXPERT: Scheme(NVFP4)}, set()),
+        ("modelopt_mixed", {DENSE: Scheme(NVFP4)}, {SGLANG, EDGE}),
+        ("modelopt_mixed", {EXPERT: Scheme(NVFP4)}, {EDGE}),
         ("modelopt", {DENSE: NVFP4_W4A4, OTHER: FP8_TENSOR}, {SGLANG}),
         ("modelopt", {EXPERT: NVFP4_W4A4, OTHER: FP8_TENSOR}, set()),
+        ("modelopt", {OTHER: FP8_TENSOR, EXPERT: NVFP4_W4A4}, {EDGE}),  # the first of equally many entries
+        ("modelopt", {EXPERT: NVFP4_W4A4, NEXT: NVFP4_W4A4, OTHER: FP8_TENSOR, DENSE: FP8_TENSOR}, {EDGE}),
+        ("modelopt", {DENSE: Scheme(FP8_128X128)}, {EDGE}),
         ("modelopt", {EXPERT: FP8_TENSOR, OTHER: NVFP4_W4A4}, {EDGE}),
         ("modelopt", {EXPERT: FP8_TENSOR, OTHER: Scheme(FP8_128X128)}, {SGLANG, EDGE}),
         ("modelopt_mixed", {EXPERT: FP8_TENSOR}, {SGLANG, EDGE}),
@@ -52,6 +55,13 @@ def test_floating_projections_beside_quantized_layers() -> None:
     contents = Contents({DENSE: NVFP4_W4A4}, ["model.layers.0.self_attn.q_proj", "lm_head"])
     assert any(SGLANG in notice for notice in server_notices("compressed-tensors", contents))
     assert not server_notices("modelopt", contents)
+
+
+@pytest.mark.parametrize(("scheme", "words"), [(FP8_TENSOR, "for FP8, too, and stops"), (NVFP4_W4A4, "quantizes the")])
+def test_floating_experts_beside_quantized_layers(scheme: Scheme, words: str) -> None:
+    notices = server_notices("modelopt", Contents({OTHER: scheme}, [EXPERT, "lm_head"]))
+    assert [EXPERT in notice and EDGE in notice and words in notice for notice in notices] == [True]
+    assert not server_notices("modelopt", Contents({EXPERT: NVFP4_W4A4}, [OTHER, "lm_head"]))
 
 
 def test_the_page_has_every_limit() -> None:
