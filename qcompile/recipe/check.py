@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from qcompile.errors import RecipeError
+from qcompile.messages import cut, value
 from qcompile.recipe.effects import undoes
 from qcompile.recipe.empty import NO_FORMAT
 from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
@@ -30,7 +31,7 @@ def check_recipe(source: RecipeSource) -> list[Notice]:
     """
     recipe = load_recipe(source)
     if not any(rule.format for rule in recipe.rules):
-        raise RecipeError(f"the recipe {recipe.metadata.name} quantizes nothing: {NO_FORMAT}")
+        raise RecipeError(f"the recipe {cut(recipe.metadata.name)} quantizes nothing: {NO_FORMAT}")
     _check_pairs(recipe)
     formatted = {kind for rule in recipe.rules if rule.format for kind in possible_kinds(rule.quantizer)}
     notices = []
@@ -111,7 +112,7 @@ def _check_pairs(recipe: Recipe) -> None:
             owner = None if rule.module_class is None else _text(rule.module_class)
             layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT)]
             decisions = decide(recipe, layer, Stacks(quantizer.name for quantizer in layer))
-            check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {path!r}")
+            check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {value(path)}")
 
 
 def _paths(glob: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from qcompile.messages import cut, value
 from qcompile.recipe.rule import FormatName, Granularity, Rule
 from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
 from qcompile.remedy import closest
@@ -37,7 +38,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 def show_path(path: Path, root: str = "the recipe") -> str:
     """("rules", 2, "format") -> `rules[2].format`; nothing is `root`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{cut(str(part))}" for part in path)
     return text.lstrip(".") or root
 
 
@@ -87,16 +88,17 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
     context: dict[str, Any] = detail.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):
         if IMPORT_TAG in detail["loc"]:
-            return f"{show_path(owner)} imports a fragment, it cannot have the key {key!r} as well; add a rule after it"
+            also = f"it cannot have the key {value(key)} as well; add a rule after it"
+            return f"{show_path(owner)} imports a fragment, {also}"
         known = _known_keys(owner, whole)
         hint = did_you_mean(key, known) or "; known: " + ", ".join(known)
-        return f"unknown key {key!r} in {show_path(owner, root)}{hint}"
+        return f"unknown key {value(key)} in {show_path(owner, root)}{hint}"
     if kind == "missing":
         return f"{show_path(owner, root)} lacks the key {key!r}"
     if kind == "literal_error":
         choices = _CHOICES[str(key)]
         known_ones = ", ".join(choices) + did_you_mean(found, choices)
-        return f"unknown {key} {found!r} at {show_path(path, root)}; known: {known_ones}"
+        return f"unknown {key} {value(found)} at {show_path(path, root)}; known: {known_ones}"
     if kind == "recipe":
         return f"{show_path(path, root)}: {context['message']}"
     if kind in ("too_short", "too_long"):
@@ -106,10 +108,10 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
     if kind == "string_type" and path in plain:
         return _unquoted(found, show_path(path, root), str(key), plain[path])
     if kind == "bool_type" and str(found).lower() in ("true", "false", "on", "off", "yes", "no"):
-        return f"{show_path(path, root)} must be true or false, without quotes, not {found!r}"
+        return f"{show_path(path, root)} must be true or false, without quotes, not {value(found)}"
     if kind in _EXPECTED:
-        return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {found!r}"
-    return f"{show_path(path, root)}: {detail['msg']}, found {found!r}"
+        return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {value(found)}"
+    return f"{show_path(path, root)}: {cut(detail['msg'], 300)}, found {value(found)}"
 
 
 def _unquoted(found: object, where: str, key: str, written: str) -> str:
@@ -117,7 +119,7 @@ def _unquoted(found: object, where: str, key: str, written: str) -> str:
     if found is None and not written:
         return f"{where} is empty"
     kind = {bool: str(found).lower(), type(None): "null", int: "a number", float: "a number"}.get(type(found), "a date")
-    return f'{where} must be text, and YAML reads {written} as {kind}: quote it, {key}: "{written}"'
+    return f'{where} must be text, and YAML reads {cut(written)} as {kind}: quote it, {key}: "{cut(written)}"'
 
 
 def _length(context: dict[str, Any]) -> str:

@@ -257,7 +257,7 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         (["fp8"], "quantization_config is a list and no object"),
         ({**FP8_SECTION, "weight_block_size": 128}, "quantization_config cannot be read: TypeError"),
         ({**CT, "config_groups": {"g": 1}}, "quantization_config cannot be read: AttributeError"),
-        ({**CT, "config_groups": {"g": TENSOR}, "ignore": ["re:("]}, "cannot be read: "),
+        ({**CT, "config_groups": {"g": TENSOR}, "ignore": ["re:("]}, "is no regular expression"),
         ({**FP8_SECTION, "modules_to_not_convert": [1]}, "1 is no name of a module"),
         ({"quant_method": "gptq"}, "'gptq'; known: fp8, modelopt, modelopt_mixed, compressed-tensors"),
         ({**FP8_SECTION, "weight_block_size": [1, 128]}, r"\[1, 128\].*known: \[128, 128\]"),
