@@ -13,7 +13,7 @@ class QCompileError(Exception):
     """
 
     def __str__(self) -> str:
-        return cut(visible(super().__str__()), LONGEST_MESSAGE)
+        return cut(visible(cut(super().__str__(), LONGEST_MESSAGE)), LONGEST_MESSAGE)
 
 
 class PassError(QCompileError):

@@ -8,8 +8,8 @@ import yaml
 
 from qcompile.messages import value
 
-LONGEST_TEXT = 500_000  # characters, which PyYAML takes some seconds for; the shipped recipes have up to 10,000
-MOST_NODES = 100_000
+LONGEST_TEXT = 200_000  # characters, which PyYAML takes up to five seconds for; the shipped recipes have up to 10,000
+MOST_NODES = 50_000
 MOST_LEVELS = 40
 
 

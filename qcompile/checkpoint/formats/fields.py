@@ -7,7 +7,7 @@ from typing import Any
 
 from qcompile.checkpoint.formats.regexes import LONGEST_PATTERN, Clock, Regex
 from qcompile.errors import CheckpointError
-from qcompile.messages import value
+from qcompile.messages import cut, value
 
 MOST_PATTERNS = 1_000
 _OF = "quantization configuration"
@@ -19,7 +19,7 @@ def names(section: Mapping[str, Any], key: str) -> list[str]:
     if found is None:
         return []
     if not isinstance(found, list | tuple):
-        raise CheckpointError(f"{_OF}: {key} is {value(found)}, and has to be a list of names of modules")
+        raise CheckpointError(f"{_OF}: {cut(key)} is {value(found)}, and has to be a list of names of modules")
     for name in found:
         if not isinstance(name, str) or len(name) > LONGEST_PATTERN:
             raise CheckpointError(f"{_OF}: {key} holds {value(name)}, which is no name of a module")
@@ -32,7 +32,7 @@ def mapping(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{_OF}: {key} is {value(found)}, and has to be an object")
+        raise CheckpointError(f"{_OF}: {cut(key)} is {value(found)}, and has to be an object")
     return found
 
 
