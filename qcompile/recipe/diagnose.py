@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -71,7 +72,8 @@ def typos(error: ValidationError, whole: type[BaseModel]) -> dict[str, str]:
             word, known = path[-1], _known_keys(path[:-1], whole)
         else:
             continue
-        if meant := closest(word, known):
+        # it becomes part of a shell command that is shown
+        if (meant := closest(word, known)) and re.fullmatch(r"[\w-]+", str(word)):
             found[str(word)] = meant
     return found
 
@@ -107,7 +109,7 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
         return f"{show_path(path, root)} is empty"
     if kind == "string_type" and path in plain:
         return _unquoted(found, show_path(path, root), str(key), plain[path])
-    if kind == "bool_type" and str(found).lower() in ("true", "false", "on", "off", "yes", "no"):
+    if kind == "bool_type" and isinstance(found, str) and found.lower() in ("true", "false", "on", "off", "yes", "no"):
         return f"{show_path(path, root)} must be true or false, without quotes, not {value(found)}"
     if kind in _EXPECTED:
         return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {value(found)}"

@@ -77,6 +77,7 @@ def glob_matches(name: str, pattern: str) -> bool:
     return _compiled(pattern).match(name) is not None
 
 
+@lru_cache(maxsize=4096)
 def possible_kinds(pattern: str) -> tuple[str, ...]:
     """The kinds of quantizer that a name matching the glob can end in; empty if it can match no quantizer at all."""
     reached = {kind for glob in alternatives(pattern) for kind in _kinds(glob)}

@@ -13,6 +13,7 @@ from qcompile.errors import RecipeError
 from qcompile.messages import cut, value
 from qcompile.recipe.diagnose import Path, diagnose, show_path, typos
 from qcompile.recipe.files import fragment_path, looks_like_path, read
+from qcompile.recipe.globs import alternatives
 from qcompile.recipe.rule import Location, Rule
 from qcompile.recipe.schema import IDLE_SWITCH, Fragment, Import, Recipe, RecipeFile, idle_switch
 from qcompile.recipe.yaml_lines import Document
@@ -20,7 +21,7 @@ from qcompile.remedy import Remedy, with_remedy
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-MOST_RULES, MOST_IMPORTS, MOST_LEVELS = 2_000, 200, 20
+MOST_RULES, MOST_GLOBS, MOST_IMPORTS, MOST_LEVELS = 1_000, 3_000, 200, 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Imports:
 
     def __init__(self) -> None:
         self._read: dict[FilePath, tuple[Sequence[Rule | Import], Written]] = {}
-        self._rules = self._imports = 0
+        self._rules = self._globs = self._imports = 0
 
     def expanded(
         self, items: Sequence[Rule | Import], text: Written, chain: tuple[FilePath, ...]
@@ -95,8 +96,10 @@ class _Imports:
             at: Path = ("rules", index)
             if isinstance(item, Rule):
                 self._rules += 1
-                if self._rules > MOST_RULES:
-                    raise RecipeError(f"{text.place(at)}: {show_path(at)}: a recipe has at most {MOST_RULES} rules")
+                self._globs += len(alternatives(item.quantizer))
+                if self._rules > MOST_RULES or self._globs > MOST_GLOBS:
+                    most = f"{MOST_RULES} rules, and {MOST_GLOBS} globs when braces are unfolded"
+                    raise RecipeError(f"{text.place(at)}: {show_path(at)}: a recipe has at most {most}")
                 yield item.located(text.where(index)), text, index
                 continue
             try:

@@ -21,6 +21,7 @@ def lines(*levels: str) -> str:
 
 LAUGHS = lines("a0: &a0 [x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)))
 MERGES = lines("a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 30)))
+WIDE = '- {quantizer: "{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}", enable: false}\n'
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,8 @@ MERGES = lines("a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}"
         (HEAD + "rules: 0000-01-01\n", r"r\.yaml:2: not valid YAML: '0000-01-01' is no 'timestamp'"),
         (HEAD + f"rules: {'9' * 5_000}\n", r"r\.yaml:2: not valid YAML: '9+\.\.\.9+' is no 'int'"),
         (HEAD + f"rules: 0x{'f' * 5_000}\n", r"r\.yaml:2: rules must be a list, not a number of 20000 bits"),
+        (HEAD + f"rules: [{{quantizer: a, format: 0x{'f' * 5_000}}}]\n", r"\.yaml:2: unknown format a number of 20000"),
+        (HEAD + f"rules: [{{quantizer: a, enable: 0x{'f' * 5_000}}}]\n", r"\.yaml:2: .* not a number of 20000 bits"),
         (HEAD + "rules: !!int x\n", r"r\.yaml:2: not valid YAML: 'x' is no 'int' that can be read"),
         (HEAD + "rules: !!bool x\n", r"r\.yaml:2: not valid YAML: 'x' is no 'bool' that can be read"),
         (HEAD + "rules: !!timestamp x\n", r"r\.yaml:2: not valid YAML: 'x' is no 'timestamp' that can be read"),
@@ -44,10 +47,12 @@ MERGES = lines("a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}"
         (HEAD + f'rules: [{{quantizer: "{"{a,b}" * 40}", enable: false}}]\n', r"r\.yaml:2: .* more than 256 globs"),
         (HEAD + f'rules: [{{quantizer: "{"a" * 2_000}", enable: false}}]\n', r"r\.yaml:2: .*at most 1000 are allowed"),
         (HEAD + f'rules: [{{quantizer: a, module_class: "{"a" * 2_000}"}}]\n', r"r\.yaml:2: .*at most 1000 characters"),
+        (HEAD + "rules:\n" + "- {quantizer: a, enable: false}\n" * 1_001, r"r\.yaml:1003: .*at most 1000 rules"),
+        (HEAD + f"rules:\n{WIDE * 30}", r"r\.yaml:26: .*and 3000 globs when braces are unfolded"),
         (HEAD + "rules:\n" + "- import: fp8_attention\n" * 300, r"r\.yaml:203: .*a recipe has at most 200 imports"),
         (HEAD + '"\\e[2J\\x9b": 1\n' + RULES, r"r\.yaml:2: unknown key '\\x1b\[2J\\x9b' in the recipe"),
     ],
-    ids=range(20),
+    ids=range(24),
 )
 def test_files(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
