@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from passes.messages import LONGEST_MESSAGE, cut, visible
+
 
 class QCompileError(Exception):
-    """Every error that qcompile raises on purpose. The message names the module, what was found and what to do."""
+    """Every error that qcompile raises on purpose. The message names the module, what was found and what to do.
+
+    It holds names and values of files that somebody else made, so it is shown without control characters, and never
+    longer than a screen or two.
+    """
+
+    def __str__(self) -> str:
+        return cut(visible(cut(super().__str__(), LONGEST_MESSAGE)), LONGEST_MESSAGE)
 
 
 class PassError(QCompileError):

@@ -16,6 +16,8 @@ from passes.graph import dtype, shape, val
 from qcompile.batch_forms import dynamic_shapes_for, rearranged
 from qcompile.capture.inputs import laid_out
 from qcompile.errors import CalibrationError
+from qcompile.messages import cut
+from qcompile.plain_tensors import unusable
 
 
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:
@@ -36,7 +38,10 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
         args, kwargs = given if isinstance(given, (tuple, list)) else (given,), keywords
     if example is not None and kwargs:
         kwargs = {name: kwargs[name] for name in example[1] if name in kwargs} | dict(kwargs)
-    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    try:
+        flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    except RecursionError as error:
+        raise CalibrationError(f"{name} is nested too deeply, or contains itself") from error
     if spec != program.call_spec.in_spec:
         raise CalibrationError(
             f"{name} is called as {_describe(args, kwargs)}, but the model was captured as"
@@ -49,7 +54,7 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
 
 def _describe(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
     words = [type(a).__name__ for a in args] + [f"{name}={type(a).__name__}" for name, a in kwargs.items()]
-    return f"model({', '.join(words)})"
+    return cut(f"model({', '.join(words)})", 1_000)
 
 
 def kind_of(value: object) -> str:
@@ -132,6 +137,8 @@ def _check_fit(value: object, placeholder: Node, name: str, dynamic: Callable[[]
                 f"{name}: {placeholder.name} is a {kind_of(value)}, but the model was captured with a {captured_kind}"
             )
         return
+    if problem := unusable(value):
+        raise CalibrationError(f"{name}: {placeholder.name} {problem}")
     captured = shape(placeholder)
     if value.dtype != dtype(placeholder):
         raise CalibrationError(

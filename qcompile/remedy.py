@@ -10,6 +10,7 @@ from typing import TypeVar
 from qcompile.errors import QCompileError
 
 _Error = TypeVar("_Error", bound=QCompileError)
+_LONGEST_WORD = 100
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ def remedy_of(error: QCompileError) -> Remedy:
 
 def closest(word: object, known: Iterable[str]) -> str | None:
     """What was meant by a word that is not known, if one comes near it."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)), None)
+    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
+        return None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
 def meant(word: str, known: Iterable[str]) -> Remedy:

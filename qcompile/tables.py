@@ -11,21 +11,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qcompile.messages import visible
+
 _ROWS = 20
 _SHIPPED = "qcompile/recipe/builtin/"
 
 
 def table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
     """An empty table; the columns in `numbers` are set flush right."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         result.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return result
 
 
+def plain(text: object, style: str = "") -> Text:
+    """Text as it is: names of modules and files may hold what rich takes for markup, and what terminals obey."""
+    return Text(visible(str(text)), style)
+
+
 def add(to: Table, *cells: object) -> None:
-    """A row of plain text: module paths may hold what rich would take for markup."""
-    to.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+    """A row of plain text."""
+    to.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in cells))
 
 
 def show_rows(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -67,7 +74,7 @@ def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
 def show_export(console: Console, report: Mapping[str, Any]) -> None:
     """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
     head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
-    console.print(Text(f"ONNX file: {size(report['bytes'])}; {head}", style="bold"))
+    console.print(plain(f"ONNX file: {size(report['bytes'])}; {head}", "bold"))
     show_coverage(console, report)
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
@@ -97,7 +104,7 @@ def show_checkpoint(console: Console, report: Mapping[str, Any], directory: obje
     head += f" in {len(report['files'])} files" if report["files"] else ", about"
     recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
     seconds = f", {report['seconds']:.1f} s" if report["seconds"] else ""
-    console.print(Text(f"{head}; format {report['format']}{recipe}{seconds}", style="bold"))
+    console.print(plain(f"{head}; format {report['format']}{recipe}{seconds}", "bold"))
     coverage = table("Layers", "", "layers", numbers=("layers",))
     for scheme, count in Counter(report["quantized"].values()).most_common():
         add(coverage, scheme, count)
@@ -131,9 +138,9 @@ def show_notices(console: Console, notices: Sequence[str]) -> None:
     idle = [n for n in notices if n.startswith(_SHIPPED) and any(reason in n for reason in _IDLE)]
     for notice in notices:
         if notice not in idle:
-            console.print(Text(f"notice: {notice}", style="yellow"), soft_wrap=True)
+            console.print(plain(f"notice: {notice}", "yellow"), soft_wrap=True)
     if idle:
-        console.print(Text(f"{len(idle)} rules of the shipped recipe have no effect on this model", style="dim"))
+        console.print(plain(f"{len(idle)} rules of the shipped recipe have no effect on this model", "dim"))
 
 
 def show_checks(console: Console, checks: Sequence[Mapping[str, Any]]) -> None:

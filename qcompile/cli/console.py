@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from qcompile.cli.process import Quiet
 from qcompile.files import replaced
+from qcompile.messages import visible
 
 _PLAIN_WIDTH = 160
+
+
+class _PlainConsole(Console):
+    """Shows what files and names hold, and obeys none of it: whatever is printed, control characters are escaped."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def out() -> Console:
@@ -32,7 +43,7 @@ def interactive() -> bool:
 def _console(stream: TextIO) -> Console:
     # Read when asked for, as a caller may have redirected the stream; a file has no width of its own.
     wide = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    return Console(file=cast(TextIO, Quiet(stream)), width=wide, highlight=False)
+    return _PlainConsole(file=cast(TextIO, Quiet(stream)), width=wide, highlight=False)
 
 
 def step(message: str) -> None:

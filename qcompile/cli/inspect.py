@@ -14,6 +14,7 @@ from rich.text import Text
 from qcompile.cli.console import out, warn
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
+from qcompile.messages import first_line
 from qcompile.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
 
 
@@ -42,8 +43,8 @@ def inspect(file: Path, /) -> int:
 def _read(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not JSON: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not a report of qcompile")
     return data
@@ -70,11 +71,10 @@ def _report(console: Console, data: dict[str, Any], file: Path) -> int:
             show_engine(console, engine)
         if failed := data.get("failed"):
             warn(f"the engine was not written: {failed}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file} is not a whole report of this version: {type(error).__name__} {error}") from error
-    if data.get("failed"):
-        return 1
-    return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
+            return 1
+        return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} is not a whole report of this version: {first_line(error)}") from error
 
 
 def _onnx(console: Console, file: Path) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from qcompile.errors import RecipeError
+from qcompile.messages import cut, value
 from qcompile.recipe.effects import undoes
 from qcompile.recipe.empty import NO_FORMAT
 from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
@@ -19,21 +21,24 @@ from qcompile.recipe.stacks import Stacks, counts_from_end
 _CLASS = re.compile(r"\[!?\]?[^\]]*\]|\?")
 _FROM_END = re.compile(r"(?<=\.)-[^.]*|^-[^.]*")
 
+_MOST_LOOKS = 300_000  # a second or two; a recipe of 100 rules has a tenth of it
+
 
 def check_recipe(source: RecipeSource) -> list[Notice]:
     """Notices about rules that have no effect on any model, or are undone, in the order of the recipe.
 
-    Silence is no proof: only cover by a single later rule for each kind of quantizer is found.
+    Silence is no proof: only cover by a single later rule for each kind of quantizer is found, and of many hundreds of
+    rules only the first are looked at.
 
     Raises:
         RecipeError: the recipe is not valid, has no format, or gives a linear layer operands that no target multiplies.
     """
     recipe = load_recipe(source)
     if not any(rule.format for rule in recipe.rules):
-        raise RecipeError(f"the recipe {recipe.metadata.name} quantizes nothing: {NO_FORMAT}")
+        raise RecipeError(f"the recipe {cut(recipe.metadata.name)} quantizes nothing: {NO_FORMAT}")
     _check_pairs(recipe)
     formatted = {kind for rule in recipe.rules if rule.format for kind in possible_kinds(rule.quantizer)}
-    notices = []
+    notices, looked = [], 0
     for index, rule in enumerate(recipe.rules):
         kinds = possible_kinds(rule.quantizer)
         if not kinds:
@@ -41,6 +46,9 @@ def check_recipe(source: RecipeSource) -> list[Notice]:
             continue
         live = [kind for kind in kinds if kind in formatted] or list(kinds)
         later = recipe.rules[index + 1 :]
+        looked += len(later) * len(live) * len(alternatives(rule.quantizer))
+        if looked > _MOST_LOOKS:
+            continue
         lost = {kind: winner for kind in live if (winner := _dead_under(rule, kind, later)) is not None}
         winners = [other for other in later if any(other is winner for winner in lost.values())]
         if len(lost) == len(live):
@@ -74,6 +82,7 @@ def covers(wide: Rule, narrow: Rule, kind: str | None = None) -> bool:
     return all(any(one == other or _glob_covers(one, other) for one in alternatives(wide.quantizer)) for other in globs)
 
 
+@lru_cache(maxsize=1024)
 def _of_kind(glob: str, kind: str | None) -> list[str]:
     """Globs that together match what `glob` matches of that kind: of `a.*` these are `a.KIND` and `a.*.KIND`.
 
@@ -106,12 +115,16 @@ def _glob_covers(wide: str, narrow: str) -> bool:
 
 def _check_pairs(recipe: Recipe) -> None:
     """Try layers whose names are made of the globs: a real one called so would be refused."""
+    tried = 0
     for rule in recipe.rules:
         for path in dict.fromkeys(path for glob in alternatives(rule.quantizer) for path in _paths(glob)):
+            tried += len(recipe.rules)
+            if tried > _MOST_LOOKS:
+                return
             owner = None if rule.module_class is None else _text(rule.module_class)
             layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT)]
             decisions = decide(recipe, layer, Stacks(quantizer.name for quantizer in layer))
-            check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {path!r}")
+            check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {value(path)}")
 
 
 def _paths(glob: str) -> Iterator[str]:

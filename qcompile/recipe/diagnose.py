@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from qcompile.messages import cut, value
 from qcompile.recipe.rule import FormatName, Granularity, Rule
 from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
 from qcompile.remedy import closest
@@ -37,7 +39,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 def show_path(path: Path, root: str = "the recipe") -> str:
     """("rules", 2, "format") -> `rules[2].format`; nothing is `root`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{cut(str(part))}" for part in path)
     return text.lstrip(".") or root
 
 
@@ -70,7 +72,8 @@ def typos(error: ValidationError, whole: type[BaseModel]) -> dict[str, str]:
             word, known = path[-1], _known_keys(path[:-1], whole)
         else:
             continue
-        if meant := closest(word, known):
+        # it becomes part of a shell command that is shown
+        if (meant := closest(word, known)) and re.fullmatch(r"[\w-]+", str(word)):
             found[str(word)] = meant
     return found
 
@@ -87,16 +90,17 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
     context: dict[str, Any] = detail.get("ctx", {})
     if kind in ("extra_forbidden", "invalid_key"):
         if IMPORT_TAG in detail["loc"]:
-            return f"{show_path(owner)} imports a fragment, it cannot have the key {key!r} as well; add a rule after it"
+            also = f"it cannot have the key {value(key)} as well; add a rule after it"
+            return f"{show_path(owner)} imports a fragment, {also}"
         known = _known_keys(owner, whole)
         hint = did_you_mean(key, known) or "; known: " + ", ".join(known)
-        return f"unknown key {key!r} in {show_path(owner, root)}{hint}"
+        return f"unknown key {value(key)} in {show_path(owner, root)}{hint}"
     if kind == "missing":
         return f"{show_path(owner, root)} lacks the key {key!r}"
     if kind == "literal_error":
         choices = _CHOICES[str(key)]
         known_ones = ", ".join(choices) + did_you_mean(found, choices)
-        return f"unknown {key} {found!r} at {show_path(path, root)}; known: {known_ones}"
+        return f"unknown {key} {value(found)} at {show_path(path, root)}; known: {known_ones}"
     if kind == "recipe":
         return f"{show_path(path, root)}: {context['message']}"
     if kind in ("too_short", "too_long"):
@@ -105,11 +109,11 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
         return f"{show_path(path, root)} is empty"
     if kind == "string_type" and path in plain:
         return _unquoted(found, show_path(path, root), str(key), plain[path])
-    if kind == "bool_type" and str(found).lower() in ("true", "false", "on", "off", "yes", "no"):
-        return f"{show_path(path, root)} must be true or false, without quotes, not {found!r}"
+    if kind == "bool_type" and isinstance(found, str) and found.lower() in ("true", "false", "on", "off", "yes", "no"):
+        return f"{show_path(path, root)} must be true or false, without quotes, not {value(found)}"
     if kind in _EXPECTED:
-        return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {found!r}"
-    return f"{show_path(path, root)}: {detail['msg']}, found {found!r}"
+        return f"{show_path(path, root)} must be {_EXPECTED[kind]}, not {value(found)}"
+    return f"{show_path(path, root)}: {cut(detail['msg'], 300)}, found {value(found)}"
 
 
 def _unquoted(found: object, where: str, key: str, written: str) -> str:
@@ -117,7 +121,7 @@ def _unquoted(found: object, where: str, key: str, written: str) -> str:
     if found is None and not written:
         return f"{where} is empty"
     kind = {bool: str(found).lower(), type(None): "null", int: "a number", float: "a number"}.get(type(found), "a date")
-    return f'{where} must be text, and YAML reads {written} as {kind}: quote it, {key}: "{written}"'
+    return f'{where} must be text, and YAML reads {cut(written)} as {kind}: quote it, {key}: "{cut(written)}"'
 
 
 def _length(context: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from qcompile.errors import RecipeError
-from qcompile.messages import some
+from qcompile.messages import cut, some, value
 from qcompile.recipe.globs import OUTPUT, SOFTMAX, WEIGHT
 from qcompile.recipe.match import QuantizerName, Resolution
 from qcompile.recipe.notices import nothing_notice
@@ -34,7 +34,7 @@ def check_quantizes(recipe: Recipe, quantizers: Sequence[QuantizerName], found: 
         names = [quantizer.name for quantizer in quantizers]
         reason = "; ".join(f"{nothing_notice(rule)}{_nearest(rule, names)}" for rule in wanted)
     raise RecipeError(
-        f"the recipe {recipe.metadata.name} quantizes nothing of this model: {reason}. {_has(quantizers)}"
+        f"the recipe {cut(recipe.metadata.name)} quantizes nothing of this model: {reason}. {_has(quantizers)}"
     )
 
 
@@ -48,7 +48,7 @@ def _left_out(disabled: dict[str, Rule]) -> list[str]:
         names = list(dict.fromkeys(path or "the root" for path in paths))
         again = f"{paths[0]}.*".lstrip(".")
         sentences.append(
-            f"{place}: {glob!r} leaves out {some(names)}; to quantize it all the same, end with the rule"
+            f"{place}: {value(glob)} leaves out {some(names)}; to quantize it all the same, end with the rule"
             f' {{quantizer: "{again}", enable: true}}'
         )
     return sentences

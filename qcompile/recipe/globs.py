@@ -6,6 +6,9 @@ import re
 from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 
+from qcompile.errors import RecipeError
+from qcompile.messages import value
+
 WEIGHT = "weight_quantizer"
 INPUT = "input_quantizer"
 OUTPUT = "output_quantizer"
@@ -26,15 +29,39 @@ KINDS = tuple(MEANING)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
+LONGEST_GLOB = 1_000
+MOST_ALTERNATIVES, MOST_CHARACTERS = 256, 20_000  # of one glob; the shipped recipes have up to 12 and 900
+
+
 @lru_cache(maxsize=4096)
 def alternatives(pattern: str) -> tuple[str, ...]:
-    """The globs that a pattern with braces stands for: `a.{b,c}.*` -> `a.b.*`, `a.c.*`."""
-    found = _BRACES.search(pattern)  # the innermost pair, so that nested ones unfold, too
-    if found is None:
-        return (pattern,)
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    unfolded = [glob for option in found[1].split(",") for glob in alternatives(head + option + tail)]
-    return tuple(dict.fromkeys(unfolded))
+    """The globs that a pattern with braces stands for: `a.{b,c}.*` -> `a.b.*`, `a.c.*`.
+
+    Raises:
+        GlobError: they are too many, or the pattern is too long.
+    """
+    if len(pattern) > LONGEST_GLOB:
+        raise GlobError(f"the glob {value(pattern)} has {len(pattern)} characters; at most {LONGEST_GLOB} are allowed")
+    found: dict[str, None] = {}
+    seen, left = {pattern}, [pattern]
+    while left:
+        glob = left.pop()
+        braces = _BRACES.search(glob)  # the innermost pair, so that nested ones unfold, too
+        if braces is None:
+            found[glob] = None
+        else:
+            head, tail = glob[: braces.start()], glob[braces.end() :]
+            unfolded = dict.fromkeys(head + option + tail for option in braces[1].split(","))
+            left += [one for one in reversed(unfolded) if one not in seen]
+            seen.update(unfolded)
+        if len(left) + len(found) > MOST_ALTERNATIVES or sum(map(len, (*left, *found))) > MOST_CHARACTERS:
+            most = f"{MOST_ALTERNATIVES} globs or {MOST_CHARACTERS} characters"
+            raise GlobError(f"the braces of {value(pattern)} unfold to more than {most}")
+    return tuple(found)
+
+
+class GlobError(RecipeError):
+    """A glob that unfolds to more than anybody wrote it for."""
 
 
 @lru_cache(maxsize=4096)
@@ -50,6 +77,7 @@ def glob_matches(name: str, pattern: str) -> bool:
     return _compiled(pattern).match(name) is not None
 
 
+@lru_cache(maxsize=4096)
 def possible_kinds(pattern: str) -> tuple[str, ...]:
     """The kinds of quantizer that a name matching the glob can end in; empty if it can match no quantizer at all."""
     reached = {kind for glob in alternatives(pattern) for kind in _kinds(glob)}

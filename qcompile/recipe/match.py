@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qcompile.errors import RecipeError
+from qcompile.messages import value
 from qcompile.recipe.config import QuantizerConfig, mismatch
 from qcompile.recipe.effects import Decision, notices
 from qcompile.recipe.globs import INPUT, KINDS, WEIGHT
@@ -123,7 +124,7 @@ def configs_of(
 def _config(rule: Rule, quantizer: QuantizerName, switched_on_by: Rule | None) -> QuantizerConfig:
     reason = rule.misfit(quantizer.kind)
     if reason or rule.format is None:
-        raise RecipeError(f"{rule.where}: {reason}; the glob {rule.quantizer!r} matches {quantizer.name}")
+        raise RecipeError(f"{rule.where}: {reason}; the glob {value(rule.quantizer)} matches {quantizer.name}")
     block = BLOCK_FORMATS.get(rule.format)
     source = str(rule.where) if switched_on_by is None else f"{rule.where}, switched on at {switched_on_by.where}"
     return QuantizerConfig(
@@ -143,8 +144,8 @@ def _check_blocks(recipe: Recipe, decisions: Sequence[Decision], stacks: Stacks)
     for index, rule in enumerate(recipe.rules):
         if counts_from_end(rule.quantizer) and index not in used:
             raise RecipeError(
-                f"{rule.where}: the glob {rule.quantizer!r} counts blocks from the end, and matches nothing in this"
-                f" model, which has {stacks}"
+                f"{rule.where}: the glob {value(rule.quantizer)} counts blocks from the end, and matches nothing in"
+                f" this model, which has {stacks}"
             )
 
 
@@ -157,7 +158,7 @@ def _check_switches(recipe: Recipe, decisions: Sequence[Decision]) -> None:
         formats = {i for decision in matched for i in decision.matching if i < index and recipe.rules[i].format}
         if matched and not formats:
             more = f" and {len(matched) - 1} more" if matched[1:] else ""
-            found = f"{rule.quantizer!r} matches {matched[0].name}{more}"
+            found = f"{value(rule.quantizer)} matches {matched[0].name}{more}"
             raise RecipeError(f"{rule.where}: `enable: true` on {found}, to which no earlier rule gives a format")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompile.messages import some
+from qcompile.messages import cut, some, value
 from qcompile.recipe.diagnose import did_you_mean
 from qcompile.recipe.globs import KINDS, possible_kinds
 from qcompile.recipe.rule import Location, Rule
@@ -42,20 +42,21 @@ class Notice:
 
 def nothing_notice(rule: Rule) -> Notice:
     """The notice for a rule that matched no quantizer; says so if it never could."""
-    message = f"the glob {rule.quantizer!r} matches nothing in this model"
+    message = f"the glob {value(rule.quantizer)} matches nothing in this model"
     if rule.module_class is not None:
-        message = f"the glob {rule.quantizer!r} with module_class {rule.module_class!r} matches nothing in this model"
+        owner = f"with module_class {value(rule.module_class)}"
+        message = f"the glob {value(rule.quantizer)} {owner} matches nothing in this model"
     if not possible_kinds(rule.quantizer):
         tail = rule.quantizer.rpartition(".")[2].lstrip("*")
         hint = _CACHE if re.search("cache|kv", tail) else did_you_mean(tail, KINDS)
         hint = hint or "; a name ends in a quantizer, so add `.*` to name a module"
-        message = f"the glob {rule.quantizer!r} can match no quantizer of any model{hint}"
+        message = f"the glob {value(rule.quantizer)} can match no quantizer of any model{hint}"
     return Notice("matches_nothing", rule.where.file, rule.where.line, message)
 
 
 def overridden_notice(rule: Rule, by: Sequence[Rule]) -> Notice:
     """The notice for a rule all of whose quantizers later rules decide."""
-    message = f"the rule for {rule.quantizer!r} is wholly overridden by {_places(by)}"
+    message = f"the rule for {value(rule.quantizer)} is wholly overridden by {_places(by)}"
     meant = rule.enable is not False or any(other.enable is not False for other in by)
     hint = _MOVE if meant and any(other.where.foreign_to(rule.where) for other in by) else ""
     return Notice("overridden", rule.where.file, rule.where.line, message + hint)
@@ -63,7 +64,9 @@ def overridden_notice(rule: Rule, by: Sequence[Rule]) -> Notice:
 
 def undone_notice(rule: Rule, names: Sequence[str], total: int, by: Sequence[Rule]) -> Notice:
     """The notice for a rule that later ones take `names` from, of the `total` quantizers that it matches."""
-    message = f"later rules undo the rule for {rule.quantizer!r} for {len(names)} of {total} quantizers ({some(names)})"
+    message = (
+        f"later rules undo the rule for {value(rule.quantizer)} for {len(names)} of {total} quantizers ({some(names)})"
+    )
     return Notice("undone", rule.where.file, rule.where.line, f"{message}: {_places(by)}{_MOVE}")
 
 
@@ -73,8 +76,10 @@ def reason_notice(rule: Rule, names: Sequence[str]) -> Notice:
     effect = "not quantized" if rule.enable is False else rule.format or "switched on again"
     shown = ", ".join(modules[:2]) + (", ..." if modules[2:] else "")
     count = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
-    return Notice("reason", rule.where.file, rule.where.line, f"{count} {effect} ({shown}): {rule.why}")
+    return Notice(
+        "reason", rule.where.file, rule.where.line, f"{count} {effect} ({shown}): {cut(rule.why or '', 1_000)}"
+    )
 
 
 def _places(rules: Sequence[Rule]) -> str:
-    return ", ".join(f"{rule.quantizer!r} ({rule.where})" for rule in rules)
+    return ", ".join(f"{value(rule.quantizer)} ({rule.where})" for rule in rules)

@@ -10,16 +10,20 @@ from typing import Any
 import yaml
 
 from qcompile.errors import RecipeError
+from qcompile.messages import cut
+from qcompile.messages import value as shown
 from qcompile.recipe.diagnose import Path, show_path
 from qcompile.recipe.imports import Written, recipe_of
 from qcompile.recipe.rule import Location
 from qcompile.recipe.schema import Recipe
+from qcompile.recipe.yaml_data import load
 from qcompile.recipe.yaml_lines import parse
 
 _STEP = re.compile(
     r"(?:^|\.)(?P<key>[A-Za-z_]\w*)|\[(?P<index>\d+)\]|\[(?P<append>\+)\]|\[(?P<field>\w+)=(?P<value>[^\]]*)\]"
 )
 _SPLIT = re.compile(r"^(?P<path>(?:[^=\[]|\[[^\]]*\])+)=(?P<value>.*)$", re.DOTALL)
+_LONGEST, _MOST_STEPS = 10_000, 20
 _FORM = "write it as path=value, for example rules[0].format=int8"
 
 
@@ -71,17 +75,19 @@ def _place_of_rule(recipe: Recipe, index: int, touched: list[tuple[Path, str]]) 
 
 
 def _parse(text: str) -> _Override:
-    match = _SPLIT.match(text)
+    match = _SPLIT.match(text) if len(text) <= _LONGEST else None
     if match is None:
-        raise RecipeError(f"--set {text}: {_FORM}")
+        raise RecipeError(f"--set {cut(text)}: {_FORM}")
     steps: list[str | int | tuple[str, Any]] = []
     path, position = match["path"].strip(), 0
     while position < len(path):
         step = _STEP.match(path, position)
         if step is None or path[0] in ".[":
-            raise RecipeError(f"--set {text}: cannot read {path[position:]!r}; {_FORM}")
+            raise RecipeError(f"--set {text}: cannot read {shown(path[position:])}; {_FORM}")
         steps.append(_step(step, text))
         position = step.end()
+    if len(steps) > _MOST_STEPS:
+        raise RecipeError(f"--set {cut(text)}: a recipe has no {len(steps)} levels")
     return _Override(text, tuple(steps), _yaml(match["value"], text))
 
 
@@ -89,7 +95,7 @@ def _step(match: re.Match[str], text: str) -> str | int | tuple[str, Any]:
     if match["key"]:
         return match["key"]
     if match["index"]:
-        return int(match["index"])
+        return int(match["index"][:9])  # no list is that long
     return "+" if match["append"] else (match["field"], _yaml(match["value"], text))
 
 
@@ -97,10 +103,10 @@ def _yaml(value: str, text: str) -> Any:
     try:
         if value.lstrip().startswith("{"):
             parse(value, f"--set {text}")  # refuses what YAML would cut without a word
-        return yaml.safe_load(value)
+        return load(value)
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise RecipeError(f"--set {text}: the value {value!r} is not valid YAML: {problem}") from error
+        problem = cut(" ".join(str(error).split()), 300)
+        raise RecipeError(f"--set {cut(text)}: the value {shown(value)} is not valid YAML: {problem}") from error
 
 
 def _assign(node: Any, steps: tuple[Any, ...], done: Path, override: _Override) -> list[Path]:
@@ -126,19 +132,21 @@ def _targets(node: Any, step: Any, done: Path, override: _Override) -> list[Any]
     where = show_path(done)
     if isinstance(step, str) and step != "+":
         if not isinstance(node, dict):
-            raise RecipeError(f"--set {override.text}: {where} is not a mapping, it has no key {step!r}")
+            raise RecipeError(f"--set {cut(override.text)}: {where} is not a mapping, it has no key {step!r}")
         return [step]
     if not isinstance(node, list):
-        raise RecipeError(f"--set {override.text}: {where} is not a list")
+        raise RecipeError(f"--set {cut(override.text)}: {where} is not a list")
     if step == "+":
         if override.steps[-1] != "+":
-            raise RecipeError(f"--set {override.text}: [+] appends a whole item, so it must end the path")
+            raise RecipeError(f"--set {cut(override.text)}: [+] appends a whole item, so it must end the path")
         return [len(node)]
     if isinstance(step, int):
         if step >= len(node):
-            raise RecipeError(f"--set {override.text}: {where} has {len(node)} items, the last is [{len(node) - 1}]")
+            raise RecipeError(
+                f"--set {cut(override.text)}: {where} has {len(node)} items, the last is [{len(node) - 1}]"
+            )
         return [step]
     found = [i for i, item in enumerate(node) if isinstance(item, dict) and item.get(step[0]) == step[1]]
     if not found:
-        raise RecipeError(f"--set {override.text}: no item of {where} has {step[0]} = {step[1]!r}")
+        raise RecipeError(f"--set {cut(override.text)}: no item of {where} has {step[0]} = {shown(step[1])}")
     return found

@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from qcompile.recipe.globs import ATTENTION, INPUT, SOFTMAX, WEIGHT, alternatives, possible_kinds
+from qcompile.messages import value
+from qcompile.recipe.globs import (
+    ATTENTION,
+    INPUT,
+    LONGEST_GLOB,
+    SOFTMAX,
+    WEIGHT,
+    GlobError,
+    alternatives,
+    possible_kinds,
+)
 
 FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
@@ -107,8 +117,14 @@ class Rule(Model):
     @model_validator(mode="after")
     def _consistent(self) -> Rule:
         for key, pattern in (("quantizer", self.quantizer), ("unless", self.unless or "")):
-            if any(brace in glob for glob in alternatives(pattern) for brace in "{}"):
-                raise wrong(key, f"the braces of {pattern!r} do not pair up")
+            try:
+                globs = alternatives(pattern)
+            except GlobError as error:
+                raise wrong(key, str(error)) from error
+            if any(brace in glob for glob in globs for brace in "{}"):
+                raise wrong(key, f"the braces of {value(pattern)} do not pair up")
+        if len(self.module_class or "") > LONGEST_GLOB:
+            raise wrong("module_class", f"a glob has at most {LONGEST_GLOB} characters")
         if self.format is None:
             self._check_switch()
         else:
@@ -152,7 +168,7 @@ class Rule(Model):
         for kind in kinds:
             key, reason = self._layout_misfit(kind)
             if reason:
-                raise wrong(key, f"{reason}, but the glob {self.quantizer!r} also reaches {kind}")
+                raise wrong(key, f"{reason}, but the glob {value(self.quantizer)} also reaches {kind}")
         reasons = [self.misfit(kind) for kind in kinds]
         if reasons and all(reasons):
             raise wrong("format", str(reasons[0]))

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 import yaml
 
 from qcompile.errors import RecipeError
+from qcompile.messages import cut
+from qcompile.messages import value as shown
 from qcompile.recipe.diagnose import Path, show_path
+from qcompile.recipe.yaml_data import LONGEST_TEXT, Loader, compose, construct
 
 _TEXTS = ("name", "description", "notes", "why")
 _CUT = re.compile(r"[ \t]+(#[^\s#\0][^\s\0]*)")
+_QUOTED = re.compile(r"""'.*'|".*\"""")
 _NEEDS = {"recipe": "`metadata` and `rules`", "fragment": "`description` and `rules`"}
 
 
@@ -40,16 +44,25 @@ class Document:
 
 def parse(text: str, file: str, what: str = "recipe") -> Document:
     """Parses one YAML document. Raises `RecipeError` with file and line for bad YAML and for duplicate keys."""
+    if len(text) > LONGEST_TEXT:
+        raise RecipeError(f"{file}: a {what} has at most {LONGEST_TEXT} characters, and this has {len(text)}")
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
+        loader = Loader(text)
+        node = compose(loader)
         if node is None:
             raise RecipeError(f"{file}:1: the file is empty; a {what} needs {_NEEDS[what]}")
+        if what == "fragment" and not _is_fragment(node):
+            raise RecipeError(f"{file} is no fragment, which needs {_NEEDS[what]}")
         document = Document(file, None, {}, {})
         _walk(node, (), document, set())
-        return replace(document, data=loader.construct_document(node))
+        return replace(document, data=construct(loader, node))
     except yaml.YAMLError as error:
-        raise RecipeError(_syntax_message(error, text, file)) from error
+        raise RecipeError(_syntax_message(error, text, file, quoting=what == "recipe")) from error
+
+
+def _is_fragment(node: yaml.Node) -> bool:
+    """Nothing is shown of what is none: a recipe may import any file of whoever runs it."""
+    return isinstance(node, yaml.MappingNode) and any(key.value == "rules" for key, _ in node.value)
 
 
 def _walk(node: yaml.Node, path: Path, document: Document, seen: set[int]) -> None:
@@ -74,10 +87,12 @@ def _walk(node: yaml.Node, path: Path, document: Document, seen: set[int]) -> No
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
                 if key.tag.endswith((":bool", ":null")):
-                    raise RecipeError(f"{document.file}:{line}: YAML reads the key {key.value} as no text: quote it")
+                    raise RecipeError(
+                        f"{document.file}:{line}: YAML reads the key {cut(key.value)} as no text: quote it"
+                    )
                 if key.value in first:
                     where = f"in {show_path(path)}, first on line {first[key.value]}"
-                    raise RecipeError(f"{document.file}:{line}: duplicate key {key.value!r} {where}")
+                    raise RecipeError(f"{document.file}:{line}: duplicate key {shown(key.value)} {where}")
                 first[key.value] = line
                 document.lines[(*path, key.value)] = line
                 _walk(value, (*path, key.value), document, seen)
@@ -88,37 +103,43 @@ def _check_commas(node: yaml.MappingNode, path: Path, file: str) -> None:
     text, owner = "", ""
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or value.start_mark.index != value.end_mark.index:
-            text, owner = getattr(value, "value", ""), getattr(key, "value", "")
+            text, owner = _words(value), _words(key)
             continue
-        hint = f"write {key.value}: and what it is to be"
+        hint = f"write {cut(key.value)}: and what it is to be"
         if owner in _TEXTS:
-            hint = f'a comma ends a text inside of {{...}}, so quote it, {owner}: "{text}, {key.value}"'
+            hint = f'a comma ends a text inside of {{...}}, so quote it, {owner}: "{text}, {cut(key.value)}"'
         where = f"after {show_path((*path, owner))}" if owner else f"in {show_path(path)}"
-        raise RecipeError(f"{file}:{key.start_mark.line + 1}: {key.value!r} {where} has no value: {hint}")
+        raise RecipeError(f"{file}:{key.start_mark.line + 1}: {shown(key.value)} {where} has no value: {hint}")
+
+
+def _words(node: yaml.Node) -> str:
+    return cut(node.value) if isinstance(node, yaml.ScalarNode) else ""
 
 
 def _check_cut(node: yaml.ScalarNode, path: Path, document: Document) -> None:
     """`why: as in issue #12` is the text "as in issue", and `why: &co` none; a comment that is meant has a space."""
     buffer = node.start_mark.buffer or ""
-    sign = "" if (cut := _CUT.match(buffer, node.end_mark.pointer)) is None else cut[1]
-    text = f"{node.value} {sign} ..."
+    sign = "" if (comment := _CUT.match(buffer, node.end_mark.pointer)) is None else comment[1]
+    text = f"{cut(node.value)} {sign} ..."
     if buffer[node.start_mark.pointer : node.start_mark.pointer + 1] == "&":
-        sign, text = "&", f"&... {node.value}"
+        sign, text = "&", f"&... {cut(node.value)}"
     if sign:
         raise RecipeError(
-            f"{document.file}:{node.end_mark.line + 1}: {show_path(path)} is cut at {sign!r}, which is not text to"
+            f"{document.file}:{node.end_mark.line + 1}: {show_path(path)} is cut at {shown(sign)}, which is not text to"
             f' YAML: quote it, {path[-1]}: "{text}"'
         )
 
 
-def _syntax_message(error: yaml.YAMLError, text: str, file: str) -> str:
+def _syntax_message(error: yaml.YAMLError, text: str, file: str, *, quoting: bool) -> str:
+    """`quoting`: with words of the file."""
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark) is not None:
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        problem = cut(", ".join(part for part in (error.context, error.problem) if part), 300)
         lines = [*text.splitlines(), ""]
         source = lines[min(mark.line, len(lines) - 1)]
         begin = error.context_mark.line if error.context_mark is not None else mark.line
-        return f"{file}:{mark.line + 1}: not valid YAML: {problem}{_hint(problem, source, lines[begin])}"
-    return f"{file}:1: not valid YAML: {' '.join(str(error).split())}"
+        hint = _hint(problem, source, lines[begin])
+        return f"{file}:{mark.line + 1}: not valid YAML: {problem if quoting else _QUOTED.sub('...', problem)}{hint}"
+    return f"{file}:1: not valid YAML: {cut(' '.join(str(error).split()), 300)}"
 
 
 def _hint(problem: str, source: str, begin: str) -> str:

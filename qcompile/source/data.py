@@ -91,7 +91,8 @@ def fitting(source: Source, tensors: Mapping[str, Any], data: str) -> dict[str, 
             raise CalibrationError(
                 f"{data}: {name} is {found}, but the model takes {_shown(dims[name])} (samples first)"
             )
-        if tensor.is_floating_point() != example.is_floating_point():
+        kinds = [(one.is_floating_point(), one.is_complex()) for one in (tensor, example)]
+        if kinds[0] != kinds[1]:
             raise CalibrationError(
                 f"{data}: {name} is {tensor.dtype}, but the model takes {example.dtype}: prepare the data as for"
                 " the model"

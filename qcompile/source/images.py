@@ -17,6 +17,8 @@ from qcompile.source.preprocessing import IMAGES, load_preprocessor
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes that Pillow cuts off at 255 on the way to RGB
 
+_MOST_PIXELS = 50_000_000
+
 
 class ImageFolder(Data):
     """The images of a folder and the folders in it, such as one for each class.
@@ -96,6 +98,10 @@ def _read(path: Path) -> Any:
     module = _pillow("Image")
     try:
         with module.open(path) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise CalibrationError(
+                    f"{path} is {image.width} x {image.height}, more than {_MOST_PIXELS} pixels: scale it down"
+                )
             if image.mode in _DEEP:
                 raise CalibrationError(
                     f"{path} has more than 8 bits a channel (mode {image.mode}), which image processors do not take:"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qcompile.checkpoint.files.json_files import read_json
 from qcompile.checkpoint.hub.config import import_transformers
 from qcompile.errors import CalibrationError
-from qcompile.messages import first_line
+from qcompile.messages import first_line, value
 
 IMAGES, TEXT = "AutoImageProcessor", "AutoTokenizer"
 _WORDS = {IMAGES: ("images", "image processor"), TEXT: ("text", "tokenizer")}
@@ -15,6 +16,8 @@ _FILES = {
     IMAGES: ("preprocessor_config.json", "processor_config.json"),
     TEXT: ("tokenizer.json", "tokenizer_config.json"),
 }
+
+_SIDES, _LONGEST_SIDE = ("size", "crop_size", "height", "width"), 10_000
 
 
 def load_preprocessor(kind: str, model: str, data: object) -> Any:
@@ -31,6 +34,9 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
             f" {instead}"
         )
     transformers = import_transformers(CalibrationError)
+    for name in _FILES[kind] if kind == IMAGES else ():
+        if (Path(model) / name).is_file():
+            _check_sides(read_json(Path(model) / name, CalibrationError), Path(model) / name)
     try:
         return getattr(transformers, kind).from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError, and what `tokenizers` raises
@@ -40,3 +46,14 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
                 f" or {instead}"
             ) from error
         raise CalibrationError(f"the {what} of {model} cannot be loaded: {first_line(error)}") from error
+
+
+def _check_sides(content: object, file: Path, key: str = "") -> None:
+    """Refuse images larger than anybody has: they would be made, and fill the memory."""
+    if isinstance(content, dict):
+        for name, part in content.items():
+            _check_sides(part, file, name)
+    elif isinstance(content, int | float) and key in _SIDES and not 0 <= content <= _LONGEST_SIDE:
+        raise CalibrationError(
+            f"{file}: {key} is {value(content)}, and images have up to {_LONGEST_SIDE} pixels a side"
+        )

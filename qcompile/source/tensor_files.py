@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import CalibrationError
+from qcompile.messages import some
+from qcompile.plain_tensors import unusable
 from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.data import Data, batch_size, fitting, tensor_inputs
 from qcompile.source.model import Source
+from qcompile.source.tensor_reading import check_tensors, read_tensors
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz", ".npy")
 
@@ -34,7 +36,11 @@ class TensorFile(Data):
     def shapes(self) -> dict[str, Sequence[int]]:
         data = self._content[0] if isinstance(self._content, list) and self._content else self._content
         found = data if isinstance(data, Mapping) else {}
-        return {str(name): tensor.shape for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+        return {
+            str(name): tensor.shape
+            for name, tensor in found.items()
+            if isinstance(tensor, torch.Tensor) and not unusable(tensor)
+        }
 
     def batches(self, source: Source) -> Iterable[Any]:
         if isinstance(self._content, list):
@@ -44,7 +50,7 @@ class TensorFile(Data):
     @cached_property
     def _content(self) -> Any:
         """A tensor, a dict of tensors by name, or a list of batches."""
-        return _read(self.path)
+        return read_tensors(self.path)
 
     def _cut(self, data: Any, source: Source) -> list[Any]:
         """Cut tensors with all samples into batches of the sizes that the example inputs have."""
@@ -55,6 +61,7 @@ class TensorFile(Data):
                     f"{self.name} holds one tensor, but the model has the inputs {', '.join(wanted)}"
                 )
             data = {next(iter(wanted)): data}
+        check_tensors(data, self.path)
         _check_names(data, wanted, self.path)
         fit = fitting(source, data, self.name)
         total, size = self._count(fit), batch_size(wanted)
@@ -92,47 +99,11 @@ def first_samples(batches: Iterable[Any], samples: int) -> Iterable[Any]:
         found += next((len(tensor) for tensor in tensors), 1)
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except CalibrationError:
-        raise
-    except Exception as error:  # each of these libraries has its own
-        raise CalibrationError(f"{path} cannot be read as tensors: {_first_line(error)}") from error
-    if not isinstance(data, torch.Tensor | Mapping | list | tuple):
-        raise CalibrationError(f"{path} holds a {type(data).__name__}; a tensor, a dict of tensors or a list is wanted")
-    return list(data) if isinstance(data, tuple) else data
-
-
-def _read_npz(path: Path) -> dict[str, torch.Tensor]:
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {}
-        for name in arrays.files:
-            try:
-                found[name] = torch.from_numpy(arrays[name])
-            except (ValueError, TypeError) as error:  # objects, which would be unpickled; text
-                raise CalibrationError(f"{path}: the array {name!r} is no tensor: {_first_line(error)}") from error
-        return found
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def _check_names(data: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
     missing, unknown = sorted(wanted.keys() - data.keys()), sorted(data.keys() - wanted.keys())
     if missing or unknown:
-        lacks = f"lacks {', '.join(missing)}" if missing else ""
-        extra = f"holds {', '.join(unknown)}, which the model does not take" if unknown else ""
+        lacks = f"lacks {some(missing)}" if missing else ""
+        extra = f"holds {some(unknown)}, which the model does not take" if unknown else ""
         problem = CalibrationError(
             f"{path} {' and '.join(filter(None, (lacks, extra)))}; the model's inputs are {', '.join(wanted)}"
         )

@@ -60,22 +60,23 @@ class TextFile(Data):
 
     def _lines(self, length: int) -> Mapping[str, torch.Tensor]:
         lines = list(islice(_texts(self.path), self.samples))
-        try:
-            encoded = self.tokenizer(
-                lines, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-            )
-        except ValueError as error:  # no token to fill up with
-            raise CalibrationError(f"{self.name}: the tokenizer fails: {first_line(error)}") from error
+        encoded = self._encoded(lines, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         full = [line for line, mask in zip(lines, encoded["attention_mask"], strict=True) if mask.all()]
-        if cut := sum(len(ids) > length for ids in (self.tokenizer(full)["input_ids"] if full else ())):
+        if cut := sum(len(ids) > length for ids in (self._encoded(full)["input_ids"] if full else ())):
             self.notices.append(f"{self.name}: {cut} of {len(lines)} lines are cut off after {length} tokens")
         return dict(encoded)
+
+    def _encoded(self, texts: str | list[str], **options: Any) -> Any:
+        try:
+            return self.tokenizer(texts, **options)
+        except Exception as error:  # no token to fill up with; text that is no Unicode
+            raise CalibrationError(f"{self.name}: the tokenizer fails: {first_line(error)}") from error
 
     def _packed(self, length: int) -> Mapping[str, torch.Tensor]:
         end = self.tokenizer.eos_token_id
         ids: list[int] = []
         for text in _texts(self.path):
-            ids += self.tokenizer(text)["input_ids"]
+            ids += self._encoded(text)["input_ids"]
             if end is not None and ids[-1:] != [end]:
                 ids.append(end)
             if len(ids) >= self.samples * length:
@@ -100,6 +101,8 @@ def _texts(path: Path) -> Iterator[str]:
                     raise CalibrationError(f"{path}:{number} holds a zero byte: it is no text")
                 if text := text.strip():
                     yield text
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is no UTF-8 text, from line {number} or soon after: {error.reason}") from error
 
@@ -109,10 +112,10 @@ def _of_json(line: str, path: Path, number: int) -> str:
         return ""
     try:
         content = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{path}:{number} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path}:{number} is not JSON: {first_line(error)}") from error
     text = content.get("text") if isinstance(content, dict) else None
     if not isinstance(text, str):
-        keys = f"has the keys {', '.join(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
+        keys = f"has the keys {some(list(content))}" if isinstance(content, dict) else f"is a {type(content).__name__}"
         raise CalibrationError(f'{path}:{number} {keys}; an object with a string "text" is wanted on each line')
     return text

@@ -116,6 +116,10 @@ IDS = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
             r"a\.png has more than 8 bits",
         ),
         (
+            lambda f: Image.new("1", (8000, 8000)).save(f / "a.png"),
+            r"a\.png is 8000 x 8000, more than 50000000 pixels",
+        ),
+        (
             lambda f: [p.unlink() for p in f.rglob("*.*") if p.name != "notes.md"],
             r"holds no images \(its files: 1 \.md\)",
         ),

@@ -9,8 +9,10 @@ from typing import Any
 from qcompile.checkpoint.files.json_files import INDEX, read_json
 from qcompile.checkpoint.files.tensors import DTYPES, FileTensor
 from qcompile.errors import CheckpointError
+from qcompile.messages import cut
 
 WEIGHTS = "model.safetensors"
+_LONGEST_NAME = 255  # of a file
 _LONGEST_HEADER = 100_000_000  # as safetensors has it
 
 
@@ -44,8 +46,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
-    if outside := [file for file in places.values() if Path(file).name != file]:
-        raise CheckpointError(f"{index} names {outside[0]}, which is no file of this directory")
+    if outside := [file for file in places.values() if Path(file).name != file or len(file) > _LONGEST_NAME]:
+        raise CheckpointError(f"{index} names {cut(outside[0])}, which is no file of this directory")
     return places
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from qcompile.checkpoint.formats.fp8 import BlockFp8
 from qcompile.checkpoint.formats.modelopt import ModelOpt
 from qcompile.checkpoint.hub.config import quantization_config
 from qcompile.errors import CheckpointError
+from qcompile.messages import first_line, value
 
 __all__ = ["FORMATS", "CheckpointFormat", "Contents", "Get", "SchemeReader", "format_called", "reader_of"]
 
@@ -25,8 +25,8 @@ def format_called(name: str) -> CheckpointFormat:
     """The format called `name`. Raises `CheckpointError` for another name."""
     try:
         return FORMATS[name]
-    except KeyError:
-        raise CheckpointError(f"unknown checkpoint format {name!r}; known: {', '.join(FORMATS)}") from None
+    except (KeyError, TypeError):
+        raise CheckpointError(f"unknown checkpoint format {value(name)}; known: {', '.join(FORMATS)}") from None
 
 
 def reader_of(config: Mapping[str, Any], directory: Path) -> SchemeReader:
@@ -55,24 +55,14 @@ def reader_of(config: Mapping[str, Any], directory: Path) -> SchemeReader:
     name = "modelopt" if method.startswith("modelopt") else method
     if name not in FORMATS:
         raise CheckpointError(
-            f"{directory / CONFIG}: quantization_config has quant_method {section.get('quant_method')!r}; "
+            f"{directory / CONFIG}: quantization_config has quant_method {value(section.get('quant_method'))}; "
             f"known: {', '.join(FORMATS)}"
         )
     try:
-        _check_names(section)
         return FORMATS[name].reader(section, files)
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as e:
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG}: quantization_config cannot be read: {type(e).__name__}: {e}"
-        ) from e
-
-
-def _check_names(section: Mapping[str, Any]) -> None:
-    """Names of modules are strings, and regular expressions among them compile; raises what is wrong with one."""
-    lists = [section.get(key) for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")]
-    lists += [group.get("targets") for group in (section.get("config_groups") or {}).values()]
-    for name in (name for names in lists for name in names or ()):
-        if not isinstance(name, str):
-            raise TypeError(f"{name!r} is no name of a module")
-        if name.startswith("re:"):
-            re.compile(name.removeprefix("re:"))
+            f"{directory / CONFIG}: quantization_config cannot be read: {first_line(error)}"
+        ) from error

@@ -18,11 +18,13 @@ import torch
 
 from passes.formats import FP8, FP8_PER_TOKEN
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, Get, SchemeReader, owned
+from qcompile.checkpoint.formats.fields import names
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.skip import is_skipped, skipped_names
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
 from qcompile.layer import FP8_BLOCK, FP8_TENSOR, QuantizedWeight, Scheme
+from qcompile.messages import cut, value
 
 _BLOCK = [128, 128]
 _FP8_DYNAMIC = Scheme(FP8, FP8_PER_TOKEN)
@@ -81,8 +83,8 @@ class Fp8Reader(SchemeReader):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._scheme = _scheme_of(config)
-        lists = [config[key] for key in ("modules_to_not_convert", "ignored_layers") if config.get(key) is not None]
-        self._skipped = [name for names in lists for name in names] if lists else list(_NEVER_QUANTIZED)
+        keys = [key for key in ("modules_to_not_convert", "ignored_layers") if config.get(key) is not None]
+        self._skipped = [name for key in keys for name in names(config, key)] if keys else list(_NEVER_QUANTIZED)
         self.kv_cache = bool(config.get("kv_cache_scheme"))
 
     def scheme(self, name: str) -> Scheme | None:
@@ -102,16 +104,16 @@ def _scheme_of(config: Mapping[str, Any]) -> Scheme:
     block, activations = config.get("weight_block_size"), str(config.get("activation_scheme", "dynamic"))
     problems = []
     if config.get("fmt", "e4m3") != "e4m3":
-        problems.append(f"fmt {config['fmt']!r}, known: 'e4m3'")
+        problems.append(f"fmt {value(config['fmt'])}, known: 'e4m3'")
     if config.get("expert_dtype", "fp8") != "fp8":
-        problems.append(f"expert_dtype {config['expert_dtype']!r}, known: 'fp8'")
+        problems.append(f"expert_dtype {value(config['expert_dtype'])}, known: 'fp8'")
     if config.get("modules_to_convert"):
         problems.append("modules_to_convert: embeddings in FP8 are not known")
     if activations not in ("static", "dynamic"):
-        problems.append(f"activation_scheme {activations!r}, known: 'static', 'dynamic'")
+        problems.append(f"activation_scheme {value(activations)}, known: 'static', 'dynamic'")
     if block is not None and (list(block) != _BLOCK or activations != "dynamic"):
         problems.append(
-            f"weight_block_size {block!r} with {activations} activations, known: {_BLOCK} with dynamic ones"
+            f"weight_block_size {value(block)} with {cut(activations)} activations, known: {_BLOCK} with dynamic ones"
         )
     if problems:
         raise CheckpointError("config.json, quantization_config of quant_method 'fp8': " + "; ".join(problems))

@@ -10,10 +10,12 @@ import torch
 from passes.formats import FP8_128X128, NVFP4
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import Get, SchemeReader
+from qcompile.checkpoint.formats.fields import mapping, names
 from qcompile.checkpoint.formats.skip import is_skipped
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
 from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, QuantizedWeight, Scheme
+from qcompile.messages import cut, value
 
 MIXED = "MIXED_PRECISION"
 
@@ -39,17 +41,17 @@ class ModelOptReader(SchemeReader):
     def __init__(self, quantization: Mapping[str, Any], file: str) -> None:
         self._file = file
         algorithm = str(quantization.get("quant_algo") or "").upper()
-        layers = quantization.get("quantized_layers") or {}
+        layers = mapping(quantization, "quantized_layers")
         self._layers: dict[str, Scheme] | None = None
         if algorithm == MIXED:
             if not layers:
                 raise CheckpointError(
                     f"{file}: quant_algo MIXED_PRECISION has no quantized_layers to say which is which"
                 )
-            self._layers = {name: self._known(layer, f"layer {name}") for name, layer in layers.items()}
+            self._layers = {name: self._known(mapping(layers, name), f"layer {cut(name)}") for name in layers}
         else:
             self._scheme = self._known(quantization, "quantization")
-        self._skipped: list[str] = list(quantization.get("exclude_modules") or [])
+        self._skipped = names(quantization, "exclude_modules")
         self.kv_cache = self._kv_cache(quantization.get("kv_cache_quant_algo"))
 
     def scheme(self, name: str) -> Scheme | None:
@@ -78,18 +80,22 @@ class ModelOptReader(SchemeReader):
         algorithm = str(layer.get("quant_algo") or "").upper()
         if algorithm not in _READ_SCHEMES:
             known = ", ".join([*_READ_SCHEMES, MIXED])
-            raise CheckpointError(f"{self._file}: {what} has quant_algo {layer.get('quant_algo')!r}; known: {known}")
+            raise CheckpointError(
+                f"{self._file}: {what} has quant_algo {value(layer.get('quant_algo'))}; known: {known}"
+            )
         scheme = _READ_SCHEMES[algorithm]
         size = layer.get("group_size")
         if scheme.weight == NVFP4 and size not in (None, NVFP4.sizes[0]):
-            raise CheckpointError(f"{self._file}: {what} has group_size {size}; NVFP4 has blocks of {NVFP4.sizes[0]}")
+            raise CheckpointError(
+                f"{self._file}: {what} has group_size {value(size)}; NVFP4 has blocks of {NVFP4.sizes[0]}"
+            )
         return scheme
 
     def _kv_cache(self, algorithm: object) -> bool:
         if algorithm is None or str(algorithm).upper() in ("", "NONE"):
             return False
         if str(algorithm).upper() != "FP8":
-            raise CheckpointError(f"{self._file}: the key/value cache is {algorithm!r}; known: 'FP8'")
+            raise CheckpointError(f"{self._file}: the key/value cache is {value(algorithm)}; known: 'FP8'")
         return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.layer import Scheme
+from qcompile.messages import value
 
 _KNOWN_WEIGHTS = "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), NVFP4 (tensor_group 16); symmetric"
 _KNOWN_INPUTS = "FP8 (tensor, token, group 128), INT8 (tensor, token), NVFP4 (tensor_group 16, local); symmetric"
@@ -71,7 +72,7 @@ def scheme_of(group: Mapping[str, Any]) -> Scheme:
     kind, strategy = _kind(weights), _strategy(weights)
     weight = _weight(kind, strategy, weights)
     if weight is None or weights.get("dynamic") or weights.get("symmetric", True) is not True:
-        raise ValueError(f"weights {_short(weights)}; known: {_KNOWN_WEIGHTS}")
+        raise ValueError(f"weights {value(_short(weights))}; known: {_KNOWN_WEIGHTS}")
     scheme = Scheme(weight, _input(weight, inputs) if inputs else None, per_channel=strategy == "channel")
     if weight == INT8 and scheme.input is None:
         raise ValueError("INT8 weights without INT8 activations are not known")
@@ -103,7 +104,7 @@ def _input(weight: Format, args: Mapping[str, Any]) -> Format:
             # servers measure each token where a dynamic scale is said to be for the tensor
             found = per_token
     if found is None or args.get("symmetric", True) is not True:
-        raise ValueError(f"input_activations {_short(args)} for {weight.name} weights; known: {_KNOWN_INPUTS}")
+        raise ValueError(f"input_activations {value(_short(args))} for {weight.name} weights; known: {_KNOWN_INPUTS}")
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 
 from qcompile.checkpoint.formats.base import Contents
 
@@ -20,9 +22,15 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     Whole parts of names only: servers that look for substrings would find `mlp.gate` in `mlp.gate_proj`.
     """
     return any(
-        fnmatchcase(name, pattern) if any(c in pattern for c in "*?[") else f".{pattern}." in f".{name}."
+        _glob(pattern).match(name) is not None if any(c in pattern for c in "*?[") else f".{pattern}." in f".{name}."
         for pattern in patterns
     )
+
+
+@lru_cache(maxsize=16_384)
+def _glob(pattern: str) -> re.Pattern[str]:
+    """`fnmatch` keeps 256 patterns, and compiles those of a longer list again for each name."""
+    return re.compile(translate(pattern))
 
 
 def summarize(skipped: Sequence[str], quantized: Iterable[str]) -> list[str]:

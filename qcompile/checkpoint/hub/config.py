@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
 from qcompile.errors import QCompileError
-from qcompile.messages import first_line
+from qcompile.messages import cut, first_line, value
+
+_MOST = 10_000
+_COUNT = re.compile("(layer|block|expert|depth|stage)s?$")  # num_hidden_layers, n_layer, depths, n_routed_experts
 
 
 def import_transformers(error: type[QCompileError]) -> Any:
@@ -32,12 +36,27 @@ def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
     """The content of config.json in the directory `path`. Raises `error` if there is none, or it is no JSON object."""
     if not (path / CONFIG).is_file():
         raise error(f"{path} has no config.json, so it is no Hugging Face model directory")
-    return read_json(path / CONFIG, error)
+    content = read_json(path / CONFIG, error)
+    _check_counts(content, path / CONFIG, error)
+    return content
+
+
+def _check_counts(content: object, file: Path, error: type[QCompileError], key: str = "") -> None:
+    """Refuse more layers than any model has: transformers would make lists, and modules, of that many."""
+    if isinstance(content, dict):
+        for name, part in content.items():
+            _check_counts(part, file, error, name)
+    elif isinstance(content, list):
+        for part in content:
+            _check_counts(part, file, error, key)
+    elif isinstance(content, int) and content > _MOST and _COUNT.search(key):
+        raise error(f"{file}: {cut(key)} is {value(content)}, more than {_MOST}, which no model has")
 
 
 def quantization_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """That section of config.json, which multimodal models have one level down now and then; empty without one."""
-    return content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config") or {}
+    inner = content.get("text_config")
+    return content.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config")) or {}
 
 
 def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
@@ -64,13 +83,15 @@ def unquantized(config: Any) -> Any:
 
 def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
     """The class that the config names, AutoModel if it names none. Raises `error` for one that is not known."""
-    names = list(getattr(config, "architectures", None) or [])
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise error(f"config.json: architectures is {value(names)}, and has to be a list of names of classes")
     for name in names:
         if (found := getattr(transformers, name, None)) is not None:
             return name, found
     if names:
         raise error(
-            f"transformers {transformers.__version__} has no {names[0]}; a model with its own code is given as"
+            f"transformers {transformers.__version__} has no {cut(names[0])}; a model with its own code is given as"
             " package.module:factory"
         )
     return f"{config.model_type} AutoModel", transformers.AutoModel

@@ -122,7 +122,7 @@ def test_mistakes_in_imports(folder: Path, rules: str, expected: str) -> None:
         (PART + "- {quantizer: a, formt: fp8}\n", "f.yaml:3: unknown key 'formt' in rules[0]; did you mean 'format'?"),
         (PART + FP8 + "zzz: []\n", "f.yaml:4: unknown key 'zzz' in the fragment; known: description, rules"),
         ("", "f.yaml:1: the file is empty; a fragment needs `description` and `rules`"),
-        ("- a\n", "f.yaml:1: the fragment must be a mapping"),
+        ("- a\n", "f.yaml is no fragment, which needs `description` and `rules`"),
         (PART + "- import: nothing\n", "f.yaml:3: rules[0].import: no fragment is called 'nothing'"),
         (
             PART + "- import: f.yaml\n",

@@ -257,8 +257,11 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         (["fp8"], "quantization_config is a list and no object"),
         ({**FP8_SECTION, "weight_block_size": 128}, "quantization_config cannot be read: TypeError"),
         ({**CT, "config_groups": {"g": 1}}, "quantization_config cannot be read: AttributeError"),
-        ({**CT, "config_groups": {"g": TENSOR}, "ignore": ["re:("]}, "cannot be read: "),
-        ({**FP8_SECTION, "modules_to_not_convert": [1]}, "1 is no name of a module"),
+        ({**CT, "config_groups": {"g": TENSOR}, "ignore": ["re:("]}, "is no regular expression"),
+        (
+            {**FP8_SECTION, "modules_to_not_convert": [1]},
+            "modules_to_not_convert holds 1, which is no name of a module",
+        ),
         ({"quant_method": "gptq"}, "'gptq'; known: fp8, modelopt, modelopt_mixed, compressed-tensors"),
         ({**FP8_SECTION, "weight_block_size": [1, 128]}, r"\[1, 128\].*known: \[128, 128\]"),
         ({**FP8_SECTION, "activation_scheme": "none"}, "activation_scheme 'none', known: 'static', 'dynamic'"),
