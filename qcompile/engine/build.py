@@ -61,7 +61,7 @@ def build_engine(
         check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
-    return _build(parse_file(model, graph, backend), backend, destination, profiles, expect, progress)
+    return _build(parse_file(graph.path or model, graph, backend), backend, destination, profiles, expect, progress)
 
 
 def build_network(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import onnx
-from onnx import checker, external_data_helper, shape_inference
+from onnx import checker, shape_inference
 
 from qcompile.onnx.checks.base import Findings
 from qcompile.onnx.inlining import function_key
-from qcompile.onnx.loading import is_external, payload_bytes
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import STANDARD_DOMAINS, ModelView, infer, walk
+from qcompile.onnxfile.read import external_files, payload_problems
 
 
 def payloads(view: ModelView) -> Findings:
@@ -21,9 +19,9 @@ def payloads(view: ModelView) -> Findings:
     It is what the checker would say of the weights, which it does not get to see.
     """
     tensors = view.model.graph.initializer
-    problems = [problem for tensor in tensors if (problem := _payload_problem(tensor, view.base_dir))]
-    locations = {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors if is_external(tensor)}
-    beside = ", ".join(sorted(locations - {view.file_name}))
+    problems = payload_problems(view.model, view.path)
+    files = [] if problems or view.path is None else external_files(view.model, view.path)
+    beside = ", ".join(file.name for file in files)
     return Findings(problems, f"{len(tensors)} initializers" + (f", large ones in {beside}" if beside else ""))
 
 
@@ -42,29 +40,6 @@ def _located(view: ModelView, error: Exception) -> str:
     names = set(re.findall(r"[Nn]ame: ([^\s,)]+)", message))
     nodes = [describe(node) for node in walk(view.model.graph) if node.name in names]
     return f"{', '.join(nodes)}: {message}" if nodes else message
-
-
-def _payload_problem(tensor: onnx.TensorProto, base_dir: Path | None) -> str | None:
-    expected = payload_bytes(tensor)
-    if not is_external(tensor):
-        found = len(tensor.raw_data)
-        if tensor.HasField("raw_data") and found != expected:
-            return f"initializer '{tensor.name}' has {found} bytes, its dims and type ask for {expected}"
-        return None
-    if base_dir is None:
-        return f"initializer '{tensor.name}' is external data: verify the file by its path"
-    info = external_data_helper.ExternalDataInfo(tensor)
-    path = base_dir / info.location
-    if Path(info.location).is_absolute() or ".." in Path(info.location).parts:
-        return f"initializer '{tensor.name}' points outside the model's directory: '{info.location}'"
-    if not path.is_file():
-        return f"initializer '{tensor.name}' points at '{info.location}', which is not beside the model"
-    offset, length = info.offset or 0, info.length
-    available = path.stat().st_size - offset
-    if (available if length is None else length) != expected or available < expected:
-        stated = available if length is None else min(length, available)
-        return f"initializer '{tensor.name}' has {stated} bytes in '{info.location}', not the {expected} of its type"
-    return None
 
 
 def nothing_opaque(view: ModelView) -> Findings:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, channel_axis, is_blocked, is_standard, zero_point_of
-from qcompile.onnx.repair.state import Array, State
+from qcompile.onnx.repair.state import State
 
 INTEGERS = {
     *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4),

@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.legacy import DEQUANTIZE, MICROSOFT
-from qcompile.onnx.repair.state import Array, State, insert
+from qcompile.onnx.repair.state import State, insert
 
 _G_IDX, _BIAS = 4, 5
 

@@ -60,15 +60,15 @@ def _needs(node: onnx.NodeProto, types: dict[str, int]) -> int:
     return max([need, *(TYPE_NEEDS.get(types.get(name, 0), (0, 0))[0] for name in node.input)])
 
 
-def raised(model: onnx.ModelProto, base_dir: Path) -> onnx.ModelProto:
-    """`model` (weights on disk below `base_dir`) with the opset that it needs; as it is if it has that.
+def raised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """`model` (of the file at `path`, weights on disk) with the opset that it needs; as it is if it has that.
 
     Raises: RepairError if `onnx.version_converter` cannot.
     """
     need, found = needed_opset(model), opset_version(model)
     if found >= need:
         return model
-    small = inline_functions(skeleton(model, base_dir))  # the converter would drop the bodies
+    small = inline_functions(skeleton(model, path))  # the converter would drop the bodies
     own = {function_key(function) for function in model.functions}
     if called := [node for node in walk(small.graph) if function_key(node) in own]:
         raise RepairError(

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.integers import code_type, integer_nodes
 from qcompile.onnx.repair.legacy import (
     DEQUANTIZE,
@@ -31,7 +32,7 @@ from qcompile.onnx.repair.legacy import (
     is_blocked,
     is_standard,
 )
-from qcompile.onnx.repair.state import Array, State
+from qcompile.onnx.repair.state import State
 
 FP8_MAX = 448.0
 Known = dict[tuple[object, ...], ir.Value]  # codes that are stored already, by what they are made from
