@@ -14,6 +14,7 @@ from onnx import helper, shape_inference
 
 from qcompile.onnx.evaluate import Array, Computation, can_compute
 from qcompile.onnx.inlining import inline_functions
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.loading import skeleton
 from qcompile.onnxfile.nodes import subgraphs
 from qcompile.onnxfile.payload import SMALL_BYTES, array
@@ -50,9 +51,9 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """The value of attribute `name` of `node`, None where it is absent."""
+    """The value of attribute `name` of `node`, None where it is absent, or that of a function's call."""
     for entry in node.attribute:
-        if entry.name == name:
+        if entry.name == name and not entry.ref_attr_name:
             return helper.get_attribute_value(entry)
     return None
 
@@ -60,7 +61,7 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
 def infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Tensor types by strict inference from the inputs alone: what the file says of its intermediates is dropped.
 
-    Raises: onnx.shape_inference.InferenceError.
+    Raises: one of `LIBRARY_ERRORS`.
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
@@ -123,7 +124,7 @@ class ModelView:
         """Inferred types of the flat graph; empty where inference fails, which is the `shapes` check's to report."""
         try:
             return infer(self.flat)
-        except shape_inference.InferenceError:
+        except LIBRARY_ERRORS:
             return {}
 
     @cached_property

@@ -13,6 +13,15 @@ from qcompile.onnxfile.payload import payload_problem
 from qcompile.onnxfile.unsound import Unsound
 
 _ELEMENT_TYPES = ("to", "output_dtype", "dtype")  # attributes that name one
+# Of the operators on codes of TensorRT and ONNX Runtime, which have no schema here.
+_VENDOR_KINDS = {
+    **dict.fromkeys(("axis", "block_size", "output_dtype", "saturate", "N", "K", "bits", "group"), "INT"),
+    **dict.fromkeys(("transA", "transB", "channels_last", "ceil_mode", "count_include_pad"), "INT"),
+    **dict.fromkeys(("pads", "strides", "dilations", "kernel_shape", "perm"), "INTS"),
+    **dict.fromkeys(("alpha", "beta"), "FLOAT"),
+    "auto_pad": "STRING",
+}
+_VENDORS = ("com.microsoft", "trt")
 _FIELDS = {
     AttributeProto.TENSOR: "t",
     AttributeProto.GRAPH: "g",
@@ -63,7 +72,7 @@ def check_node(node: onnx.NodeProto, opsets: Mapping[str, int], *, calls: bool, 
         seen.add(attribute.name)
         if attribute.ref_attr_name and not in_function:
             raise Unsound(f"has {shown(node)}, whose attribute '{attribute.name}' is one of a function outside of any")
-        if (problem := _attribute_problem(attribute, schema)) is not None:
+        if (problem := _attribute_problem(attribute, schema, vendor=domain in _VENDORS and not calls)) is not None:
             raise Unsound(f"has {shown(node)}, whose attribute '{attribute.name}' {problem}")
 
 
@@ -77,7 +86,9 @@ def _check_counts(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> None:
             raise Unsound(f"has {shown(node)}, which has {count} {what}, not the {wanted} of its operator")
 
 
-def _attribute_problem(attribute: onnx.AttributeProto, schema: onnx.defs.OpSchema | None) -> str | None:
+def _attribute_problem(
+    attribute: onnx.AttributeProto, schema: onnx.defs.OpSchema | None, *, vendor: bool
+) -> str | None:
     if attribute.ref_attr_name:
         return None
     kind = attribute.type
@@ -88,6 +99,9 @@ def _attribute_problem(attribute: onnx.AttributeProto, schema: onnx.defs.OpSchem
         return f"is to be a {AttributeProto.AttributeType.Name(kind)} and holds none"
     stated = schema.attributes.get(attribute.name) if schema is not None else None
     name, wanted = AttributeProto.AttributeType.Name(kind), str(stated.type) if stated is not None else ""
+    known = _VENDOR_KINDS.get(attribute.name) if vendor else None
+    if known is not None and known != name:
+        return f"is {name}, not the {known} of its operator"
     if stated is not None and not wanted.endswith(f".{name}"):
         return f"is {name}, not the {wanted.rpartition('.')[2]} of its operator"
     if attribute.name in _ELEMENT_TYPES and kind == AttributeProto.INT and attribute.i not in (0, *KNOWN_TYPES):
@@ -103,6 +117,28 @@ def tensor_problem(tensor: onnx.TensorProto) -> str | None:
     """What is wrong with the type or the dims of `tensor`."""
     if tensor.data_type not in KNOWN_TYPES:
         return f"is of element type {tensor.data_type}, which there is not"
+    if tensor.HasField("segment"):
+        return "is stored in segments, which nothing reads"
     if any(dim < 0 for dim in tensor.dims):
         return f"has negative dims: {list(tensor.dims)[:20]}"
+    return None
+
+
+def type_problem(kind: onnx.TypeProto) -> str | None:
+    """What is wrong with what the file says of a value's type. Nothing is: inference may find it."""
+    which = kind.WhichOneof("value")
+    if which in ("tensor_type", "sparse_tensor_type"):
+        elem_type = getattr(kind, which).elem_type
+        if elem_type and elem_type not in KNOWN_TYPES:
+            return f"of element type {elem_type}, which there is not"
+    elif which in ("sequence_type", "optional_type"):
+        inner = getattr(kind, which)
+        return (
+            type_problem(inner.elem_type) if inner.HasField("elem_type") else "that is a sequence or optional of none"
+        )
+    elif which == "map_type":
+        inner = kind.map_type
+        if inner.key_type not in KNOWN_TYPES or not inner.HasField("value_type"):
+            return "that is a map without types"
+        return type_problem(inner.value_type)
     return None

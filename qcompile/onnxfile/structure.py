@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from qcompile.onnxfile.names import shown
-from qcompile.onnxfile.nodes import KNOWN_TYPES, check_node, subgraphs, tensor_problem
+from qcompile.onnxfile.nodes import check_node, subgraphs, tensor_problem, type_problem
 from qcompile.onnxfile.payload import payload_problem
 from qcompile.onnxfile.unsound import Unsound
 
@@ -34,12 +34,19 @@ def check_structure(model: onnx.ModelProto) -> None:
     for function in model.functions:
         if functions.setdefault(_key(function), function) is not function:
             raise Unsound(f"has two functions {_call(_key(function))}")
-    check_graph(model.graph, opsets, functions, 0, "")
+    _check_reads(check_graph(model.graph, opsets, functions, 0, ""), "")
     for function in model.functions:
         where = f" in function {_call(_key(function))}"
         names = {name: "an input" for name in function.input}
-        _check_nodes(function.node, {**opsets, **_opsets(function.opset_import)}, functions, names, 0, where)
+        free = _check_nodes(function.node, {**opsets, **_opsets(function.opset_import)}, functions, names, 0, where)
+        _check_reads(free | {name for name in function.output if name not in names}, where)
     _check_calls(model, functions)
+
+
+def _check_reads(free: set[str], where: str) -> None:
+    if free:
+        names = ", ".join(f"'{name}'" for name in sorted(free)[:3])
+        raise Unsound(f"has a reader or an output{where} of {names}, which nothing makes")
 
 
 def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
@@ -57,7 +64,7 @@ def _call(key: Key) -> str:
 def check_graph(
     graph: onnx.GraphProto,
     opsets: Mapping[str, int],
-    functions: Collection[Key],
+    functions: Mapping[Key, onnx.FunctionProto],
     depth: int,
     where: str,
 ) -> set[str]:
@@ -77,9 +84,8 @@ def check_graph(
         for tensor in (sparse.values, sparse.indices):
             _check_tensor(tensor, sparse.values.name, sizes=True)
     for value in (*graph.input, *graph.output, *graph.value_info):
-        elem_type = value.type.tensor_type.elem_type
-        if elem_type and elem_type not in KNOWN_TYPES:
-            raise Unsound(f"has a tensor '{value.name}' of element type {elem_type}, which there is not")
+        if problem := type_problem(value.type):
+            raise Unsound(f"has a value '{value.name}' {problem}")
     free = _check_nodes(graph.node, opsets, functions, names, depth, where)
     return free | {value.name for value in graph.output if value.name not in names}
 
@@ -99,7 +105,7 @@ def _define(names: dict[str, str], name: str, what: str) -> None:
 def _check_nodes(
     nodes: Iterable[onnx.NodeProto],
     opsets: Mapping[str, int],
-    functions: Collection[Key],
+    functions: Mapping[Key, onnx.FunctionProto],
     names: dict[str, str],
     depth: int,
     where: str,
@@ -108,7 +114,10 @@ def _check_nodes(
     producers: dict[str, int] = {}
     listed = list(nodes)
     for index, node in enumerate(listed):
-        check_node(node, opsets, calls=_key(node) in functions, in_function=bool(where))
+        called = functions.get(_key(node))
+        check_node(node, opsets, calls=called is not None, in_function=bool(where))
+        if called and (len(node.input) > len(called.input) or len(node.output) > len(called.output)):
+            raise Unsound(f"has {shown(node)}{where}, which has more inputs or outputs than the function that it calls")
         for name in filter(None, node.output):
             _define(names, name, f"{shown(node)}{where}")
             producers[name] = index

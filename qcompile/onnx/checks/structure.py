@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
-from onnx import checker, shape_inference
+from onnx import checker
 
 from qcompile.onnx.checks.base import Findings
 from qcompile.onnx.inlining import function_key
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import STANDARD_DOMAINS, ModelView, infer, walk
+from qcompile.onnxfile.names import said
 from qcompile.onnxfile.read import external_files, payload_problems
 
 
@@ -29,14 +31,14 @@ def well_formed(view: ModelView) -> Findings:
     """`onnx.checker` accepts the skeleton, function bodies included."""
     try:
         checker.check_model(view.skeleton)
-    except checker.ValidationError as error:
+    except LIBRARY_ERRORS as error:
         return Findings([f"onnx.checker: {_located(view, error)}"], "")
     return Findings([], f"{len(view.model.graph.node)} nodes, {len(view.model.functions)} functions")
 
 
 def _located(view: ModelView, error: Exception) -> str:
     """The message of onnx in one line, with the module path of the node that it names."""
-    message = " ".join(str(error).split())
+    message = said(error)
     names = set(re.findall(r"[Nn]ame: ([^\s,)]+)", message))
     nodes = [describe(node) for node in walk(view.model.graph) if node.name in names]
     return f"{', '.join(nodes)}: {message}" if nodes else message
@@ -74,7 +76,7 @@ def shapes(view: ModelView) -> Findings:
         checker.check_model(view.skeleton, full_check=True)
         types = infer(view.flat)
         as_calls = infer(view.skeleton) if view.model.functions else types
-    except (checker.ValidationError, shape_inference.InferenceError) as error:
+    except LIBRARY_ERRORS as error:
         return Findings([f"strict shape inference: {_located(view, error)}"], "")
     nodes = view.of_type("QuantizeLinear", "DequantizeLinear")
     outer = {output for node in walk(view.skeleton.graph) for output in node.output}

@@ -51,7 +51,7 @@ def along(values: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
     axis = _axis(node, len(shape)) % len(shape)
     if is_blocked(node):
         size = node.attributes["block_size"].as_int()
-        return np.repeat(values, size, axis).take(range(shape[axis]), axis)
+        return np.repeat(values, min(size, shape[axis]), axis).take(range(shape[axis]), axis)
     return values.reshape(values.size, *[1] * (len(shape) - axis - 1))
 
 

@@ -17,9 +17,10 @@ from qcompile.errors import RepairError, VerificationError
 from qcompile.onnx.checks.dependence import dependence
 from qcompile.onnx.checks.forms import tensorrt
 from qcompile.onnx.checks.opsets import opset_version
-from qcompile.onnx.checks.structure import shapes
+from qcompile.onnx.checks.structure import shapes, well_formed
 from qcompile.onnx.checks.values import zero_points
 from qcompile.onnx.foreign import TENSORRT, UNREAD, verify_foreign
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.repair.arithmetic import fold_shapes
 from qcompile.onnx.repair.biases import fold_biases
@@ -42,6 +43,8 @@ from qcompile.onnx.save import data_file as written_data
 from qcompile.onnx.save import folder_beside, written_beside
 from qcompile.onnx.verify import Check, require
 from qcompile.onnx.view import ModelView, reads, walk
+from qcompile.onnx.view import infer as infer_types
+from qcompile.onnxfile.names import said
 from qcompile.onnxfile.payload import SMALL_BYTES, data_file, embedded, is_external, payload_bytes
 from qcompile.onnxfile.read import external_files, payload_problems
 
@@ -74,6 +77,24 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
     """
     source, destination = Path(old), Path(new)
     view = _read(source, destination)
+    try:
+        return _repair(view, destination)
+    except LIBRARY_ERRORS as error:
+        problem = _why_invalid(view)
+        if problem is None:  # then it is not the file's fault
+            raise
+        raise RepairError(f"'{source}' is no valid ONNX file: {problem}") from error
+
+
+def _why_invalid(view: ModelView) -> str | None:
+    try:
+        infer_types(view.flat)
+        return next(iter(well_formed(view).problems), None)
+    except LIBRARY_ERRORS as error:
+        return said(error)
+
+
+def _repair(view: ModelView, destination: Path) -> RepairReport:
     required = dependence(view)
     assert view.path is not None
     proto = raised(view.model, view.path)

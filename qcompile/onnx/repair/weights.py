@@ -179,7 +179,10 @@ def _store_as_it_is_read(state: State, node: ir.Node, known: Known) -> None:
 
 def _permutation(node: ir.Node, rank: int) -> tuple[int, ...]:
     perm = node.attributes.get("perm")
-    return tuple(range(rank))[::-1] if perm is None else tuple(perm.as_ints())
+    axes = tuple(range(rank))[::-1] if perm is None else tuple(axis % max(rank, 1) for axis in perm.as_ints())
+    if sorted(axes) != list(range(rank)):
+        raise RepairError(f"{describe(node)} transposes a weight of {rank} axes as if it had those of {list(axes)}")
+    return axes
 
 
 def _transposed(tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> Array:
