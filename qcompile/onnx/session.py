@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir
 
 from qcompile.errors import QCompileError, VerificationError
@@ -15,7 +17,7 @@ from qcompile.onnx.names import describe
 from qcompile.onnx.relu import dropped_relus
 from qcompile.onnx.view import ModelView
 from qcompile.onnxfile.names import said
-from qcompile.onnxfile.read import parse_onnx, read_onnx
+from qcompile.onnxfile.read import OnnxFile, external_files, parse_onnx, read_onnx, rebase
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -67,11 +69,23 @@ def onnx_session(
         name, file = f"'{os.fspath(path)}'", read_onnx(path)
         if problems := file.problems():
             raise VerificationError(f"{name} is incomplete: {problems[0]}")
-        path = file.path
+        path, external_data_dir = _openable(file, external_data_dir)
     try:
         return open_session(path, providers, sess_options, external_data_dir, **kwargs)
     except _errors() as error:
         raise QCompileError(f"ONNX Runtime cannot open {name}: {said(error)}") from error
+
+
+def _openable(file: OnnxFile, folder: str | os.PathLike[str] | None) -> tuple[Path | bytes, Any]:
+    """`file`, and the folder of its data, as ONNX Runtime takes them: without links out of the folder of a file that is
+    none itself, as one that was written into a snapshot of the hub's cache has."""
+    home = file.path.parent.resolve()
+    if file.path.is_symlink() or all(data.is_relative_to(home) for data in external_files(file.model, file.path)):
+        return file.path, folder
+    model = onnx.ModelProto()
+    model.ParseFromString(file.path.read_bytes())
+    folder = rebase(model, file.path)
+    return model.SerializeToString(), folder
 
 
 def open_session(

@@ -12,7 +12,8 @@ from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import STANDARD_DOMAINS, ModelView, infer, walk
 from qcompile.onnxfile.names import said
-from qcompile.onnxfile.read import external_files, payload_problems
+from qcompile.onnxfile.payload import is_external, span
+from qcompile.onnxfile.read import payload_problems
 
 
 def payloads(view: ModelView) -> Findings:
@@ -22,8 +23,9 @@ def payloads(view: ModelView) -> Findings:
     """
     tensors = view.model.graph.initializer
     problems = payload_problems(view.model, view.path)
-    files = [] if problems or view.path is None else external_files(view.model, view.path)
-    beside = ", ".join(file.name for file in files)
+    own = "" if view.path is None else view.path.name
+    locations = set() if problems else {span(tensor).location for tensor in tensors if is_external(tensor)}
+    beside = ", ".join(sorted(locations - {own}))
     return Findings(problems, f"{len(tensors)} initializers" + (f", large ones in {beside}" if beside else ""))
 
 
