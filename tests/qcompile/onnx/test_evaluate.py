@@ -90,19 +90,10 @@ def test_any_way_to_a_small_constant_is_gone_once(nodes: list[onnx.NodeProto], t
 
 def test_operators_of_unknown_cost_are_not_run() -> None:
     """A Loop of constants may go on for ever."""
-    body = helper.make_graph(
-        [node("Identity", ["true"], ["on"]), node("Identity", ["start"], ["w"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v", TensorProto.FLOAT, []),
-        ],
-        [
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("w", TensorProto.FLOAT, []),
-        ],
-    )
+    given = {"i": (TensorProto.INT64, []), "go": (TensorProto.BOOL, []), "v": (TensorProto.FLOAT, [])}
+    made = {"true": (TensorProto.BOOL, []), "start": (TensorProto.FLOAT, [])}  # of the graph around it
+    values = [[helper.make_tensor_value_info(name, *of) for name, of in group.items()] for group in (given, made)]
+    body = helper.make_graph([], "body", *values)
     loop = node("Loop", ["count", "true", "start"], ["scale"], body=body)
     view = ModelView(quantized_by([loop], count=np.int64(10**15), true=np.array(True), start=np.float32(1)))
     assert "scale" in view.constants and view.value("scale") is None
