@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 
 import onnx
@@ -21,7 +22,7 @@ _VENDOR_KINDS = {
     **dict.fromkeys(("alpha", "beta"), "FLOAT"),
     "auto_pad": "STRING",
 }
-_VENDORS = ("com.microsoft", "trt")
+_ON_CODES = re.compile(r"(com\.microsoft|trt)?::(QLinear.*|QGemm|MatMulNBits|(TRT_FP8)?(Quantize|Dequantize)Linear)")
 _FIELDS = {
     AttributeProto.TENSOR: "t",
     AttributeProto.GRAPH: "g",
@@ -65,6 +66,7 @@ def check_node(node: onnx.NodeProto, opsets: Mapping[str, int], *, calls: bool, 
         _check_counts(node, schema)
         if node.op_type == "Constant" and len(node.attribute) != 1:
             raise Unsound(f"has {shown(node)}, which states {len(node.attribute)} values")
+    vendor = schema is None and not calls and _ON_CODES.fullmatch(f"{domain}::{node.op_type}") is not None
     seen: set[str] = set()
     for attribute in node.attribute:
         if attribute.name in seen:
@@ -72,7 +74,7 @@ def check_node(node: onnx.NodeProto, opsets: Mapping[str, int], *, calls: bool, 
         seen.add(attribute.name)
         if attribute.ref_attr_name and not in_function:
             raise Unsound(f"has {shown(node)}, whose attribute '{attribute.name}' is one of a function outside of any")
-        if (problem := _attribute_problem(attribute, schema, vendor=domain in _VENDORS and not calls)) is not None:
+        if (problem := _attribute_problem(attribute, schema, vendor=vendor)) is not None:
             raise Unsound(f"has {shown(node)}, whose attribute '{attribute.name}' {problem}")
 
 

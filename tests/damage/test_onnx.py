@@ -24,7 +24,7 @@ from tests.damage.onnx_fields import mutated_model
 from tests.damage.support import judge, mutated_bytes
 from tests.qcompile.onnx.conftest import build
 from tests.qcompile.onnx.legacy import linear, tensor
-from tests.qcompile.onnx.test_repair_integers import KINDS
+from tests.qcompile.onnx.test_repair_integers import KINDS, RNG
 
 pytestmark = pytest.mark.slow
 
@@ -76,8 +76,11 @@ def sources(folder: Path) -> dict[str, onnx.ModelProto]:
     """`m.data` in `folder` belongs to the one with external data."""
     folder.mkdir()
     found = {"legacy": linear(opset=17), "functions": build(), "computed": computed()}
+    used = RNG.bit_generator.state  # the same files whatever ran before, and nothing else for what runs after
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
     for number, kind in enumerate(OF_INTEGERS):
         found[f"integers{number}"] = onnx.load(KINDS[kind]().save(folder / "source.onnx"))
+    RNG.bit_generator.state = used
     onnx.save(build(), folder / "e.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     found["external"] = onnx.load(folder / "e.onnx", load_external_data=False)
     return found
@@ -117,7 +120,7 @@ def cases(folder: Path, damaged: Callable[[onnx.ModelProto, random.Random], byte
 
 def test_bytes(tmp_path: Path) -> None:
     found = judge(cases(tmp_path, lambda m, draw: mutated_bytes(m.SerializeToString(), draw), 30), check)
-    assert found["right"] > 20 and found["refused"] > 20
+    assert found["right"] > 5 and found["refused"] > 100
 
 
 def test_fields(tmp_path: Path) -> None:

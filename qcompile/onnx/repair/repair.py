@@ -73,7 +73,7 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
             or `new` is `old`.
         VerificationError: the new file failed a check; it was not put in place. What TensorRT or standard tools do not
             take of a file that is right is a failed check of the report, with a notice, and the file is in place.
-        OSError: a file cannot be read or written.
+        OSError: the new file cannot be written.
     """
     source, destination = Path(old), Path(new)
     view = _read(source, destination)
