@@ -23,7 +23,7 @@ from qcompile.engine.summary import summarize
 from qcompile.engine.trt_build import Fill, build, parse_file
 from qcompile.errors import EngineError
 from qcompile.files import replaced
-from qcompile.onnxfile.weights import weight_files
+from qcompile.onnxfile.read import external_files
 from qcompile.outputs import check_distinct, check_room, check_writable
 
 
@@ -58,7 +58,7 @@ def build_engine(
     destination = _destination(output)
     graph = OnnxGraph.load(model)
     if destination is not None:
-        weights = [Path(model).parent / name for name in weight_files(graph.model)]
+        weights = external_files(graph.model, Path(model))
         own = [("the ONNX file", model), *(("its file of weights", path) for path in weights)]
         check_distinct({"the engine": destination}, own, EngineError)
     backend = find_backend(target)
@@ -67,7 +67,7 @@ def build_engine(
         check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
-    return _build(parse_file(model, graph, backend), backend, destination, profiles, expect, progress)
+    return _build(parse_file(graph.path or model, graph, backend), backend, destination, profiles, expect, progress)
 
 
 def build_network(

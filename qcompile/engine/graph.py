@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from qcompile.errors import EngineError
-
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+from qcompile.onnxfile.payload import element_bits
+from qcompile.onnxfile.read import payload_problems, read_onnx
+from qcompile.onnxfile.scopes import NAME_SCOPES, read_scopes
 
 # Operators that move or retype a tensor without changing what it holds.
 MOVES = frozenset(
@@ -26,7 +26,6 @@ MOVES = frozenset(
 REACH = 16
 # No constant that a shape depends on is larger; the values of larger ones are weights, which nothing here looks at.
 _KEEP_BYTES = 4096
-_ITEM_BYTES = {onnx.TensorProto.FLOAT4E2M1: 0.5, onnx.TensorProto.INT4: 0.5, onnx.TensorProto.UINT4: 0.5}
 
 
 def node_name(node: onnx.NodeProto) -> str:
@@ -38,12 +37,9 @@ def module_path(node: onnx.NodeProto) -> str:
     """The module path in the node's metadata (second last of the exporter's name scopes), else the node's name."""
     for entry in node.metadata_props:
         if entry.key == NAME_SCOPES:
-            try:
-                scopes = ast.literal_eval(entry.value)
-            except (ValueError, SyntaxError):
-                break
-            if isinstance(scopes, list) and len(scopes) >= 2 and scopes[-2]:
-                return str(scopes[-2])
+            scopes = read_scopes(entry.value) or []
+            if len(scopes) >= 2 and scopes[-2]:
+                return scopes[-2]
     return node_name(node)
 
 
@@ -56,8 +52,8 @@ def place(node: onnx.NodeProto) -> str:
 class OnnxGraph:
     """The main graph of an ONNX model, indexed. Bodies of If, Loop and functions are not looked into."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, path: Path | None = None) -> None:
+        self.model, self.path = model, path
         self.nodes = list(model.graph.node)
         self._producer = {out: node for node in self.nodes for out in node.output if out}
         self._modules = {node_name(node): module_path(node) for node in self.nodes}
@@ -74,17 +70,15 @@ class OnnxGraph:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OnnxGraph:
-        """Read a file without its weights. Raises EngineError when it is missing or no ONNX file."""
-        try:
-            model = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
-        except (OSError, DecodeError) as error:
-            raise EngineError(f"cannot read {os.fspath(path)} as an ONNX file: {error}") from error
-        if not model.graph.output:
-            raise EngineError(f"{os.fspath(path)} is not an ONNX file, or its graph has no output")
-        for init in model.graph.initializer:
-            if len(init.raw_data) > _KEEP_BYTES:
-                init.ClearField("raw_data")
-        return cls(model)
+        """Read a file without its weights. Raises EngineError when it is missing, no ONNX file, or unsound."""
+        file = read_onnx(path, small=_KEEP_BYTES, error=EngineError)
+        return cls(file.model, file.path)
+
+    def check_weights(self) -> None:
+        """Raises EngineError for a file whose weights are not those that its dims and types ask for, or not there."""
+        if self.path is not None and (problems := payload_problems(self.model, self.path)):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise EngineError(f"'{self.path}' is incomplete: {problems[0]}{more}")
 
     def static_shapes(self, minima: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Infer the static shape of every tensor when each graph input has the shape in `minima`.
@@ -120,7 +114,7 @@ class OnnxGraph:
             if readers and all(kind.endswith("QuantizeLinear") for kind in readers):
                 size = 1.0
             else:
-                size = _ITEM_BYTES.get(init.data_type) or helper.tensor_dtype_to_np_dtype(init.data_type).itemsize
+                size = element_bits(init.data_type) / 8
             total += math.prod(init.dims) * size if readers else 0
         return int(total)
 

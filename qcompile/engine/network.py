@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import onnx
 from onnx import TensorProto, helper
 
-from qcompile.engine.graph import NAME_SCOPES, OnnxGraph
+from qcompile.engine.graph import OnnxGraph
+from qcompile.onnxfile.scopes import NAME_SCOPES
 
 _OPERATORS = {
     "ASSERTION": "Assertion",

@@ -17,8 +17,10 @@ _TYPES = {
 
 
 def precheck(graph: OnnxGraph, target: int) -> None:
-    """Raise EngineError for types that the target cannot run, for block-scaled FP8 weights in a static FP8 GEMM, and
-    for quantization in a file that TensorRT does not have: a network is made of TensorRT's own layers."""
+    """Raise EngineError for weights that are not there or of another size, types that the target cannot run,
+    block-scaled FP8 weights in a static FP8 GEMM, and quantization in a file that TensorRT does not have: a network is
+    made of TensorRT's own layers."""
+    graph.check_weights()
     problems = []
     if not isinstance(graph, NetworkGraph):
         problems = [f"{place(node)}: {why}" for node, why in refused(graph.model)]

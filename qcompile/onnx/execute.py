@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_reduce_mean import ReduceMean_18
@@ -25,8 +25,10 @@ from onnx.reference.ops.op_reduce_sum import ReduceSum_13
 
 from qcompile.errors import VerificationError
 from qcompile.onnx.extract import CARRIED, GIVEN, extract, live_nodes
-from qcompile.onnx.session import import_onnxruntime, onnx_session
+from qcompile.onnx.session import import_onnxruntime, open_session
 from qcompile.onnx.view import Array, ModelView, reads
+from qcompile.onnxfile.payload import embedded, is_external
+from qcompile.onnxfile.read import rebase
 
 ORT = "onnxruntime"
 REFERENCE = "onnx.reference"
@@ -118,8 +120,8 @@ def _run(view: ModelView, given: Mapping[str, Array], wanted: list[str]) -> Exec
         return _run_ort(view, given, wanted)
     except _ort_refusals() as error:
         model = extract(view, given, wanted)
-        if view.base_dir is not None:
-            external_data_helper.load_external_data_for_model(model, str(view.base_dir))
+        for tensor in filter(is_external, model.graph.initializer):
+            tensor.CopyFrom(embedded(tensor, view.path))
         inputs = {value.name for value in model.graph.input}
         feeds = {GIVEN.format(name): value for name, value in given.items() if GIVEN.format(name) in inputs}
         outputs = ReferenceEvaluator(model, new_ops=[MatMul, ReduceMean, ReduceSum]).run(None, feeds)
@@ -166,9 +168,10 @@ def _run_ort(view: ModelView, given: Mapping[str, Array], wanted: list[str]) -> 
     # What the file says is compared, not what an optimizer makes of it: a fused GELU differs in the last bit.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    folder = None if view.path is None else rebase(model, view.path)
     serialized = model.SerializeToString()
     del model  # with weights inside the file: one copy fewer while ONNX Runtime makes its own
-    session = onnx_session(serialized, sess_options=options, external_data_dir=view.base_dir)
+    session = open_session(serialized, sess_options=options, external_data_dir=folder)
     del serialized
     feeds = {
         GIVEN.format(name): _ort_value(np.asarray(value), inputs[GIVEN.format(name)])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import onnx
 from onnx import inliner
 
+from qcompile.errors import VerificationError
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.names import NAME_SCOPES
+from qcompile.onnxfile.names import said
 
 FunctionKey = tuple[str, str, str]
 
@@ -21,6 +24,8 @@ def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     onnx's inliner drops where a node came from, so that each call first gets a function of its own whose body carries
     the call's metadata. A function with another opset than the model's is not inlined: its calls stay in the graph.
+
+    Raises: VerificationError if onnx's inliner does not take them.
     """
     if not model.functions:
         return model
@@ -39,4 +44,7 @@ def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
         for inner in own.node:
             del inner.metadata_props[:]
             inner.metadata_props.extend(scopes)
-    return inliner.inline_local_functions(tagged)
+    try:
+        return inliner.inline_local_functions(tagged)
+    except LIBRARY_ERRORS as error:
+        raise VerificationError(f"functions cannot be put in place of their calls: {said(error)}") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 from itertools import pairwise
 
 import onnx
 import onnx_ir
 
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+from qcompile.onnxfile.scopes import NAME_SCOPES, read_scopes
+
+__all__ = ["NAME_SCOPES", "describe", "module_path", "name_nodes", "path_of_scopes"]
+
 # What the exporter writes for an FX node without nn_module_stack.
 _NO_STACK = "_empty_nn_module_stack_from_metadata_hook"
 
@@ -30,12 +32,8 @@ def path_of_scopes(scopes: str) -> str | None:
 
 def _paths(scopes: str) -> list[str] | None:
     """The module paths in the exporter's list of scopes, outermost first; None if there is no such list."""
-    try:
-        names = ast.literal_eval(scopes)
-    except (ValueError, SyntaxError):
-        return None
-    paths = list(map(str, names[:-1])) if isinstance(names, list) else []
-    return None if _NO_STACK in paths else paths
+    names = read_scopes(scopes)
+    return None if names is None or _NO_STACK in names[:-1] else names[:-1]
 
 
 def name_nodes(model: onnx_ir.Model) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
+from onnx import external_data_helper
 
 from qcompile.errors import ExportError, QCompileError
 from qcompile.files import folder_beside, move_all
 from qcompile.onnx.wire import embed_weights
-from qcompile.onnxfile.weights import weight_files
 
 EMBEDDED_BYTES = 1_800_000_000  # protobuf holds 2 GB; the graph itself needs some of it
 
@@ -82,6 +82,8 @@ def _weights_of(destination: Path) -> set[Path]:
 def _locations(path: Path) -> set[str]:
     """The files that the ONNX file at `path`, if there is one, has its weights in."""
     try:
-        return weight_files(onnx.load(path, load_external_data=False))
+        model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):
         return set()
+    tensors = [tensor for tensor in model.graph.initializer if external_data_helper.uses_external_data(tensor)]
+    return {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors}

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir
-from google.protobuf.message import DecodeError
 
 from qcompile.errors import QCompileError, VerificationError
-from qcompile.onnx.loading import SMALL_BYTES
 from qcompile.onnx.names import describe
 from qcompile.onnx.relu import dropped_relus
 from qcompile.onnx.view import ModelView
-from qcompile.onnx.wire import parse_without_weights
+from qcompile.onnxfile.names import said
+from qcompile.onnxfile.read import OnnxFile, external_files, parse_onnx, read_onnx, rebase
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,8 +59,43 @@ def onnx_session(
     `external_data_dir` is where a serialized model's external data lies; a path finds its own. Other keywords go to
     `onnxruntime.InferenceSession`.
 
-    Raises: QCompileError if ONNX Runtime or the file is missing; ONNX Runtime's own errors for what it cannot run.
+    Raises: QCompileError if ONNX Runtime or the file is missing, the file is damaged, or ONNX Runtime cannot run it.
     """
+    import_onnxruntime()
+    if isinstance(path, bytes):
+        name = "the serialized model"
+        parse_onnx(path)
+    else:
+        name, file = f"'{os.fspath(path)}'", read_onnx(path)
+        if problems := file.problems():
+            raise VerificationError(f"{name} is incomplete: {problems[0]}")
+        path, external_data_dir = _openable(file, external_data_dir)
+    try:
+        return open_session(path, providers, sess_options, external_data_dir, **kwargs)
+    except _errors() as error:
+        raise QCompileError(f"ONNX Runtime cannot open {name}: {said(error)}") from error
+
+
+def _openable(file: OnnxFile, folder: str | os.PathLike[str] | None) -> tuple[Path | bytes, Any]:
+    """`file`, and the folder of its data, as ONNX Runtime takes them: without links out of the folder of a file that is
+    none itself, as one that was written into a snapshot of the hub's cache has."""
+    home = file.path.parent.resolve()
+    if file.path.is_symlink() or all(data.is_relative_to(home) for data in external_files(file.model, file.path)):
+        return file.path, folder
+    model = onnx.ModelProto()
+    model.ParseFromString(file.path.read_bytes())
+    folder = rebase(model, file.path)
+    return model.SerializeToString(), folder
+
+
+def open_session(
+    path: str | os.PathLike[str] | bytes,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    sess_options: onnxruntime.SessionOptions | None = None,
+    external_data_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> onnxruntime.InferenceSession:
+    """`onnx_session` of what is known to be sound, with ONNX Runtime's own errors for what it cannot run."""
     ort = import_onnxruntime()
     basic = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options = sess_options
@@ -73,8 +108,6 @@ def onnx_session(
     if external_data_dir is not None:
         options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(external_data_dir))
     if not isinstance(path, bytes):
-        if not Path(path).is_file():
-            raise QCompileError(f"no ONNX file at '{os.fspath(path)}'")
         path = os.fspath(path)
     reason = _why_basic(path) if _above_basic(options) else None
     if reason is None:
@@ -88,6 +121,15 @@ def onnx_session(
     return session
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises, which has no common class."""
+    import_onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (getattr(state, name) for name in dir(state))
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+
+
 def _above_basic(options: Any) -> bool:
     levels = import_onnxruntime().GraphOptimizationLevel
     return options.graph_optimization_level not in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_BASIC)
@@ -95,14 +137,8 @@ def _above_basic(options: Any) -> bool:
 
 def _why_basic(source: str | bytes) -> str | None:
     """Why ONNX Runtime computes `source` wrong above "basic", None if it does not."""
-    try:
-        if isinstance(source, bytes):
-            view = ModelView(parse_without_weights(memoryview(source), "", SMALL_BYTES))
-        else:
-            view = ModelView(source)
-        relus = dropped_relus(onnx_ir.serde.deserialize_model(view.flat))
-    except (DecodeError, VerificationError):
-        return None  # ONNX Runtime says what is wrong with the file
+    view = ModelView(parse_onnx(source) if isinstance(source, bytes) else source)
+    relus = dropped_relus(onnx_ir.serde.deserialize_model(view.flat))
     if not relus:
         return None
     more = f" and {len(relus) - 1} more" if len(relus) > 1 else ""

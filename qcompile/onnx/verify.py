@@ -59,8 +59,8 @@ def verify_onnx(
     """Run `CHECKS` on an ONNX file, or on a model that holds its own weights.
 
     `reference_dependence`: graph output -> inputs that it depends on in the source program, by value (not by shape).
-    Where the file is not valid ONNX the list ends with that finding. Raises OSError if the file cannot be read,
-    VerificationError if it is no ONNX file at all.
+    Where the file is not valid ONNX the list ends with that finding. Raises VerificationError if the
+    file cannot be read, is no ONNX file at all, or is unsound (`qcompile.onnxfile.structure`).
     """
     view = ModelView(source, reference_dependence)
     results: list[Check] = []

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper, shape_inference
-from onnx.reference import ReferenceEvaluator
+from onnx import helper, shape_inference
 
+from qcompile.onnx.evaluate import Array, Computation, can_compute
 from qcompile.onnx.inlining import inline_functions
-from qcompile.onnx.loading import is_external, read_model, skeleton
+from qcompile.onnx.library import LIBRARY_ERRORS
+from qcompile.onnx.loading import skeleton
+from qcompile.onnxfile.nodes import subgraphs
+from qcompile.onnxfile.payload import SMALL_BYTES, array
+from qcompile.onnxfile.read import check_sound, read_onnx
 
-Array = npt.NDArray[Any]
+__all__ = ["STANDARD_DOMAINS", "Array", "ModelView", "all_graphs", "attribute", "infer", "reads", "subgraphs", "walk"]
+
 STANDARD_DOMAINS = ("", "ai.onnx")
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs in `node`'s attributes (If, Loop, Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -57,9 +51,9 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """The value of attribute `name` of `node`, None where it is absent."""
+    """The value of attribute `name` of `node`, None where it is absent, or that of a function's call."""
     for entry in node.attribute:
-        if entry.name == name:
+        if entry.name == name and not entry.ref_attr_name:
             return helper.get_attribute_value(entry)
     return None
 
@@ -67,7 +61,7 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
 def infer(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Tensor types by strict inference from the inputs alone: what the file says of its intermediates is dropped.
 
-    Raises: onnx.shape_inference.InferenceError.
+    Raises: one of `LIBRARY_ERRORS`.
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
@@ -86,11 +80,19 @@ class ModelView:
         source: str | os.PathLike[str] | onnx.ModelProto,
         reference_dependence: Mapping[str, set[str]] | None = None,
     ) -> None:
-        in_memory = isinstance(source, onnx.ModelProto)
-        self.model = source if isinstance(source, onnx.ModelProto) else read_model(source)
-        self.base_dir = None if in_memory else Path(os.fspath(source)).resolve().parent
-        self.file_name = "" if in_memory else os.path.basename(os.fspath(source))
+        """Raises VerificationError for what is no ONNX file, or unsound."""
+        self.path: Path | None
+        if isinstance(source, onnx.ModelProto):
+            check_sound(source)
+            self.model, self.path = source, None
+        else:
+            file = read_onnx(source)
+            self.model, self.path = file.model, file.path
         self.reference_dependence = reference_dependence
+
+    @cached_property
+    def _small_values(self) -> dict[str, Array]:
+        return {}
 
     @cached_property
     def initializers(self) -> dict[str, onnx.TensorProto]:
@@ -99,7 +101,7 @@ class ModelView:
 
     @cached_property
     def skeleton(self) -> onnx.ModelProto:
-        return skeleton(self.model, self.base_dir)
+        return skeleton(self.model, self.path)
 
     @cached_property
     def flat(self) -> onnx.ModelProto:
@@ -122,7 +124,7 @@ class ModelView:
         """Inferred types of the flat graph; empty where inference fails, which is the `shapes` check's to report."""
         try:
             return infer(self.flat)
-        except shape_inference.InferenceError:
+        except LIBRARY_ERRORS:
             return {}
 
     @cached_property
@@ -159,17 +161,44 @@ class ModelView:
         return math.prod(numbers) if dims is not None and len(numbers) == len(dims) else None
 
     def value(self, name: str) -> Array | None:
-        """The value of tensor `name` if it is constant: as it is stored, or computed through the nodes above it."""
-        if name not in self.constants:
-            return None
-        if name in self.initializers:
-            tensor = self.initializers[name]
-            return numpy_helper.to_array(tensor, str(self.base_dir or "") if is_external(tensor) else "")
-        node = self.producer[name]
-        if node.op_type == "Constant" and (stored := attribute(node, "value")) is not None:
-            return numpy_helper.to_array(stored)
-        feeds = {used: self.value(used) for used in node.input if used}
-        opset = next(o.version for o in self.flat.opset_import if o.domain in STANDARD_DOMAINS)
-        function = helper.make_function("", "c", list(feeds), [name], [node], [helper.make_opsetid("", opset)])
-        (result,) = ReferenceEvaluator(function).run(None, feeds, attributes={})
-        return np.asarray(result)
+        """The value of tensor `name` if it is constant: as it is stored, or computed through the nodes above it.
+
+        Raises: VerificationError for a constant that cannot be computed, or is out of proportion to what is stored.
+        """
+        if name in self._small_values:
+            return self._small_values[name]
+        computation = self._computation(name)
+        value = computation() if computation is not None else None
+        if value is not None and value.nbytes <= SMALL_BYTES:
+            self._small_values[name] = value
+        return value
+
+    def _computation(self, name: str) -> Computation | None:
+        """How constant `name` is computed; None for what is none, or by operators that only a run of the file shows."""
+        stored: dict[str, Callable[[], Array]] = {}
+        nodes: dict[str, onnx.NodeProto] = {}  # by the first tensor that asked for it, callees first
+        waiting, entered_once = [(name, False)], set[str]()
+        while waiting:
+            tensor, entered = waiting.pop()
+            if tensor in stored or tensor in nodes:
+                continue
+            if tensor in self._small_values or tensor in self.initializers:
+                stored[tensor] = partial(self._stored, tensor)
+                continue
+            node = self.producer.get(tensor) if tensor in self.constants else None
+            if node is None or node.domain not in STANDARD_DOMAINS or not can_compute(node.op_type):
+                return None
+            if not entered and tensor in entered_once:  # of two branches that share names
+                return None
+            if entered:
+                nodes.update(dict.fromkeys(filter(None, node.output), node))
+            else:
+                entered_once.add(tensor)
+                waiting.append((tensor, True))
+                waiting += [(used, False) for used in node.input if used]
+        opset = next((o.version for o in self.flat.opset_import if o.domain in STANDARD_DOMAINS), 0)
+        distinct = {id(node): node for node in nodes.values()}
+        return Computation(name, stored, list(distinct.values()), opset)
+
+    def _stored(self, name: str) -> Array:
+        return self._small_values[name] if name in self._small_values else array(self.initializers[name], self.path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import onnx
-from onnx import checker, external_data_helper, shape_inference
+from onnx import checker
 
 from qcompile.onnx.checks.base import Findings
 from qcompile.onnx.inlining import function_key
-from qcompile.onnx.loading import is_external, payload_bytes
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.names import describe
 from qcompile.onnx.view import STANDARD_DOMAINS, ModelView, infer, walk
+from qcompile.onnxfile.names import said
+from qcompile.onnxfile.payload import is_external, span
+from qcompile.onnxfile.read import payload_problems
 
 
 def payloads(view: ModelView) -> Findings:
@@ -21,9 +22,10 @@ def payloads(view: ModelView) -> Findings:
     It is what the checker would say of the weights, which it does not get to see.
     """
     tensors = view.model.graph.initializer
-    problems = [problem for tensor in tensors if (problem := _payload_problem(tensor, view.base_dir))]
-    locations = {external_data_helper.ExternalDataInfo(tensor).location for tensor in tensors if is_external(tensor)}
-    beside = ", ".join(sorted(locations - {view.file_name}))
+    problems = payload_problems(view.model, view.path)
+    own = "" if view.path is None else view.path.name
+    locations = set() if problems else {span(tensor).location for tensor in tensors if is_external(tensor)}
+    beside = ", ".join(sorted(locations - {own}))
     return Findings(problems, f"{len(tensors)} initializers" + (f", large ones in {beside}" if beside else ""))
 
 
@@ -31,40 +33,17 @@ def well_formed(view: ModelView) -> Findings:
     """`onnx.checker` accepts the skeleton, function bodies included."""
     try:
         checker.check_model(view.skeleton)
-    except checker.ValidationError as error:
+    except LIBRARY_ERRORS as error:
         return Findings([f"onnx.checker: {_located(view, error)}"], "")
     return Findings([], f"{len(view.model.graph.node)} nodes, {len(view.model.functions)} functions")
 
 
 def _located(view: ModelView, error: Exception) -> str:
     """The message of onnx in one line, with the module path of the node that it names."""
-    message = " ".join(str(error).split())
+    message = said(error)
     names = set(re.findall(r"[Nn]ame: ([^\s,)]+)", message))
     nodes = [describe(node) for node in walk(view.model.graph) if node.name in names]
     return f"{', '.join(nodes)}: {message}" if nodes else message
-
-
-def _payload_problem(tensor: onnx.TensorProto, base_dir: Path | None) -> str | None:
-    expected = payload_bytes(tensor)
-    if not is_external(tensor):
-        found = len(tensor.raw_data)
-        if tensor.HasField("raw_data") and found != expected:
-            return f"initializer '{tensor.name}' has {found} bytes, its dims and type ask for {expected}"
-        return None
-    if base_dir is None:
-        return f"initializer '{tensor.name}' is external data: verify the file by its path"
-    info = external_data_helper.ExternalDataInfo(tensor)
-    path = base_dir / info.location
-    if Path(info.location).is_absolute() or ".." in Path(info.location).parts:
-        return f"initializer '{tensor.name}' points outside the model's directory: '{info.location}'"
-    if not path.is_file():
-        return f"initializer '{tensor.name}' points at '{info.location}', which is not beside the model"
-    offset, length = info.offset or 0, info.length
-    available = path.stat().st_size - offset
-    if (available if length is None else length) != expected or available < expected:
-        stated = available if length is None else min(length, available)
-        return f"initializer '{tensor.name}' has {stated} bytes in '{info.location}', not the {expected} of its type"
-    return None
 
 
 def nothing_opaque(view: ModelView) -> Findings:
@@ -99,7 +78,7 @@ def shapes(view: ModelView) -> Findings:
         checker.check_model(view.skeleton, full_check=True)
         types = infer(view.flat)
         as_calls = infer(view.skeleton) if view.model.functions else types
-    except (checker.ValidationError, shape_inference.InferenceError) as error:
+    except LIBRARY_ERRORS as error:
         return Findings([f"strict shape inference: {_located(view, error)}"], "")
     nodes = view.of_type("QuantizeLinear", "DequantizeLinear")
     outer = {output for node in walk(view.skeleton.graph) for output in node.output}

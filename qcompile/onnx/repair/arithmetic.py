@@ -8,11 +8,13 @@ What older exporters leave of `x.view(x.shape[0], ...)`. A dynamic dimension sta
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
-from qcompile.onnx.loading import SMALL_BYTES
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE
 from qcompile.onnx.repair.state import State
+from qcompile.onnxfile.payload import SMALL_BYTES
 
 _SHAPE_TYPES = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
 
@@ -27,8 +29,12 @@ def fold_shapes(state: State) -> None:
         if output.dtype not in _SHAPE_TYPES or not users or output.is_graph_output() or not state.is_constant(output):
             continue
         size = output.shape.numpy() if output.shape is not None and output.shape.is_static() else None
-        if size is None or any(user.op_type in (QUANTIZE, DEQUANTIZE) for user in users):
+        if (
+            size is None
+            or math.prod(size) * output.dtype.itemsize > SMALL_BYTES
+            or any(user.op_type in (QUANTIZE, DEQUANTIZE) for user in users)
+        ):
             continue
         array = state.constant(output)
-        if array is not None and array.nbytes <= SMALL_BYTES:
+        if array is not None:
             output.replace_all_uses_with(state.initializer(str(output.name), array))

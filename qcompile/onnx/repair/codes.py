@@ -19,10 +19,11 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.blocks import products_of
 from qcompile.onnx.repair.integers import SHIFT, SIGNED, along, code_type, fits, integer_nodes, set_zero, zeros
 from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, is_blocked, is_standard
-from qcompile.onnx.repair.state import Array, State, follow
+from qcompile.onnx.repair.state import State, follow
 
 _LIMITS = {ir.DataType.INT8: (-128, 127), ir.DataType.INT4: (-8, 7)}
 Known = dict[tuple[object, ...], ir.Value]

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, channel_axis, is_blocked, is_standard, zero_point_of
-from qcompile.onnx.repair.state import Array, State
+from qcompile.onnx.repair.state import State
 
 INTEGERS = {
     *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4),
@@ -50,7 +51,7 @@ def along(values: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
     axis = _axis(node, len(shape)) % len(shape)
     if is_blocked(node):
         size = node.attributes["block_size"].as_int()
-        return np.repeat(values, size, axis).take(range(shape[axis]), axis)
+        return np.repeat(values, min(size, shape[axis]), axis).take(range(shape[axis]), axis)
     return values.reshape(values.size, *[1] * (len(shape) - axis - 1))
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompile.onnx.repair.legacy import DEQUANTIZE, MICROSOFT
-from qcompile.onnx.repair.state import Array, State, insert
+from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array
+from qcompile.onnx.repair.legacy import DEQUANTIZE, MICROSOFT, describe
+from qcompile.onnx.repair.state import State, insert
 
 _G_IDX, _BIAS = 4, 5
 
@@ -35,7 +37,7 @@ def expand_nbits(state: State) -> None:
 
 
 def _expand(state: State, node: ir.Node) -> None:
-    bits, size, rows, columns = (node.attributes[name].as_int() for name in ("bits", "block_size", "N", "K"))
+    bits, size, rows, columns = _sizes(node)
     packed, scales = state.constant(node.inputs[1]), state.constant(node.inputs[2])
     stored = node.inputs[3] if len(node.inputs) > 3 else None
     points = state.constant(stored) if stored is not None else None
@@ -44,6 +46,7 @@ def _expand(state: State, node: ir.Node) -> None:
     if bits not in (4, 8) or reordered or unread or packed is None or scales is None:
         return
     assert node.inputs[1] is not None and node.inputs[2] is not None
+    _check(node, packed, scales, points)
     state.changes.standardized[f"{MICROSOFT}::MatMulNBits"] += 1
     blocks = -(-columns // size)
     dtype: Any = ml_dtypes.uint4 if bits == 4 else np.uint8
@@ -69,6 +72,27 @@ def _expand(state: State, node: ir.Node) -> None:
     node.resize_inputs(2)
     for index, value in enumerate(operands):
         node.replace_input_with(index, value)
+
+
+def _sizes(node: ir.Node) -> tuple[int, int, int, int]:
+    names = ("bits", "block_size", "N", "K")
+    stated = [node.attributes[name].as_int() for name in names if name in node.attributes]
+    if len(stated) < len(names) or min(stated) < 1 or len(node.inputs) < 3:
+        raise RepairError(f"{describe(node)} does not say what its codes are: it needs B, scales, {', '.join(names)}")
+    bits, size, rows, columns = stated
+    return bits, size, rows, columns
+
+
+def _check(node: ir.Node, packed: Array, scales: Array, points: Array | None) -> None:
+    bits, size, rows, columns = _sizes(node)
+    blocks = -(-columns // size)
+    for name, array, wanted in (
+        ("codes", packed, rows * blocks * (size * bits // 8)),
+        ("scales", scales, rows * blocks),
+        ("zero points", points, rows * -(-blocks * bits // 8)),
+    ):
+        if array is not None and array.size != wanted:
+            raise RepairError(f"{describe(node)} has {array.size} {name}, not the {wanted} of its N, K and block_size")
 
 
 def _unpacked(packed: Array, bits: int) -> Array:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.blocks import products_of, subtract_blocks
 from qcompile.onnx.repair.integers import along, code_type, fits, integer_nodes, set_zero, zeros
 from qcompile.onnx.repair.legacy import DEQUANTIZE, QUANTIZE, describe, is_blocked
 from qcompile.onnx.repair.products import Offsets, Shifted, correct, quantize_shifted, widen_scale
-from qcompile.onnx.repair.state import Array, State, follow, insert, take_over
+from qcompile.onnx.repair.state import State, follow, insert, take_over
 
 _FLOAT = ir.DataType.FLOAT
 _BITS = (ir.DataType.INT8, ir.DataType.INT4)

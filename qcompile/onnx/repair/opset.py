@@ -16,12 +16,14 @@ from onnx import helper, version_converter
 from qcompile.errors import RepairError
 from qcompile.onnx.checks.opsets import TYPE_NEEDS, opset_version
 from qcompile.onnx.inlining import function_key, inline_functions
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.loading import skeleton
 from qcompile.onnx.names import describe
 from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8_NAMES, MICROSOFT, QUANTIZE, is_legacy
 from qcompile.onnx.repair.nbits import is_nbits
 from qcompile.onnx.repair.qoperators import is_qoperator
 from qcompile.onnx.view import attribute, reads, walk
+from qcompile.onnxfile.names import said
 
 _FP8_OPSET = 19
 _CHANNELS_OPSET = 13  # scales for each channel, and sums along axes that are an input
@@ -60,15 +62,15 @@ def _needs(node: onnx.NodeProto, types: dict[str, int]) -> int:
     return max([need, *(TYPE_NEEDS.get(types.get(name, 0), (0, 0))[0] for name in node.input)])
 
 
-def raised(model: onnx.ModelProto, base_dir: Path) -> onnx.ModelProto:
-    """`model` (weights on disk below `base_dir`) with the opset that it needs; as it is if it has that.
+def raised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """`model` (of the file at `path`, weights on disk) with the opset that it needs; as it is if it has that.
 
     Raises: RepairError if `onnx.version_converter` cannot.
     """
     need, found = needed_opset(model), opset_version(model)
     if found >= need:
         return model
-    small = inline_functions(skeleton(model, base_dir))  # the converter would drop the bodies
+    small = inline_functions(skeleton(model, path))  # the converter would drop the bodies
     own = {function_key(function) for function in model.functions}
     if called := [node for node in walk(small.graph) if function_key(node) in own]:
         raise RepairError(
@@ -77,10 +79,10 @@ def raised(model: onnx.ModelProto, base_dir: Path) -> onnx.ModelProto:
         )
     try:
         converted = version_converter.convert_version(small, need)
-    except (RuntimeError, ValueError) as error:
+    except LIBRARY_ERRORS as error:
         raise RepairError(
             f"onnx.version_converter cannot raise opset {found} to {need}, which the quantizers need: "
-            f"{' '.join(str(error).split())}; export the model with opset {need} or later"
+            f"{said(error)}; export the model with opset {need} or later"
         ) from error
     result = onnx.ModelProto()
     result.CopyFrom(converted)

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.integers import INTEGERS, along, code_type, dequantized
 from qcompile.onnx.repair.legacy import DEQUANTIZE, MOVES, QUANTIZE, is_standard
-from qcompile.onnx.repair.state import Array, State, follow, insert
+from qcompile.onnx.repair.state import State, follow, insert
 
 _FLOAT = ir.DataType.FLOAT
 

@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompile.onnx.repair.legacy import DEQUANTIZE, MICROSOFT, QUANTIZE
+from qcompile.errors import RepairError
+from qcompile.onnx.repair.legacy import DEQUANTIZE, MICROSOFT, QUANTIZE, describe
 from qcompile.onnx.repair.state import State, insert
 from qcompile.onnx.view import STANDARD_DOMAINS
 
@@ -60,6 +61,10 @@ def expand_qoperators(state: State) -> None:
 
 def _is_declined(state: State, node: ir.Node) -> bool:
     form = _FORMS[node.op_type]
+    needed = [i for start in range(form.first, _end(node, form), 3) for i in (start, start + 1)]
+    needed += [form.output] if form.operator != "Gemm" else []  # QGemm may leave out the scale of its output
+    if any(index >= len(node.inputs) or node.inputs[index] is None for index in needed):
+        raise RepairError(f"{describe(node)} lacks some of its codes and scales")
     scales = [*range(form.first + 1, _end(node, form), 3), form.output]
     values = [node.inputs[index] for index in scales if index < len(node.inputs)]
     channels_last = node.attributes.get("channels_last")

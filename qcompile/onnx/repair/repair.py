@@ -11,17 +11,16 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx import numpy_helper
 from onnx_ir.passes import common
 
 from qcompile.errors import RepairError, VerificationError
 from qcompile.onnx.checks.dependence import dependence
 from qcompile.onnx.checks.forms import tensorrt
 from qcompile.onnx.checks.opsets import opset_version
-from qcompile.onnx.checks.structure import payloads, shapes
+from qcompile.onnx.checks.structure import shapes, well_formed
 from qcompile.onnx.checks.values import zero_points
 from qcompile.onnx.foreign import TENSORRT, UNREAD, verify_foreign
-from qcompile.onnx.loading import SMALL_BYTES, is_external, payload_bytes
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.relu import relus_to_max
 from qcompile.onnx.repair.arithmetic import fold_shapes
 from qcompile.onnx.repair.biases import fold_biases
@@ -43,7 +42,10 @@ from qcompile.onnx.repair.zero_points import write_out_zero_points
 from qcompile.onnx.save import onnx_folder, written_beside
 from qcompile.onnx.verify import Check, require
 from qcompile.onnx.view import ModelView, reads, walk
-from qcompile.onnxfile.weights import weight_files
+from qcompile.onnx.view import infer as infer_types
+from qcompile.onnxfile.names import said
+from qcompile.onnxfile.payload import SMALL_BYTES, data_file, embedded, is_external, payload_bytes
+from qcompile.onnxfile.read import external_files, payload_problems
 
 
 def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> RepairReport:
@@ -70,13 +72,32 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
             or `new` is `old`.
         VerificationError: the new file failed a check; it was not put in place. What TensorRT or standard tools do not
             take of a file that is right is a failed check of the report, with a notice, and the file is in place.
-        OSError: a file cannot be read or written.
+        OSError: the new file cannot be written.
     """
     source, destination = Path(old), Path(new)
     view = _read(source, destination)
+    try:
+        return _repair(view, destination)
+    except LIBRARY_ERRORS as error:
+        problem = _why_invalid(view)
+        if problem is None:  # then it is not the file's fault
+            raise
+        raise RepairError(f"'{source}' is no valid ONNX file: {problem}") from error
+
+
+def _why_invalid(view: ModelView) -> str | None:
+    try:
+        infer_types(view.flat)
+        return next(iter(well_formed(view).problems), None)
+    except LIBRARY_ERRORS as error:
+        return said(error)
+
+
+def _repair(view: ModelView, destination: Path) -> RepairReport:
     required = dependence(view)
-    proto = raised(view.model, source.parent)
-    state = State(_model(proto, source.parent))
+    assert view.path is not None
+    proto = raised(view.model, view.path)
+    state = State(_model(proto, view.path))
     if state.model.functions:
         _inline_legacy(state.model)
     _rewrite(state)
@@ -85,7 +106,7 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
     if changed:
         _finish(state)
     else:
-        state = State(_model(view.model, source.parent))  # with what it said of its types
+        state = State(_model(view.model, view.path))  # with what it said of its types
     checks, after, refusals = _write(state, view, destination, changed, required)
     return _report(state, view, checks, changed, after, dict(kept), refusals)
 
@@ -124,8 +145,6 @@ def _finish(state: State) -> None:
 
 def _read(source: Path, destination: Path) -> ModelView:
     """The file and all that it names, found good. Raises RepairError."""
-    if not source.is_file():
-        raise RepairError(f"no ONNX file at '{source}'")
     if destination.is_dir():
         raise RepairError(f"'{destination}' is a directory; name a file in it")
     try:
@@ -133,8 +152,9 @@ def _read(source: Path, destination: Path) -> ModelView:
     except VerificationError as error:
         raise RepairError(str(error)) from error
     if not view.model.ir_version or not view.model.graph.node or not opset_version(view.model):
-        raise RepairError(f"'{source}' is no ONNX model: it has no graph, IR version or opset")
-    if problems := payloads(view).problems:
+        raise RepairError(f"'{source}' is no ONNX model: it has no nodes, IR version or opset")
+    assert view.path is not None
+    if problems := payload_problems(view.model, view.path):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RepairError(f"'{source}' is incomplete: {problems[0]}{more}")
     _refuse_own_files(view, source, destination)
@@ -143,27 +163,30 @@ def _read(source: Path, destination: Path) -> ModelView:
 
 def _refuse_own_files(view: ModelView, source: Path, destination: Path) -> None:
     """The input is never changed: not through its own name, a link, or the file of its weights."""
-    own = [source, *(source.parent / name for name in _external_files(view))]
+    own = [source, *_external_files(view)]
     for written in (destination, destination.with_name(f"{destination.name}.data")):
         for file in own:
             if written.exists() and file.exists() and os.path.samefile(written, file):
                 raise RepairError(f"'{written}' is part of the old file, which is never changed: name another new file")
 
 
-def _external_files(view: ModelView) -> list[str]:
-    return sorted(weight_files(view.model) - {view.file_name})  # weights inside the file are "external" in it
+def _external_files(view: ModelView) -> list[Path]:
+    assert view.path is not None
+    return external_files(view.model, view.path)
 
 
-def _model(source: onnx.ModelProto, folder: Path) -> ir.Model:
+def _model(source: onnx.ModelProto, path: Path) -> ir.Model:
     """The model of onnx-ir, large weights left on disk, small ones read in: inference may need their values."""
     proto = onnx.ModelProto()
     proto.CopyFrom(source)
-    for tensor in proto.graph.initializer:
-        if is_external(tensor) and payload_bytes(tensor) <= SMALL_BYTES:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor, str(folder)), tensor.name))
-    model = ir.serde.deserialize_model(proto)
-    ir.external_data.set_base_dir(model.graph, folder)
-    return model
+    for tensor in filter(is_external, proto.graph.initializer):
+        if payload_bytes(tensor) <= SMALL_BYTES:
+            tensor.CopyFrom(embedded(tensor, path))
+            continue
+        for entry in tensor.external_data:
+            if entry.key == "location":  # in full: onnx-ir takes no link, and no file of two names, below a folder
+                entry.value = str(data_file(entry.value, path))
+    return ir.serde.deserialize_model(proto)
 
 
 def _inline_legacy(model: ir.Model) -> None:
@@ -183,9 +206,9 @@ def _is_untidy(view: ModelView) -> bool:
 @contextlib.contextmanager
 def _copied_beside(view: ModelView, destination: Path) -> Iterator[Path]:
     """The old file, byte for byte, under the new name."""
-    assert view.base_dir is not None
+    assert view.path is not None
     with onnx_folder(destination, RepairError) as folder:
-        yield Path(shutil.copyfile(view.base_dir / view.file_name, folder / destination.name))
+        yield Path(shutil.copyfile(view.path, folder / destination.name))
 
 
 def _write(
@@ -215,10 +238,10 @@ def _report(
     kept: dict[str, int],
     refusals: list[str],
 ) -> RepairReport:
-    assert view.base_dir is not None
+    assert view.path is not None
     found, model = state.changes, state.model
     quantizers = [node for node in state.nodes() if is_standard(node, QUANTIZE, DEQUANTIZE)]
-    files = [view.base_dir / name for name in (view.file_name, *_external_files(view))]
+    files = [view.path, *_external_files(view)]
     return RepairReport(
         changed=changed,
         opset=(opset_version(view.model), model.opset_imports[""]),

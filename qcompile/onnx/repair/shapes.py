@@ -6,9 +6,11 @@ import onnx_ir as ir
 from onnx import shape_inference
 
 from qcompile.errors import RepairError
+from qcompile.onnx.library import LIBRARY_ERRORS
 from qcompile.onnx.loading import without_weights
 from qcompile.onnx.repair.legacy import is_opaque
 from qcompile.onnx.repair.state import State
+from qcompile.onnxfile.names import said
 
 
 def forget(state: State) -> None:
@@ -24,14 +26,15 @@ def forget(state: State) -> None:
 def infer(state: State, *, strict: bool) -> None:
     """Types and shapes of every tensor, from the inputs on, written to the model.
 
-    Raises: RepairError (strict only) if operators, or what the graph says of its outputs, contradict each other.
+    Raises: RepairError if operators, or what the graph says of its outputs, contradict each other; if not strict, of
+    what onnx cannot read at all.
     """
     with without_weights(state.model) as proto:
         try:
             inferred = shape_inference.infer_shapes(proto, check_type=strict, strict_mode=strict, data_prop=True)
-        except shape_inference.InferenceError as error:
+        except LIBRARY_ERRORS as error:
             raise RepairError(
-                f"the file contradicts itself once its quantizers are standard: {' '.join(str(error).split())}"
+                f"the file contradicts itself{' once its quantizers are standard' * strict}: {said(error)}"
             ) from error
     for ours, theirs in zip(state.model.graphs(), ir.serde.deserialize_model(inferred).graphs(), strict=True):
         found = ir.convenience.create_value_mapping(theirs)

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.legacy import (
     DEQUANTIZE,
     FP8,
@@ -35,7 +36,7 @@ from qcompile.onnx.repair.legacy import (
     is_standard,
     zero_point_of,
 )
-from qcompile.onnx.repair.state import Array, State
+from qcompile.onnx.repair.state import State
 
 _BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -10,16 +10,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
+import onnx
 import onnx_ir as ir
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
+from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array, Computation, can_compute
 from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8, QUANTIZE, is_blocked, is_standard, zero_point_of
 from qcompile.onnx.view import STANDARD_DOMAINS
-
-Array = npt.NDArray[Any]
-_NOT_EVALUATED = {"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli", QUANTIZE, DEQUANTIZE}
 
 
 @dataclass
@@ -100,43 +97,59 @@ class State:
         return self.initializer("fp8_zero_point", np.zeros(shape, ml_dtypes.float8_e4m3fn))
 
     def constant(self, value: ir.Value | None) -> Array | None:
-        """The value of a tensor that no input can change, computed by `onnx.reference` where it is not stored."""
+        """The value of a tensor that no input can change, computed where it is not stored.
+
+        Raises: RepairError for one that cannot be computed, or is out of proportion to what the file stores.
+        """
         return self.evaluator(value)() if value is not None and self.is_constant(value) else None
 
     def evaluator(self, value: ir.Value) -> Callable[[], Array]:
-        """What computes constant `value`; it outlives the nodes that it was read off."""
-        if value.const_value is not None:
-            return partial(_stored, value.const_value)
-        node = value.producer()
-        assert node is not None
-        if node.op_type in ("Constant", "Shape"):
-            stored = _constant_node(node) if node.op_type == "Constant" else _shape_node(node)
-            return lambda: stored
-        inputs = {str(used.name): self.evaluator(used) for used in node.inputs if used is not None}
-        imports = [helper.make_opsetid("", self.model.opset_imports.get("", 21))]
-        nodes = [ir.serde.serialize_node(node)]
-        function = helper.make_function("", "c", list(inputs), [str(value.name)], nodes, imports)
-
-        def compute() -> Array:
-            feeds = {name: make() for name, make in inputs.items()}
-            (result,) = ReferenceEvaluator(function).run(None, feeds, attributes={})
-            return np.asarray(result)
-
-        return compute
+        """What computes constant `value`; it outlives the nodes that it was read off. It raises as `constant` does."""
+        stored: dict[str, Callable[[], Array]] = {}
+        nodes: list[onnx.NodeProto] = []
+        for known in _callees_first(value):
+            if known.const_value is not None:
+                stored[str(known.name)] = partial(_stored, known.const_value)
+                continue
+            node = known.producer()
+            assert node is not None
+            if node.op_type in ("Constant", "Shape"):
+                made = _constant_node(node) if node.op_type == "Constant" else _shape_node(node)
+                stored[str(known.name)] = partial(np.asarray, made)
+            else:
+                nodes.append(ir.serde.serialize_node(node))
+        opset = self.model.opset_imports.get("", 21)
+        return partial(Computation(str(value.name), stored, nodes, opset), RepairError)
 
     def is_constant(self, value: ir.Value) -> bool:
-        """Whether no input can change `value`: stored, or computed from what is."""
-        if value.const_value is not None:
-            return True
-        node = value.producer()
-        if node is None or node.domain not in STANDARD_DOMAINS or node.op_type.removesuffix("Like") in _NOT_EVALUATED:
-            return False
-        if node.op_type == "Shape":
-            (x,) = node.inputs
-            return x is not None and x.shape is not None and x.shape.is_static()
-        if any(entry.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for entry in node.attributes.values()):
-            return False
-        return all(used is None or self.is_constant(used) for used in node.inputs)
+        """Whether no input can change `value`: stored, or computed from what is by operators of a known cost."""
+        return all(known.const_value is not None or _is_computed(known.producer()) for known in _callees_first(value))
+
+
+def _callees_first(value: ir.Value) -> Iterator[ir.Value]:
+    """What `value` is computed from, and itself at the end; one value of each node."""
+    seen: set[ir.Value | ir.Node] = set()
+    waiting = [(value, False)]
+    while waiting:
+        current, entered = waiting.pop()
+        node = None if current.const_value is not None else current.producer()
+        if entered:
+            yield current
+        elif (node or current) not in seen:
+            seen.add(node or current)
+            waiting.append((current, True))
+            if node is not None and node.op_type != "Shape":
+                waiting += [(used, False) for used in node.inputs if used is not None]
+
+
+def _is_computed(node: ir.Node | None) -> bool:
+    """Whether the outputs of `node` can be computed if its inputs can."""
+    if node is None or node.domain not in STANDARD_DOMAINS or node.op_type in (QUANTIZE, DEQUANTIZE):
+        return False
+    if node.op_type == "Shape":
+        (x,) = node.inputs
+        return x is not None and x.shape is not None and x.shape.is_static()
+    return can_compute(node.op_type)
 
 
 def _stored(tensor: ir.TensorProtocol) -> Array:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.integers import code_type, integer_nodes
 from qcompile.onnx.repair.legacy import (
     DEQUANTIZE,
@@ -31,7 +32,7 @@ from qcompile.onnx.repair.legacy import (
     is_blocked,
     is_standard,
 )
-from qcompile.onnx.repair.state import Array, State
+from qcompile.onnx.repair.state import State
 
 FP8_MAX = 448.0
 Known = dict[tuple[object, ...], ir.Value]  # codes that are stored already, by what they are made from
@@ -178,7 +179,10 @@ def _store_as_it_is_read(state: State, node: ir.Node, known: Known) -> None:
 
 def _permutation(node: ir.Node, rank: int) -> tuple[int, ...]:
     perm = node.attributes.get("perm")
-    return tuple(range(rank))[::-1] if perm is None else tuple(perm.as_ints())
+    axes = tuple(range(rank))[::-1] if perm is None else tuple(axis % max(rank, 1) for axis in perm.as_ints())
+    if sorted(axes) != list(range(rank)):
+        raise RepairError(f"{describe(node)} transposes a weight of {rank} axes as if it had those of {list(axes)}")
+    return axes
 
 
 def _transposed(tensor: ir.TensorProtocol, perm: tuple[int, ...]) -> Array:

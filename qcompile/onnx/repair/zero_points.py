@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import RepairError
+from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.legacy import QUANTIZE, channel_axis, describe, zero_point_of
-from qcompile.onnx.repair.state import Array, State, insert
+from qcompile.onnx.repair.state import State, insert
 
 
 def write_out_zero_points(state: State) -> None:

@@ -29,7 +29,7 @@ def message(path: Path, target: str = "sm89", **options: Any) -> str:
 
 
 def test_not_an_onnx_file(tmp_path: Path) -> None:
-    assert "No such file" in message(tmp_path / "missing.onnx")
+    assert "no ONNX file at" in message(tmp_path / "missing.onnx")
     for content in (b"hello garbage", b""):
         (tmp_path / "garbage.onnx").write_bytes(content)
         assert "garbage.onnx" in message(tmp_path / "garbage.onnx")

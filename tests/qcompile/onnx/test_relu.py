@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompile
+from qcompile.errors import QCompileError
 from qcompile.onnx.relu import dropped_relus, relus_to_max
 
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -159,8 +160,8 @@ def test_a_right_file_is_opened_as_asked(x: Any, caplog: pytest.LogCaptureFixtur
     np.testing.assert_allclose(session.run(["y"], {"x": x})[0], right, rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_no_model_is_for_onnxruntime_to_refuse() -> None:
-    with pytest.raises(Exception, match=r"(?i)protobuf|parse|load"):
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(QCompileError, match=r"the serialized model is cut off or is no ONNX file"):
         qcompile.onnx_session(b"\xff" * 40, sess_options=onnxruntime.SessionOptions())
 
 
