@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
+from qcompile.checkpoint.files.links import check_inside
 from qcompile.errors import QCompileError
 from qcompile.messages import first_line
 
@@ -29,9 +30,16 @@ def import_transformers(error: type[QCompileError]) -> Any:
 
 
 def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
-    """The content of config.json in the directory `path`. Raises `error` if there is none, or it is no JSON object."""
+    """The content of config.json in the directory `path`.
+
+    Raises:
+        QCompileError: an `error`; there is none, it is no JSON object, or it or a file beside it that says the same is
+            a link that leads out of the directory.
+    """
     if not (path / CONFIG).is_file():
         raise error(f"{path} has no config.json, so it is no Hugging Face model directory")
+    for name in (CONFIG, HF_QUANT_CONFIG):
+        check_inside(path / name, path, error)
     return read_json(path / CONFIG, error)
 
 
@@ -46,11 +54,21 @@ def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> Any:
-    """The config object that transformers makes of the directory. Raises `error` with its reason."""
+    """The config object that transformers makes of the directory.
+
+    Raises:
+        QCompileError: an `error`; transformers cannot use it, or it asks for code of a repository of the hub.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
         raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            chosen = getattr(part, key, None)
+            if isinstance(chosen, str) and not chosen.isidentifier():  # transformers takes "owner/name" for a kernel
+                raise error(f"{path / CONFIG} asks for {chosen[:200]!r} as {key[1:]}, which is no part of transformers")
+    return config
 
 
 def unquantized(config: Any) -> Any:
@@ -63,15 +81,22 @@ def unquantized(config: Any) -> Any:
 
 
 def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
-    """The class that the config names, AutoModel if it names none. Raises `error` for one that is not known."""
-    names = list(getattr(config, "architectures", None) or [])
+    """The class that the config names, AutoModel if it names none. Raises `error` for what is no model class."""
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise error(f"config.json: architectures is {str(names)[:200]!r}, and no list of names")
     for name in names:
-        if (found := getattr(transformers, name, None)) is not None:
+        try:
+            found = getattr(transformers, name, None)
+        except Exception as cause:  # the module of that class is imported only now
+            raise error(f"transformers cannot import {name[:200]!r}: {first_line(cause)}") from cause
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return name, found
     if names:
+        shown = names[0] if names[0].isidentifier() else repr(names[0])
         raise error(
-            f"transformers {transformers.__version__} has no {names[0]}; a model with its own code is given as"
-            " package.module:factory"
+            f"transformers {transformers.__version__} has no {shown[:200]} among its models; a model with its own code"
+            " is given as package.module:factory"
         )
     return f"{config.model_type} AutoModel", transformers.AutoModel
 
