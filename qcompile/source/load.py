@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.pt2_archive._package import load_pt2
 
 import passes.ir  # noqa: F401  # a saved program of ours holds these operators
@@ -161,12 +162,27 @@ def _deserialize(path: Path) -> ExportedProgram:
     try:
         check_archive(path)
         program: ExportedProgram = load_pt2(str(path)).exported_programs["model"]
+        _check_signature(program)
     except Exception as error:  # zipfile, pickle, json, sympy and torch each have their own
         reason = _innermost(error)
         if any(name in f"{error} {reason}" and _import_once(module) for name, module in _WITH_CLASSES.items()):
             return _deserialize(path)
         raise SourceError(f"{path} cannot be read as a torch.export program: {_told(error, reason)}") from error
     return program
+
+
+def _check_signature(program: ExportedProgram) -> None:
+    """Refuse a program whose inputs or results are not those of its graph, which torch does not compare."""
+    call = program.module_call_graph[0].signature if program.module_call_graph else None
+    if call is None:
+        raise ValueError("it does not say how it is called")
+    specs = program.graph_signature
+    inputs = sum(spec.kind == InputKind.USER_INPUT for spec in specs.input_specs)
+    outputs = sum(spec.kind in (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT) for spec in specs.output_specs)
+    if call.in_spec.num_leaves != inputs or call.out_spec.num_leaves != outputs:
+        raise ValueError("its inputs or results are not those of its graph")
+    if len(program.graph.find_nodes(op="placeholder")) != len(specs.input_specs):
+        raise ValueError("its inputs are not those of its graph")
 
 
 def _told(error: Exception, reason: str) -> str:

@@ -38,11 +38,13 @@ def open_directory(directory: Path) -> dict[str, FileTensor]:
         path = directory / file
         if not path.is_file():
             missing = [name for name, place in places.items() if place == file]
-            raise CheckpointError(f"{index} names {file}, which is not there ({missing[0]} and others are in it)")
+            raise CheckpointError(
+                f"{index} names {file}, which is not there ({_shown(missing[0])} and others are in it)"
+            )
         check_inside(path, directory)
         held = read_header(path)
         if lost := [name for name, place in places.items() if place == file and name not in held]:
-            raise CheckpointError(f"{path} lacks {lost[0]}, which {INDEX} says it holds")
+            raise CheckpointError(f"{path} lacks {_shown(lost[0])}, which {INDEX} says it holds")
         found.update((name, tensor) for name, tensor in held.items() if places.get(name) == file)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_j
 from qcompile.checkpoint.files.links import check_inside
 from qcompile.errors import QCompileError
 from qcompile.messages import first_line
+
+_LAYERS = ("layers", "n_layer", "num_layer", "depth", "depths", "blocks", "block_count")  # ends of keys
+_MOST_LAYERS = 1_000
 
 
 def import_transformers(error: type[QCompileError]) -> Any:
@@ -45,7 +48,9 @@ def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
 
 def quantization_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """That section of config.json, which multimodal models have one level down now and then; empty without one."""
-    return content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config") or {}
+    text = content.get("text_config")
+    below = text.get("quantization_config") if isinstance(text, Mapping) else None
+    return content.get("quantization_config") or below or {}
 
 
 def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
@@ -57,8 +62,12 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
     """The config object that transformers makes of the directory.
 
     Raises:
-        QCompileError: an `error`; transformers cannot use it, or it asks for code of a repository of the hub.
+        QCompileError: an `error`; transformers cannot use it, or it asks for code of a repository of the hub, or for
+            more layers than any model has.
     """
+    for name, count in _counts(read_json(path / CONFIG, error)):
+        if count > _MOST_LAYERS:  # Python makes an object of each, before it is seen that no file has their weights
+            raise error(f"{path / CONFIG}: {name} is {str(count)[:30]}, and at most {_MOST_LAYERS} layers are built")
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
@@ -69,6 +78,16 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
             if isinstance(chosen, str) and not chosen.isidentifier():  # transformers takes "owner/name" for a kernel
                 raise error(f"{path / CONFIG} asks for {chosen[:200]!r} as {key[1:]}, which is no part of transformers")
     return config
+
+
+def _counts(content: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """How many layers config.json and its parts speak of."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif name.endswith(_LAYERS):
+            counts = value if isinstance(value, list) else [value]
+            yield from ((name, count) for count in counts if isinstance(count, int | float))
 
 
 def unquantized(config: Any) -> Any:

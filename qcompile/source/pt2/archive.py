@@ -53,6 +53,7 @@ def check_archive(path: Path) -> None:
 def _check(path: Path) -> None:
     reader = torch._C.PyTorchFileReader(str(path))
     records = _records(reader, path)
+    _check_whole(path, records)
     if foreign := [name for name in records if not _OF_TORCH.fullmatch(name)]:
         raise ValueError(f"{foreign[0][:200]!r}, which is no part of a program of plain tensors")
     for folder, listed in _STORED.items():
@@ -73,9 +74,18 @@ def _records(reader: Any, file: Path | IO[bytes]) -> dict[str, int]:
     records = {part.filename.partition("/")[2]: part.file_size for part in parts}
     if sorted(reader.get_all_records()) != sorted(records):  # torch's reader is another than Python's
         raise ValueError("parts that not every reader finds")
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
         raise ValueError("compressed parts, which torch does not write")
     return records
+
+
+def _check_whole(path: Path, records: dict[str, int]) -> None:
+    """Refuse what is not as it was written: torch looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(records.values()) > path.stat().st_size:
+            raise ValueError("parts that share their bytes")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged[:200]!r} with another checksum than it was written with")
 
 
 def _json(reader: Any, name: str) -> Any:

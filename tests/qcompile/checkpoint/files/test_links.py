@@ -80,6 +80,7 @@ OUTSIDE = r"names \.\./\S+, which is no file of this directory"
         (configured(architectures=["BertTokenizer"]), "has no BertTokenizer among its models"),
         (configured(architectures=["__name__"]), "has no __name__ among its models"),
         (configured(attn_implementation="someone/kernel"), "asks for 'someone/kernel' as attn_implementation"),
+        (configured(num_hidden_layers=1 << 31), "num_hidden_layers is 2147483648, and at most 1000 layers are built"),
     ],
 )
 def test_nothing_outside_is_read_and_no_code_but_of_models_looked_up(
