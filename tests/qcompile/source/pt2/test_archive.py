@@ -91,6 +91,10 @@ def structured(context: object) -> Callable[[Any], None]:
     return change
 
 
+def called(change: Callable[[list[Any]], object]) -> Callable[[Any], None]:
+    return lambda program: change(program["graph_module"]["module_call_graph"])
+
+
 def node(**fields: Any) -> Callable[[Any], None]:
     return lambda program: program["graph_module"]["graph"]["nodes"][0].update(fields)
 
@@ -126,6 +130,8 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
         structured({"default_factory_module": "made_here", "default_factory_name": "Kind", "dict_context": []}),
         "a defaultdict of 'Kind'",
     ),
+    "no signature": (GRAPH, called(lambda calls: calls.clear()), "it does not say how it is called"),
+    "other results": (GRAPH, structured("[]"), "its inputs or results are not those of its graph"),
     "pickled weight": (WEIGHTS, weight(use_pickle=True, path_name="weight_9"), r"an object of '_?io\.open'"),
     "expanded weight": (
         WEIGHTS,
@@ -180,4 +186,12 @@ def test_compressed_parts_are_refused(good: Path, tmp_path: Path) -> None:
             archive.writestr(f"m/{name}", data)
         archive.writestr("m/.data/version", "6\n")
     with pytest.raises(SourceError, match="compressed parts"):
+        load_source(str(tmp_path / "m.pt2"))
+
+
+def test_a_part_that_was_damaged_on_the_way_is_named(good: Path, tmp_path: Path) -> None:
+    data, weights = bytearray(good.read_bytes()), records(good)["data/weights/weight_0"]
+    data[data.index(weights)] ^= 1
+    (tmp_path / "m.pt2").write_bytes(data)
+    with pytest.raises(SourceError, match=r"'m/data/weights/weight_0' with another checksum"):
         load_source(str(tmp_path / "m.pt2"))
