@@ -29,6 +29,7 @@ _OF_TORCH = re.compile(
     r"|data/sample_inputs/model\.pt|data/(weights|constants)/(model_\1_config\.json|weight_\d+|tensor_\d+)",
     re.DOTALL,
 )
+_RECORD = re.compile(r"(weight|tensor)_\d+")
 _MOST_SHARED = 1 << 24  # elements of a tensor that is expanded from fewer
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -101,7 +102,7 @@ def _payload(listed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError("no list of its tensors")
     check_paths(tensors)
     for name, meta in tensors.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get("path_name"), str):
+        if not isinstance(meta, dict) or not _RECORD.fullmatch(str(meta.get("path_name"))):
             raise ValueError(f"a broken entry for {name[:80]!r}")
         yield name, meta
 

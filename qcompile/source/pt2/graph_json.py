@@ -20,7 +20,17 @@ _ARITHMETIC = {
     *("and_", "or_", "not_", "lshift", "rshift", "getitem", "abs"),
 }
 _FUNCTION = re.compile(r"math\.[a-z][a-z0-9]*|torch\.(_?sym_[a-z]+|_functorch\.predispatch\._[a-z_]+)")
-_OF_FILES = ("torch.ops.aten.from_file", "torch.ops.debugprims.")  # operators that read or make files
+_OF_FILES = re.compile(r"file|path")  # text arguments of operators that read or make them
+# names of values to what is known of them: a value may be called as a field is
+_BY_NAME = ("tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values", "custom_obj_values")
+_MAPS = {
+    *_BY_NAME,
+    "as_string_to_argument",
+    "range_constraints",
+    "opset_version",
+    "metadata",
+    "treespec_namedtuple_fields",
+}
 _PLAIN_FACTORIES = ("bool", "dict", "float", "int", "list", "set", "str", "tuple")  # of collections.defaultdict
 
 
@@ -52,6 +62,9 @@ def _strings(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, or with each value of its list."""
     if isinstance(tree, dict):
         for key, value in tree.items():
+            if key in _MAPS and isinstance(value, dict):
+                yield from _strings(list(value.values()))
+                continue
             if isinstance(value, list) and key in _CHECKS:
                 yield from ((key, part) for part in value)
             elif not isinstance(value, dict) or key in _CHECKS:
@@ -83,14 +96,20 @@ def _check_operator(target: Any) -> None:
     text = _text("the operator", target)
     if _FUNCTION.fullmatch(text) or (text.startswith("_operator.") and text[10:] in _ARITHMETIC):
         return
-    if not _OPERATOR.fullmatch(text) or text.startswith(_OF_FILES):
+    if not _OPERATOR.fullmatch(text):
         raise ValueError(f"a call of {text[:80]!r}")
     found: Any = torch.ops
     for part in text.split(".")[2:]:
         if (found := getattr(found, part, None)) is None:
             return  # not registered here: torch says so
-    if not isinstance(found, _OPERATORS):
+    if not isinstance(found, _OPERATORS) or _reads_files(text, found):
         raise ValueError(f"a call of {text[:80]!r}")
+
+
+def _reads_files(text: str, operator: Any) -> bool:
+    arguments = operator._schema.arguments if isinstance(operator, torch._ops.OpOverload) else ()
+    named = [argument.name for argument in arguments if str(argument.type) in ("str", "Optional[str]")]
+    return text.startswith("torch.ops.debugprims.") or any(map(_OF_FILES.search, named))
 
 
 def _checked(check: Callable[[str], None], what: str) -> Callable[[Any], None]:

@@ -20,8 +20,10 @@ MARK = "was-run"  # what a part would make in the current directory if it were r
 
 
 class Derived(torch.nn.Module):
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return a[1:] + b
+    """Its inputs are called as fields of the file are."""
+
+    def forward(self, target: torch.Tensor, name: torch.Tensor) -> torch.Tensor:
+        return target[1:] + name
 
 
 class Branches(torch.nn.Module):
@@ -123,6 +125,7 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "name": (GRAPH, node(name=f"x = {RUN}"), "the name"),
     "operator": (GRAPH, node(target="torch.os.mkdir"), r"a call of 'torch\.os\.mkdir'"),
     "operator of files": (GRAPH, node(target="torch.ops.aten.from_file.default"), "a call of"),
+    "object by its record": (WEIGHTS, weight(path_name="custom_obj_0"), "a broken entry for"),
     "no operator": (GRAPH, node(target="torch.ops.aten.add"), "a call of"),
     "enum": (GRAPH, structured('{"__enum__": true, "fqn": "made_here:Kind", "name": "A"}'), "an enum"),
     "factory": (
