@@ -75,7 +75,8 @@ def export(
     Parameters
     ----------
     source:
-        A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote; or
+        A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote, which may hold
+        tensors, numbers, text, names and operators, and no other objects or code; or
         package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]), or with --input the
         model alone. What is quantized
         already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes

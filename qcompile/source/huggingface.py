@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
+from qcompile.checkpoint.files.headers import weight_map
+from qcompile.checkpoint.files.json_files import CONFIG, INDEX
+from qcompile.checkpoint.files.links import check_inside
 from qcompile.checkpoint.hub.config import auto_config, import_transformers, model_class, read_config
-from qcompile.errors import SourceError
+from qcompile.errors import CheckpointError, SourceError
 from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
 from qcompile.messages import first_line, some
 from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
+
+_INDEXES = (INDEX, "pytorch_model.bin.index.json")
 
 
 def load_directory(
@@ -35,7 +40,7 @@ def load_directory(
     config = auto_config(transformers, path, SourceError)
     name, found = model_class(transformers, config, SourceError)
     if random_weights is None:
-        model = load_checkpoint(path) if is_quantized_checkpoint(path) else _with_weights(found, path)
+        model = load_checkpoint(path) if is_quantized_checkpoint(path) else _with_weights(found, path, config)
     elif is_quantized_checkpoint(path):
         raise SourceError(
             f"{path}: config.json says that its weights are quantized, so they cannot be made up: leave random weights"
@@ -66,7 +71,23 @@ def _made_up(transformers: Any, model_class: Any, config: Any, seed: int, path: 
     return model
 
 
-def _with_weights(model_class: Any, path: Path) -> torch.nn.Module:
+def _check_weights(path: Path, config: Any) -> None:
+    """transformers follows an index to any file, and every link; here each has to stay in the directory."""
+    files = [file for pattern in ("*.safetensors", "*.bin", "*.json") for file in path.glob(pattern)]
+    for index in filter(Path.is_file, (path / name for name in _INDEXES)):
+        try:
+            files += [path / file for file in weight_map(index).values()]
+        except CheckpointError as error:
+            raise SourceError(str(error)) from error
+    named = getattr(config, "transformers_weights", None)  # the file to take instead
+    if named is not None and (not isinstance(named, str) or Path(named).name != named):
+        raise SourceError(f"{path / CONFIG} names {str(named)[:200]!r}, which is no file of this directory")
+    for file in files:
+        check_inside(file, path, SourceError)
+
+
+def _with_weights(model_class: Any, path: Path, config: Any) -> torch.nn.Module:
+    _check_weights(path, config)
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise SourceError(f"{path} holds no weights (*.safetensors); to go on without, use --random-weights SEED")
     try:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 
-import passes.ir  # noqa: F401  # a saved program of ours holds these operators
 from qcompile.errors import SourceError
 from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.declared import Declared, inputs_of, with_inputs
 from qcompile.source.examples import Sizes
 from qcompile.source.huggingface import load_directory
 from qcompile.source.model import Source
+from qcompile.source.pt2.load import load_program
 
 FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
 _FORMS = "a Hugging Face directory, a .pt2 file, or package.module:factory"
@@ -42,7 +38,9 @@ def load_source(
     """Load the model that `text` names.
 
     Args:
-        text: a directory with a Hugging Face config.json; a `.pt2` file that `torch.export.save` wrote; or
+        text: a directory with a Hugging Face config.json; a `.pt2` file that `torch.export.save` wrote, of tensors,
+            numbers, text, names and operators: one with other objects (a cache or a class of your own among its
+            example inputs, an object of TorchScript, compiled code) is refused before it is opened; or
             `package.module:factory`, a function that returns (model, example inputs[, dynamic_shapes]) with the inputs
             as a tensor, a tuple or a keyword dict, or with `inputs` the model alone. The current directory is
             importable.
@@ -140,7 +138,7 @@ def _describe(value: Any) -> str:
 def _load_program(path: Path, declared: bool) -> Source:
     if not path.is_file():
         raise SourceError(f"there is no file {path}")
-    program = _deserialize(path)
+    program = load_program(path)
     if program.example_inputs is None and not declared:
         told = tuple(map(str, inputs_of(program)))
         problem = SourceError(
@@ -149,42 +147,3 @@ def _load_program(path: Path, declared: bool) -> Source:
         raise with_remedy(problem, Remedy(options={"--input": told}))
     args, kwargs = program.example_inputs or ((), {})
     return Source(program, tuple(args), dict(kwargs), None, path.name)
-
-
-def _deserialize(path: Path) -> ExportedProgram:
-    """Load a program; a second time with transformers imported, whose output classes pytree has to know."""
-    try:
-        with _load_errors() as reasons:
-            return torch.export.load(path)
-    except Exception as error:  # zipfile, pickle, json and torch each have their own
-        if "transformers" in str([*reasons, error]) and "transformers" not in sys.modules and _import_transformers():
-            return _deserialize(path)
-        raise SourceError(f"{path} cannot be read as a torch.export program: {(reasons or [str(error)])[0]}") from error
-
-
-def _import_transformers() -> bool:
-    if importlib.util.find_spec("transformers") is None:
-        return False
-    importlib.import_module("transformers.modeling_outputs")
-    return True
-
-
-@contextmanager
-def _load_errors() -> Iterator[list[str]]:
-    """Collect what torch.export.load logs: it raises only "check the warnings above"."""
-    reasons: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            error = record.exc_info[1] if record.exc_info else None
-            while error is not None and error.__cause__ is not None:
-                error = error.__cause__
-            reasons.append(str(error or record.getMessage()).strip().splitlines()[0][:300])
-
-    logger, handler = logging.getLogger("torch.export"), Collect()
-    propagate = logger.propagate
-    others, logger.handlers, logger.propagate = logger.handlers, [handler], False
-    try:
-        yield reasons
-    finally:
-        logger.handlers, logger.propagate = others, propagate

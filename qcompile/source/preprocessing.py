@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.checkpoint.files.json_files import read_json
+from qcompile.checkpoint.files.links import check_inside
 from qcompile.checkpoint.hub.config import import_transformers
 from qcompile.errors import CalibrationError
 from qcompile.messages import first_line, value
@@ -24,7 +25,7 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
     """What transformers' class `kind` makes of the directory `model`. Nothing of it is run.
 
     Raises:
-        CalibrationError: says what `model` lacks for `data`.
+        CalibrationError: says what `model` lacks for `data`, or which of its files is a link that leads out of it.
     """
     content, what = _WORDS[kind]
     instead = "give tensors (.safetensors, .npz), or a function (package.module:function) that returns batches"
@@ -33,6 +34,8 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
             f"{data} holds {content}, for the {what} of a Hugging Face directory, and {model or 'the source'} is none:"
             f" {instead}"
         )
+    for file in filter(Path.is_file, Path(model).iterdir()):  # each class has its own
+        check_inside(file, Path(model), CalibrationError)
     transformers = import_transformers(CalibrationError)
     for name in _FILES[kind] if kind == IMAGES else ():
         if (Path(model) / name).is_file():

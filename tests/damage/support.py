@@ -5,6 +5,7 @@ A file that somebody else made ends in the right result or in one clear error, w
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import random
@@ -56,7 +57,7 @@ def mutated_tree(tree: Any, draw: random.Random) -> Any:
         elif how == 2 and isinstance(holder, dict):
             holder[draw.choice((f"{key}x", "", "9"))] = holder[key]
         else:
-            holder[key] = draw.choice((*NUMBERS, *OTHERS))
+            holder[key] = copy.deepcopy(draw.choice((*NUMBERS, *OTHERS)))  # the next change may be to what is in it
     return copied
 
 

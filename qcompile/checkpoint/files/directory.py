@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, INDEX, read_json
+from qcompile.checkpoint.files.links import leads_out
 from qcompile.errors import CheckpointError
 from qcompile.files import folder_beside, move_directory
 
@@ -60,20 +61,32 @@ def carry_over(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer and the other small files of `source`; returns the names of what was left.
 
     Left are weights in any form, the files that are written anew, hidden files, files above 100 MB, directories other
-    than additional_chat_templates, and links to nowhere.
+    than additional_chat_templates, links to nowhere, and links out of the directory: they may name anything.
     """
     left = []
     for path in sorted(source.iterdir()):
         if path.name in _WRITTEN_HERE or path.name.startswith("."):
             continue
-        if path.is_dir() and path.name in _DIRECTORIES:
-            shutil.copytree(path, target / path.name)
-        elif not path.is_file() or any(path.match(glob) for glob in _LEFT) or path.stat().st_size > _LARGEST:
-            if not path.match("*.safetensors"):
-                left.append(path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+        if path.is_dir() and path.name in _DIRECTORIES and not leads_out(path, source):
+            (target / path.name).mkdir()
+            for part in sorted(path.rglob("*")):
+                if not _copied(part, source, target):
+                    left.append(part.relative_to(source).as_posix())
+        elif not _copied(path, source, target) and not path.match("*.safetensors"):
+            left.append(path.name)
     return left
+
+
+def _copied(path: Path, source: Path, target: Path) -> bool:
+    if path.is_dir() and path.parent != source and not path.is_symlink():
+        (target / path.relative_to(source)).mkdir()
+        return True
+    if leads_out(path, source) or not path.is_file() or any(path.match(glob) for glob in _LEFT):
+        return False
+    if path.stat().st_size > _LARGEST:
+        return False
+    shutil.copyfile(path, target / path.relative_to(source))
+    return True
 
 
 def write_configs(target: Path, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
+from qcompile.checkpoint.files.links import check_inside
 from qcompile.errors import QCompileError
 from qcompile.messages import cut, first_line, value
 
-_MOST = 10_000
-_COUNT = re.compile("(layer|block|expert|depth|stage)s?$")  # num_hidden_layers, n_layer, depths, n_routed_experts
+_MOST_LAYERS, _MOST_EXPERTS = 1_000, 10_000
+_COUNT = re.compile("(layer|block|expert|depth|stage)s?(_count)?$")  # num_hidden_layers, n_layer, n_routed_experts
 
 
 def import_transformers(error: type[QCompileError]) -> Any:
@@ -33,9 +34,16 @@ def import_transformers(error: type[QCompileError]) -> Any:
 
 
 def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
-    """The content of config.json in the directory `path`. Raises `error` if there is none, or it is no JSON object."""
+    """The content of config.json in the directory `path`.
+
+    Raises:
+        QCompileError: an `error`; there is none, it is no JSON object, or it or a file beside it that says the same is
+            a link that leads out of the directory.
+    """
     if not (path / CONFIG).is_file():
         raise error(f"{path} has no config.json, so it is no Hugging Face model directory")
+    for name in (CONFIG, HF_QUANT_CONFIG):
+        check_inside(path / name, path, error)
     content = read_json(path / CONFIG, error)
     _check_counts(content, path / CONFIG, error)
     return content
@@ -49,14 +57,17 @@ def _check_counts(content: object, file: Path, error: type[QCompileError], key: 
     elif isinstance(content, list):
         for part in content:
             _check_counts(part, file, error, key)
-    elif isinstance(content, int) and content > _MOST and _COUNT.search(key):
-        raise error(f"{file}: {cut(key)} is {value(content)}, more than {_MOST}, which no model has")
+    elif isinstance(content, int | float) and (found := _COUNT.search(key)):
+        most = _MOST_EXPERTS if found[1] == "expert" else _MOST_LAYERS
+        if content > most:
+            raise error(f"{file}: {cut(key)} is {value(content)}, more than {most}, which no model has")
 
 
 def quantization_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """That section of config.json, which multimodal models have one level down now and then; empty without one."""
-    inner = content.get("text_config")
-    return content.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config")) or {}
+    text = content.get("text_config")
+    below = text.get("quantization_config") if isinstance(text, Mapping) else None
+    return content.get("quantization_config") or below or {}
 
 
 def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
@@ -65,11 +76,22 @@ def is_quantized(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> Any:
-    """The config object that transformers makes of the directory. Raises `error` with its reason."""
+    """The config object that transformers makes of the directory.
+
+    Raises:
+        QCompileError: an `error`; transformers cannot use it, or it asks for code of a repository of the hub, or for
+            more layers than any model has.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
         raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            chosen = getattr(part, key, None)
+            if isinstance(chosen, str) and not chosen.isidentifier():  # transformers takes "owner/name" for a kernel
+                raise error(f"{path / CONFIG} asks for {value(chosen)} as {key[1:]}, which is no part of transformers")
+    return config
 
 
 def unquantized(config: Any) -> Any:
@@ -82,17 +104,21 @@ def unquantized(config: Any) -> Any:
 
 
 def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> tuple[str, Any]:
-    """The class that the config names, AutoModel if it names none. Raises `error` for one that is not known."""
+    """The class that the config names, AutoModel if it names none. Raises `error` for what is no model class."""
     names = getattr(config, "architectures", None) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise error(f"config.json: architectures is {value(names)}, and has to be a list of names of classes")
     for name in names:
-        if (found := getattr(transformers, name, None)) is not None:
+        try:
+            found = getattr(transformers, name, None)
+        except Exception as cause:  # the module of that class is imported only now
+            raise error(f"transformers cannot import {value(name)}: {first_line(cause)}") from cause
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return name, found
     if names:
         raise error(
-            f"transformers {transformers.__version__} has no {cut(names[0])}; a model with its own code is given as"
-            " package.module:factory"
+            f"transformers {transformers.__version__} has no {cut(names[0])} among its models; a model with its own"
+            " code is given as package.module:factory"
         )
     return f"{config.model_type} AutoModel", transformers.AutoModel
 

@@ -81,8 +81,10 @@ def open_origin(source: str | os.PathLike[str] | torch.nn.Module) -> Origin:
 def _unquantized_model(directory: Path, content: Mapping[str, Any]) -> Any:
     """The model that config.json of `directory` describes, without memory for its weights."""
     if is_quantized(directory, content):
-        method = quantization_config(content).get("quant_method") or HF_QUANT_CONFIG
-        raise CheckpointError(f"{directory} is quantized already ({method}): save what it was made from")
+        section = quantization_config(content)
+        method = section.get("quant_method") if isinstance(section, Mapping) else None
+        shown = method if isinstance(method, str) and method.isprintable() else HF_QUANT_CONFIG
+        raise CheckpointError(f"{directory} is quantized already ({shown[:200]}): save what it was made from")
     transformers = import_transformers(CheckpointError)
     config = auto_config(transformers, directory, CheckpointError)
     return meta_model(*model_class(transformers, config, CheckpointError), config, directory, CheckpointError)

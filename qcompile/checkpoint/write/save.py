@@ -56,8 +56,8 @@ def save_checkpoint(
         directory: where to write; it must not exist, or be empty. Everything is written to `<directory>.partial`,
             which is renamed when it is complete and the reader of the format finds in it, by names and shapes, what the
             architecture needs and nothing else; it is removed after an error. A second run starts clean. The tokenizer
-            and other small files of a source directory go along; weights in other forms, hidden files and
-            subdirectories (but additional_chat_templates) do not, and a notice lists them.
+            and other small files of a source directory go along; weights in other forms, hidden files,
+            subdirectories (but additional_chat_templates) and links out of it do not, and a notice lists them.
         format: "fp8" (blocks of 128 x 128, dynamic activations), "modelopt", "modelopt_mixed" (which lists the
             algorithm of each layer as MIXED_PRECISION also where all have one) or "compressed-tensors".
         recipe: as of `quantize`, for weights only or with dynamic activations; static ones need calibration, which is
