@@ -30,7 +30,7 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
             f"{data} holds {content}, for the {what} of a Hugging Face directory, and {model or 'the source'} is none:"
             f" {instead}"
         )
-    transformers = import_transformers(CalibrationError)
+    transformers = import_transformers(CalibrationError, silent=True)
     try:
         return getattr(transformers, kind).from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError, and what `tokenizers` raises
