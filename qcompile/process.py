@@ -116,7 +116,7 @@ class _State:
     def put_kernels_back(self) -> None:
         """The same for the kernels of operators, which torch replaces one by one to make a program functional.
 
-        Only where that did not end: a module that was imported meanwhile can have brought kernels that stay.
+        Only where that did not end: a module that was imported meanwhile can have brought some that stay.
         """
         for operator, kernels in self._kernels.items():
             if operator.py_kernels != kernels:
@@ -147,8 +147,10 @@ def _is_torch(hook: Any) -> bool:
 
 @functools.cache
 def _operators() -> tuple[OpOverload[..., Any], ...]:
-    """All operators, with those that torch.export looks up when it is first called."""
+    """The operators that torch writes with others, whose kernels torch.export replaces; it looks them up, too."""
     _materialize_cpp_cia_ops()
     spaces = [space for space in vars(torch.ops).values() if isinstance(space, _OpNamespace)]
     packets = [packet for space in spaces for packet in vars(space).values() if isinstance(packet, OpOverloadPacket)]
-    return tuple(known for packet in packets for known in vars(packet).values() if isinstance(known, OpOverload))
+    found = [known for packet in packets for known in vars(packet).values() if isinstance(known, OpOverload)]
+    names = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+    return tuple(known for known in found if known.name() in names)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
+import io
 import linecache
 import logging
 import sys
@@ -30,17 +34,21 @@ RECIPES = ("fp8", "int8", "fp8_per_channel_per_token", "fp8_weight_only")
 
 
 class Layer(nn.Module):
-    """A transformer layer, which torch.export is not alone in patching, with a buffer and a dropout."""
+    """Weights, a buffer and a dropout, as small as can be.
+
+    Args:
+        then: is called with what it computes.
+    """
 
     def __init__(self, width: int, then: Callable[[torch.Tensor], Any] | None = None) -> None:
         super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True)
+        self.hidden, self.dropout = nn.Linear(width, width), nn.Dropout()
         self.out = nn.Linear(width, width)
         self.register_buffer("shift", torch.ones(width))
         self.then = then
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.out(self.encoder(x)) + self.shift
+        x = self.out(self.dropout(self.hidden(x).relu())) + self.shift
         if self.then is not None:
             self.then(x)
         return x
@@ -60,32 +68,28 @@ def quantized(model: nn.Module, x: torch.Tensor, recipe: str = "fp8", calibratio
     return qcompile.quantize(model, (x,), recipe=recipe, calibration=calibration or [(x,)], progress=False)
 
 
-def job(index: int, path: Path, model: nn.Module, x: torch.Tensor) -> bytes:
-    """What a thread does over and over, each its own."""
+def job(index: int, path: Path, model: Any, x: torch.Tensor) -> bytes:
+    """What a thread does over and over, each its own; the last one compiles a new model each time."""
     if index == 3:
-        torch._dynamo.reset_code(type(model).forward.__code__)
-        options = {"recipe": "fp8_per_channel_per_token", "target": "eager"}
-        result: torch.Tensor = torch.compile(model.eval(), backend="qcompile", options=options)(x)
-        return bytes(result.detach().numpy().data)
+        return bytes(model()(x).detach().numpy().data)
     program = quantized(model, x, RECIPES[index])
     return exported(qcompile.import_quantized(program) if index == 2 else program, path)
 
 
 def process() -> dict[str, Any]:
-    """What a call can leave behind, as far as it can be compared."""
+    """What a call can leave behind. Operators and loggers that are there later only are none of it."""
     packets = [packet for packet in vars(torch.ops.aten).values() if isinstance(packet, OpOverloadPacket)]
     overloads = [found for packet in packets for found in vars(packet).values() if isinstance(found, OpOverload)]
     return {
         "patched": (nn.Module.__call__, nn.Module.__getattr__, transformer._detect_is_causal_mask, sys.stderr),
         "hooks": [dict(hooks) for hooks in (module._global_buffer_registration_hooks, module._global_forward_hooks)],
         "filters": (id(warnings.filters), list(warnings.filters)),
-        "levels": [logging.getLogger(n).level for n in sorted(logging.root.manager.loggerDict) if "onnx" in n],
+        "levels": {name: logging.getLogger(name).level for name in list(logging.root.manager.loggerDict)},
         "flags": (mha._is_fastpath_enabled, torch.compiler._is_exporting_flag, torch.is_grad_enabled()),
         "modes": (torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()),
         "dtype": torch.get_default_dtype(),
         "kernels": {str(found): dict(found.py_kernels) for found in overloads},
         "fakes": len(fake_impls.op_implementations_dict),
-        "sources": len(graph_module._loader.eval_cache),
     }
 
 
@@ -95,20 +99,29 @@ def parts(model: nn.Module) -> list[Any]:
     return [(name, vars_.keys(), vars_["training"], weights) for name, vars_, weights in found]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _once() -> None:
+    """What torch does once in a process: kernels of Inductor's, for one, stay."""
+    importlib.import_module("torch._inductor.decomposition")
+    quantized(*model_of(0))
+
+
 @pytest.fixture(autouse=True)
 def _unchanged() -> Iterator[None]:
-    quantized(*model_of(0))  # what torch does once in a process
     before = process()
     yield
     after = process()
-    assert {k: v for k, v in after.items() if k != "sources"} == {k: v for k, v in before.items() if k != "sources"}
+    for name in ("levels", "kernels"):
+        after[name] = {key: value for key, value in after[name].items() if key in before[name]}
+    for name, state in before.items():
+        assert after[name] == state
 
 
-def in_threads(works: list[Callable[[], None]]) -> None:
-    """Run all of `works`; an error of one is raised, and so is that one waits for good."""
+def in_threads(works: list[Callable[[], object]]) -> None:
+    """Run all of `works`. An error of one is raised, and it is one that two wait for each other."""
     errors: list[BaseException] = []
 
-    def guarded(work: Callable[[], None]) -> None:
+    def guarded(work: Callable[[], object]) -> None:
         try:
             work()
         except BaseException as error:
@@ -124,19 +137,25 @@ def in_threads(works: list[Callable[[], None]]) -> None:
         raise error
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_threads_write_what_one_thread_writes(rounds: int, tmp_path: Path) -> None:
-    models = [model_of(index) for index in range(4)]
-    alone = [job(index, tmp_path / "alone.onnx", *models[index]) for index in range(4)]
-    models[3][0].train()
-    found: list[list[bytes]] = [[] for _ in range(4)]
+@pytest.mark.parametrize(("jobs", "rounds"), [((0, 3), 2), pytest.param((0, 1, 2, 3), 20, marks=pytest.mark.slow)])
+def test_threads_write_what_one_thread_writes(jobs: tuple[int, ...], rounds: int, tmp_path: Path) -> None:
+    models: list[tuple[Any, torch.Tensor]] = [model_of(index) for index in range(4)]
+    last = models[3][0]
+    # torch does not compile what is handed to torch.compile while anything is exported, and warns; calls are safe
+    options = {"recipe": "fp8_per_channel_per_token", "target": "eager"}
+    copies = [copy.deepcopy(last).eval() for _ in range(rounds + 1)]
+    compiled = [torch.compile(model, backend="qcompile", options=options) for model in copies]
+    models[3] = (compiled.pop, models[3][1])
+    alone = {index: job(index, tmp_path / "alone.onnx", *models[index]) for index in jobs}
+    found: dict[int, list[bytes]] = {index: [] for index in jobs}
 
     def repeated(index: int) -> None:
         found[index] += [job(index, tmp_path / f"{index}.onnx", *models[index]) for _ in range(rounds)]
 
-    in_threads([lambda index=index: repeated(index) for index in range(4)])  # type: ignore[misc]
-    assert [[file == alone[index] for file in files] for index, files in enumerate(found)] == [[True] * rounds] * 4
-    assert [model.training for model, _ in models] == [True, True, True, False]
+    in_threads([functools.partial(repeated, index) for index in jobs])
+    same = {index: [file == alone[index] for file in files] for index, files in found.items()}
+    assert same == {index: [True] * rounds for index in jobs}
+    assert all(model.training for model, _ in models[:3])
 
 
 def test_calibration_may_call_qcompile_and_come_from_threads(tmp_path: Path) -> None:
@@ -185,7 +204,7 @@ def test_what_a_model_leaves_behind_is_put_back(error: type[BaseException]) -> N
         module._global_buffer_registration_hooks[hook.id].__module__ = "torch._functorch._aot_autograd.utils"
         warnings.filters = [*warnings.filters]
         torch.set_default_dtype(torch.float64)
-        sys.stderr = open("/dev/null", "w")
+        sys.stderr = io.StringIO()
         model.left = 1
         raise error("cut off")
 
@@ -198,8 +217,8 @@ def test_what_a_model_leaves_behind_is_put_back(error: type[BaseException]) -> N
 
 # The call of this function of torch, or of ours, at which Ctrl-C comes, and after how many of its calls.
 INTERRUPTS = [
-    ("py_impl", 500),  # kernels of operators are replaced
-    ("_deregister_op_impl", 20),  # and put back
+    ("py_impl", 15),  # kernels of operators are replaced
+    ("_deregister_op_impl", 2),  # and put back
     ("register_buffer_assignment_hook", 0),
     ("swap_tensor", 5),  # weights are replaced by fake ones
     ("revert_all_patches", 0),  # Module.__call__ is put back
