@@ -152,5 +152,6 @@ def _operators() -> tuple[OpOverload[..., Any], ...]:
     spaces = [space for space in vars(torch.ops).values() if isinstance(space, _OpNamespace)]
     packets = [packet for space in spaces for packet in vars(space).values() if isinstance(packet, OpOverloadPacket)]
     found = [known for packet in packets for known in vars(packet).values() if isinstance(known, OpOverload)]
-    names = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
-    return tuple(known for known in found if known.name() in names)
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    names = set(torch._C._dispatch_get_registrations_for_dispatch_key(key.name))
+    return tuple(known for known in found if key in known.py_kernels or known.name() in names)  # type: ignore[no-untyped-call]
