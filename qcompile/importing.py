@@ -26,6 +26,7 @@ from qcompile.capture import capture
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, torchao
+from qcompile.process import alone
 from qcompile.quantization import check_dependence, compute_dtype, model_dtype, without
 from qcompile.recipe import QuantizerConfig
 from qcompile.record import QuantizeRecord, record
@@ -66,18 +67,19 @@ def import_quantized(
         CaptureError, PassError; QCompileError if nothing in the model is quantized.
     """
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
-    with contextlib.ExitStack() as stack:
-        for tool in _TOOLS:
-            if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
-                model = stack.enter_context(tool.capture_ready(model))
-        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    gm = unlift(program)
-    needed = input_dependence(gm)
-    log = run_pipeline(CANONICALIZE, gm, recompile=False)
-    _check_quantized(gm)
-    queries = [] if calibration is None else _unquantized_queries(gm)
-    placing = (partial(PlaceAttentionScale, {site.consumer for site in queries}),)
-    run_pipeline(placing, gm, log, recompile=False)
+    with alone():
+        with contextlib.ExitStack() as stack:
+            for tool in _TOOLS:
+                if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
+                    model = stack.enter_context(tool.capture_ready(model))
+            program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        gm = unlift(program)
+        needed = input_dependence(gm)
+        log = run_pipeline(CANONICALIZE, gm, recompile=False)
+        _check_quantized(gm)
+        queries = [] if calibration is None else _unquantized_queries(gm)
+        placing = (partial(PlaceAttentionScale, {site.consumer for site in queries}),)
+        run_pipeline(placing, gm, log, recompile=False)
     source = model_dtype(gm)
     target = compute_dtype(dtype, source)
     configs = dict.fromkeys(queries, QuantizerConfig(FP8.name))
@@ -85,9 +87,10 @@ def import_quantized(
     configs = without(configs, ranges.unreached, log)
     quantizers = {s: Quantizer(FP8, scale_of(ranges.amax[s], config, False)) for s, config in configs.items()}
     pipeline = quantize_pipeline(quantizers, None, source, target, ranges.fully_masked)
-    run_pipeline(pipeline, gm, log, recompile=False)
-    check_dependence(needed, input_dependence(gm))
-    quantized = lift(gm, program)
+    with alone():
+        run_pipeline(pipeline, gm, log, recompile=False)
+        check_dependence(needed, input_dependence(gm))
+        quantized = lift(gm, program)
     notices = [*ranges.notices, *log.notices]
     seen = ranges.headroom, ranges.source, noted_dimensions(program)
     record(quantized, QuantizeRecord("as imported", log.fired, log.declined, notices, *seen))

@@ -30,6 +30,7 @@ from qcompile.capture import capture
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.messages import some
+from qcompile.process import alone
 from qcompile.quantized import is_finished, refuse_quantized, refuse_quantized_graph
 from qcompile.recipe import (
     QuantizerConfig,
@@ -85,6 +86,8 @@ def quantize(
         operators refuse where a gradient is wanted. What is not quantized and keeps its dtype shares memory with the
         model.
 
+    Threads take turns at what traces, one of them at a time in a process; they calibrate side by side.
+
     Raises:
         CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where. QCompileError: the
             model is quantized already.
@@ -92,19 +95,21 @@ def quantize(
     chosen_recipe = load_recipe(recipe)
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     refuse_quantized(model)
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    gm = unlift(program)
-    needed = input_dependence(gm)
-    plan = planned(gm, chosen_recipe, required=True)
+    with alone():
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        gm = unlift(program)
+        needed = input_dependence(gm)
+        plan = planned(gm, chosen_recipe, required=True)
     source = model_dtype(gm)
     target = compute_dtype(dtype, source)
     weights = weight_amax(plan.configs)
     _check_range(weights, target)
     ranges = activation_ranges(gm, program, plan.configs, calibration, (source, target), progress)
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
-    quantize_graph(gm, plan, weights | ranges.amax, source, target, ranges.fully_masked)
-    check_dependence(needed, input_dependence(gm))
-    quantized = lift(gm, program)
+    with alone():
+        quantize_graph(gm, plan, weights | ranges.amax, source, target, ranges.fully_masked)
+        check_dependence(needed, input_dependence(gm))
+        quantized = lift(gm, program)
     if not is_finished(quantized):
         _tell_nothing(plan.log)
     notices = [*map(str, plan.notices), *ranges.notices, *plan.log.notices]
@@ -139,9 +144,10 @@ def calibrate(
     """
     chosen_recipe = load_recipe(recipe)
     refuse_quantized(model)
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    gm = unlift(program)
-    plan = planned(gm, chosen_recipe, required=True)
+    with alone():
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        gm = unlift(program)
+        plan = planned(gm, chosen_recipe, required=True)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
     ranges = activation_ranges(gm, program, plan.configs, calibration, same, progress)
     for notice in ranges.notices:

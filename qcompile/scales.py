@@ -23,6 +23,7 @@ from qcompile.errors import CalibrationError
 from qcompile.headroom import Headroom, Watch
 from qcompile.messages import some
 from qcompile.observe import observe
+from qcompile.process import alone
 from qcompile.recipe import QuantizerConfig, format_of
 
 # Why an activation has no range.
@@ -118,7 +119,8 @@ def activation_ranges(
                 f" the example inputs, many of them in the place of this one:\n  {calibration_form(program)}"
             )
         return Ranges({}, notices=_unknown_ranges(source, target))
-    watch = Watch(gm, source, target)
+    with alone():
+        watch = Watch(gm, source, target)
     seen = {site: watch.quantizer(site.tensor) for site in static}
     if not watch.watched:
         return Ranges(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.export import ExportedProgram
 
 from passes.program import drop_idle_writes, separated, written_tensors
 from qcompile.capture.dimensions import note_dimensions
+from qcompile.capture.inference import for_inference
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
 from qcompile.capture.suspects import check_inference, check_inputs
@@ -19,6 +19,7 @@ from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
 from qcompile.experts import dense_experts
+from qcompile.process import alone
 
 
 def capture(
@@ -44,24 +45,32 @@ def capture(
     """
     if not isinstance(args, (tuple, list)):
         raise CaptureError(f"args is a tuple of arguments, not a {type(args).__name__}: write (x,) for one argument")
-    if isinstance(model, ExportedProgram):
-        if args or kwargs or dynamic_shapes is not None:
-            raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes go with a module")
-        check_inputs(model)
-        functional = _functional(separated(model), model)
-    else:
-        with unwrapped(model) as inner:
-            if not args and not kwargs:
-                raise CaptureError("a module is captured with example inputs: give args or kwargs")
-            shapes = shapes_by_input(dynamic_shapes, inner, tuple(args), dict(kwargs or {}))
-            copies = own_copies(tuple(args), dict(kwargs or {}))
-            with _for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
-                program = _export(inner, *copies, shapes)
-                functional = _functional(program, inner)
-            note_dimensions(functional, inner, *copies, shapes)
+    with alone():
+        if isinstance(model, ExportedProgram):
+            if args or kwargs or dynamic_shapes is not None:
+                raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes are a module's")
+            check_inputs(model)
+            functional = _functional(separated(model), model)
+        else:
+            functional = _captured(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     check_inference(functional, exported=isinstance(model, ExportedProgram))
     drop_idle_writes(functional)
     _check_pure(functional)
+    return functional
+
+
+def _captured(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    with unwrapped(model) as inner:
+        if not args and not kwargs:
+            raise CaptureError("a module is captured with example inputs: give args or kwargs")
+        shapes = shapes_by_input(dynamic_shapes, inner, args, kwargs)
+        copies = own_copies(args, kwargs)
+        with for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
+            program = _export(inner, *copies, shapes)
+            functional = _functional(program, inner)
+        note_dimensions(functional, inner, *copies, shapes)
     return functional
 
 
@@ -97,25 +106,3 @@ def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgr
         name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
         found = reason(error, model, program.example_inputs)
         raise CaptureError(f"torch.export captured {name} and could not make it functional: {found}") from error
-
-
-@contextlib.contextmanager
-def _for_inference(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and, for Hugging Face models, no key/value cache; everything is put back on the way out."""
-    training = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    # graphs of torch.export and pt2e refuse both by attributes of their own
-    refusals = [(m, n, m.__dict__.pop(n)) for m in training for n in ("eval", "train") if n in m.__dict__]
-    try:
-        model.eval()
-        for config in cached:
-            config.use_cache = False
-        yield
-    finally:
-        for config in cached:
-            config.use_cache = True
-        for module, mode in training.items():
-            module.training = mode
-        for module, name, refusal in refusals:
-            module.__dict__[name] = refusal

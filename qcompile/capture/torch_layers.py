@@ -17,10 +17,10 @@ def plain_layers() -> Iterator[None]:
     for a mask like any other it gives the same result; `NormalizeAttentionMask` recognises it where it is known. And
     what eval mode calls, one operator for a layer and nested tensors for padding, has no linear layers to be found.
     """
-    tests_mask, is_fast = transformer._detect_is_causal_mask, torch.backends.mha.get_fastpath_enabled()
-    transformer._detect_is_causal_mask = _is_said_to_be_causal
-    torch.backends.mha.set_fastpath_enabled(False)
+    tests_mask, is_fast = transformer._detect_is_causal_mask, torch.backends.mha._is_fastpath_enabled
     try:
+        transformer._detect_is_causal_mask = _is_said_to_be_causal
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         transformer._detect_is_causal_mask = tests_mask

@@ -16,13 +16,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch._dynamo.convert_frame import compile_lock
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcompile.dynamo.calls import current_call
 from qcompile.dynamo.gradients import without_backward
 from qcompile.dynamo.packed import inner_tensors
 from qcompile.errors import CompileError
+from qcompile.process import alone
 
 _version = attrgetter("_version")
 KEPT = 64  # Python numbers that a graph is kept for
@@ -168,8 +168,8 @@ class CompiledGraph:
                     " changes: make or load the model outside of torch.inference_mode()"
                 )
         state = State.of(weights)
-        # tracing and Inductor are not for several threads at once: Dynamo holds its lock only where it compiles itself
-        with compile_lock, torch.inference_mode(False), torch.no_grad():
+        # Dynamo holds its lock only where it compiles itself
+        with alone(keep_sources=True), torch.inference_mode(False), torch.no_grad():
             binding = self._bind(arguments)
         kept = self._kept(weights)
         kept.pop(numbers, None)

@@ -21,6 +21,7 @@ from qcompile.checkpoint.hub.config import (
     is_quantized,
     meta_model,
     model_class,
+    quiet,
     read_config,
     unquantized,
 )
@@ -115,14 +116,15 @@ def _with_floats(cls: Any, config: Any, parts: QuantizedParts, store: TensorStor
     floats = {name: store.later(name) for name in store.left}
     dtype = getattr(config, "dtype", None) or _first_float(store)
     try:
-        model, info = roomy.from_pretrained(  # type: ignore[attr-defined]
-            None,
-            config=config,
-            state_dict=floats,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it is told by `_check_loaded`, with the name of the tensor
-        )
+        with quiet():
+            model, info = roomy.from_pretrained(  # type: ignore[attr-defined]
+                None,
+                config=config,
+                state_dict=floats,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # it is told by `_check_loaded`, with the name of the tensor
+            )
     except QCompileError:
         raise
     except Exception as error:  # torch and transformers each have their own

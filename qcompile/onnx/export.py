@@ -52,6 +52,7 @@ from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
+from qcompile.process import alone
 from qcompile.record import QuantizeRecord, record_of
 from qcompile.report import Report
 from qcompile.sizes import program_bytes
@@ -105,6 +106,8 @@ def export_onnx(
             as the model calls its arguments, and outputs by their keys, else `output`, `output_1`. Dynamic dimensions
             are called as their `torch.export.Dim`.
 
+    Threads take turns: one program is lowered at a time, and files are checked and compared side by side.
+
     Raises:
         ExportError: names do not fit the program, an operator has no ONNX form, or the opset is out of range.
         VerificationError: the file failed a check; it was not put in place.
@@ -115,7 +118,10 @@ def export_onnx(
     check_room({destination: program_bytes(program)}, ExportError)
     if compare is not None:
         import_onnxruntime()
-    with torch.no_grad():  # a learned attention bias would make torch trace the form of SDPA that has a gradient
+    with (
+        alone(),
+        torch.no_grad(),
+    ):  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
         log = run_pipeline(_KERNELS[target], gm)
         modules = Modules.of(gm, noted.declined)
@@ -152,7 +158,7 @@ def export_onnx(
 
 def modules_of(program: ExportedProgram, target: Target) -> Modules:
     """What of `program` a file for `target` has quantized: what has no kernel there is in floating point."""
-    with torch.no_grad():
+    with alone(), torch.no_grad():
         gm = unlift(program)
         run_pipeline(_KERNELS[target], gm)
         return Modules.of(gm, record_of(program).declined)
@@ -294,9 +300,9 @@ def _quiet() -> Iterator[None]:
     """Without torch's notes on absent packages, its deprecations, outputs that are None, and what it cannot fold."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)

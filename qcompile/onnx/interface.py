@@ -17,6 +17,7 @@ from passes.program import unlift
 from qcompile import signature
 from qcompile.errors import ExportError
 from qcompile.messages import some
+from qcompile.process import alone
 from qcompile.signature import interface_problem, tensor_inputs
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
@@ -115,7 +116,8 @@ def complex_notices(program: ExportedProgram) -> list[str]:
 
 def required_dependence(program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:
     """ONNX output -> ONNX inputs whose values it has to depend on, read off `program`, which was lowered to `model`."""
-    gm = unlift(program)
+    with alone():
+        gm = unlift(program)
     placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     positions = [position for position, _ in tensor_inputs(program)]
     to_onnx = {placeholders[i]: str(value.name) for i, value in zip(positions, model.graph.inputs, strict=True)}

@@ -25,6 +25,7 @@ from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.fp4 import as_bytes
 from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import Array
+from qcompile.process import alone
 from qcompile.signature import tensor_inputs
 
 # A layer ends at one of these: what lies between two of them is compared as a whole.
@@ -87,8 +88,9 @@ class _Recorder(Interpreter):
 
 def _record(program: ExportedProgram, model: onnx_ir.Model, inputs: list[Any]) -> dict[str, Array]:
     """ONNX name -> value of the inputs, the layer ends and the outputs of `program`, run on `inputs`."""
-    gm = unlift(program, sink=False)
-    as_bytes(gm)
+    with alone():
+        gm = unlift(program, sink=False)
+        as_bytes(gm)
     names: dict[Node, list[str]] = defaultdict(list)
     placeholders = gm.graph.find_nodes(op="placeholder")
     for (position, _), value in zip(tensor_inputs(program), model.graph.inputs, strict=True):

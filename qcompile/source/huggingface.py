@@ -36,7 +36,7 @@ def load_directory(
         CheckpointError: a quantized checkpoint that cannot be read.
     """
     read_config(path, SourceError)
-    transformers = import_transformers(SourceError)
+    transformers = import_transformers(SourceError, silent=True)
     config = auto_config(transformers, path, SourceError)
     name, found = model_class(transformers, config, SourceError)
     if random_weights is None:

@@ -36,7 +36,7 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
         )
     for file in filter(Path.is_file, Path(model).iterdir()):  # each class has its own
         check_inside(file, Path(model), CalibrationError)
-    transformers = import_transformers(CalibrationError)
+    transformers = import_transformers(CalibrationError, silent=True)
     for name in _FILES[kind] if kind == IMAGES else ():
         if (Path(model) / name).is_file():
             _check_sides(read_json(Path(model) / name, CalibrationError), Path(model) / name)

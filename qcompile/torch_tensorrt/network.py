@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from passes.graph import val
 from passes.program import unlift
 from qcompile.errors import EngineError
+from qcompile.process import alone
 from qcompile.signature import interface_problem, output_names, tensor_inputs
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt, tensorrt_package
 from qcompile.torch_tensorrt.lower import BlockFp8, lower
@@ -66,7 +67,7 @@ class ProgramNetwork:
         self.package = tensorrt_package()
         if problem := interface_problem(program, "a TensorRT engine"):
             raise EngineError(problem)
-        with torch.no_grad():  # or torch traces the forms that have gradients
+        with alone(), torch.no_grad():  # or torch traces the forms that have gradients
             self._gm = unlift(program)
             lower(self._gm, block_fp8, io_dtype)
         given = {spec.arg.name for spec in program.graph_signature.input_specs if isinstance(spec.arg, TensorArgument)}
@@ -89,6 +90,7 @@ def fill_network(gm: GraphModule, network: Any, inputs: Sequence[str], outputs: 
     from qcompile.torch_tensorrt.interpreter import NetworkInterpreter
 
     filled = Filled()
-    filled.interpreter = NetworkInterpreter(gm, network, filled, inputs, outputs)
-    filled.interpreter.convert()
+    with alone():
+        filled.interpreter = NetworkInterpreter(gm, network, filled, inputs, outputs)
+        filled.interpreter.convert()
     return filled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,47 @@ from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_j
 from qcompile.checkpoint.files.links import check_inside
 from qcompile.errors import QCompileError
 from qcompile.messages import cut, first_line, value
+from qcompile.process import alone
 
 _MOST_LAYERS, _MOST_EXPERTS = 1_000, 10_000
 _COUNT = re.compile("(layer|block|expert|depth|stage)s?(_count)?$")  # num_hidden_layers, n_layer, n_routed_experts
 
 
-def import_transformers(error: type[QCompileError]) -> Any:
-    """The package, silenced. Raises `error` where it is not installed."""
+def import_transformers(error: type[QCompileError], *, silent: bool = False) -> Any:
+    """The package. Raises `error` where it is not installed.
+
+    Args:
+        silent: for good, in a process that is all ours; `quiet` is for those of others.
+    """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as cause:
         raise error(
             "reading a Hugging Face directory needs transformers: pip install 'qcompile[transformers]'"
         ) from cause
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    if silent:
+        _silence(transformers.utils.logging)
     return transformers
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers logs and its bars; and alone, as it builds models in a default dtype of the process."""
+    with alone():
+        logging = importlib.import_module("transformers.utils.logging")
+        level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        try:
+            _silence(logging)
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if has_bars:
+                logging.enable_progress_bar()
+
+
+def _silence(logging: Any) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def read_config(path: Path, error: type[QCompileError]) -> dict[str, Any]:
@@ -83,7 +108,8 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
             more layers than any model has.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
         raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
@@ -126,7 +152,7 @@ def model_class(transformers: Any, config: Any, error: type[QCompileError]) -> t
 def meta_model(name: str, found: Any, config: Any, path: Path | str, error: type[QCompileError]) -> Any:
     """A model of the class `found`, without memory for its weights. Raises `error` with the reason of transformers."""
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return found._from_config(config) if hasattr(found, "_from_config") else found.from_config(config)
     except Exception as cause:  # whatever the sizes in the config lead to
         raise error(f"{path}: {name} cannot be built from config.json: {first_line(cause)}") from cause

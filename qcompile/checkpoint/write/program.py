@@ -22,6 +22,7 @@ from qcompile.checkpoint.write.activations import KvScales
 from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.process import alone
 
 
 @dataclass
@@ -48,7 +49,9 @@ def read_program(program: ExportedProgram) -> ProgramWeights:
         CheckpointError: nothing in it is quantized, or something in a way that no checkpoint says.
     """
     found = ProgramWeights()
-    for part in graphs(unlift(program)):
+    with alone():
+        gm = unlift(program)
+    for part in graphs(gm):
         _read(part, found)
     if not found.layers:
         raise CheckpointError("no linear layer of this program is quantized: give what qcompile.quantize returned")

@@ -61,7 +61,10 @@ def quantized(**changes: Any) -> dict[str, Any]:
         (quantized(**MIXED, quantized_layers={LONG: 3}), r"n+\.\.\.n+ is 3, and has to be an object"),
         (quantized(**MIXED, quantized_layers={"x": {"quant_algo": LONG}}), r"layer x has quant_algo 'n+\.\.\.n+'"),
         ({**LLAMA, "quantization_config": FP8, "architectures": 5}, r"(?i)architectures"),
-        ({**LLAMA, "quantization_config": FP8, "architectures": [LONG]}, r"has no n+\.\.\.n+ among its models; a model with"),
+        (
+            {**LLAMA, "quantization_config": FP8, "architectures": [LONG]},
+            r"has no n+\.\.\.n+ among its models; a model with",
+        ),
         ({**LLAMA, "quantization_config": FP8, "hidden_size": float("nan")}, r"config\.json"),
         ({**LLAMA, "quantization_config": FP8, "hidden_size": HUGE}, r"config\.json"),
     ],
