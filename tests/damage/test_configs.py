@@ -62,7 +62,7 @@ def test_mutated_configurations(checkpoints: list[Path], tmp_path: Path) -> None
         case.mkdir()
         for path in source.iterdir():
             if path.is_file():
-                (case / path.name).symlink_to(path)
+                (case / path.name).hardlink_to(path)
         if source.name == "source":
             (case / "plain").touch()
         present = [name for name in FILES if (case / name).exists()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -78,7 +77,8 @@ def read_program(path: Path) -> int:
 
 
 def write_checkpoint(path: Path, which: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        os.rename(path, path.parent.with_name(f"{path.parent.name}-{time.monotonic_ns()}"))
     with new_directory(path) as folder:
         writer = ShardWriter(folder, SIZE)
         for name in "abc":
@@ -118,8 +118,14 @@ def run_until_killed(kind: Kind, path: Path, number: signal.Signals, after: floa
         finally:
             os._exit(0)
     time.sleep(after)
-    os.kill(process, number)
-    os.waitpid(process, 0)
+    ended = 0
+    while not ended:  # a KeyboardInterrupt in a destructor is lost, as everywhere in Python
+        os.kill(process, number)
+        for _ in range(100):
+            ended, _ = os.waitpid(process, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.01)
 
 
 def kill_often(kind: Kind, path: Path, times: int) -> None:
@@ -130,7 +136,7 @@ def kill_often(kind: Kind, path: Path, times: int) -> None:
         run_until_killed(kind, path, number, draw.uniform(0.0, 0.06))
         if (
             path.exists() or kind is not KINDS["checkpoint"]
-        ):  # which removes the old one first: it takes a new directory
+        ):  # whose old one is moved away first: it takes a new directory
             assert kind.read(path) in (0, 1)
         kind.write(path, round % 2)
         assert kind.read(path) == round % 2
