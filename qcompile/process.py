@@ -20,6 +20,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._export.utils import _materialize_cpp_cia_ops
 from torch._ops import OpOverload, OpOverloadPacket, _OpNamespace
 from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.backends import mha
 from torch.export import _trace
 from torch.fx import _symbolic_trace, graph_module, traceback
@@ -48,6 +49,7 @@ _REPLACED: tuple[tuple[Any, str], ...] = (
     (traceback, "current_meta"),
     (transformer, "_detect_is_causal_mask"),
 )
+_MOST_FAKES = 10_000  # results of operators by their shapes, 300 for a small model, which torch keeps for good
 _HOOKS: tuple[Any, ...] = (
     module._global_buffer_registration_hooks,
     module._global_module_registration_hooks,
@@ -82,6 +84,8 @@ def alone(*, keep_sources: bool = False) -> Iterator[None]:
                 raise
             if not keep_sources:
                 before.forget_sources()
+            if len(FakeTensorMode.cache) > _MOST_FAKES:
+                FakeTensorMode.cache_clear()
 
 
 class _State:
