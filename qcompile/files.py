@@ -25,6 +25,7 @@ if sys.platform != "win32":
 _PREFIX, _MARKER, _INSIDE = ".qcompile-", ".partial", "new"
 _FOLDER = re.compile(rf"{re.escape(_PREFIX)}[a-z0-9_]{{8}}")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -70,12 +71,12 @@ def said(path: Path, error: type[QCompileError]) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        tofile = cause.errno is None and "requested and" in str(cause)  # what numpy says where a disk is full
-        known = cause.errno in (*_NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
-        elsewhere = cause.filename is not None and path.resolve().parent not in Path(cause.filename).resolve().parents
-        if elsewhere or not (tofile or known):  # what is read, too, may lie on a disk
+        full = cause.errno in _NO_ROOM or (cause.errno is None and "requested and" in str(cause))  # as numpy says it
+        named = {Path(name).resolve() for name in (cause.filename, cause.filename2) if isinstance(name, str | Path)}
+        ours = not named or any(path.resolve().parent in name.parents for name in named)  # what is read may fail, too
+        if not full and not (ours and cause.errno in _REFUSED):
             raise
-        why = "no room is left on the disk" if tofile or cause.errno in _NO_ROOM else cause.strerror
+        why = "no room is left on the disk" if full else cause.strerror
         raise error(f"cannot write {path}: {why}; what was there before is as it was") from cause
 
 

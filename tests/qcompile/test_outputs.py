@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,50 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(name: str, here: Path, pr
     )
     assert sorted(os.listdir(here)) == before
     assert name not in FILES or path.read_bytes() == b"old"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root can mount, and not everywhere")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only(here: Path, small_disk: Path, program: ExportedProgram) -> None:
+    for name, write in WRITERS.items():
+        with pytest.raises(QCompileError, match=r"no room"):
+            for number in range(4):  # some are smaller than others
+                write(small_disk / f"{name}{number}", program)
+        assert not list(small_disk.glob(".qcompile-*")), name
+        for file in small_disk.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for write in WRITERS.values():
+        with pytest.raises(QCompileError, match=r"cannot write|not writable"):
+            write(small_disk / "new", program)
+
+
+def test_ctrl_c_in_the_builder_cancels_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    seen: list[str] = []
+
+    def step(phase: str, done: int, total: int) -> None:
+        seen.append(phase)
+        if phase != "Parsing" and seen.count(phase) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(build, "_progress", lambda *_: contextlib.nullcontext(step))
+    with pytest.raises(KeyboardInterrupt):
+        qcompile.build_engine("m.onnx", "e", target="sm89")
+    assert not (here / "e").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    count = len(seen)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert count and qcompile.build_engine("m.onnx", "e", target="sm89", progress=False).kernels
 
 
 def test_what_a_dead_process_left_goes_and_a_living_one_has_stays(here: Path, program: ExportedProgram) -> None:
