@@ -111,6 +111,7 @@ def run_until_killed(kind: Kind, path: Path, number: signal.Signals, after: floa
     process = os.fork()
     if not process:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in the background
             with as_process() as mine:
                 mine.starting = False
                 for which in itertools.cycle((1, 0)):

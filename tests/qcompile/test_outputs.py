@@ -204,10 +204,12 @@ def test_ctrl_c_in_the_builder_cancels_it(here: Path, monkeypatch: pytest.Monkey
         if phase != "Parsing" and seen.count(phase) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(build, "_progress", lambda *_: contextlib.nullcontext(step))
     with pytest.raises(KeyboardInterrupt):
         qcompile.build_engine("m.onnx", "e", target="sm89")
     assert not (here / "e").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     count = len(seen)
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -246,7 +248,10 @@ def test_a_report_that_falls_short_is_written_and_says_what_is_new(
 
 
 def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "qcompile", *argv], text=True, **options)
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in the background
+
+    return subprocess.Popen([sys.executable, "-m", "qcompile", *argv], text=True, preexec_fn=heed, **options)
 
 
 PIPE = subprocess.PIPE
