@@ -7,12 +7,18 @@
 
 from __future__ import annotations
 
-from passes import ir
-from passes.base import Decline, Pass, PassLog, PassResult, run_pipeline
-from passes.errors import PassError, QCompileError
-from passes.formats import FORMATS, Format, get_format
-from passes.pipelines import NORMALIZE, PORTABLE, TENSORRT, quantize_pipeline
-from passes.program import lift, unlift
+from typing import TYPE_CHECKING
+
+from passes.lazy import public
+from passes.registration import register
+
+if TYPE_CHECKING:
+    from passes import ir
+    from passes.base import Decline, Pass, PassLog, PassResult, run_pipeline
+    from passes.errors import PassError, QCompileError
+    from passes.formats import FORMATS, Format, get_format
+    from passes.pipelines import NORMALIZE, PORTABLE, TENSORRT, quantize_pipeline
+    from passes.program import lift, unlift
 
 __all__ = [
     "FORMATS",
@@ -33,3 +39,26 @@ __all__ = [
     "run_pipeline",
     "unlift",
 ]
+
+_PLACES = {
+    "ir": "passes.ir",
+    "FORMATS": "passes.formats",
+    "NORMALIZE": "passes.pipelines",
+    "PORTABLE": "passes.pipelines",
+    "TENSORRT": "passes.pipelines",
+    "Decline": "passes.base",
+    "Format": "passes.formats",
+    "Pass": "passes.base",
+    "PassError": "passes.errors",
+    "PassLog": "passes.base",
+    "PassResult": "passes.base",
+    "QCompileError": "passes.errors",
+    "get_format": "passes.formats",
+    "lift": "passes.program",
+    "quantize_pipeline": "passes.pipelines",
+    "run_pipeline": "passes.base",
+    "unlift": "passes.program",
+}
+
+register()
+__getattr__, __dir__ = public(__name__, _PLACES)

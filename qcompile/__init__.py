@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from passes.lazy import public
 
 if TYPE_CHECKING:
     from qcompile.api import build_engine
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qcompile.checkpoint.write.save import save_checkpoint
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
-    from qcompile.engine import EngineReport
+    from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
     from qcompile.frontends.checkpoint import load_checkpoint
     from qcompile.importing import import_quantized
@@ -64,7 +65,7 @@ __all__ = [
 _PLACES = {
     "CheckpointReport": "qcompile.checkpoint.write.report",
     "CompileReport": "qcompile.dynamo.explain",
-    "EngineReport": "qcompile.engine",
+    "EngineReport": "qcompile.engine.report",
     "Explanation": "qcompile.dynamo.explain",
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
@@ -85,14 +86,4 @@ _PLACES = {
     "save_checkpoint": "qcompile.checkpoint.write.save",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """The public name, from its module: importing the package loads nothing of what it does not use."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = public(__name__, _PLACES)

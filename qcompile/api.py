@@ -12,12 +12,11 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.ahead import check_model_target
-from qcompile.engine import EngineReport
-from qcompile.engine import build_engine as build_engine_from_file
 from qcompile.engine.backend import find_backend
+from qcompile.engine.build import build_engine as build_engine_from_file
 from qcompile.engine.build import build_network
 from qcompile.engine.profiles import Profile, listed
-from qcompile.engine.report import check_keys
+from qcompile.engine.report import EngineReport, check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
 from qcompile.outputs import check_room, check_writable

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from qcompile.demo.measure import Accuracy
-from qcompile.engine import EngineReport
+from qcompile.engine.report import EngineReport
 from qcompile.tables import add, size, table
 
 TARGETS = ("sm89", "sm120")

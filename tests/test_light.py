@@ -1,0 +1,43 @@
+"""What is loaded when: help and completion in no time, operators of saved programs whoever is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = "{'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'transformers', 'tensorrt_rtx'}"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["export", "--help"], ["completion", "bash"], ["nothing"]])
+def test_the_command_line_imports_what_it_runs(argv: list[str]) -> None:
+    code = f"import sys; from qcompile.cli import main; main({argv}); print(sorted({HEAVY} & sys.modules.keys()))"
+    assert run(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("first", ["import qcompile, torch", "import torch, qcompile", "import passes, torch"])
+def test_operators_are_there_whichever_is_imported_first(first: str) -> None:
+    rest = (
+        "print(torch.ops.qcompile.quantize.default, 'torch._inductor' in sys.modules, type(torch.__loader__).__name__)"
+    )
+    assert run(f"import sys; {first}; {rest}") == "qcompile.quantize.default False SourceFileLoader"
+
+
+def test_public_names() -> None:
+    both = "(getattr(m, n) and n in dir(m) for m in (qcompile, passes) for n in m.__all__)"
+    assert run(f"import qcompile, passes; print(all{both})") == "True"
+    for module in ("formats", "constants", "pipelines", "ir"):
+        assert (
+            run(f"import passes.{module}, qcompile; qcompile.quantize; print('torch' in passes.ir.__dict__)") == "True"
+        )
+    with pytest.raises(AttributeError, match="module 'qcompile' has no attribute 'nothing'"):
+        import qcompile
+
+        qcompile.nothing  # noqa: B018
