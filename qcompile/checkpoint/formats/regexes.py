@@ -18,7 +18,7 @@ from qcompile.checkpoint.formats.regex_parts import Branch, Leaf, Look, Match, O
 from qcompile.errors import CheckpointError
 from qcompile.messages import value
 
-LONGEST_PATTERN = 1_000
+LONGEST_PATTERN, MOST_GROUPS = 1_000, 100
 MOST_WAYS = 300_000  # of Python's matcher, times parts: milliseconds
 MOST_SECONDS = 5.0  # of a processor, for all matches; real checkpoints of 50,000 layers need less than one
 
@@ -50,6 +50,8 @@ class Regex:
         """Raises `CheckpointError` for what is no pattern, and for one that is too long."""
         if len(text) > LONGEST_PATTERN:
             raise CheckpointError(f"{value(text)}: a regular expression has at most {LONGEST_PATTERN} characters")
+        if text.count("(") > MOST_GROUPS:  # how deep Python goes depends on what else the process has set
+            raise CheckpointError(f"{value(text)}: a regular expression has at most {MOST_GROUPS} groups")
         self.text = text
         try:
             self._compiled = re.compile(text)

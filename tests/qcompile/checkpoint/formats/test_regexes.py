@@ -61,7 +61,7 @@ def test_patterns_of_exponential_time(pattern: str, name: str, expected: bool) -
     [
         ("(", EXPERT, "is no regular expression: error: missing"),
         ("a{99999999999}", EXPERT, "is no regular expression: OverflowError"),
-        ("(" * 499 + ")" * 499, EXPERT, "is no regular expression|takes too long"),
+        ("(" * 499 + ")" * 499, EXPERT, "has at most 100 groups"),
         ("x" * 1_001, EXPERT, "has at most 1000 characters"),
         (r"(a*)*\1b", "a" * 60, "takes too long to match"),
         (r"(?:.*.*)*x", "a" * 5_000, "takes too long to match"),
