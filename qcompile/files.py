@@ -14,7 +14,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qcompile.errors import QCompileError
@@ -80,16 +80,22 @@ def said(path: Path, error: type[QCompileError]) -> Iterator[None]:
         raise error(f"cannot write {path}: {why}; what was there before is as it was") from cause
 
 
-def move_all(files: Sequence[Path], path: Path) -> None:
-    """Move `files` beside what `path` leads to, the last one in its place.
+def move_all(files: Sequence[Path], path: Path, old: Callable[[], Iterable[Path]] = tuple) -> None:
+    """Move `files` beside what `path` leads to, the last one in its place, and remove what is `old` then.
 
-    Between the first move and the last no other process moves into that directory, where its disk knows locks.
+    Meanwhile no other process does so in that directory, where its disk knows locks.
+
+    Args:
+        old: asked before the first move; those that are moved there stay.
     """
     place = path.resolve()
     with _alone(place.parent):
-        for file in files[:-1]:
-            _put(file, place.with_name(file.name))
-        _put(files[-1], place)
+        places = [*(place.with_name(file.name) for file in files[:-1]), place]
+        useless = set(old()) - set(places)
+        for file, new in zip(files, places, strict=True):
+            _put(file, new)
+        for file in useless:
+            file.unlink(missing_ok=True)
 
 
 def _put(file: Path, place: Path) -> None:

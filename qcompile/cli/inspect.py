@@ -70,7 +70,7 @@ def _report(console: Console, data: dict[str, Any], file: Path) -> int:
         if engine:
             show_engine(console, engine)
         if failed := data.get("failed"):
-            warn(f"the engine was not written: {failed}")
+            warn(f"not everything was written: {failed}")
             return 1
         return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

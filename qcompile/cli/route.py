@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch.export import ExportedProgram
+
 import qcompile
 from qcompile.cli.ahead import check_before_loading, check_before_quantizing
 from qcompile.cli.build import build_and_show
@@ -35,10 +37,35 @@ def export_onnx(wanted: Wanted) -> int:
         program, first = imported(source, calibration, wanted.dtype)
     else:
         program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)
+    compared = first if first is not None else source.example_batch
+    report: dict[str, Any] = {"source": source.name, "export": None, "engine": None}
+    new: list[str] = []
+    try:
+        _write(wanted, program, compared, calibration, report, new)
+    except QCompileError as error:
+        report["failed"] = str(error)
+        if new:
+            step(f"{' and '.join(new)} {'is' if len(new) == 1 else 'are'} new, and nothing else")
+        raise
+    finally:
+        if wanted.report is not None:
+            write_json(wanted.report, {**report, "new": new})
+    return 0
+
+
+def _write(
+    wanted: Wanted,
+    program: ExportedProgram,
+    compared: Any,
+    calibration: Data | None,
+    report: dict[str, Any],
+    new: list[str],
+) -> None:
+    """Write one file after the other; `report` and `new` tell how far it came."""
     if wanted.save_program is not None:
         save(program, wanted.save_program)
+        new.append(str(wanted.save_program))
     step(f"exporting to {wanted.output}")
-    compared = first if first is not None else source.example_batch
     exported = qcompile.export_onnx(
         program,
         wanted.output,
@@ -48,25 +75,14 @@ def export_onnx(wanted: Wanted) -> int:
         io_dtype=wanted.io_dtype,
         compare=compared if wanted.compare else None,
     )
-    report: dict[str, Any] = {"source": source.name, "export": json.loads(exported.to_json()), "engine": None}
+    new.append(str(wanted.output))
+    report["export"] = json.loads(exported.to_json())
     report["export"]["notices"][:0] = calibration.notices if calibration is not None else ()
     show_export(out(), report["export"])
-    try:
-        if wanted.builds:
-            step("building the engine")
-            report["engine"] = build_and_show(
-                wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect
-            )
-    except QCompileError as error:
-        report["failed"] = str(error)
-        new = [str(path) for path in (wanted.save_program, wanted.output) if path is not None]
-        old = f"; {wanted.engine} is as it was" if wanted.engine is not None else ""
-        step(f"{' and '.join(new)} {'is' if len(new) == 1 else 'are'} new{old}")
-        raise
-    finally:
-        if wanted.report is not None:
-            write_json(wanted.report, report)
-    return 0
+    if wanted.builds:
+        step("building the engine")
+        report["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)
+        new += [str(wanted.engine)] if wanted.engine is not None else []
 
 
 def _load(wanted: Wanted, calibration: Data | None) -> Source:

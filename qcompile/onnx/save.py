@@ -28,10 +28,7 @@ def onnx_folder(destination: Path, error: type[QCompileError] = ExportError) -> 
     with folder_beside(destination, error) as folder:
         yield folder
         weights = [file for file in folder.iterdir() if file.name != destination.name]
-        old = _weights_of(destination)
-        move_all([*weights, folder / destination.name], destination)
-        for file in old - {destination.resolve().with_name(file.name) for file in weights}:
-            file.unlink(missing_ok=True)
+        move_all([*weights, folder / destination.name], destination, lambda: _weights_of(destination))
 
 
 @contextlib.contextmanager

@@ -145,6 +145,24 @@ def kill_often(kind: Kind, path: Path, times: int) -> None:
         assert len(left) == kind.files, f"left behind after signal {number}: {left}"
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "checkpoint"])
+def test_two_processes_that_write_one_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save_module, "EMBEDDED_BYTES", 10**9 if KINDS[name].files == 1 else 0)
+    kind, path, writers = KINDS[name], tmp_path / "out.pt2", []
+    for which in (0, 1):
+        if not (process := os.fork()):
+            try:
+                for _ in range(10):
+                    kind.write(path, which)
+            finally:
+                os._exit(0)
+        writers.append(process)
+    for process in writers:
+        os.waitpid(process, 0)
+    assert kind.read(path) in (0, 1)
+    assert len(list(tmp_path.iterdir())) == kind.files
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("times", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_old_or_new_and_nothing_left_behind(

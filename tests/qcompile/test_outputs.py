@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import resource
@@ -241,10 +242,21 @@ def test_a_report_that_falls_short_is_written_and_says_what_is_new(
     (here / "e").write_bytes(b"old")
     wanted = ("--engine", "e", "--target", "sm89", "--expect", "gemm_fp8=99", "--report", "r.json", "--no-compare")
     assert main((*EXPORT, "-o", "n.onnx", *wanted)) == 1
-    assert "n.onnx is new; e is as it was" in capsys.readouterr().err
+    assert "n.onnx is new, and nothing else" in capsys.readouterr().err
     assert (here / "e").read_bytes() == b"old" and (here / "n.onnx").exists()
+    assert json.loads((here / "r.json").read_text())["new"] == ["n.onnx"]
     assert main(("inspect", "r.json")) == 1
     assert "99" in capsys.readouterr().err
+
+
+def test_a_current_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(("recipes", "list")) == 2
+    assert "the current directory is gone" in capsys.readouterr().err
 
 
 def command(*argv: str, **options: Any) -> subprocess.Popen[str]:
