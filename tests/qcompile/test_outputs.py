@@ -289,5 +289,10 @@ def test_stopped_by_a_signal(number: signal.Signals, here: Path) -> None:
     os.read(process.stderr.fileno(), 1) if number == signal.SIGINT else signal.sigtimedwait([], 1.0)  # type: ignore[union-attr]
     process.send_signal(number)
     said = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in said and said.endswith("error: interrupted\n"), said
+    # Python ends itself by SIGINT if one came inside of eval(); a shell sees 130 then, too
+    assert (
+        process.returncode in (130, -signal.SIGINT)
+        and "Traceback" not in said
+        and said.endswith("error: interrupted\n")
+    ), said
     assert not list(here.glob(".qcompile-*"))
