@@ -99,13 +99,13 @@ def move_all(files: Sequence[Path], path: Path, old: Callable[[], Iterable[Path]
 
 
 def _put(file: Path, place: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        file.chmod(stat.S_IMODE(place.stat().st_mode))
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        file.chmod(stat.S_IMODE(place.stat().st_mode))
     os.replace(file, place)
 
 

@@ -121,6 +121,8 @@ def run(tokens: Sequence[str], process: Process) -> int:
             return WRONG_USAGE
         _say(f"{type(error).__name__}: {error}\nThis is a bug in qcompile; --debug shows where it comes from")
         return INTERNAL
+    if result and process.asked:  # an error that was made of it
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else GOOD
 
 
