@@ -77,10 +77,10 @@ def onnx_session(
 
 
 def _openable(file: OnnxFile, folder: str | os.PathLike[str] | None) -> tuple[Path | bytes, Any]:
-    """`file`, and the folder of its data, as ONNX Runtime takes them: without links out of the folder of a file that is
-    none itself, as one that was written into a snapshot of the hub's cache has."""
-    home = file.path.parent.resolve()
-    if file.path.is_symlink() or all(data.is_relative_to(home) for data in external_files(file.model, file.path)):
+    """`file`, and the folder of its data, as every release of ONNX Runtime takes them: without links, as those of a
+    snapshot of the hub's cache, which lead out of the folder."""
+    home, data = file.path.parent.resolve(), external_files(file.model, file.path)
+    if not data or (not file.path.is_symlink() and all(part.is_relative_to(home) for part in data)):
         return file.path, folder
     model = onnx.ModelProto()
     model.ParseFromString(file.path.read_bytes())
