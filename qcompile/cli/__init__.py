@@ -13,7 +13,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (None: the process's own arguments); returns the exit code."""
     with as_process() as process:
-        from qcompile.cli.app import run  # for seconds: torch is imported
+        from qcompile.cli.app import run
 
         process.starting = False
         try:

@@ -57,12 +57,12 @@ def build_engine(
     listed(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
-    if destination is not None:
-        weights = external_files(graph.model, Path(model))
-        own = [("the ONNX file", model), *(("its file of weights", path) for path in weights)]
-        check_distinct({"the engine": destination}, own, EngineError)
     backend = find_backend(target)
     precheck(graph, backend.target)
+    if destination is not None and graph.path is not None:
+        weights = external_files(graph.model, graph.path)
+        own = [("the ONNX file", model), *(("its file of weights", path) for path in weights)]
+        check_distinct({"the engine": destination}, own, EngineError)
     if backend.package == "tensorrt_rtx":
         check_operators(graph)
     if destination is not None:

@@ -112,6 +112,12 @@ def test_an_engine_in_the_place_of_its_own_file(here: Path) -> None:
         with pytest.raises(EngineError, match=f"the engine {output} is (the ONNX file|its file of weights)"):
             qcompile.build_engine("w.onnx", output, target="sm89", progress=False)
     assert content(here) == before
+    (here / "linked").mkdir()
+    (here / "linked" / "w.onnx").symlink_to(here / "w.onnx")
+    assert qcompile.build_engine("linked/w.onnx", "e", target="sm89", progress=False).kernels
+    (here / "w.bin").unlink()
+    with pytest.raises(EngineError, match=r"w.onnx' is incomplete: .*w.bin', which is not beside the model"):
+        qcompile.build_engine("w.onnx", "f", target="sm89", progress=False)
 
 
 def fill(path: Path, program: ExportedProgram) -> None:

@@ -46,6 +46,7 @@ from qcompile.onnx.view import infer as infer_types
 from qcompile.onnxfile.names import said
 from qcompile.onnxfile.payload import SMALL_BYTES, data_file, embedded, is_external, payload_bytes
 from qcompile.onnxfile.read import external_files, payload_problems
+from qcompile.outputs import check_distinct
 
 
 def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> RepairReport:
@@ -163,11 +164,9 @@ def _read(source: Path, destination: Path) -> ModelView:
 
 def _refuse_own_files(view: ModelView, source: Path, destination: Path) -> None:
     """The input is never changed: not through its own name, a link, or the file of its weights."""
-    own = [source, *_external_files(view)]
+    own = [("part of the old file, which is never changed", file) for file in (source, *_external_files(view))]
     for written in (destination, destination.with_name(f"{destination.name}.data")):
-        for file in own:
-            if written.exists() and file.exists() and os.path.samefile(written, file):
-                raise RepairError(f"'{written}' is part of the old file, which is never changed: name another new file")
+        check_distinct({"the new file": written}, own, RepairError)
 
 
 def _external_files(view: ModelView) -> list[Path]:
