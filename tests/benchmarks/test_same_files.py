@@ -23,4 +23,4 @@ def test_a_scale_that_moved_is_found(tmp_path: Path) -> None:
     formats = tmp_path / "passes" / "formats.py"
     formats.write_text(formats.read_text().replace("448.0, -448.0)\n", "224.0, -224.0)\n", 1))
     (other,) = compared(tmp_path, "bert", ["fp8_gemm"])
-    assert not other["ok"] and any("weight" in name for name in other["differ"])
+    assert not other["ok"] and other["of"] > len(other["differ"])  # which are shown
