@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +12,7 @@ from passes.blocks import scale_rows
 from passes.constants import add_constant, constant, constant_before
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
+from passes.groups import parallel, parent_of, reads
 from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
 
@@ -44,9 +44,9 @@ class MergeParallelLinears(Pass):
             if not is_call(source, DEQUANTIZE):
                 continue
             linears = [linear for user in source.users if (linear := _Linear.read(user, source)) is not None]
-            linears.sort(key=lambda linear: (linear.owner, linear.node))  # nodes sort in the order of the graph
-            for _, group in groupby(linears, key=lambda linear: linear.owner):
-                self._consider(gm, list(group))
+            linears.sort(key=lambda linear: (parent_of(linear.name), linear.node))  # nodes sort as in the graph
+            for group in parallel(linears, lambda linear: reads(linear.node)):
+                self._consider(gm, group)
 
     def _consider(self, gm: GraphModule, group: list[_Linear]) -> None:
         if len(group) < 2:
@@ -102,11 +102,6 @@ class _Linear:
     @property
     def name(self) -> str:
         return linear_name(self.node)
-
-    @property
-    def owner(self) -> str:
-        """Path of the module that holds the layer: layers of one attention or MLP belong together."""
-        return self.name.rpartition(".")[0]
 
     @property
     def width(self) -> int:
