@@ -11,11 +11,12 @@ from torch.fx import GraphModule, Node
 from passes.base import Decline
 from passes.constants import LAYOUT, constant
 from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, BATCHED_LINEAR, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
 from passes.place.rotate import FACTOR
 from passes.quantize.sites import NORMS, linear_name
+from passes.reading import QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 
@@ -114,12 +115,10 @@ def _unseen_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
 
 def _linear_format(node: Node) -> str | None:
     """`fp8` with a quantized weight and input, `fp8_weight_only` with the weight alone, None without."""
-    weight, x = node.args[1], node.args[0]
-    if not is_call(weight, DEQUANTIZE):
+    layer = QuantizedLayer.read(node)
+    if layer is None:
         return None
-    assert isinstance(weight, Node)
-    fmt = str(weight.kwargs["format"])
-    return fmt if is_call(x, DEQUANTIZE) else f"{fmt}_weight_only"
+    return layer.weight.format.name if layer.input is not None else f"{layer.weight.format.name}_weight_only"
 
 
 def _output_format(node: Node) -> str | None:

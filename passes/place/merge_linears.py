@@ -11,10 +11,11 @@ from passes.base import Pass
 from passes.blocks import scale_rows
 from passes.constants import add_constant, constant, constant_before
 from passes.formats import FP8_1X128, FP8_128X128
-from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
+from passes.graph import Emitter, aten, is_call, only_user, shape, val
 from passes.groups import parallel, parent_of, reads
 from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
 
 
 class MergeParallelLinears(Pass):
@@ -86,18 +87,15 @@ class _Linear:
     @classmethod
     def read(cls, node: Node, source: Node) -> _Linear | None:
         """`node` as a quantized linear layer of `source` with constant codes, scale and bias; None if it is not."""
-        if (
-            not is_call(node, aten.linear.default)
-            or node.args[0] is not source
-            or not is_call(node.args[1], DEQUANTIZE)
+        layer = QuantizedLayer.read(node) if is_call(node, aten.linear.default) and node.args[0] is source else None
+        if layer is None or any(
+            part.op != "get_attr" for part in (*layer.weight.parts, layer.bias) if part is not None
         ):
             return None
-        weight, bias = argument(node, "weight"), argument(node, "bias")
-        codes, scale = weight.args
-        block_scales, scale = scale.args if is_call(scale, DEQUANTIZE) else (None, scale)
-        if any(operand is not None and operand.op != "get_attr" for operand in (codes, block_scales, scale, bias)):
-            return None
-        return cls(node, weight, codes, block_scales, scale, bias)
+        weight = layer.weight
+        return cls(
+            node, weight.node, weight.codes, weight.block_scales, weight.global_scale or weight.scale, layer.bias
+        )
 
     @property
     def name(self) -> str:
