@@ -15,8 +15,9 @@ from torch.fx import Node
 
 from passes.constants import is_constant_expression
 from passes.formats import Format, get_format
-from passes.graph import argument, aten, dtype, is_call, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.graph import argument, dtype, is_call, shape
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.operators import operator_of
 from passes.pairs import measured_by
 from passes.quantize.sites import linear_name
 
@@ -97,10 +98,10 @@ def source_of(operand: object) -> Node | None:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """`linear(x, dequantize(codes, scale), bias)`, or the same of all experts of a mixture.
+    """`linear(x, dequantize(codes, scale), bias)`, the same of all experts of a mixture, or of another operator.
 
     Attributes:
-        node: the call of `aten.linear` or `batched_linear`.
+        node: the call of one that `passes.operators` has a weight for.
         weight: its codes can still be the quantize of a constant, before `FoldWeights`.
         input: None where it is not quantized.
         bias: None if there is none.
@@ -113,14 +114,14 @@ class QuantizedLayer:
 
     @classmethod
     def read(cls, node: Node) -> QuantizedLayer | None:
-        """`node` if it is a linear layer with a quantized weight; None if it is anything else."""
-        if not is_call(node, aten.linear.default, BATCHED_LINEAR):
+        """`node` if it is a layer with a quantized weight; None if it is anything else."""
+        row = operator_of(node)
+        weight = None if row is None else Operand.read(row.weight(node))
+        if row is None or weight is None:
             return None
-        x, weight, bias = (argument(node, name) for name in ("input" if _is_linear(node) else "x", "weight", "bias"))
-        quantized = Operand.read(weight)
-        if quantized is None:
-            return None
-        return cls(node, quantized, Operand.read(x), bias if isinstance(bias, Node) else None)
+        index, bias = row.operands["input"], argument(node, "bias")
+        x = None if index is None else Operand.read(node.args[index])
+        return cls(node, weight, x, bias if isinstance(bias, Node) else None)
 
     @classmethod
     def of_codes(cls, node: Node) -> QuantizedLayer | None:
@@ -148,10 +149,6 @@ class QuantizedLayer:
         """`input` of a layer that has it quantized, as those of `of_codes` have."""
         assert self.input is not None, f"the input of {self.node} is not quantized"
         return self.input
-
-
-def _is_linear(node: Node) -> bool:
-    return node.target is aten.linear.default
 
 
 def _argument(node: Node, index: int) -> Node:

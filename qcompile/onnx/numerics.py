@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.formats import get_format
 from passes.graph import aten, dtype, is_call
 from passes.ir import ATTENTION, QUANTIZE
+from passes.operators import NORMS
 from passes.program import unlift
-from passes.quantize.sites import NORMS
 from passes.sdpa import SDPA
 from qcompile.batches import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
