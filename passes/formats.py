@@ -6,8 +6,9 @@ imports it where it is called.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import PassError
@@ -32,6 +33,7 @@ class Format:
             block of an axis can be smaller, but in a packed format.
         scale: the format that the scales of blocks are stored in, under one float32 global scale for the tensor; None
             for scales that are plain numbers.
+        codes_of: the format whose codes these are, where only what shares a scale is another.
     """
 
     name: str
@@ -42,6 +44,21 @@ class Format:
     packed: bool = False
     block: tuple[int | None, ...] = ()
     scale: Format | None = None
+    codes_of: str = ""
+
+    def shared_by(self, name: str, block: tuple[int | None, ...]) -> Format:
+        """The same codes with a scale for each such `block`."""
+        return replace(self, name=name, block=block, codes_of=self.family)
+
+    @property
+    def family(self) -> str:
+        """What recipes call the format, and what hardware has arithmetic for: what shares a scale is said apart."""
+        return self.codes_of or self.name
+
+    @property
+    def is_fp4(self) -> bool:
+        """Whether the codes are e2m1, two to a byte: the only ones so far that share bytes."""
+        return self.packed and not self.integer
 
     @property
     def storage(self) -> torch.dtype:
@@ -64,6 +81,7 @@ class Format:
         if self.packed:
             from passes import e2m1
 
+            self._check_codec()
             return e2m1.encode(scaled)
         clamped = scaled.clamp(self.min, self.max)
         return (clamped.round() if self.integer else clamped).to(self.storage)
@@ -74,7 +92,18 @@ class Format:
             return codes.float()
         from passes import e2m1
 
+        self._check_codec()
         return e2m1.decode(codes)
+
+    def _check_codec(self) -> None:
+        if not self.is_fp4:
+            raise PassError(f"{self.name}: of codes that share bytes only FP4 is known")
+
+    @property
+    def element_bytes(self) -> float:
+        """What an element of a tensor takes in a file, with the scales of blocks that are codes themselves."""
+        scales = self.scale.storage.itemsize / math.prod(self.sizes) if self.scale else 0.0
+        return self.storage.itemsize / (2 if self.packed else 1) + scales
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -103,22 +132,14 @@ class Format:
 
 
 FP8 = Format("fp8", "float8_e4m3fn", 448.0, -448.0)
-FP8_PER_TOKEN = Format("fp8_per_token", "float8_e4m3fn", 448.0, -448.0, block=(None,))
-FP8_1X128 = Format("fp8_1x128", "float8_e4m3fn", 448.0, -448.0, block=(128,))
-FP8_128X128 = Format("fp8_128x128", "float8_e4m3fn", 448.0, -448.0, block=(128, 128))
+FP8_PER_TOKEN = FP8.shared_by("fp8_per_token", (None,))
+FP8_1X128 = FP8.shared_by("fp8_1x128", (128,))
+FP8_128X128 = FP8.shared_by("fp8_128x128", (128, 128))
 INT8 = Format("int8", "int8", 127.0, -128.0, integer=True)
-INT8_PER_TOKEN = Format("int8_per_token", "int8", 127.0, -128.0, integer=True, block=(None,))
+INT8_PER_TOKEN = INT8.shared_by("int8_per_token", (None,))
 NVFP4 = Format("nvfp4", "uint8", 6.0, -6.0, packed=True, block=(16,), scale=FP8)
 
 FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4)}
-
-MULTIPLIED = {
-    FP8: (FP8, FP8_PER_TOKEN),
-    FP8_128X128: (FP8_1X128,),
-    INT8: (INT8, INT8_PER_TOKEN),
-    NVFP4: (NVFP4,),
-}
-"""Format of a weight -> the formats of inputs that some target multiplies it with, as codes."""
 
 
 def get_format(name: str) -> Format:

@@ -36,7 +36,7 @@ class DecodeFp4Weights(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, DEQUANTIZE):
             weight = Operand(node)
-            if weight.format.packed and weight.is_constant:
+            if weight.format.is_fp4 and weight.is_constant:
                 _decode(gm, weight)
                 self.fire()
 

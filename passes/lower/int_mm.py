@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.formats import INT8, INT8_PER_TOKEN
+from passes.capabilities import UNITS, inputs_of
+from passes.formats import INT8
 from passes.graph import Emitter, aten, shape
 from passes.lower.linears import LinearLowering
 from passes.lower.operands import misaligned
@@ -16,7 +17,6 @@ from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_by
 from passes.lower.scales import float32_scale, scale_product, unscalable
 from passes.reading import QuantizedLayer
 
-INT8_UNITS = (8, 0)
 LEAST_ROWS = 17  # of `_int_mm` on a CUDA device
 LONGEST = (2**31 - 1) // (128 * 128)  # of K: a sum of so many products of codes fits in int32 whatever the codes are
 
@@ -49,7 +49,7 @@ class LinearsToIntMm(LinearLowering):
     """
 
     def takes(self, linear: QuantizedLayer) -> bool:
-        return linear.x.format in (INT8, INT8_PER_TOKEN) and linear.weight.format == INT8
+        return linear.weight.format == INT8 and linear.x.format in inputs_of(INT8)
 
     def reason(self, linear: QuantizedLayer) -> str | None:
         _, length = linear.sizes
@@ -61,7 +61,7 @@ class LinearsToIntMm(LinearLowering):
             if not multiplies_int8():
                 return "this CPU has no VNNI, without which torch multiplies integers one by one"
             return "K = 1, of which torch._int_mm makes wrong numbers on a CPU" if length == 1 else None
-        if not self.device.has(INT8_UNITS):
+        if not self.device.has(UNITS["int8"].cuda):
             return f"{self.device} is not known to multiply INT8 fast"
         return misaligned(linear, 8, 8)
 

@@ -121,7 +121,7 @@ def _as_taken(value: Any, placeholder: Node) -> Any:
 
 def _is_packed(node: Node) -> bool:
     """Whether `node` makes codes that share a byte: the file has each of them apart."""
-    return is_call(node, QUANTIZE) and get_format(str(node.kwargs["format"])).packed
+    return is_call(node, QUANTIZE) and get_format(str(node.kwargs["format"])).is_fp4
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

@@ -12,9 +12,10 @@ from qcompile.recipe.config import QuantizerConfig, mismatch
 from qcompile.recipe.effects import Decision, notices
 from qcompile.recipe.globs import INPUT, KINDS, WEIGHT
 from qcompile.recipe.notices import Notice
-from qcompile.recipe.rule import BLOCK_FORMATS, Rule
+from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
 from qcompile.recipe.stacks import Stacks, counts_from_end
+from qcompile.schemes.words import BLOCK_FORMATS
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class RoundFp4Activations(Pass):
         for node in calls(gm.graph, DEQUANTIZE):
             operand = Operand(node)
             dynamic = operand.measured
-            if dynamic is None or not operand.format.packed or operand.global_scale is not dynamic.args[1]:
+            if dynamic is None or not operand.format.is_fp4 or operand.global_scale is not dynamic.args[1]:
                 continue  # the last: block scales that something else made
             self._rewrite(gm, node, dynamic)
             self.fire()

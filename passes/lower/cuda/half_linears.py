@@ -6,19 +6,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.capabilities import converts, multiplies
 from passes.constants import add_constant, evaluate_constant, root_constants
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import Format
 from passes.graph import aten, calls, dtype
 from passes.ir import BATCHED_LINEAR, dequantize
-from passes.lower.cuda.nvfp4_mm import FP4_UNITS
-from passes.lower.cuda.scaled_mm import FP8_UNITS
 from passes.lower.device import Device
-from passes.lower.int_mm import INT8_UNITS
 from passes.lower.kernels import is_noted, note_kernel
 from passes.lower.operands import constants_read, forget_unread
 from passes.reading import Operand, QuantizedLayer
-
-_E4M3 = (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, NVFP4)  # in their codes or in their scales
 
 
 class LinearsInHalfPrecision(Pass):
@@ -78,19 +74,13 @@ class LinearsInHalfPrecision(Pass):
 
 
 def has_kernel(device: Device, fmt: Format) -> bool:
-    """Whether some matrix product of `device` takes codes of `fmt`; of a format that is not named here none does."""
-    if fmt in (INT8, INT8_PER_TOKEN):
-        return device.has(INT8_UNITS)
-    if fmt == NVFP4:
-        return device.has(FP4_UNITS)
-    if fmt in (FP8_1X128, FP8_128X128):
-        return device.is_hopper
-    return fmt in (FP8, FP8_PER_TOKEN) and device.has(FP8_UNITS)
+    """Whether some matrix product of `device` takes codes of `fmt`."""
+    return multiplies(device.capability, fmt)
 
 
 def can_convert(device: Device, fmt: Format) -> bool:
-    """Whether Triton converts codes or scales of `fmt` on `device`: e4m3 (FP4 has scales of it) from 8.9 on."""
-    return fmt in (INT8, INT8_PER_TOKEN) or (fmt in _E4M3 and device.has(FP8_UNITS))
+    """Whether Triton converts codes or scales of `fmt` on `device`."""
+    return converts(device.capability, fmt)
 
 
 def _store(gm: GraphModule, weight: Operand) -> Node:

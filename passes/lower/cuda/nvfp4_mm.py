@@ -7,6 +7,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.capabilities import UNITS
 from passes.constants import add_constant, constant, evaluate_constant
 from passes.formats import NVFP4
 from passes.graph import Emitter, aten, dtype, shape
@@ -17,7 +18,6 @@ from passes.lower.rows import add_bias, as_rows, like_input
 from passes.lower.scales import float32_scale
 from passes.reading import QuantizedLayer
 
-FP4_UNITS = (10, 0)
 FP4 = torch.float4_e2m1fn_x2
 TILE = (128, 4)  # scales are read in tiles of so many rows and blocks along K
 
@@ -45,7 +45,7 @@ class Nvfp4LinearsToScaledMm(LinearLowering):
         return linear.x.format == NVFP4
 
     def reason(self, linear: QuantizedLayer) -> str | None:
-        if not self.device.has(FP4_UNITS):
+        if not self.device.has(UNITS["nvfp4"].cuda):
             return f"{self.device} has no FP4 matrix units"
         if linear.weight.format != NVFP4:
             return f"the input is in NVFP4, and the weight in {linear.weight.format.name}"

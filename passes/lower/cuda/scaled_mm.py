@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.capabilities import UNITS, inputs_of
 from passes.constants import add_constant
-from passes.formats import FP8, FP8_PER_TOKEN
+from passes.formats import FP8
 from passes.graph import Emitter, aten, dtype, name_in_module, val
 from passes.lower.device import Device
 from passes.lower.linears import LinearLowering
@@ -15,7 +16,6 @@ from passes.lower.rows import add_bias, as_rows, like_input
 from passes.lower.scales import float32_scale, in_columns, is_one_scale, scale_product, unscalable
 from passes.reading import QuantizedLayer
 
-FP8_UNITS = (8, 9)  # the first compute capability whose matrix units take FP8
 SCALED_MM = aten._scaled_mm.default
 
 
@@ -45,7 +45,7 @@ class LinearsToScaledMm(LinearLowering):
         self.fast = fast_accumulation
 
     def takes(self, linear: QuantizedLayer) -> bool:
-        return linear.x.format in (FP8, FP8_PER_TOKEN) and linear.weight.format == FP8
+        return linear.weight.format == FP8 and linear.x.format in inputs_of(FP8)
 
     def reason(self, linear: QuantizedLayer) -> str | None:
         return fp8_reason(self.device, linear) or misaligned(linear, 16, 16)
@@ -60,7 +60,7 @@ class LinearsToScaledMm(LinearLowering):
 
 def fp8_reason(device: Device, linear: QuantizedLayer) -> str | None:
     """Why FP8 codes with the scales of `linear` cannot be multiplied on `device`, or None."""
-    if not device.has(FP8_UNITS):
+    if not device.has(UNITS["fp8"].cuda):
         return f"{device} has no FP8 matrix units"
     return unscalable(linear)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from passes.formats import NVFP4
 from passes.groups import expert_container, served_with
 from qcompile.checkpoint.formats.base import Contents
-from qcompile.layer import Scheme
 from qcompile.messages import some
+from qcompile.schemes.scheme import Scheme
 
 Layers = Callable[[Contents], list[str]]
 """The layers of a checkpoint that a limit is about, none if it does not apply."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from passes.groups import expert_container, parent_of, served_with
 from qcompile.checkpoint.formats.base import Contents
 from qcompile.errors import CheckpointError
-from qcompile.layer import Scheme
 from qcompile.messages import some
+from qcompile.schemes.scheme import Scheme
 
 
 def describe(scheme: Scheme | None) -> str:

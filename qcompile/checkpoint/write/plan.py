@@ -18,11 +18,11 @@ from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.write.activations import K, KvScales, V, cache_scales, known_scale, uncovered
 from qcompile.checkpoint.write.codes import weight_like
 from qcompile.errors import CheckpointError, RecipeError
-from qcompile.layer import Scheme
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, check_quantizes, format_of, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
 from qcompile.scales import has_constant, is_calibrated
+from qcompile.schemes.scheme import Scheme
 
 _OUTPUT = "output_quantizer"
 HOW_TO_CALIBRATE = (
