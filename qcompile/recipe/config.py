@@ -67,12 +67,28 @@ def mismatch(weight: QuantizerConfig, activation: QuantizerConfig) -> str | None
     TensorRT computes such products in half precision, crashes, or miscompiles them (an FP8 weight in blocks with an
     input that has one scale). What cannot run at all is left to `unsupported`.
     """
-    if unsupported(weight) or unsupported(activation):
-        return None
-    if format_of(activation) in inputs_of(format_of(weight)):
+    if _is_multiplied(weight, activation):
         return None
     return (
         f"no target multiplies a weight in {weight.layout} with an input in {activation.layout}"
         f" (weight: {weight.source}; input: {activation.source}). There are, weight x input: {products_in_words()}; and"
         " each weight with an input that is not quantized"
     )
+
+
+def attention_mismatch(left: tuple[str, QuantizerConfig], right: tuple[str, QuantizerConfig]) -> str | None:
+    """Why no target multiplies two operands of an attention, each with its name, that are quantized so, or None."""
+    (name, config), (other, second) = left, right
+    if _is_multiplied(second, config):
+        return None
+    return (
+        f"no target multiplies {name} in {config.layout} with {other} in {second.layout} ({name}: {config.source};"
+        f" {other}: {second.source}): give both one format"
+    )
+
+
+def _is_multiplied(weight: QuantizerConfig, activation: QuantizerConfig) -> bool:
+    """Whether some target multiplies the two, or whether one of them cannot run at all, which is said elsewhere."""
+    if unsupported(weight) or unsupported(activation):
+        return True
+    return format_of(activation) in inputs_of(format_of(weight))
