@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from passes.lazy import public
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from qcompile.quantization import calibrate, quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
-
-# torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
-# for tensors on a GPU only, where they do not.
-warnings.filterwarnings("ignore", message="No complete tensor found in the group")
 
 __all__ = [
     "CheckpointReport",

@@ -11,19 +11,19 @@ from torch.fx import GraphModule, Node
 from passes.base import Decline
 from passes.constants import LAYOUT, constant
 from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
+from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind
 from passes.place.rotate import FACTOR
-from passes.quantize.sites import NORMS, linear_name
+from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 
-KINDS = ("linear", "experts", "attention")
-_RECURRENT = [f"aten.{n}" for n in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
-_RECURRENT += [f"{name}_cell" for name in _RECURRENT]
-_LINEARS = {aten.linear.default: "linear", BATCHED_LINEAR: "experts"}
-_PRODUCTS = ("aten::bmm", "aten::baddbmm", "aten::matmul", "aten::mm", "aten::addmm", "aten::einsum")
+KINDS = counted_kinds()
+_LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
+_PRODUCTS = set(of_kind("product"))
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
 
 
@@ -85,7 +85,7 @@ def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
-    for node in calls(gm.graph, *_LINEARS, SDPA, ATTENTION, *NORMS):
+    for node in calls(gm.graph, *_LAYERS, SDPA, ATTENTION, *NORMS):
         if node.target is ATTENTION:
             yield "attention", module_path(node), str(node.kwargs["format"])
         elif node.target is SDPA:
@@ -94,10 +94,9 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
             if (fmt := _output_format(node)) is not None:
                 yield "norm", module_path(node), fmt
         else:
-            yield _LINEARS[node.target], linear_name(node), _linear_format(node)  # type: ignore[index]
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and str(node.target.overloadpacket) in _RECURRENT:
-            yield "recurrent", module_path(node), None
+            yield OPERATORS[node.target].kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *of_kind("recurrent")):
+        yield "recurrent", module_path(node), None
     for kind, name in (*_loose_weights(gm), *_unseen_layers(gm)):
         yield kind, name, None
 
@@ -108,18 +107,16 @@ def _unseen_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
         if operator_name(call) == "flex_attention":
             yield "attention", module_path(call)
         for part in () if is_worked_on(call) else inner(gm, call):
-            for node in calls(part.graph, *_LINEARS, SDPA):
-                yield "attention" if node.target is SDPA else _LINEARS[node.target], module_path(call)  # type: ignore[index]
+            for node in calls(part.graph, *_LAYERS, SDPA):
+                yield OPERATORS[node.target].kind, module_path(call)
 
 
 def _linear_format(node: Node) -> str | None:
     """`fp8` with a quantized weight and input, `fp8_weight_only` with the weight alone, None without."""
-    weight, x = node.args[1], node.args[0]
-    if not is_call(weight, DEQUANTIZE):
+    layer = QuantizedLayer.read(node)
+    if layer is None:
         return None
-    assert isinstance(weight, Node)
-    fmt = str(weight.kwargs["format"])
-    return fmt if is_call(x, DEQUANTIZE) else f"{fmt}_weight_only"
+    return layer.weight.format.name if layer.input is not None else f"{layer.weight.format.name}_weight_only"
 
 
 def _output_format(node: Node) -> str | None:
@@ -148,8 +145,7 @@ def _loose_weights(gm: GraphModule) -> list[tuple[str, str]]:
 def _is_multiplied(weight: Node) -> bool:
     """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer."""
     for user in weight.users:
-        name = getattr(user.target, "name", str)() if user.op == "call_function" else ""
-        if name.partition(".")[0] in _PRODUCTS or is_grouped(user):
+        if is_call(user, *_PRODUCTS) or is_grouped(user):
             return True
         source = user.args[0] if is_call(user, *LAYOUT, *_GATHERS) else None
         if weight in (source, *_listed(source)) and _is_multiplied(user):

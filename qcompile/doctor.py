@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from passes.capabilities import UNITS
 from qcompile.engine.backend import built_for
 from qcompile.engine.capability import lacking
 from qcompile.errors import EngineError
@@ -23,7 +24,7 @@ from qcompile.recipe.asked import asked_formats
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt
 
 _NOT_FOR_USERS = ("demo", "dev")  # extras
-_NOT_IN_ONNXRUNTIME = ("nvfp4",)  # none of its providers has kernels for FP4
+_NOT_IN_ONNXRUNTIME = [name for name, units in UNITS.items() if not units.onnxruntime]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -14,6 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.constants import ConstantRows
 from passes.formats import get_format
 from passes.graph import name_in_module
+from passes.groups import parallel, reads
 from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import beyond
 from passes.quantize.sites import Site
@@ -43,7 +43,7 @@ def weight_amax(configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Ten
     the largest, so that they can be merged and any server can load them as one.
     """
     amax: dict[Site, torch.Tensor] = {}
-    groups: dict[tuple[Node, str, str], list[Site]] = defaultdict(list)
+    shared: list[Site] = []
     for site, config in configs.items():
         if site.operand != "weight":
             continue
@@ -51,12 +51,9 @@ def weight_amax(configs: Mapping[Site, QuantizerConfig]) -> dict[Site, torch.Ten
         if not bool(torch.isfinite(amax[site]).all()):  # aminmax carries a NaN on
             raise CalibrationError(f"{site.name}: the weight holds NaN or infinity")
         if config.granularity != "per_channel" and has_constant(config):
-            source = site.consumer.args[0]
-            assert isinstance(source, Node)
-            groups[source, site.module.rpartition(".")[0], config.format].append(site)
-    for group in groups.values():
-        shared = torch.stack([amax[site] for site in group]).amax()
-        amax.update(dict.fromkeys(group, shared))
+            shared.append(site)
+    for group in parallel(shared, lambda site: reads(site.consumer, configs[site].format)):
+        amax.update(dict.fromkeys(group, torch.stack([amax[site] for site in group]).amax()))
     return amax
 
 

@@ -16,9 +16,9 @@ from passes.constants import (
 )
 from passes.formats import get_format
 from passes.graph import aten, calls, is_call, val
+from passes.groups import parallel, reads
 from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
 from passes.pairs import measured_by
-from passes.quantize.sites import linear_name
 from passes.sdpa import SDPA
 
 
@@ -117,11 +117,9 @@ def _is_attended(quantize: Node) -> bool:
 
 def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
     """Quantize of a weight with blocks -> those of all layers of its module that read the same tensor, in order."""
-    groups: dict[tuple[object, ...], list[Node]] = {}
+    readers: dict[Node, Node] = {}  # the first linear layer of each
     for linear in calls(gm.graph, aten.linear.default):
-        quantize = measured_by(linear.args[1])
-        if quantize is not None and quantize not in {node for group in groups.values() for node in group}:
-            owner = linear_name(linear).rpartition(".")[0]
-            key = (linear.args[0], owner, quantize.kwargs["format"], quantize.meta["val"][0].shape[1:])
-            groups.setdefault(key, []).append(quantize)
-    return {node: group for group in groups.values() for node in group}
+        if (quantize := measured_by(linear.args[1])) is not None:
+            readers.setdefault(quantize, linear)
+    groups = parallel(readers, lambda q: reads(readers[q], q.kwargs["format"], q.meta["val"][0].shape[1:]))
+    return {node: group for group in groups for node in group}

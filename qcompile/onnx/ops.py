@@ -37,7 +37,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     op = getattr(onnxscript, f"opset{opset}")
 
     def quantize(x: Any, scale: Any, format: str) -> Any:
-        if get_format(format).packed:
+        if get_format(format).is_fp4:
             return op.QuantizeLinear(x, scale, axis=-1, block_size=BLOCK, output_dtype=FLOAT4E2M1)
         axis, flat = _granularity(op, scale)
         return op.QuantizeLinear(x, flat, _zero_point(op, scale, format), axis=axis)
@@ -55,7 +55,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         return _rms_norm(op, x, len(normalized_shape), weight, eps)
 
     def dynamic_quantize(x: Any, global_scale: Any, format: str) -> Any:
-        if not get_format(format).packed:
+        if not get_format(format).is_fp4:
             raise NotImplementedError(f"scales from run time, {format}, which the pipeline was to write as operators")
         return FP4_DYNAMIC_QUANTIZE(x, global_scale, axis=-1, block_size=BLOCK, scale_type=FLOAT8E4M3FN)
 

@@ -4,32 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from passes.formats import (
-    FORMATS,
-    FP8_1X128,
-    FP8_128X128,
-    FP8_PER_TOKEN,
-    INT8_PER_TOKEN,
-    MULTIPLIED,
-    Format,
-    get_format,
-)
-from qcompile.recipe.rule import BLOCK_FORMATS, Granularity
-
-# What one name in a recipe is in the IR, by granularity and block shape; a format whose name says it all is not here.
-_FORMATS = {
-    ("fp8", "per_token", None): FP8_PER_TOKEN,
-    ("int8", "per_token", None): INT8_PER_TOKEN,
-    ("fp8", "per_block", (1, 128)): FP8_1X128,
-    ("fp8", "per_block", (128, 128)): FP8_128X128,
-}
-# (format, block shape, dynamic) that back ends multiply.
-_BLOCKS = {
-    ("nvfp4", (1, 16), False),
-    ("nvfp4", (1, 16), True),
-    ("fp8", (128, 128), False),
-    ("fp8", (1, 128), True),
-}
+from passes.capabilities import inputs_of, products_in_words
+from passes.formats import Format, get_format
+from qcompile.schemes.words import BLOCK_FORMATS, Granularity, find_word, is_known
 
 
 @dataclass(frozen=True)
@@ -66,14 +43,16 @@ class QuantizerConfig:
 
 def format_of(config: QuantizerConfig) -> Format:
     """The format that the IR carries `config` out with."""
-    return _FORMATS.get((config.format, config.granularity, config.block_shape)) or get_format(config.format)
+    word = find_word(config.format, config.granularity, config.block_shape)
+    return get_format(config.format) if word is None else word.ir
 
 
 def unsupported(config: QuantizerConfig) -> str | None:
     """What this version cannot run although the recipe schema carries it, as one sentence, or None."""
-    if config.format not in FORMATS:
+    word = find_word(config.format, config.granularity, config.block_shape)
+    if not is_known(config.format):
         reason = f"format {config.format}: no back end multiplies it; use fp8 or nvfp4"
-    elif config.granularity == "per_block" and (config.format, config.block_shape, config.dynamic) not in _BLOCKS:
+    elif config.granularity == "per_block" and (word is None or config.dynamic not in word.dynamic):
         reason = f"per_block {config.format} with block_shape {list(config.block_shape or ())}"
     elif config.dynamic and config.granularity == "per_tensor":
         reason = f"dynamic {config.granularity} scales; use `granularity: per_token` or leave out `dynamic`"
@@ -88,13 +67,28 @@ def mismatch(weight: QuantizerConfig, activation: QuantizerConfig) -> str | None
     TensorRT computes such products in half precision, crashes, or miscompiles them (an FP8 weight in blocks with an
     input that has one scale). What cannot run at all is left to `unsupported`.
     """
-    if unsupported(weight) or unsupported(activation):
+    if _is_multiplied(weight, activation):
         return None
-    if format_of(activation) in MULTIPLIED[format_of(weight)]:
-        return None
-    pairs = "; ".join(f"{w.name} x {' or '.join(x.name for x in inputs)}" for w, inputs in MULTIPLIED.items())
     return (
         f"no target multiplies a weight in {weight.layout} with an input in {activation.layout}"
-        f" (weight: {weight.source}; input: {activation.source}). There are, weight x input: {pairs}; and each weight"
-        " with an input that is not quantized"
+        f" (weight: {weight.source}; input: {activation.source}). There are, weight x input: {products_in_words()}; and"
+        " each weight with an input that is not quantized"
     )
+
+
+def attention_mismatch(left: tuple[str, QuantizerConfig], right: tuple[str, QuantizerConfig]) -> str | None:
+    """Why no target multiplies two operands of an attention, each with its name, that are quantized so, or None."""
+    (name, config), (other, second) = left, right
+    if _is_multiplied(second, config):
+        return None
+    return (
+        f"no target multiplies {name} in {config.layout} with {other} in {second.layout} ({name}: {config.source};"
+        f" {other}: {second.source}): give both one format"
+    )
+
+
+def _is_multiplied(weight: QuantizerConfig, activation: QuantizerConfig) -> bool:
+    """Whether some target multiplies the two, or whether one of them cannot run at all, which is said elsewhere."""
+    if unsupported(weight) or unsupported(activation):
+        return True
+    return format_of(activation) in inputs_of(format_of(weight))

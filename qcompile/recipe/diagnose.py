@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from qcompile.messages import cut, value
-from qcompile.recipe.rule import FormatName, Granularity, Rule
+from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
 from qcompile.remedy import closest
+from qcompile.schemes.words import FormatName, Granularity
 
 Path = tuple[str | int, ...]
 

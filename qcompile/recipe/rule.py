@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,13 +20,7 @@ from qcompile.recipe.globs import (
     alternatives,
     possible_kinds,
 )
-
-FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
-Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
-
-BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, 16), "mxfp8": (1, 32)}
-"""Formats whose blocks are part of the format itself, along the reduction axis."""
-
+from qcompile.schemes.words import BLOCK_FORMATS, FormatName, Granularity
 
 SHIPPED = "qcompile/recipe/builtin/"
 """What the shipped files are called in messages begins with this."""

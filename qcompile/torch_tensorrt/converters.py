@@ -43,7 +43,7 @@ def _converter(target: Any, **options: Any) -> Callable[[Converter], Converter]:
 @_converter(QUANTIZE)
 def quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
     fmt = get_format(kwargs["format"])
-    if fmt.packed:
+    if fmt.is_fp4:
         raise NotImplementedError("NVFP4 with scales that are constants: only dynamic_quantize has a layer")
     axis, scale = _scale(ctx, args[1], f"{name}_scale")
     layer = ctx.net.add_quantize(_tensor(ctx, args[0], f"{name}_input"), scale, _CODES[fmt.storage])
@@ -75,7 +75,7 @@ def dequantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
 
 @_converter(DYNAMIC_QUANTIZE)
 def dynamic_quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
-    if not get_format(kwargs["format"]).packed:
+    if not get_format(kwargs["format"]).is_fp4:
         raise NotImplementedError(f"scales from run time, {kwargs['format']}, which the pipeline was to spell out")
     layer = ctx.net.add_dynamic_quantize(args[0], -1, _BLOCK, trt.DataType.FP4, trt.DataType.FP8)
     layer.set_input(1, _tensor(ctx, args[1], f"{name}_global_scale"))

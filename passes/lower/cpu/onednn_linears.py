@@ -11,8 +11,8 @@ from passes.ir import BATCHED_LINEAR
 from passes.lower.cpu.half import multiplies_float16
 from passes.lower.cpu.onednn import ONEDNN_LINEAR
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.operands import has_constant_codes
 from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
 
 
 class OneDnnLinears(Pass):
@@ -37,7 +37,8 @@ class OneDnnLinears(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
-            if not has_constant_codes(node.args[1]) or is_noted(node):
+            layer = QuantizedLayer.read(node)
+            if layer is None or not layer.weight.is_constant or is_noted(node):
                 continue
             if node.target is BATCHED_LINEAR:
                 note_kernel(node, "bmm, weights dequantized before it", linear_name(node))

@@ -29,7 +29,8 @@ from qcompile.checkpoint.formats.compressed_tensors_reader import MIXED, Compres
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, group_of
 from qcompile.checkpoint.formats.skip import skipped_names
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 _INPUTS: dict[Format, tuple[Format | None, ...]] = {
     FP8: (None, FP8, FP8_PER_TOKEN),

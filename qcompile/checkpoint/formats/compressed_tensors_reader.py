@@ -15,8 +15,9 @@ from qcompile.checkpoint.formats.regexes import Clock
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, scheme_of
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.scheme import Scheme
 
 MIXED = "mixed-precision"
 _FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
-from qcompile.layer import Scheme
 from qcompile.messages import value
+from qcompile.schemes.scheme import Scheme
 
 _KNOWN_WEIGHTS = "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), NVFP4 (tensor_group 16); symmetric"
 _KNOWN_INPUTS = "FP8 (tensor, token, group 128), INT8 (tensor, token), NVFP4 (tensor_group 16, local); symmetric"

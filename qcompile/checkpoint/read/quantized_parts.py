@@ -15,7 +15,8 @@ from qcompile.checkpoint.read.fused_experts import fuse_experts
 from qcompile.checkpoint.read.kv_cache import Scales, read_kv_scales
 from qcompile.checkpoint.read.store import TensorStore
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
+from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.frontends.checkpoint import load_checkpoint
-from qcompile.layer import FP8_BLOCK, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4
 from qcompile.recipe import list_recipes
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4
 from tests.passes.support import Attention
 from tests.qcompile.dynamo.support import assert_same, compiled
 

@@ -14,7 +14,7 @@ import torch
 
 from qcompile.errors import CheckpointError, SourceError
 from qcompile.frontends.checkpoint import load_checkpoint
-from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 from qcompile.source import load_source
 
 transformers = pytest.importorskip("transformers")
