@@ -92,7 +92,7 @@ class Ranges:
 
 def activation_ranges(
     gm: GraphModule,
-    program: ExportedProgram,
+    program: ExportedProgram | None,
     configs: Mapping[Site, QuantizerConfig],
     calibration: Iterable[Any] | Mapping[str, torch.Tensor] | None,
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -110,6 +110,7 @@ def activation_ranges(
     static = static_sites(configs)
     if is_state(calibration):
         return _known_ranges(gm, configs, calibration, dtypes)
+    assert program is not None
     source, target = dtypes
     if calibration is None:
         if static:

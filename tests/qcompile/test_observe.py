@@ -15,7 +15,7 @@ from passes.program import unlift
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
 from qcompile.observe import observe
-from qcompile.quantization import calibrate
+from qcompile.quantization.calibrate import calibrate
 from qcompile.statistics import Largest
 
 
