@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -18,6 +19,7 @@ from passes.pipelines import CANONICALIZE, NORMALIZE, Pipeline, place_pipeline, 
 from passes.quantize.insert import misfit
 from passes.quantize.sites import Site, find_sites
 from passes.subgraphs import graphs
+from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
 from qcompile.messages import some
 from qcompile.quantized import refuse_quantized_graph
@@ -62,7 +64,8 @@ class Plan:
     Attributes:
         configs: the quantizers that are switched on.
         name: of the recipe, for the report.
-        power_of_two: constant scales are rounded up to one.
+        steps: the algorithms that choose scales; for what they leave, it is the largest magnitude.
+        power_of_two: constant scales that no step chooses are rounded up to one.
         fuses: which attentions get a quantizer for their softmax: those that have one among `configs`, or, if True, all
             whose operands are quantized.
         notices: rules of the recipe that had no effect, or that say why they are there.
@@ -70,9 +73,15 @@ class Plan:
 
     configs: Mapping[Site, QuantizerConfig]
     name: str
+    steps: tuple[Algorithm[Any], ...] = ()
     power_of_two: bool = False
     fuses: bool = False
     notices: list[Notice] = field(default_factory=list)
+
+    @property
+    def activations(self) -> Plan:
+        """This plan less the weights, for who wants nothing but ranges."""
+        return replace(self, configs={s: config for s, config in self.configs.items() if s.operand != "weight"})
 
     def without(self, unreached: Mapping[Site, str], log: PassLog) -> Plan:
         """This plan less all operands of the layers and attentions in `unreached`, which has the reason for each: the
@@ -127,7 +136,8 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
     rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, formats[s])}
     work.run(rotate_pipeline(rotated))
-    return Plan(configs, recipe.metadata.name, recipe.calibration.power_of_two, notices=resolution.notices)
+    steps = make(recipe.steps)
+    return Plan(configs, recipe.metadata.name, steps, recipe.power_of_two, notices=resolution.notices)
 
 
 def quantized_elsewhere(work: Work, *, queries: bool = False, fuses: bool = True) -> Plan:

@@ -19,35 +19,23 @@ from passes.base import PassLog
 from passes.dependence import input_dependence
 from passes.errors import PassError
 from passes.graph import val
-from passes.legalize.ranges import beyond
 from passes.pipelines import quantize_pipeline
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.capture.dimensions import noted_dimensions
-from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype, model_dtype
 from qcompile.quantization.plan import Plan, Planner, Work
+from qcompile.quantization.solve import Calibration, Data, Solution, solve
+from qcompile.quantization.state import largest_by_name, mask_state
 from qcompile.quantized import is_finished
 from qcompile.recipe import QuantizerConfig, format_of
 from qcompile.record import QuantizeRecord, record
-from qcompile.scales import (
-    Ranges,
-    activation_ranges,
-    has_constant,
-    largest_by_name,
-    mask_state,
-    scale_of,
-    static_sites,
-    weight_amax,
-)
+from qcompile.scales import has_constant, scale_of
 
 logger = logging.getLogger("qcompile")
-
-Calibration = Iterable[Any] | Mapping[str, torch.Tensor] | None
-"""Batches, what `qcompile.calibrate` returned, or nothing."""
 
 
 def quantized_program(
@@ -60,17 +48,15 @@ def quantized_program(
         plan = planner(work)
     source = model_dtype(work.gm)
     target = compute_dtype(dtype, source)
-    weights = weight_amax(plan.configs)
-    _check_range(weights, target)
-    ranges = activation_ranges(work.gm, program, plan.configs, calibration, (source, target), progress)
+    found = solve(work, plan, Data(calibration, program, progress=progress), (source, target))
     with alone():
-        carry_out(work, plan, weights, ranges, source, target)
+        carry_out(work, plan, found, source, target)
         _check_dependence(needed, input_dependence(work.gm))
         quantized = lift(work.gm, program)
     if not is_finished(quantized):
         _tell_nothing(work.log)
-    notices = [*map(str, plan.notices), *ranges.notices, *work.log.notices]
-    seen = ranges.headroom, ranges.source, noted_dimensions(program)
+    notices = [*map(str, plan.notices), *found.notices, *work.log.notices]
+    seen = found.headroom, found.source, noted_dimensions(program)
     record(quantized, QuantizeRecord(plan.name, work.log.fired, work.log.declined, notices, *seen))
     return quantized
 
@@ -83,10 +69,12 @@ def calibrated_state(
         work = Work(unlift(program))
         plan = planner(work)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
-    ranges = activation_ranges(work.gm, program, plan.configs, batches, same, progress)
-    for notice in ranges.notices:
+    found = solve(work, plan.activations, Data(batches, program, progress=progress), same)
+    for notice in found.notices:
         logger.warning("%s", notice)
-    return largest_by_name(ranges.amax) | mask_state(ranges.fully_masked)
+    known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]
+    amax = {s: _amax(found.quantizers[s]) if s in found.quantizers else torch.zeros(()) for s in known}
+    return largest_by_name(amax) | mask_state(found.fully_masked)
 
 
 def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tensor] | None, how: str) -> list[str]:
@@ -98,43 +86,41 @@ def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tenso
     Returns notices for the user.
     """
     plan, dtype = planner(work), model_dtype(work.gm)
-    if state is None and (static := static_sites(plan.configs)):
-        raise CalibrationError(f"the recipe gives static scales to {some([site.name for site in static])}: {how}")
-    ranges = activation_ranges(work.gm, None, plan.configs, state or {}, (dtype, dtype), False)
-    carry_out(work, plan, weight_amax(plan.configs), ranges, dtype, dtype)
+    found = solve(work, plan, Data(state, how=how), (dtype, dtype))
+    carry_out(work, plan, found, dtype, dtype)
     return [*map(str, plan.notices), *work.log.notices]
 
 
-def carry_out(
-    work: Work,
-    plan: Plan,
-    weights: Mapping[Site, torch.Tensor],
-    ranges: Ranges,
-    source: torch.dtype,
-    target: torch.dtype,
-) -> None:
-    """Let the passes do on the graph what `plan` wants, with the scales that were found.
+def carry_out(work: Work, plan: Plan, found: Solution, source: torch.dtype, target: torch.dtype) -> None:
+    """Let the passes do on the graph what `plan` wants, with the scales and codes that were found.
 
     Args:
         source: the dtype that the model computes in. target: the one that the result computes in.
     """
-    plan = plan.without(ranges.unreached, work.log)
-    amax = {**weights, **ranges.amax}
-    _tell_small_weights(work, plan, amax, target)
-
-    def scale(site: Site, config: QuantizerConfig) -> torch.Tensor:
-        known = config.constant_amax or 1.0  # probabilities are at most 1
-        largest = amax.get(site, torch.tensor(known, dtype=torch.float32))
-        return scale_of(largest, config, plan.power_of_two).to(val(site.tensor).device)
-
-    quantizers = {
-        site: Quantizer(format_of(config), scale(site, config) if has_constant(config) else None)
-        for site, config in plan.configs.items()
-        if site.operand != "softmax"
-    }
-    softmax = {site.consumer: scale(site, config) for site, config in plan.configs.items() if site.operand == "softmax"}
-    masked = ranges.fully_masked
+    plan = plan.without(found.unreached, work.log)
+    _tell_small_weights(work, plan, found.weights, target)
+    known = {site: found.quantizers.get(site) or _told(plan, site, config) for site, config in plan.configs.items()}
+    placed = {site: quantizer.to(val(site.tensor).device) for site, quantizer in known.items()}
+    softmax = {s.consumer: q.scale for s, q in placed.items() if s.operand == "softmax" and q.scale is not None}
+    quantizers = {site: quantizer for site, quantizer in placed.items() if site.operand != "softmax"}
+    masked = found.fully_masked
     work.run(quantize_pipeline(quantizers, None if plan.fuses else softmax, source, target, masked))
+
+
+def _told(plan: Plan, site: Site, config: QuantizerConfig) -> Quantizer:
+    """What needs no calibration: a scale of run time, or a range that the recipe says or that is known."""
+    if not has_constant(config):
+        return Quantizer(format_of(config), None)
+    largest = torch.tensor(config.constant_amax or 1.0, dtype=torch.float32)  # probabilities are at most 1
+    return Quantizer(format_of(config), scale_of(largest, config, plan.power_of_two))
+
+
+def _amax(quantizer: Quantizer) -> torch.Tensor:
+    """What an activation's scale is for."""
+    if quantizer.amax is not None:
+        return quantizer.amax
+    assert quantizer.scale is not None
+    return quantizer.scale.float() * quantizer.format.global_max
 
 
 def _check_dependence(needed: list[set[str]], found: list[set[str]]) -> None:
@@ -142,13 +128,6 @@ def _check_dependence(needed: list[set[str]], found: list[set[str]]) -> None:
     for index, lost in enumerate(before - after for before, after in zip(needed, found, strict=True)):
         if lost:
             raise PassError(f"output {index} no longer depends on {', '.join(sorted(lost))}: a pass cut it off")
-
-
-def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
-    """A weight that is infinite in the compute dtype would be dequantized to that without a word."""
-    for site, value in weights.items():
-        if (largest := float(value.max())) > torch.finfo(target).max:
-            raise PassError(f"{site.name}: the largest weight is {largest:.3g}, and {beyond(target)}")
 
 
 def _tell_nothing(log: PassLog) -> None:

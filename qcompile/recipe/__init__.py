@@ -12,12 +12,13 @@ from qcompile.recipe.match import QuantizerName, Resolution, resolve
 from qcompile.recipe.notices import Notice
 from qcompile.recipe.overrides import with_overrides
 from qcompile.recipe.rule import Location, Rule
-from qcompile.recipe.schema import Calibration, Metadata, Recipe
+from qcompile.recipe.schema import Metadata, Recipe
+from qcompile.recipe.steps import MaxSettings, Settings
 from qcompile.recipe.write import expanded_yaml
 
 __all__ = [
-    "Calibration",
     "Location",
+    "MaxSettings",
     "Metadata",
     "Notice",
     "QuantizerConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "RecipeSource",
     "Resolution",
     "Rule",
+    "Settings",
     "check_quantizes",
     "check_recipe",
     "expanded_yaml",

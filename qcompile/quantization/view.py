@@ -1,0 +1,62 @@
+"""What algorithms see of a graph: `qcompile.algorithms.base.View` of sites."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.constants import ConstantRows
+from passes.graph import shape
+from passes.legalize.scales import round_scale
+from passes.quantize.sites import Site
+from passes.subgraphs import owner
+from qcompile.algorithms.base import Operand, View
+from qcompile.recipe import QuantizerConfig
+from qcompile.scales import has_constant
+
+
+@dataclass(frozen=True, eq=False)
+class GraphOperand(Operand):
+    """A tensor of a graph.
+
+    Attributes:
+        at: where it is. target: the dtype that the program will compute in.
+    """
+
+    at: Site
+    target: torch.dtype
+
+    @property
+    def site(self) -> Site:
+        return self.at
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(shape(self.at.tensor))
+
+    def rows(self, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        yield from ConstantRows(owner(self.at.tensor), self.at.tensor, multiple)
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        return round_scale(scale, self.target)[0]
+
+
+def graph_view(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], target: torch.dtype) -> View:
+    """The view of what `configs` quantizes in `gm`."""
+    operands = [GraphOperand(site.name, site.operand, config, site, target) for site, config in configs.items()]
+    return View(operands, _groups(operands), gm=gm)
+
+
+def _groups(operands: list[GraphOperand]) -> list[list[Operand]]:
+    """Weights with one (global) scale whose layers belong to one module and read the same tensor."""
+    found: dict[tuple[Node, str, str], list[Operand]] = defaultdict(list)
+    for operand in operands:
+        if operand.kind == "weight" and not operand.per_channel and has_constant(operand.config):
+            source = operand.site.consumer.args[0]
+            assert isinstance(source, Node)
+            found[source, operand.site.module.rpartition(".")[0], operand.config.format].append(operand)
+    return [group for group in found.values() if group[1:]]
