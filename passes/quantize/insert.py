@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -124,7 +125,7 @@ class InsertQdq(Pass):
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)
         emit = Emitter(anchor, like=site.consumer)
         fmt, name = quantizer.format, f"{site.module}.{site.operand}_scale".lstrip(".")
-        check_chosen(site, quantizer)
+        check_chosen(quantizer, site.name, site.operand, shape(site.tensor))
         if quantizer.block_scales is not None:
             pair = chosen_pair(gm, source, quantizer.scale, quantizer.block_scales, fmt, name, emit)
         elif quantizer.scale is None:
@@ -135,27 +136,27 @@ class InsertQdq(Pass):
         return pair
 
 
-def check_chosen(site: Site, quantizer: Quantizer) -> None:
-    """Raises PassError where codes or block scales that an algorithm chose do not fit the tensor or the format."""
-    fmt, sizes = quantizer.format, list(shape(site.tensor))
+def check_chosen(quantizer: Quantizer, name: str, operand: str, sizes: Sequence[Any]) -> None:
+    """Raises PassError where codes or block scales that an algorithm chose do not fit a tensor of `sizes`."""
+    fmt, known = quantizer.format, {"codes": quantizer.codes, "block scales": quantizer.block_scales}
+    if operand != "weight" and (chosen := [what for what, tensor in known.items() if tensor is not None]):
+        raise PassError(f"{name}: {chosen[0]} are for weights, whose numbers are known")
     if quantizer.codes is not None:
         wanted = [*sizes[:-1], sizes[-1] // 2 if fmt.packed else sizes[-1]]
-        _check_tensor(site, "codes", quantizer.codes, fmt.storage, wanted)
+        _check_tensor(name, "codes", quantizer.codes, fmt.storage, wanted)
         if fmt.sizes and quantizer.block_scales is None:
-            raise PassError(f"{site.name}: codes of {fmt.name} come with the scales of their blocks")
+            raise PassError(f"{name}: codes of {fmt.name} come with the scales of their blocks")
     if quantizer.block_scales is not None:
         if not fmt.sizes:
-            raise PassError(f"{site.name}: {fmt.name} has no blocks, so no scales of them")
+            raise PassError(f"{name}: {fmt.name} has no blocks, so no scales of them")
         stored = fmt.scale.storage if fmt.scale else torch.float32
         blocks = [*sizes[: -len(fmt.sizes)], *fmt.blocks(sizes)]
-        _check_tensor(site, "block scales", quantizer.block_scales, stored, blocks)
+        _check_tensor(name, "block scales", quantizer.block_scales, stored, blocks)
 
 
-def _check_tensor(site: Site, what: str, tensor: torch.Tensor, dtype: torch.dtype, sizes: Sequence[object]) -> None:
-    if site.operand != "weight":
-        raise PassError(f"{site.name}: {what} are for weights, whose numbers are known")
+def _check_tensor(name: str, what: str, tensor: torch.Tensor, dtype: torch.dtype, sizes: Sequence[Any]) -> None:
     if (tensor.dtype, list(tensor.shape)) != (dtype, list(sizes)):
-        raise PassError(f"{site.name}: its {what} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
+        raise PassError(f"{name}: its {what} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(sizes)}")
 
 
 def misfit(source: Node, fmt: Format) -> str | None:
