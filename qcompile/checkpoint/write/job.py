@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from qcompile.algorithms.base import Algorithm, make
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.formats.servers import server_notices
-from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.hub.wrappers import plain_names
 from qcompile.checkpoint.write.activations import KvScales, refuse_latent, uncovered
@@ -28,6 +28,7 @@ from qcompile.checkpoint.write.plan import (
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
+from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
@@ -44,7 +45,7 @@ class Job:
     Attributes:
         origin: the model before it was quantized.
         recipe: its name.
-        power_of_two: scales are rounded up to one.
+        steps: the algorithms that choose scales. power_of_two: those that no step chooses are rounded up to one.
         weights: of a program; None where weights are quantized here.
         kv_scales: name of an attention on the hub -> fp32 (k, v) scales.
     """
@@ -52,17 +53,16 @@ class Job:
     origin: Origin
     plan: Plan
     recipe: str
+    steps: tuple[Algorithm[Any], ...] = ()
     power_of_two: bool = False
     weights: ProgramWeights | None = None
     kv_scales: dict[str, KvScales] = field(default_factory=dict)
 
-    @property
-    def groups(self) -> list[list[str]]:
-        """Layers that share a scale for which all of them are read first."""
-        return [] if self.weights else sibling_groups(self.plan.schemes, self.plan.configs)
-
-    def parts(self, layer: str) -> tuple[Part, ...]:
-        return self.origin.hub.layers[layer].parts
+    def solver(self) -> Solver:
+        """What chooses the scales of weights that are quantized here."""
+        groups = [] if self.weights else sibling_groups(self.plan.schemes, self.plan.configs)
+        parts = {name: layer.parts for name, layer in self.origin.hub.layers.items()}
+        return Solver(self.plan, groups, parts, self.origin.stored, self.steps, self.power_of_two)
 
 
 def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
@@ -80,7 +80,8 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        job = Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job = Job(origin, plan, chosen.metadata.name, make(chosen.steps), chosen.power_of_two)
+        job.solver().check()
         job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
         return job
     if source is None:
