@@ -1,0 +1,17 @@
+"""What was done, and what was left and why: one base for all reports, the record of a program, tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from passes.lazy import public
+
+if TYPE_CHECKING:
+    from qcompile.coverage import quantized_modules
+    from qcompile.report.export import Report
+
+__all__ = ["Report", "quantized_modules"]
+
+_PLACES = {"Report": "qcompile.report.export", "quantized_modules": "qcompile.coverage"}
+
+__getattr__, __dir__ = public(__name__, _PLACES)
