@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qcompile.quantization import calibrate, quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
+    from qcompile.reports import read_report
 
 # torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
 # for tensors on a GPU only, where they do not.
@@ -57,6 +58,7 @@ __all__ = [
     "load_recipe",
     "onnx_session",
     "quantize",
+    "read_report",
     "refresh",
     "repair_onnx",
     "save_checkpoint",
@@ -70,7 +72,7 @@ _PLACES = {
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",
-    "Report": "qcompile.report",
+    "Report": "qcompile.report.export",
     "build_engine": "qcompile.api",
     "calibrate": "qcompile.quantization",
     "explain": "qcompile.dynamo.explain",
@@ -81,6 +83,7 @@ _PLACES = {
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
     "quantize": "qcompile.quantization",
+    "read_report": "qcompile.reports",
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",

@@ -333,7 +333,7 @@ def _report(
         unquantized=modules.unquantized,
         coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
-        fired={**record.fired, **log.fired},
+        fired=dict(Counter(record.fired) + log.fired),
         notices=[*record.notices, *log.notices, *costs],
         checks=checks,
         comparison=comparison,
