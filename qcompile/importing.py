@@ -29,7 +29,7 @@ from qcompile.frontends import modelopt, torchao
 from qcompile.process import alone
 from qcompile.quantization import check_dependence, compute_dtype, model_dtype, without
 from qcompile.recipe import QuantizerConfig
-from qcompile.record import QuantizeRecord, record
+from qcompile.report.record import QuantizeRecord, record
 from qcompile.scales import activation_ranges, scale_of
 
 _TOOLS = (modelopt, torchao)

@@ -43,7 +43,7 @@ from qcompile.recipe import (
     unsupported,
 )
 from qcompile.recipe.notices import Notice
-from qcompile.record import SITES, UNREACHED, QuantizeRecord, record
+from qcompile.report.record import SITES, UNREACHED, QuantizeRecord, record
 from qcompile.scales import activation_ranges, has_constant, largest_by_name, mask_state, scale_of, weight_amax
 
 logger = logging.getLogger("qcompile")

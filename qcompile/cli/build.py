@@ -12,7 +12,7 @@ from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import parse_expect, parse_profiles, require_profile
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
-from qcompile.tables import show_engine
+from qcompile.report.tables import show_engine
 
 if TYPE_CHECKING:
     from qcompile.engine.report import EngineReport

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qcompile.cli.console import interactive, out, step
 from qcompile.cli.options import UsageError
-from qcompile.tables import show_checkpoint
+from qcompile.report.tables import show_checkpoint
 
 if TYPE_CHECKING:
     from qcompile.checkpoint.write.report import CheckpointReport

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qcompile.cli.console import out
-from qcompile.tables import add, plain, table
+from qcompile.report.tables import add, plain, table
 
 
 def doctor(*, json_: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False) -> int:

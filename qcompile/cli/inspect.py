@@ -16,7 +16,7 @@ from qcompile.cli.doctor import show_findings
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
 from qcompile.errors import ReportError
-from qcompile.tables import (
+from qcompile.report.tables import (
     add,
     plain,
     show_checkpoint,

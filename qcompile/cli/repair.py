@@ -13,7 +13,7 @@ from rich.text import Text
 from qcompile.cli.console import out, step, warn, write_report
 from qcompile.errors import EngineError
 from qcompile.outputs import check_distinct, check_room, check_writable
-from qcompile.tables import add, show_checks, show_rows, size, table
+from qcompile.report.tables import add, show_checks, show_rows, size, table
 
 
 def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:

@@ -15,8 +15,8 @@ from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.report import CommandReport
 from qcompile.cli.wanted import Wanted
 from qcompile.errors import QCompileError
+from qcompile.report.tables import show_export
 from qcompile.source import Data, Source, load_source, with_dynamic_shapes
-from qcompile.tables import show_export
 
 __all__ = ["Wanted", "export_onnx"]
 

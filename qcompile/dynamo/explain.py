@@ -19,7 +19,7 @@ from qcompile.dynamo.models import modules_of
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.registry import graphs_of, nothing_compiled
 from qcompile.report.base import ModelReport, ReportBase
-from qcompile.tables import show_explanation
+from qcompile.report.tables import show_explanation
 
 
 class CompileReport(ModelReport):

@@ -15,13 +15,13 @@ from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipe
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
-from qcompile.coverage import Modules, layers
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
 from qcompile.errors import CalibrationError, CompileError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.messages import some
 from qcompile.quantization import model_dtype, planned, quantize_graph, without
+from qcompile.report.coverage import Modules, layers
 from qcompile.scales import known_amax, known_masks, static_sites, weight_amax
 
 

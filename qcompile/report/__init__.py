@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from passes.lazy import public
 
 if TYPE_CHECKING:
-    from qcompile.coverage import quantized_modules
+    from qcompile.report.coverage import quantized_modules
     from qcompile.report.export import Report
 
 __all__ = ["Report", "quantized_modules"]
 
-_PLACES = {"Report": "qcompile.report.export", "quantized_modules": "qcompile.coverage"}
+_PLACES = {"Report": "qcompile.report.export", "quantized_modules": "qcompile.report.coverage"}
 
 __getattr__, __dir__ = public(__name__, _PLACES)

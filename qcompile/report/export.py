@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from qcompile.headroom import Headroom
 from qcompile.report.base import ModelReport
 from qcompile.report.check import Check
 from qcompile.report.comparison import Comparison
+from qcompile.report.headroom import Headroom
 
 
 class Report(ModelReport):

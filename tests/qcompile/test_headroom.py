@@ -17,7 +17,7 @@ import qcompile
 from passes.graph import aten
 from qcompile.errors import CalibrationError, PassError
 from qcompile.headroom import Watch
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 from qcompile.statistics import LargestBeforeSoftmax, LargestScore
 from tests.passes.support import graph_of
 

@@ -29,12 +29,12 @@ from qcompile.checkpoint.write.plan import (
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
-from qcompile.coverage import KINDS
 from qcompile.errors import CheckpointError
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.record import SITES, UNREACHED, record_of
+from qcompile.report.coverage import KINDS
+from qcompile.report.record import SITES, UNREACHED, record_of
 
 HUB = "Checkpoint"  # what declined a layer that checkpoints hold in floating point
 DEFAULT_RECIPES = {"fp8": "fp8_block"}  # the one thing that this format holds

@@ -15,8 +15,8 @@ from passes.ir import DEQUANTIZE
 from passes.program import unlift
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.save import save_checkpoint
-from qcompile.coverage import quantized_modules
 from qcompile.errors import RecipeError
+from qcompile.report.coverage import quantized_modules
 from tests.qcompile.checkpoint.models import batch, program, read, same, save, tiny
 
 SLOW = pytest.mark.slow  # a second or two each, and each kind of layer is in Qwen3-MoE

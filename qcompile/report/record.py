@@ -16,8 +16,8 @@ from torch.fx import Node
 from passes.base import Decline
 from passes.graph import is_call
 from passes.ir import DEQUANTIZE
-from qcompile.headroom import Headroom
 from qcompile.messages import first_line
+from qcompile.report.headroom import Headroom
 from qcompile.report.validated import reason
 
 UNREACHED = "Calibration"  # what declined a layer that calibration gave no range, instead of the name of a pass

@@ -21,7 +21,7 @@ from passes.base import Decline
 from passes.graph import aten, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.program import lift, unlift
-from qcompile.record import UNREACHED, VERSION, QuantizeRecord, record, record_of
+from qcompile.report.record import UNREACHED, VERSION, QuantizeRecord, record, record_of
 from qcompile.source.pt2.load import load_program
 from tests.qcompile.checkpoint.models import program as program_of
 
