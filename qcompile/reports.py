@@ -20,6 +20,7 @@ KINDS = {
     "engine": ("qcompile.engine.report", "EngineReport"),
     "export": ("qcompile.report.export", "Report"),
     "graph": ("qcompile.dynamo.explain", "CompileReport"),
+    "program": ("qcompile.report.program", "ProgramReport"),
     "repair": ("qcompile.onnx.repair.report", "RepairReport"),
 }
 

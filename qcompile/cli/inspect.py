@@ -1,4 +1,4 @@
-"""`qcompile inspect`: an ONNX file, or a JSON report of any kind, as tables."""
+"""`qcompile inspect`: an ONNX file, a program, or a JSON report of any kind, as tables."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from qcompile.report.tables import (
     show_explanation,
     show_export,
     show_graph,
+    show_program,
     show_rows,
     size,
     table,
@@ -34,23 +35,26 @@ from qcompile.report.tables import (
 def inspect(file: Path, /) -> int:
     """Show what is quantized in a file, what is not and why, and check it.
 
-    Exit code 1 if a check of the ONNX file fails, or failed when the report was written.
+    Exit code 1 if a check of the ONNX file fails, or something failed when the report was written.
 
     ```
     qcompile inspect vit.onnx
     qcompile inspect vit.json
+    qcompile inspect vit.pt2
     ```
 
     Parameters
     ----------
     file:
-        An ONNX file, by whichever tool; or a JSON report: of `export`, `build` or `repair` with --report, of `doctor
-        --json`, or what a report of the Python API wrote with `to_json`.
+        An ONNX file, by whichever tool; a program, `.pt2`, that was quantized; or a JSON report: of `export`, `build`
+        or `repair` with --report, of `doctor --json`, or what a report of the Python API wrote with `to_json`.
     """
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
     if file.suffix == ".json":
         return _report(out(), file)
+    if file.suffix == ".pt2":
+        return _program(out(), file)
     return _onnx(out(), file)
 
 
@@ -81,8 +85,17 @@ _SHOWN: Mapping[str, Callable[[Console, Mapping[str, Any]], None]] = {
     "engine": show_engine,
     "export": show_export,
     "graph": show_graph,
+    "program": show_program,
     "repair": show_repair,
 }
+
+
+def _program(console: Console, file: Path) -> int:
+    from qcompile.report.program import ProgramReport
+    from qcompile.source.pt2.load import load_program
+
+    _SHOWN["program"](console, ProgramReport.of(load_program(file)).data())
+    return 0
 
 
 def _onnx(console: Console, file: Path) -> int:

@@ -84,6 +84,19 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         show_comparison(console, report["comparison"])
 
 
+def show_program(console: Console, report: Mapping[str, Any]) -> None:
+    """What `quantize` made, as `ProgramReport.to_json` writes it."""
+    calibrated = report["calibration"] and f"calibrated on {report['calibration']}"
+    dynamic = ", ".join(report["dimensions"]) and f"dynamic: {', '.join(report['dimensions'])}"
+    recipe = report["recipe"] and f"recipe {report['recipe']}"
+    head = "; ".join(filter(None, (size(report["bytes"]), recipe, calibrated, dynamic)))
+    console.print(plain(f"Program: {head}", "bold"))
+    show_coverage(console, report)
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+    show_headroom(console, report["headroom"])
+
+
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
     """The tensors that came nearest to the end of the compute dtype in calibration."""
     if not headroom:

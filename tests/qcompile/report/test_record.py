@@ -21,6 +21,8 @@ from passes.base import Decline
 from passes.graph import aten, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.program import lift, unlift
+from qcompile.cli import main
+from qcompile.report.program import ProgramReport
 from qcompile.report.record import UNREACHED, VERSION, QuantizeRecord, record, record_of
 from qcompile.source.pt2.load import load_program
 from tests.qcompile.checkpoint.models import program as program_of
@@ -89,7 +91,17 @@ def report(program: ExportedProgram, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.everyday(1)
+def test_the_report_after_a_save(made: ExportedProgram, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = loaded(made, tmp_path)
+    assert report(again, tmp_path) == report(made, tmp_path)
+    found = ProgramReport.of(again)
+    assert found == ProgramReport.of(made) and (found.coverage, found.dimensions) == ({"linear": (1, 2)}, ["batch"])
+    assert main(["inspect", str(tmp_path / "m.pt2")]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("recipe nvfp4; calibrated on 3 samples; dynamic: batch", "1 of 2", "narrow"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", qcompile.list_recipes())
 def test_every_recipe_gives_the_same_report_after_a_save(recipe: str, tmp_path: Path) -> None:
     shapes = ({0: Dim("batch", max=64)},)
