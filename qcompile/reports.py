@@ -38,12 +38,12 @@ def read_report(path: str | os.PathLike[str]) -> ReportBase:
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON: {first_line(error)}") from error
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind is None:
+    if not isinstance(kind, str):
         raise ReportError(
             f"{path} is not a report of qcompile: it has no kind, which those of engines and of the command line have"
             " since reports have a version; write it again"
         )
-    if not isinstance(kind, str) or kind not in KINDS:
+    if kind not in KINDS:
         raise ReportError(f"{path} is a report of the kind {kind!r:.50}, which this qcompile does not know")
     try:
         return report_class(kind).from_data(data)

@@ -16,6 +16,7 @@ from qcompile.cli.doctor import show_findings
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
 from qcompile.errors import ReportError
+from qcompile.messages import first_line
 from qcompile.report.tables import (
     add,
     plain,
@@ -65,15 +66,16 @@ def _report(console: Console, file: Path) -> int:
 
     try:
         report = read_report(file)
+        parts = report.parts if isinstance(report, CommandReport) else {report.kind: report}
+        if isinstance(report, CommandReport):
+            console.print(plain(report.source, "bold"))
+        for kind, part in parts.items():
+            _SHOWN[kind](console, part.data())
     except ReportError as error:
         raise UsageError(str(error)) from error
-    if not isinstance(report, CommandReport):
-        _SHOWN[report.kind](console, report.data())
-        return 0 if report.passed else 1
-    console.print(plain(report.source, "bold"))
-    for kind, part in report.parts.items():
-        _SHOWN[kind](console, part.data())
-    if report.failed:
+    except ArithmeticError as error:  # a size that nothing has
+        raise UsageError(f"{file} is not a whole report of this version: {first_line(error)}") from error
+    if isinstance(report, CommandReport) and report.failed:
         warn(f"not everything was written: {report.failed}")
     return 0 if report.passed else 1
 

@@ -71,6 +71,9 @@ def test_tables_obey_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert captured.out.count(r"\x1b[2J") >= 6
 
 
+CHECKPOINT = {"kind": "checkpoint", "format": "fp8", "kv_cache": False, "files": [], "seconds": 1}
+
+
 @pytest.mark.parametrize(
     ("report", "told"),
     [
@@ -83,7 +86,8 @@ def test_tables_obey_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ({"kind": "export", "version": "1"}, "version '1', where"),
         ({"kind": "command", "source": "x", "repair": {"version": 7}}, "repair: a report of version 7"),
         ({"kind": "recipe"}, "a report of the kind 'recipe', which this qcompile does not know"),
-        ({"kind": [1]}, "a report of the kind [1]"),
+        ({"kind": [1]}, "it has no kind"),
+        ({**CHECKPOINT, "bytes": 10**400}, "is not a whole report of this version: OverflowError"),
         ({"export": {"recipe": "x", "bytes": "many"}}, "it has no kind"),
         ({"layers": [], "attention": []}, "it has no kind"),
         ([], "it has no kind"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -177,6 +179,7 @@ CHANGES: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
 }
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_survives_what_becomes_of_the_program(change: str, made: ExportedProgram, tmp_path: Path) -> None:
     expected = record_of(made)
@@ -233,6 +236,7 @@ STRANGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("strange", STRANGE)
 def test_a_strange_record_is_told(strange: str, made: ExportedProgram, tmp_path: Path) -> None:
     """The graph was read, so the program is of use; its report says that what was noted on it is not known."""
@@ -247,3 +251,35 @@ def test_one_whole_copy_is_enough(made: ExportedProgram, tmp_path: Path) -> None
     count = iter(range(9))
     program = with_record(made, tmp_path, lambda data: data if next(count) else 5)
     assert record_of(program) == record_of(made) and next(count) > 2
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ("version", *(field.name for field in fields(QuantizeRecord)))
+
+
+@pytest.fixture(scope="module")
+def plain() -> ExportedProgram:
+    return torch.export.export(Two(), (torch.randn(3, 24),))
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON)
+def test_what_is_read_of_strange_notes_is_a_record(plain: ExportedProgram, data: Any) -> None:
+    plain.graph_module.meta.pop("qcompile", None)
+    for node in plain.graph.nodes:
+        node.meta["custom"] = {"qcompile": data}
+    found = record_of(plain)
+    record(plain, found)
+    saved = [json.loads(json.dumps(node.meta["custom"])) for node in plain.graph.nodes if node.meta["custom"]]
+    assert saved and saved[0]["qcompile"]["notices"] == found.notices
+
+
+@pytest.mark.parametrize("custom", [5, None, "qcompile", ["qcompile"]])
+def test_other_notes_of_nodes_are_no_record(plain: ExportedProgram, custom: Any) -> None:
+    plain.graph_module.meta.pop("qcompile", None)
+    for node in plain.graph.nodes:
+        node.meta["custom"] = custom
+    assert record_of(plain) == QuantizeRecord()

@@ -60,6 +60,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.builds(hint, **{name: values(annotation) for name, annotation in fields.items()})
 
 
+@pytest.mark.everyday(4)
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_json_reads_back_to_an_equal_report(kind: str, data: st.DataObject) -> None:
@@ -91,7 +92,7 @@ def test_what_json_has_no_numbers_for_reads_back() -> None:
     assert (found.max_abs, found.relative_l2) == (math.inf, -math.inf) and math.isnan(found.cosine)
 
 
-@pytest.mark.everyday(3)
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_inspect_shows_any_report(kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -133,3 +134,16 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         qcompile.read_report(tmp_path / "missing.json")
     with pytest.raises(ReportError, match="kind: Input should be 'export'"):
         Report.from_data(export().data() | {"kind": "repair"})
+
+
+@given(st.sampled_from([*KINDS, "other"]), st.data())
+def test_strange_reports_are_refused_in_a_sentence(kind: str, data: st.DataObject) -> None:
+    """Each field in turn with data of another type."""
+    found = report_class(kind) if kind in KINDS else ReportBase
+    report = data.draw(values(found)).data()
+    field = data.draw(st.sampled_from(list(report)))
+    strange = data.draw(st.sampled_from([None, {"a": 1}, [[[]]], "x", 10**400, [{"kind": "export"}]]))
+    try:
+        found.from_data(report | {field: strange})
+    except ReportError as error:
+        assert "\n" not in str(error) and (field in str(error) or field == "version")
