@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qcompile.quantization.quantize import quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
+    from qcompile.reports import read_report
 
 __all__ = [
     "CheckpointReport",
@@ -53,6 +54,7 @@ __all__ = [
     "load_recipe",
     "onnx_session",
     "quantize",
+    "read_report",
     "refresh",
     "repair_onnx",
     "save_checkpoint",
@@ -66,7 +68,7 @@ _PLACES = {
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",
-    "Report": "qcompile.report",
+    "Report": "qcompile.report.export",
     "build_engine": "qcompile.api",
     "calibrate": "qcompile.quantization.calibrate",
     "explain": "qcompile.dynamo.explain",
@@ -76,7 +78,7 @@ _PLACES = {
     "load_checkpoint": "qcompile.frontends.checkpoint",
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
-    "quantize": "qcompile.quantization.quantize",
+    "read_report": "qcompile.reports",
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",

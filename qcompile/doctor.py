@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata, resources
-from typing import Any
+from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
@@ -21,6 +21,7 @@ from qcompile.errors import EngineError
 from qcompile.messages import first_line
 from qcompile.recipe import list_recipes, load_recipe
 from qcompile.recipe.asked import asked_formats
+from qcompile.report.base import ReportBase
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt
 
 _NOT_FOR_USERS = ("demo", "dev")  # extras
@@ -66,10 +67,10 @@ class Route:
     engines: list[str]
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(ReportBase):
     """All that `examine` found; `problems` is empty where nothing declared is broken."""
 
+    kind: Literal["doctor"] = "doctor"
     versions: dict[str, str]
     packages: list[Package]
     providers: list[str]
@@ -78,8 +79,9 @@ class Findings:
     routes: list[Route]
     problems: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def passed(self) -> bool:
+        return not self.problems
 
 
 def examine() -> Findings:
@@ -90,13 +92,13 @@ def examine() -> Findings:
     problems = [f"{p.name}: {p.problem}" for p in packages if p.problem] + broken
     problems += [f"{builder.name}: {builder.problem}" for builder in builders if builder.problem]
     return Findings(
-        {"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
-        packages,
-        providers,
-        builders,
-        _devices(),
-        [_route(name, bool(providers), builders) for name in list_recipes()],
-        problems,
+        versions={"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
+        packages=packages,
+        providers=providers,
+        builders=builders,
+        devices=_devices(),
+        routes=[_route(name, bool(providers), builders) for name in list_recipes()],
+        problems=problems,
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "QCompileError",
     "RecipeError",
     "RepairError",
+    "ReportError",
     "SourceError",
     "VerificationError",
 ]
@@ -58,6 +59,10 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
+
+
+class ReportError(QCompileError):
+    """A file is no report, or one that this version does not read."""
 
 
 class CompileError(QCompileError):

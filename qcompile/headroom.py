@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
@@ -25,30 +24,15 @@ from qcompile.algorithms.statistics import (
 )
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
+from qcompile.report.headroom import Headroom
+
+__all__ = ["NEAR", "Headroom", "Watch"]
 
 _UNWRITTEN = (
     *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default),
     *(aten.new_empty.default, aten.new_empty_strided.default),
 )
 NEAR = 2.0  # other data, and quantization, can give that much more than calibration saw
-
-
-@dataclass(frozen=True)
-class Headroom:
-    """The largest magnitude that calibration saw of one tensor.
-
-    Attributes:
-        module: path of the module that makes it, empty at the root. tensor: name of its node in the program's graph.
-        amax: the magnitude. factor: how much larger the largest number of the compute dtype is.
-    """
-
-    module: str
-    tensor: str
-    amax: float
-    factor: float
-
-    def __str__(self) -> str:
-        return f"{self.module or self.tensor} ({self.amax:.3g})"
 
 
 class Watch:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qcompile.cli.console import interactive, out, write_json
+from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import parse_expect, parse_profiles, require_profile
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
-from qcompile.tables import show_engine
+from qcompile.report.tables import show_engine
+
+if TYPE_CHECKING:
+    from qcompile.engine.report import EngineReport
 
 Several = Parameter(consume_multiple=True, negative="", show_default=False)
 
@@ -61,14 +63,14 @@ def build(
     check_distinct({"--output": output, "--report": report}, [("the ONNX file", model)])
     result = build_and_show(model, output, target, parse_profiles(profile), parse_expect(expect))
     if report is not None:
-        write_json(report, result)
+        write_report(report, result)
     return 0
 
 
 def build_and_show(
     model: Path, output: Path | None, target: str | None, profiles: Sequence[Profile], expect: dict[str, int] | None
-) -> dict[str, Any]:
-    """Build, print the report, and return it as plain data."""
+) -> EngineReport:
+    """Build, print the report, and return it."""
     from qcompile.engine import build_engine
     from qcompile.engine.graph import OnnxGraph
 
@@ -77,6 +79,5 @@ def build_and_show(
         {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profiles
     )
     built = build_engine(model, output, target=target, profiles=profiles, expect=expect, progress=interactive())
-    data: dict[str, Any] = json.loads(built.to_json())
-    show_engine(out(), data)
-    return data
+    show_engine(out(), built.data())
+    return built

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from qcompile.cli.console import interactive, out, step
 from qcompile.cli.options import UsageError
-from qcompile.tables import show_checkpoint
+from qcompile.report.tables import show_checkpoint
+
+if TYPE_CHECKING:
+    from qcompile.checkpoint.write.report import CheckpointReport
 
 _DEFAULT_FORMAT = "fp8"
 
@@ -27,8 +29,8 @@ def write_checkpoint(
     batch: int,
     sequence: int | None,
     dry_run: bool,
-) -> dict[str, Any]:
-    """Write the checkpoint and show its report, which is returned as JSON data."""
+) -> CheckpointReport:
+    """Write the checkpoint, show its report, and return it."""
     import torch
 
     import qcompile
@@ -68,7 +70,6 @@ def write_checkpoint(
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
         notices = data.notices
-    shown: dict[str, Any] = json.loads(report.to_json())
-    shown["notices"] = [*notices, *shown["notices"]]
-    show_checkpoint(out(), shown, target)
-    return shown
+    report = report.model_copy(update={"notices": [*notices, *report.notices]})
+    show_checkpoint(out(), report.data(), target)
+    return report

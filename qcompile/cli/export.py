@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from qcompile.cli.build import Several
 from qcompile.cli.checkpoint import write_checkpoint
-from qcompile.cli.console import write_json
+from qcompile.cli.console import write_report
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles
 from qcompile.outputs import check_distinct, check_writable
 
@@ -200,7 +200,9 @@ def export(
             source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence, dry_run
         )
         if report is not None and not dry_run:
-            write_json(report, {"source": source, "checkpoint": written})
+            from qcompile.cli.report import CommandReport
+
+            write_report(report, CommandReport(source=source, checkpoint=written, new=[str(to_checkpoint)]))
         return 0
     if output is None:
         raise UsageError("say what to write: --output FILE for an ONNX file, --to-checkpoint DIR for a checkpoint")

@@ -15,13 +15,13 @@ from passes.lower.device import Device
 from passes.pipelines import DYNAMO, torch_pipeline
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
-from qcompile.coverage import Modules, layers
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
 from qcompile.errors import CompileError
 from qcompile.frontends import modelopt, pt2e
 from qcompile.quantization.plan import Work, planned, quantized_elsewhere
 from qcompile.quantization.run import quantize_graph
+from qcompile.report.coverage import Modules, layers
 
 _HOW = (
     "pass options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a recipe"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qcompile.coverage import KINDS
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.recipe.stacks import counts_from_end
+from qcompile.report.coverage import KINDS
 
 TARGETS = ("inductor", "torch_tensorrt", "eager")
 

@@ -24,7 +24,6 @@ from passes.graph import place_of
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline, boundary
 from passes.program import lift, unlift
 from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
-from qcompile.coverage import Modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
@@ -53,8 +52,9 @@ from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
 from qcompile.process import alone
-from qcompile.record import QuantizeRecord, record_of
 from qcompile.report import Report
+from qcompile.report.coverage import Modules
+from qcompile.report.record import QuantizeRecord, record_of
 from qcompile.sizes import program_bytes
 
 Target = Literal["tensorrt", "portable"]
@@ -333,7 +333,7 @@ def _report(
         unquantized=modules.unquantized,
         coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
-        fired={**record.fired, **log.fired},
+        fired=dict(Counter(record.fired) + log.fired),
         notices=[*record.notices, *log.notices, *costs],
         checks=checks,
         comparison=comparison,

@@ -33,7 +33,7 @@ from qcompile.recipe import (
     unsupported,
 )
 from qcompile.recipe.notices import Notice
-from qcompile.record import SITES, UNREACHED
+from qcompile.report.record import SITES, UNREACHED
 
 logger = logging.getLogger("qcompile")
 

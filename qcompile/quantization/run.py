@@ -32,7 +32,7 @@ from qcompile.quantization.solve import Calibration, Data, Solution, solve
 from qcompile.quantization.state import largest_by_name, mask_state
 from qcompile.quantized import is_finished
 from qcompile.recipe import QuantizerConfig, format_of
-from qcompile.record import QuantizeRecord, record
+from qcompile.report.record import QuantizeRecord, record
 from qcompile.scales import has_constant, scale_of
 
 logger = logging.getLogger("qcompile")

@@ -18,7 +18,7 @@ from passes.graph import aten
 from qcompile.algorithms.statistics import LargestBeforeSoftmax, LargestScore
 from qcompile.errors import CalibrationError, PassError
 from qcompile.headroom import Watch
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 from tests.passes.support import graph_of
 
 X = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))

@@ -23,8 +23,8 @@ from passes.program import unlift
 from passes.quantize.sites import linear_name
 from qcompile.errors import CalibrationError, QCompileError, RecipeError
 from qcompile.quantization import plan
-from qcompile.record import record_of
 from qcompile.report import quantized_modules
+from qcompile.report.record import record_of
 
 X = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -90,8 +90,16 @@ def save_checkpoint(
         notices = job.plan.all_notices + _write_rest(job.origin, chosen, contents, partial)
         check_written(partial, contents.schemes, job.origin.hub.unknown, job.origin.architecture)
         files = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
-    layers, seconds = layers_of(job.plan, job.origin), time.perf_counter() - start
-    return CheckpointReport(format, job.recipe, *layers, contents.kv_cache, notices, files, writer.bytes, seconds)
+    return CheckpointReport(
+        **layers_of(job.plan, job.origin, job.declined),
+        format=format,
+        recipe=job.recipe,
+        kv_cache=contents.kv_cache,
+        notices=notices,
+        files=files,
+        bytes=writer.bytes,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _check_ties(origin: Origin) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from passes.base import Decline
-from qcompile.coverage import quantized_modules
-from qcompile.headroom import Headroom
-from qcompile.onnx.compare import Comparison
-from qcompile.onnx.verify import Check
+from pydantic import Field, field_serializer, field_validator
 
-__all__ = ["Report", "quantized_modules"]
+from qcompile.report.base import ModelReport
+from qcompile.report.check import Check
+from qcompile.report.comparison import Comparison
+from qcompile.report.headroom import Headroom
 
 
-@dataclass
-class Report:
+class Report(ModelReport):
     """What an export did.
 
     Attributes:
@@ -36,32 +31,30 @@ class Report:
         comparison: layer by layer against the program, if a batch was given.
         bytes: size on disk, external data included.
         headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
-            the compute dtype is, the nearest first; empty without calibration data, or for a program that was loaded.
+            the compute dtype is, the nearest first; empty without calibration data.
+
+    What `quantize` noted on the program is in it also for a program that was saved and loaded.
     """
 
+    kind: Literal["export"] = "export"
     target: str
     opset: int
-    recipe: str
     ops: dict[str, int]
-    quantized: dict[str, str]
-    unquantized: dict[str, str]
-    coverage: dict[str, tuple[int, int]]
-    declined: list[Decline]
     fired: dict[str, int]
-    notices: list[str]
     checks: list[Check]
     bytes: int
     comparison: Comparison | None = None
-    headroom: list[Headroom] = field(default_factory=list)
-    kind: str = field(default="export", init=False)
+    headroom: list[Headroom] = Field(default_factory=list)
 
-    def to_json(self) -> str:
-        """The report as JSON text; `qcompile inspect` reads it back."""
-        data: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "comparison"
-        }
-        data["declined"] = [dataclasses.asdict(decline) for decline in self.declined]
-        data["checks"] = [dataclasses.asdict(check) for check in self.checks]
-        data["headroom"] = [dataclasses.asdict(headroom) for headroom in self.headroom]
-        data["comparison"] = self.comparison.to_json() if self.comparison is not None else None
-        return json.dumps(data, indent=2)
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @field_serializer("comparison")
+    def _listed(self, comparison: Comparison | None) -> list[dict[str, object]] | None:
+        return comparison.to_json() if comparison is not None else None
+
+    @field_validator("comparison", mode="before")
+    @classmethod
+    def _of_list(cls, found: Any) -> Any:
+        return {"differences": found} if isinstance(found, list) else found

@@ -63,7 +63,7 @@ def verdict(passed: bool) -> Text:
 def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
     """How many layers are quantized, in which formats, and which are not."""
     coverage = table("Coverage", "", "modules", numbers=("modules",))
-    for kind, (count, total) in report.get("coverage", {}).items():
+    for kind, (count, total) in report["coverage"].items():
         add(coverage, f"{kind}, quantized", f"{count} of {total}")
     for form, count in Counter(report["quantized"].values()).most_common():
         add(coverage, f"in {form}", count)
@@ -73,15 +73,28 @@ def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
 
 def show_export(console: Console, report: Mapping[str, Any]) -> None:
     """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
-    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report.get(key))
+    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report[key])
     console.print(plain(f"ONNX file: {size(report['bytes'])}; {head}", "bold"))
     show_coverage(console, report)
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
-    show_headroom(console, report.get("headroom", ()))
+    show_headroom(console, report["headroom"])
     show_checks(console, report["checks"])
-    if report.get("comparison"):
+    if report["comparison"]:
         show_comparison(console, report["comparison"])
+
+
+def show_program(console: Console, report: Mapping[str, Any]) -> None:
+    """What `quantize` made, as `ProgramReport.to_json` writes it."""
+    calibrated = report["calibration"] and f"calibrated on {report['calibration']}"
+    dynamic = ", ".join(report["dimensions"]) and f"dynamic: {', '.join(report['dimensions'])}"
+    recipe = report["recipe"] and f"recipe {report['recipe']}"
+    head = "; ".join(filter(None, (size(report["bytes"]), recipe, calibrated, dynamic)))
+    console.print(plain(f"Program: {head}", "bold"))
+    show_coverage(console, report)
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+    show_headroom(console, report["headroom"])
 
 
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
@@ -106,13 +119,16 @@ def show_checkpoint(console: Console, report: Mapping[str, Any], directory: obje
     seconds = f", {report['seconds']:.1f} s" if report["seconds"] else ""
     console.print(plain(f"{head}; format {report['format']}{recipe}{seconds}", "bold"))
     coverage = table("Layers", "", "layers", numbers=("layers",))
+    for kind, (count, total) in report["coverage"].items():
+        add(coverage, f"{kind}, quantized", f"{count} of {total}")
     for scheme, count in Counter(report["quantized"].values()).most_common():
         add(coverage, scheme, count)
     if report["kv_cache"]:
         add(coverage, "key/value cache in FP8", "")
     add(coverage, "not quantized", len(report["unquantized"]))
     console.print(coverage)
-    show_rows(console, "Not quantized", ("layer",), [(name,) for name in report["unquantized"]])
+    show_rows(console, "Not quantized", ("layer", "what"), list(report["unquantized"].items()))
+    show_declines(console, report["declined"])
     show_notices(console, report["notices"])
 
 
@@ -186,3 +202,23 @@ def show_engine(console: Console, report: Mapping[str, Any]) -> None:
         console, "Not in low precision", ("kind", "module", "why"), [tuple(gap) for gap in report["not_low_precision"]]
     )
     show_notices(console, report["notices"])
+
+
+def show_explanation(console: Console, report: Mapping[str, Any]) -> None:
+    """What `qcompile.explain` tells, as `Explanation.to_json` writes it."""
+    for index, graph in enumerate(report["graphs"]):
+        show_graph(console, graph, f"Graph {index}: ")
+    show_rows(console, "In no graph, unquantized", ("module", "why"), list(report["left"].items()))
+
+
+def show_graph(console: Console, graph: Mapping[str, Any], name: str = "") -> None:
+    """One graph that was compiled, as `CompileReport.to_json` writes it."""
+    recipe = graph["recipe"] and f"recipe {graph['recipe']}"
+    head = ", ".join(filter(None, (recipe, f"target {graph['target']}", graph["device"])))
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph["seconds"].items())
+    console.print(plain(f"{name}{head}; weights {size(graph['weight_bytes'])}; {times}", "bold"))
+    show_coverage(console, graph)
+    show_rows(console, "Kernels", ("runs as", "layers"), Counter(graph["kernels"].values()).most_common())
+    show_rows(console, "In the model's own precision", ("module", "why"), list(graph["dropped"].items()))
+    show_declines(console, graph["declined"])
+    show_notices(console, graph["notices"])
