@@ -78,6 +78,7 @@ _PLACES = {
     "load_checkpoint": "qcompile.frontends.checkpoint",
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
+    "quantize": "qcompile.quantization.quantize",
     "read_report": "qcompile.reports",
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
