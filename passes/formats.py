@@ -105,6 +105,19 @@ class Format:
         scales = self.scale.storage.itemsize / math.prod(self.sizes) if self.scale else 0.0
         return self.storage.itemsize / (2 if self.packed else 1) + scales
 
+    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        """`decode(encode(scaled))`, the fp32 number next to each that the format has, without the codes.
+
+        Of a packed format the sign of a zero may differ.
+        """
+        if self.packed:
+            size = scaled.abs().clamp_(max=self.max)
+            # numbers lie half as far apart as the power of two below them, and by 0.5 under 1
+            apart = (size.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(0.5)
+            return size.div_(apart).round_().mul_(apart).copysign_(scaled)
+        clamped = scaled.clamp(self.min, self.max)
+        return clamped.round_() if self.integer else clamped.to(self.storage).float()
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """`block` where it is a number of elements; `()` for scales that broadcast."""

@@ -1,7 +1,8 @@
 """The pipelines: each reads from top to bottom, and there is no other order.
 
-capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
-of another tool's: capture -> CANONICALIZE -> [calibration] -> quantize_pipeline -> the same
+capture -> NORMALIZE -> [sites, recipe] -> place_pipeline -> rotate_pipeline
+        -> [calibration: algorithms, each with a pipeline of its own] -> quantize_pipeline -> a quantized program
+of another tool's: capture -> CANONICALIZE -> place_pipeline -> [calibration] -> quantize_pipeline -> the same
         -> tensorrt_pipeline | portable_pipeline -> lowering
 """
 
@@ -70,10 +71,13 @@ from passes.normalize.spellings import PlainSpellings
 from passes.normalize.subgraphs import LeaveSubgraphs
 from passes.normalize.temperature import TemperatureToQuery
 from passes.normalize.views import ViewsToReshape
+from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.head_bias import BiasPackedHeads
 from passes.place.head_norms import JoinHeadNorms
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
+from passes.place.pad_reduction import PadReduction
+from passes.place.rotate import RotateLinears
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
 
@@ -118,6 +122,20 @@ CANONICALIZE: Pipeline = (
     ShareQuantizers,
 )
 """`NORMALIZE` for graphs that other tools have quantized: their operators become the IR, in the places of our own."""
+
+
+def place_pipeline(queries: Collection[Node], blocks: Mapping[Node, int]) -> Pipeline:
+    """In front of the quantizers that come: attention scales of `queries`, and of queries that are quantized already,
+    where these see them, and reduction axes filled up to whole `blocks`."""
+    return (
+        partial(PlaceAttentionScale, queries),
+        *((partial(PadReduction, blocks),) if blocks else ()),
+    )
+
+
+def rotate_pipeline(linears: Collection[Node]) -> Pipeline:
+    """Behind it, as only what fits then will be quantized: the linear layers that a recipe rotates."""
+    return (partial(RotateLinears, linears),)
 
 
 def quantize_pipeline(

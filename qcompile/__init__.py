@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
     from qcompile.frontends.checkpoint import load_checkpoint
-    from qcompile.importing import import_quantized
     from qcompile.onnx.export import export_onnx
     from qcompile.onnx.repair import RepairReport, repair_onnx
     from qcompile.onnx.session import onnx_session
-    from qcompile.quantization import calibrate, quantize
+    from qcompile.quantization.calibrate import calibrate
+    from qcompile.quantization.importing import import_quantized
+    from qcompile.quantization.quantize import quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
 
@@ -67,15 +68,15 @@ _PLACES = {
     "RepairReport": "qcompile.onnx.repair",
     "Report": "qcompile.report",
     "build_engine": "qcompile.api",
-    "calibrate": "qcompile.quantization",
+    "calibrate": "qcompile.quantization.calibrate",
     "explain": "qcompile.dynamo.explain",
     "export_onnx": "qcompile.onnx.export",
-    "import_quantized": "qcompile.importing",
+    "import_quantized": "qcompile.quantization.importing",
     "list_recipes": "qcompile.recipe",
     "load_checkpoint": "qcompile.frontends.checkpoint",
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
-    "quantize": "qcompile.quantization",
+    "quantize": "qcompile.quantization.quantize",
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",

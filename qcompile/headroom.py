@@ -15,9 +15,16 @@ from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
 from passes.sdpa import SDPA, attention_scale
 from passes.subgraphs import all_calls, all_nodes, copied_graph, graphs
+from qcompile.algorithms.statistics import (
+    FullyMasked,
+    Histogram,
+    Largest,
+    LargestBeforeSoftmax,
+    LargestScore,
+    Statistic,
+)
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
-from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
 
 _UNWRITTEN = (
     *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default),
@@ -63,6 +70,7 @@ class Watch:
         self.gm: GraphModule = gm
         self.statistics: dict[Node, list[Largest]] = defaultdict(list)
         self.masks: dict[Node, FullyMasked] = {}
+        self._others: dict[Node, list[Statistic]] = defaultdict(list)
         self._copies: Mapping[Node, Node] = {}
         if target is torch.float16:
             if source != target:
@@ -77,6 +85,8 @@ class Watch:
         found: dict[Node, list[Statistic]] = {node: list(kept) for node, kept in self.statistics.items()}
         for node, mask in self.masks.items():
             found.setdefault(node, []).append(mask)
+        for node, others in self._others.items():
+            found.setdefault(node, []).extend(others)
         return found
 
     @property
@@ -89,14 +99,23 @@ class Watch:
         """Whether `gm` is a copy, with halves that the model has not."""
         return bool(self._copies)
 
-    def quantizer(self, tensor: Node) -> Largest:
-        """The largest magnitude of `tensor`, a node of the model's graph that will be quantized."""
-        node = strip(self._copies.get(tensor, tensor), *SAME_ELEMENTS)
-        plain = [statistic for statistic in self.statistics[node] if type(statistic) is Largest]
-        if not plain:
-            plain.append(Largest())
-            self.statistics[node] += plain
-        return plain[0]
+    def keep(self, tensor: Node, statistic: Statistic) -> Statistic:
+        """Keep `statistic` of `tensor`, a node of the model's graph, and return it; or one that tells as much and is
+        kept anyhow.
+        """
+        node = self._copies.get(tensor, tensor)
+        if not isinstance(statistic, Largest) or type(statistic) not in (Largest, Histogram):
+            self._others[node].append(statistic)
+            return statistic
+        kept = self.statistics[strip(node, *SAME_ELEMENTS)]
+        for index, known in enumerate(kept):
+            if type(known) is Histogram or type(known) is type(statistic):
+                return known
+            if type(known) is Largest:
+                kept[index] = statistic
+                return statistic
+        kept.append(statistic)
+        return statistic
 
     def _mask(self, mask: Node) -> FullyMasked:
         return self.masks.setdefault(self._copies.get(mask, mask), FullyMasked())

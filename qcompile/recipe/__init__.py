@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from qcompile.recipe.notices import Notice
     from qcompile.recipe.overrides import with_overrides
     from qcompile.recipe.rule import Location, Rule
-    from qcompile.recipe.schema import Calibration, Metadata, Recipe
+    from qcompile.recipe.schema import Metadata, Recipe
+    from qcompile.recipe.steps import MaxSettings, Settings
     from qcompile.recipe.write import expanded_yaml
 
 __all__ = [
-    "Calibration",
     "Location",
+    "MaxSettings",
     "Metadata",
     "Notice",
     "QuantizerConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "RecipeSource",
     "Resolution",
     "Rule",
+    "Settings",
     "check_quantizes",
     "check_recipe",
     "expanded_yaml",
@@ -48,8 +50,8 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Calibration": "qcompile.recipe.schema",
     "Location": "qcompile.recipe.rule",
+    "MaxSettings": "qcompile.recipe.steps",
     "Metadata": "qcompile.recipe.schema",
     "Notice": "qcompile.recipe.notices",
     "QuantizerConfig": "qcompile.recipe.config",
@@ -58,6 +60,7 @@ _PLACES = {
     "RecipeSource": "qcompile.recipe.load",
     "Resolution": "qcompile.recipe.match",
     "Rule": "qcompile.recipe.rule",
+    "Settings": "qcompile.recipe.steps",
     "check_quantizes": "qcompile.recipe.empty",
     "check_recipe": "qcompile.recipe.check",
     "expanded_yaml": "qcompile.recipe.write",

@@ -80,7 +80,7 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        job = Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job = Job(origin, plan, chosen.metadata.name, chosen.power_of_two)
         job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
         return job
     if source is None:

@@ -90,7 +90,7 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
     plan = Plan(notices=[str(notice) for notice in resolution.notices])
     if not calibrated:
         _check_static(resolution.configs, hub)
-    power_of_two = recipe.calibration.power_of_two
+    power_of_two = recipe.power_of_two
     cached = cache_scales(resolution.configs, hub, power_of_two)
     plan.kv_cache = bool(cached)
     plan.kv_scales = {path: (k, v) for path, (k, v) in cached.items() if k is not None and v is not None}

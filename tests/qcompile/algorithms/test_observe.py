@@ -12,11 +12,11 @@ from torch.export import Dim, ExportedProgram
 
 from passes.graph import aten, calls
 from passes.program import unlift
+from qcompile.algorithms.observe import observe
+from qcompile.algorithms.statistics import Largest
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
-from qcompile.observe import observe
-from qcompile.quantization import calibrate
-from qcompile.statistics import Largest
+from qcompile.quantization.calibrate import calibrate
 
 
 class Net(nn.Module):

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import ancestors, aten, val
 from passes.subgraphs import held, is_worked_on, subgraph_calls
+from qcompile.algorithms.statistics import Statistic
 from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
-from qcompile.statistics import Statistic
 
 _HALF = (torch.float16, torch.bfloat16)
 # Operators that take rows of a table: to widen the table would take twice its memory for nothing.
