@@ -20,6 +20,7 @@ from passes.graph import aten, calls, is_call, val
 from passes.groups import parallel, reads
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.pairs import measured_by
+from passes.reading import Operand
 from passes.sdpa import SDPA
 
 
@@ -143,8 +144,7 @@ def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
     """Quantize of a weight with blocks -> those of all layers of its module that read the same tensor, in order."""
     readers: dict[Node, Node] = {}  # the first linear layer of each
     for linear in calls(gm.graph, aten.linear.default):
-        quantize = measured_by(linear.args[1]) or _chosen_blocks(linear.args[1])
-        if quantize is not None:
+        if (quantize := measured_by(linear.args[1]) or _chosen_blocks(linear.args[1])) is not None:
             readers.setdefault(quantize, linear)
     groups = parallel(readers, lambda q: reads(readers[q], q.kwargs["format"], _results(q)[0].shape[1:]))
     return {node: group for group in groups for node in group}
@@ -152,7 +152,7 @@ def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
 
 def _chosen_blocks(pair: object) -> Node | None:
     """The quantize whose codes `pair` dequantizes, if an algorithm chose the scales of its blocks."""
-    codes = pair.args[0] if isinstance(pair, Node) and is_call(pair, DEQUANTIZE) else None
-    if not isinstance(codes, Node) or not is_call(codes, QUANTIZE) or not get_format(str(codes.kwargs["format"])).sizes:
+    quantized = Operand.read(pair)
+    if quantized is None or not is_call(quantized.codes, QUANTIZE) or not quantized.format.sizes:
         return None
-    return codes
+    return quantized.codes

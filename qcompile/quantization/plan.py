@@ -22,6 +22,7 @@ from passes.subgraphs import graphs
 from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
 from qcompile.messages import some
+from qcompile.quantization.edges import check_edges
 from qcompile.quantized import refuse_quantized_graph
 from qcompile.recipe import (
     QuantizerConfig,
@@ -125,6 +126,7 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
         check_quantizes(recipe, names, resolution)
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
+    check_edges(work.gm, configs)
     configs = _useful(work, configs)
     for notice in resolution.notices:
         logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
