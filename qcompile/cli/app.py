@@ -26,11 +26,12 @@ from qcompile.cli.process import Process, nobody_reads
 from qcompile.cli.recipes import recipes
 from qcompile.cli.renamed import current
 from qcompile.cli.repair import repair
+from qcompile.compat.onnx import REGISTRATION
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
 from qcompile.messages import first_line
 
 # "torchvision is not installed", and what torchao says of its own extensions when transformers imports it
-_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
+_NOISY_LOGGERS = (REGISTRATION, "torch.utils._pytree", "torchao")
 GOOD, FALLS_SHORT, WRONG_USAGE, INTERNAL = 0, 1, 2, 3
 
 _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine, and prove what fused.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def doctor(*, json_: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False) -> int:
     """Say which packages, runtimes, builders and devices are here, and which recipes run or build with them.
 
-    Exit code 1 if a package that is declared is missing, outside of its declared range, or cannot be imported. What an
-    extra brings may be missing. Nothing is built or run.
+    Exit code 1 if a package that is declared is missing, outside of its declared range, or cannot be imported, or if
+    one lacks a private name that is used here. What an extra brings may be missing. Nothing is built or run.
 
     ```
     qcompile doctor
@@ -58,6 +58,11 @@ def _show(console: Console, found: Findings) -> None:
     console.print(builders)
     console.print(Text(f"ONNX Runtime: {', '.join(found.providers) or 'none'}"), soft_wrap=True)
     console.print(Text(f"Devices: {', '.join(found.devices)}\n"), soft_wrap=True)
+    insides = table("Names that nobody promises, and that are used here", "library", "names", "")
+    for inside in found.insides:
+        state = Text(f"{len(inside.problems)} broken", style="bold red") if inside.problems else "good"
+        add(insides, inside.library, str(inside.names), state)
+    console.print(insides)
     routes = table("Recipes", "name", "runs in ONNX Runtime", "engines for")
     for route in found.routes:
         runs = "yes" if route.onnxruntime else "no"
