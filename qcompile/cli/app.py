@@ -15,7 +15,7 @@ from rich.text import Text
 from qcompile.cli.build import build
 from qcompile.cli.checkpoint import checkpoint
 from qcompile.cli.command import better_command
-from qcompile.cli.completion import completion
+from qcompile.cli.completion import completion_of
 from qcompile.cli.console import err
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
@@ -71,7 +71,7 @@ app.command(repair)
 app.command(recipes)
 app.command(demo)
 app.command(doctor)
-app.command(completion)
+app.command(completion_of(app))
 
 
 @app.meta.default

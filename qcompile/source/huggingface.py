@@ -11,7 +11,7 @@ from qcompile.checkpoint.files.headers import weight_map
 from qcompile.checkpoint.files.json_files import CONFIG, INDEX
 from qcompile.checkpoint.files.links import check_inside
 from qcompile.checkpoint.hub.config import auto_config, import_transformers, model_class, read_config
-from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
+from qcompile.checkpoint.load import is_quantized_checkpoint, load_checkpoint
 from qcompile.compat.transformers import from_config
 from qcompile.errors import CheckpointError, SourceError
 from qcompile.messages import first_line, some
@@ -26,7 +26,7 @@ def load_directory(
 ) -> Source:
     """The model of `path`, on the CPU and in the dtype of its weights, with example inputs made from its config.
 
-    A quantized checkpoint becomes a model with quantized layers (`qcompile.frontends.checkpoint`).
+    A quantized checkpoint becomes a model with quantized layers (`qcompile.checkpoint.load`).
 
     The arguments are those of `load_source`; `declared`: there will be other example inputs, and need be none. Only
     local files are read and no code of the directory is run.
