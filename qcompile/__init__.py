@@ -18,13 +18,13 @@ from passes.lazy import public
 
 if TYPE_CHECKING:
     from qcompile.api import build_engine
+    from qcompile.checkpoint.load import load_checkpoint
     from qcompile.checkpoint.write.report import CheckpointReport
     from qcompile.checkpoint.write.save import save_checkpoint
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
-    from qcompile.frontends.checkpoint import load_checkpoint
     from qcompile.onnx.export import export_onnx
     from qcompile.onnx.repair import RepairReport, repair_onnx
     from qcompile.onnx.session import onnx_session
@@ -75,7 +75,7 @@ _PLACES = {
     "export_onnx": "qcompile.onnx.export",
     "import_quantized": "qcompile.quantization.importing",
     "list_recipes": "qcompile.recipe",
-    "load_checkpoint": "qcompile.frontends.checkpoint",
+    "load_checkpoint": "qcompile.checkpoint.load",
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
     "quantize": "qcompile.quantization.quantize",

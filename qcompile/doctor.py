@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -15,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from passes.capabilities import UNITS
+from qcompile.compat import probes
 from qcompile.engine.backend import built_for
 from qcompile.engine.capability import lacking
 from qcompile.errors import EngineError
@@ -59,6 +62,15 @@ class Builder:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Names of a library that it promises nothing of and that are used here: how many, and what is wrong with some."""
+
+    library: str
+    names: int
+    problems: list[str]
+
+
+@dataclass(frozen=True)
 class Route:
     """What can be done with a shipped recipe: run its files in ONNX Runtime, build engines for these targets."""
 
@@ -76,6 +88,7 @@ class Findings(ReportBase):
     providers: list[str]
     builders: list[Builder]
     devices: list[str]
+    insides: list[Inside]
     routes: list[Route]
     problems: list[str]
 
@@ -91,12 +104,15 @@ def examine() -> Findings:
     builders = list(_builders())
     problems = [f"{p.name}: {p.problem}" for p in packages if p.problem] + broken
     problems += [f"{builder.name}: {builder.problem}" for builder in builders if builder.problem]
+    insides = _insides()
+    problems += [problem for inside in insides for problem in inside.problems]
     return Findings(
         versions={"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
         packages=packages,
         providers=providers,
         builders=builders,
         devices=_devices(),
+        insides=insides,
         routes=[_route(name, bool(providers), builders) for name in list_recipes()],
         problems=problems,
     )
@@ -154,6 +170,24 @@ def _builders() -> Iterator[Builder]:
             yield Builder("torch_tensorrt", require_torch_tensorrt().__version__, [], "")
         except EngineError as error:
             yield Builder("torch_tensorrt", "", [], str(error))
+
+
+def _insides() -> list[Inside]:
+    """Probe every private name; libraries say on import what is no news here."""
+    found: dict[str, Inside] = {}
+    known = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for private in probes():
+                before = found.get(private.library, Inside(private.library, 0, []))
+                problem = private.problem()
+                wrong = [*before.problems, *([problem] if problem else [])]
+                found[private.library] = Inside(private.library, before.names + 1, wrong)
+    finally:
+        logging.disable(known)
+    return list(found.values())
 
 
 def _devices() -> list[str]:

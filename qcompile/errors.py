@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from passes.errors import PassError, QCompileError
+from passes.errors import CompatError, PassError, QCompileError
 
 __all__ = [
     "CalibrationError",
     "CaptureError",
     "CheckpointError",
+    "CompatError",
     "EngineError",
     "ExpectationError",
     "ExportError",

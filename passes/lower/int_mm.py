@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.capabilities import UNITS, inputs_of
+from passes.compat import cpu_has_vnni
 from passes.formats import INT8
 from passes.graph import Emitter, aten, shape
 from passes.lower.linears import LinearLowering
@@ -23,7 +24,7 @@ LONGEST = (2**31 - 1) // (128 * 128)  # of K: a sum of so many products of codes
 
 def multiplies_int8() -> bool:
     """Whether integer products are fast on this CPU: oneDNN has them for x86 with VNNI; torch's own go one by one."""
-    return torch._C._has_mkldnn and bool(torch.cpu._is_vnni_supported())
+    return cpu_has_vnni()
 
 
 class LinearsToIntMm(LinearLowering):

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
@@ -19,6 +17,7 @@ from qcompile.algorithms.statistics import Statistic
 from qcompile.batch_notices import BatchLog
 from qcompile.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
+from qcompile.progress import progress_bar
 
 _HALF = (torch.float16, torch.bfloat16)
 # Operators that take rows of a table: to widen the table would take twice its memory for nothing.
@@ -130,9 +129,7 @@ def observe(
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
     total = len(batches) if isinstance(batches, Sized) else None
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not progress) as bar, torch.no_grad():
-        task = bar.add_task("calibrating", total=total)
+    with progress_bar("calibrating", total, progress) as bar, torch.no_grad():
         for batch in batches:
             name = f"calibration batch {count}"
             flat = flatten_batch(batch, program, name)
@@ -141,7 +138,7 @@ def observe(
                 _run(observer, piece.inputs, name)
             log.add(flat, name)
             count += 1
-            bar.advance(task)
+            bar.advance()
     if not count:
         raise CalibrationError("the calibration data is empty")
     return log

@@ -10,14 +10,13 @@ from cyclopts import Parameter
 
 from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import parse_expect, parse_profiles, require_profile
+from qcompile.cli.parameters import SEVERAL
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
 from qcompile.report.tables import show_engine
 
 if TYPE_CHECKING:
     from qcompile.engine.report import EngineReport
-
-Several = Parameter(consume_multiple=True, negative="", show_default=False)
 
 
 def build(
@@ -26,8 +25,8 @@ def build(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     target: str | None = None,
-    profile: Annotated[list[str], Several] = [],  # noqa: B006  # cyclopts shows the default, and nobody changes it
-    expect: Annotated[list[str], Several] = [],  # noqa: B006
+    profile: Annotated[list[str], SEVERAL] = [],  # noqa: B006  # cyclopts shows the default, and nobody changes it
+    expect: Annotated[list[str], SEVERAL] = [],  # noqa: B006
     report: Path | None = None,
 ) -> int:
     """Build a TensorRT engine from an ONNX file, and count its kernels.

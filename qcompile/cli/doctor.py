@@ -16,8 +16,8 @@ from qcompile.report.tables import add, plain, table
 def doctor(*, json_: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False) -> int:
     """Say which packages, runtimes, builders and devices are here, and which recipes run or build with them.
 
-    Exit code 1 if a package that is declared is missing, outside of its declared range, or cannot be imported. What an
-    extra brings may be missing. Nothing is built or run.
+    Exit code 1 if a package that is declared is missing, outside of its declared range, or cannot be imported, or if
+    one lacks a private name that is used here. What an extra brings may be missing. Nothing is built or run.
 
     ```
     qcompile doctor
@@ -58,6 +58,12 @@ def show_findings(console: Console, found: Mapping[str, Any]) -> None:
     console.print(builders)
     console.print(plain(f"ONNX Runtime: {', '.join(found['providers']) or 'none'}"), soft_wrap=True)
     console.print(plain(f"Devices: {', '.join(found['devices'])}\n"), soft_wrap=True)
+    insides = table("Names that nobody promises, and that are used here", "library", "names", "")
+    for inside in found["insides"]:
+        broken = len(inside["problems"])
+        state = Text(f"{broken} broken", style="bold red") if broken else "good"
+        add(insides, inside["library"], str(inside["names"]), state)
+    console.print(insides)
     routes = table("Recipes", "name", "runs in ONNX Runtime", "engines for")
     for route in found["routes"]:
         add(routes, route["recipe"], "yes" if route["onnxruntime"] else "no", ", ".join(route["engines"]) or "none")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qcompile.compat.dynamo import inductor_modes, inductor_settings
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.recipe.stacks import counts_from_end
@@ -51,7 +52,7 @@ class Options:
             given["mode"] = mode
         if (target := given.get("target", "inductor")) not in TARGETS:
             raise CompileError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-        modes = list(torch._inductor.list_mode_options())
+        modes = list(inductor_modes())
         if (name := given.get("mode", "default")) not in modes:
             raise CompileError(f"unknown mode {name!r}; known: {', '.join(modes)}")
         for option in ("calibration", "inductor", "expect"):
@@ -59,8 +60,7 @@ class Options:
                 raise CompileError(f"options[{option!r}] is a mapping, not a {type(given[option]).__name__}")
         if not isinstance(fast := given.get("fast_accumulation", True), bool):
             raise CompileError(f"options['fast_accumulation'] is a bool, not a {type(fast).__name__}")
-        settings = torch._inductor.config._config  # type: ignore[attr-defined]  # get_config_copy leaves aliases out
-        if unknown := sorted(set(given.get("inductor", {})) - set(settings)):
+        if unknown := sorted(set(given.get("inductor", {})) - inductor_settings()):
             raise CompileError(f"options['inductor']: torch._inductor.config has no {', '.join(unknown)}")
         if unknown := sorted(set(given.get("expect", {})) - set(KINDS)):
             raise CompileError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")

@@ -24,6 +24,7 @@ from passes.graph import place_of
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline, boundary
 from passes.program import lift, unlift
 from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
+from qcompile.compat.onnx import LOGGERS
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
@@ -67,12 +68,6 @@ _PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTA
 _KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": ()}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
-_NOISY_LOGGERS = (
-    "torch.onnx._internal.exporter._core",
-    "torch.onnx._internal.exporter._registration",
-    "onnx_ir.passes.common.initializer_deduplication",
-    "onnxscript.optimizer._constant_folding",
-)
 
 
 def export_onnx(
@@ -298,7 +293,7 @@ def _needs_retrace(program: ExportedProgram, table: Container[object]) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's notes on absent packages, its deprecations, outputs that are None, and what it cannot fold."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

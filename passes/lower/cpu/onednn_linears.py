@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.compat import has_onednn
 from passes.graph import Emitter, argument, aten, calls, dtype
 from passes.ir import BATCHED_LINEAR
 from passes.lower.cpu.half import multiplies_float16
@@ -44,7 +45,7 @@ class OneDnnLinears(Pass):
                 note_kernel(node, "bmm, weights dequantized before it", linear_name(node))
             elif dtype(node) == torch.bfloat16 or (dtype(node) == torch.float16 and multiplies_float16()):
                 note_kernel(node, "linear, weight dequantized before it", linear_name(node))
-            elif not torch._C._has_mkldnn:
+            elif not has_onednn():
                 self.decline("this build of torch has no oneDNN", node)
                 note_kernel(node, "linear, weight dequantized before it", linear_name(node))
             else:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.export import ExportedProgram
 
 from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
@@ -29,6 +27,7 @@ from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight
 from qcompile.outputs import check_room
+from qcompile.progress import progress_bar
 from qcompile.recipe import Recipe
 
 FormatName = Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"]
@@ -177,7 +176,5 @@ def _bar(job: Job, show: bool) -> Iterator[Advance]:
     """A progress bar over the bytes that are done with."""
     stored = job.origin.stored
     total = sum(tensor.nbytes for key, tensor in stored.items() if key not in job.origin.hub.dropped)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task("writing the checkpoint", total=total)
-        yield lambda count: bar.advance(task, count)
+    with progress_bar("writing the checkpoint", total, show, of_bytes=True) as bar:
+        yield bar.advance

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from passes.graph import aten, calls
-from passes.legalize.half_kernels import WITHOUT_HALF, lacks_half_kernel, operator_name
+from passes.legalize.half_kernels import WITHOUT_HALF, lacks_half_kernel
+from passes.traits import operator_name
 from tests.passes.support import blank
 
 HALF = (torch.float16, torch.bfloat16)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch.export import Dim
 
 import qcompile
@@ -21,8 +20,10 @@ from qcompile.demo.model import Digits, DigitViT, load_digits, train
 from qcompile.demo.table import TARGETS, Row, results_table
 from qcompile.engine.backend import find_backend
 from qcompile.errors import EngineError, ExpectationError, QCompileError
+from qcompile.files import replaced
 from qcompile.onnx.session import import_onnxruntime
 from qcompile.outputs import check_writable
+from qcompile.progress import progress_bar
 
 _CALIBRATION_IMAGES = 128
 _TOP1_MARGIN = 0.01
@@ -74,9 +75,8 @@ def _folder(output: Path | None) -> Iterator[Path]:
 def _trained(digits: Digits, epochs: int) -> DigitViT:
     step(f"training a vision transformer on {len(digits.images)} images of digits, {epochs} epochs")
     started = time.perf_counter()
-    with Progress(console=err(), transient=True, disable=not interactive()) as bar:
-        task = bar.add_task("training", total=epochs)
-        model = train(digits, epochs, lambda: bar.advance(task))
+    with progress_bar("training", epochs, interactive()) as bar:
+        model = train(digits, epochs, bar.advance)
     step(f"trained in {time.perf_counter() - started:.0f} s")
     return model
 
@@ -94,9 +94,10 @@ def _accuracies(model: DigitViT, digits: Digits, folder: Path) -> list[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         half = copy.deepcopy(model).half()
-        torch.onnx.export(
-            half, (images[:2].half(),), plain, dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
-        )
+        with replaced(plain) as new:
+            torch.onnx.export(
+                half, (images[:2].half(),), new, dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
+            )
     rows.append(Row("float16 ONNX", accuracy(run_onnx(plain, images), labels, reference), plain))
 
     for name, recipe, file in (("FP8", "fp8", "vit-fp8.onnx"), ("NVFP4", "nvfp4_fp8_attention", "vit-nvfp4.onnx")):
