@@ -70,6 +70,6 @@ def write_checkpoint(
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
         notices = data.notices
-    report = report.model_copy(update={"notices": [*notices, *report.notices]})
+    report = report.after(notices)
     show_checkpoint(out(), report.data(), target)
     return report
