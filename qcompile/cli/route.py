@@ -76,8 +76,7 @@ def _write(
         compare=compared if wanted.compare else None,
     )
     new.append(str(wanted.output))
-    told = calibration.notices if calibration is not None else ()
-    parts["export"] = exported.model_copy(update={"notices": [*told, *exported.notices]})
+    parts["export"] = exported.after(calibration.notices if calibration is not None else ())
     show_export(out(), parts["export"].data())
     if wanted.builds:
         step("building the engine")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from passes.base import Decline
 from qcompile.errors import ReportError
-from qcompile.report.validated import reason
+from qcompile.report.validated import encodable, reason
 
 
 class ReportBase(BaseModel):
@@ -35,6 +35,10 @@ class ReportBase(BaseModel):
     def passed(self) -> bool:
         """False if it tells of something that failed."""
         return True
+
+    def after(self, notices: Iterable[str]) -> Self:
+        """The same report with `notices` of what was done before."""
+        return self.model_copy(update={"notices": encodable([*notices, *self.notices])})
 
     def to_json(self) -> str:
         """The report as JSON text; `qcompile.read_report` and `qcompile inspect` read it back from a file."""
@@ -64,7 +68,7 @@ class ReportBase(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_known(cls, data: Any) -> Any:
+    def _known(cls, data: Any) -> Any:
         """Say it in a sentence where the fields are those of another version, before they are looked at."""
         known = cls.model_fields["version"].default
         version = data.get("version", 1) if isinstance(data, Mapping) else known
@@ -72,7 +76,7 @@ class ReportBase(BaseModel):
             newer = isinstance(version, int) and version > known
             advice = "a newer one wrote it" if newer else "write it again"
             raise ValueError(f"a report of version {version!r:.20}, where this qcompile has version {known}: {advice}")
-        return data
+        return encodable(data)
 
 
 class ModelReport(ReportBase):

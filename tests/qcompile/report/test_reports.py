@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import qcompile
+from passes.base import Decline
 from qcompile.cli import main
 from qcompile.cli.report import CommandReport
 from qcompile.engine.report import AttentionCount, EngineReport
@@ -101,6 +102,16 @@ def test_inspect_shows_any_report(kind: str, data: st.DataObject, tmp_path_facto
     file.write_text(report.to_json())
     assert read_report(file) == report
     assert main(["inspect", str(file)]) == (0 if report.passed else 1)
+
+
+def test_names_of_files_and_modules_may_be_no_text() -> None:
+    strange = "a\udcff"
+    decline, check = Decline("Pass", strange, strange, (strange,)), Check("opsets", True, strange)
+    part = export(declined=[decline], checks=[check], quantized={strange: "fp8"})
+    report = CommandReport(source=strange, new=[strange], export=part)
+    assert CommandReport.from_json(report.to_json()) == report and report.source == r"a\udcff"
+    assert part.after([strange]).after(["first"]).data()["notices"] == ["first", r"a\udcff"]
+    assert part.declined[0].nodes == (r"a\udcff",) and part.quantized == {r"a\udcff": "fp8"}
 
 
 def test_coverage_has_one_shape() -> None:
