@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from passes.lazy import public
 
 if TYPE_CHECKING:
+    from passes.observe import trace
     from qcompile.api import build_engine
     from qcompile.checkpoint.write.report import CheckpointReport
     from qcompile.checkpoint.write.save import save_checkpoint
@@ -60,6 +61,7 @@ __all__ = [
     "refresh",
     "repair_onnx",
     "save_checkpoint",
+    "trace",
 ]
 
 _PLACES = {
@@ -84,6 +86,7 @@ _PLACES = {
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",
+    "trace": "passes.observe",
 }
 
 __getattr__, __dir__ = public(__name__, _PLACES)

@@ -23,7 +23,7 @@ from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline, boundary
 from passes.program import lift, unlift
-from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
+from passes.subgraphs import all_nodes, graphs, held, operator_name, owner, subgraph_calls
 from qcompile.coverage import Modules
 from qcompile.errors import ExportError
 from qcompile.messages import some
@@ -183,10 +183,16 @@ def _check_subgraphs(gm: GraphModule) -> None:
     """Raises ExportError for a call that holds graphs, and that torch.onnx does not write."""
     for node in (node for part in gm.modules() if isinstance(part, GraphModule) for node in subgraph_calls(part.graph)):
         if operator_name(node) not in _WRITTEN_WITH_GRAPHS:
-            raise ExportError(
-                f"{place_of(node)}: {operator_name(node)} has no form in ONNX: write it with"
-                f" {', '.join(_WRITTEN_WITH_GRAPHS[:3])} of torch, or attention as scaled_dot_product_attention"
-            )
+            if held(owner(node), node):
+                instead = (
+                    f"write it with {', '.join(_WRITTEN_WITH_GRAPHS[:3])} of torch, or attention as"
+                    " scaled_dot_product_attention"
+                )
+            else:
+                instead = "write this part with other operators, or compute it outside of the exported model"
+            called = next((a for a in node.args if isinstance(a, torch._ops.OpOverload)), None)
+            name = operator_name(node) + (f" of {called}" if called is not None else "")
+            raise ExportError(f"{place_of(node)}: {name} has no form in ONNX: {instead}")
 
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
