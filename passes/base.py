@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
@@ -12,9 +13,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.errors import PassError, QCompileError
 from passes.graph import module_path
+from passes.observe import pipeline_trace
+from passes.promises import Seen, broken, checks
 from passes.subgraphs import graphs
 
-__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline"]
+__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline", "stage_of"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,14 @@ class Pass(PassBase):
 
     A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared. What goes wrong in it
     is a PassError that names the pass and, where known, the module and the node; a QCompileError stays as it is.
+
+    Attributes:
+        is_checked: what it requires and ensures is checked whenever a pipeline runs it, as it is for passes of a user.
+        keeps_dtypes: whether the outputs of the graph keep theirs.
     """
+
+    is_checked = False
+    keeps_dtypes = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +76,14 @@ class Pass(PassBase):
     @abstractmethod
     def rewrite(self, gm: GraphModule) -> None:
         """Change `gm.graph` in place; the base class removes what became dead, lints and recompiles."""
+
+    def check_requires(self, gm: GraphModule) -> Iterable[str]:
+        """What of *Requires* does not hold of `gm`, a sentence each: asked where passes are checked."""
+        return ()
+
+    def check_ensures(self, gm: GraphModule) -> Iterable[str]:
+        """What of *Ensures* does not hold of `gm` after the pass, fired or not, a sentence each."""
+        return ()
 
     def call(self, graph_module: GraphModule) -> PassResult:
         start = self.log.fired[self.name]
@@ -88,6 +106,11 @@ class Pass(PassBase):
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def stage(self) -> str:
+        """The folder of `passes` that it is in; "own" for a pass of somebody else."""
+        return stage_of(type(self))
+
     def fire(self, count: int = 1) -> None:
         self.log.fired[self.name] += count
 
@@ -98,6 +121,28 @@ class Pass(PassBase):
     def notice(self, message: str) -> None:
         """Tell the user what was done to the numbers."""
         self.log.notices.append(message)
+
+
+def stage_of(made: type) -> str:
+    """The stage of a class of passes: the folder of `passes` that it is in; "own" for one of somebody else."""
+    package, *folders = made.__module__.split(".")
+    return folders[0] if package == "passes" and len(folders) > 1 else "own"
+
+
+def _checked(instance: Pass, gm: GraphModule) -> None:
+    """Run a pass, and raise a PassError where it breaks a promise."""
+    _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
+    before, fired = Seen.of(gm), instance.log.fired[instance.name]
+    instance(gm)
+    changed = instance.log.fired[instance.name] > fired
+    _refuse(instance, "it broke a promise", broken(before, gm, changed, keeps_dtypes=instance.keeps_dtypes))
+    _refuse(instance, "it did not ensure what it says", instance.check_ensures(gm))
+
+
+def _refuse(instance: Pass, why: str, sentences: Iterable[str]) -> None:
+    if found := list(sentences):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise PassError(f"{instance.name}: {why}: {found[0]}{more}")
 
 
 def _where(error: Exception) -> str:
@@ -132,11 +177,14 @@ def run_pipeline(
     Returns what they did, added to `log` if one is given.
     """
     log = log if log is not None else PassLog()
-    before = log.fired.total()
-    for make in pipeline:
-        instance = make()
-        instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
-        instance(gm)
+    before, checking = log.fired.total(), checks()
+    with pipeline_trace(gm) as trace:
+        for make in pipeline:
+            instance = make()
+            instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
+            run = _checked if checking or instance.is_checked else Pass.__call__
+            with trace.around(instance.name, instance.stage, log, gm) if trace else nullcontext():
+                run(instance, gm)
     if recompile and log.fired.total() > before:
         gm.recompile()
     return log
