@@ -17,7 +17,7 @@ from passes.observe import pipeline_trace
 from passes.promises import Seen, broken, checks
 from passes.subgraphs import graphs
 
-__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline", "stage_of"]
+__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_checked", "run_pipeline", "stage_of"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def stage_of(made: type) -> str:
     return folders[0] if package == "passes" and len(folders) > 1 else "own"
 
 
-def _checked(instance: Pass, gm: GraphModule) -> None:
-    """Run a pass, and raise a PassError where it breaks a promise."""
+def run_checked(instance: Pass, gm: GraphModule) -> None:
+    """Run a pass, and raise a PassError where it breaks a promise (`passes.promises`)."""
     _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
     before, fired = Seen.of(gm), instance.log.fired[instance.name]
     instance(gm)
@@ -182,7 +182,7 @@ def run_pipeline(
         for make in pipeline:
             instance = make()
             instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
-            run = _checked if checking or instance.is_checked else Pass.__call__
+            run = run_checked if checking or instance.is_checked else Pass.__call__
             with trace.around(instance.name, instance.stage, log, gm) if trace else nullcontext():
                 run(instance, gm)
     if recompile and log.fired.total() > before:

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from passes.base import Decline, Pass, PassLog, run_pipeline
 from passes.graph import aten, calls
-from tests.passes.support import blank, count, returns
+from passes.testing import blank, count, returns
 
 
 class Doubles(Pass):

@@ -123,7 +123,7 @@ def test_a_directory_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(QCompileError, match="cannot write a trace to .*file: "), trace(tmp_path / "file"):
+    with pytest.raises(QCompileError, match=r"cannot write a trace to .*file: "), trace(tmp_path / "file"):
         pytest.fail("it is a file")
     monkeypatch.setenv(observe.VARIABLE, str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from passes.place.rotate import RotateLinears
 from passes.quantize.sites import find_sites
+from passes.testing import graph_of
 from qcompile.recipe import QuantizerConfig
 from qcompile.scales import has_constant, scale_of, weight_amax
-from tests.passes.support import graph_of
 
 FP8 = QuantizerConfig("fp8", "per_tensor", (), dynamic=False)
 NVFP4 = QuantizerConfig("nvfp4", "per_block", (1, 16), dynamic=True)
