@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.errors import PassError, QCompileError
-from passes.graph import module_path
+from passes.graph import calls, module_path, place_of
 from passes.observe import pipeline_trace
 from passes.promises import Seen, broken, checks
 from passes.subgraphs import graphs
@@ -63,10 +64,12 @@ class Pass(PassBase):
     Attributes:
         is_checked: what it requires and ensures is checked whenever a pipeline runs it, as it is for passes of a user.
         keeps_dtypes: whether the outputs of the graph keep theirs.
+        clears: operators that no call is left of, but for those that it declined.
     """
 
     is_checked = False
     keeps_dtypes = True
+    clears: Collection[Callable[..., Any]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +85,10 @@ class Pass(PassBase):
         return ()
 
     def check_ensures(self, gm: GraphModule) -> Iterable[str]:
-        """What of *Ensures* does not hold of `gm` after the pass, fired or not, a sentence each."""
-        return ()
+        """What of *Ensures* does not hold of `gm` after the pass, fired or not, a sentence each: here `clears`."""
+        declined = {name for decline in self.log.declined for name in decline.nodes if decline.pass_name == self.name}
+        left = (node for part in graphs(gm) for node in calls(part.graph, *self.clears))
+        return [f"{node.target} is left at {place_of(node)}" for node in left if node.name not in declined]
 
     def call(self, graph_module: GraphModule) -> PassResult:
         start = self.log.fired[self.name]
@@ -129,14 +134,21 @@ def stage_of(made: type) -> str:
     return folders[0] if package == "passes" and len(folders) > 1 else "own"
 
 
-def run_checked(instance: Pass, gm: GraphModule) -> None:
-    """Run a pass, and raise a PassError where it breaks a promise (`passes.promises`)."""
-    _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
-    before, fired = Seen.of(gm), instance.log.fired[instance.name]
+def run_checked(instance: Pass, gm: GraphModule, before: Seen | None = None, *, requires: bool = True) -> Seen:
+    """Run a pass, and raise a PassError where it breaks a promise (`passes.promises`).
+
+    Args:
+        before: what the last one returned, if nothing has touched the graph since.
+        requires: check what it requires, too.
+    """
+    if requires:
+        _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
+    before, fired = before or Seen.of(gm), instance.log.fired[instance.name]
     instance(gm)
-    changed = instance.log.fired[instance.name] > fired
-    _refuse(instance, "it broke a promise", broken(before, gm, changed, keeps_dtypes=instance.keeps_dtypes))
+    after, changed = Seen.of(gm), instance.log.fired[instance.name] > fired
+    _refuse(instance, "it broke a promise", broken(before, after, changed, keeps_dtypes=instance.keeps_dtypes))
     _refuse(instance, "it did not ensure what it says", instance.check_ensures(gm))
+    return after
 
 
 def _refuse(instance: Pass, why: str, sentences: Iterable[str]) -> None:
@@ -178,13 +190,17 @@ def run_pipeline(
     """
     log = log if log is not None else PassLog()
     before, checking = log.fired.total(), checks()
+    seen: Seen | None = None
     with pipeline_trace(gm) as trace:
         for make in pipeline:
             instance = make()
             instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
-            run = run_checked if checking or instance.is_checked else Pass.__call__
             with trace.around(instance.name, instance.stage, log, gm) if trace else nullcontext():
-                run(instance, gm)
+                if checking or instance.is_checked:
+                    seen = run_checked(instance, gm, seen)
+                else:
+                    instance(gm)
+                    seen = None
     if recompile and log.fired.total() > before:
         gm.recompile()
     return log

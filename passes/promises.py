@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -44,63 +44,66 @@ def checks() -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a graph was like before a pass: its text, nodes, inputs, outputs, and which of these need which of those."""
+    """What a graph is like before a pass, or after it.
+
+    Attributes:
+        text: of the graph.
+        nodes: of it and of those in its calls -> what is missing in the metadata of each.
+        inputs, outputs: names; sizes and dtypes.
+        needed: for each output the inputs that it depends on.
+    """
 
     text: str
-    nodes: frozenset[Node]
+    nodes: dict[Node, list[str]]
     inputs: list[str]
     outputs: list[Any]
     needed: list[set[str]]
 
     @classmethod
     def of(cls, gm: GraphModule) -> Seen:
-        nodes = frozenset(node for part in graphs(gm) for node in part.graph.nodes)
+        nodes = {node: _missing(gm, node) for part in graphs(gm) for node in part.graph.nodes}
         inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         return cls(graph_text(gm), nodes, inputs, _results(gm), _needed(gm))
 
 
-def broken(before: Seen, gm: GraphModule, fired: bool, *, keeps_dtypes: bool = True) -> Iterator[str]:
+def broken(before: Seen, after: Seen, fired: bool, *, keeps_dtypes: bool = True) -> Iterator[str]:
     """What of the promises of every pass does not hold, a sentence each.
 
     Args:
         keeps_dtypes: False for a pass whose purpose are other dtypes at the boundary.
     """
     if not fired:
-        if text := graph_diff(before.text, graph_text(gm)):
-            yield f"it changed the graph and did not say so by `fire`:\n{text}"
+        if before.text != after.text:
+            yield f"it changed the graph and did not say so by `fire`:\n{graph_diff(before.text, after.text)}"
         return
-    new = [node for part in graphs(gm) for node in part.graph.nodes if node not in before.nodes]
-    yield from _untold([node for node in new if node.op == "call_function"])
-    yield from (f"constant {n.name} has no meta['val']" for n in new if n.op == "get_attr" and _is_bare(gm, n))
-    inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    if inputs != before.inputs:
-        yield f"the inputs were {', '.join(before.inputs)} and are {', '.join(inputs)}"
-    results = _results(gm)
-    if len(results) != len(before.outputs):
-        yield f"there were {len(before.outputs)} outputs, and are {len(results)}"
+    for node, missing in after.nodes.items():
+        if missing and node not in before.nodes:
+            told = " and ".join(f"meta[{key!r}]" for key in missing)
+            how = "calls by passes.graph.Emitter and constants by passes.constants.add_constant"
+            yield f"node {node.name} has no {told}: add {how}, which fill it in"
+    if after.inputs != before.inputs:
+        yield f"the inputs were {', '.join(before.inputs)} and are {', '.join(after.inputs)}"
+    if len(after.outputs) != len(before.outputs):
+        yield f"there were {len(before.outputs)} outputs, and are {len(after.outputs)}"
         return
-    for index, (was, now) in enumerate(zip(before.outputs, results, strict=True)):
+    for index, (was, now) in enumerate(zip(before.outputs, after.outputs, strict=True)):
         if len(was[0]) != len(now[0]) or (keeps_dtypes and was[1] != now[1]):
             yield f"output {index} was {was[1]} of {len(was[0])} axes, and is {now[1]} of {len(now[0])}"
         elif any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(was[0], now[0], strict=True)):
             yield f"output {index} had the shape {list(was[0])}, and has {list(now[0])}"
-    for index, lost in enumerate(a - b for a, b in zip(before.needed, _needed(gm), strict=True)):
+    for index, lost in enumerate(a - b for a, b in zip(before.needed, after.needed, strict=True)):
         if lost:
             yield f"output {index} no longer depends on {', '.join(sorted(lost))}"
 
 
-def _untold(calls: Iterable[Node]) -> Iterator[str]:
-    """New calls that say nothing of their values or their module, which passes and messages read."""
-    for node in calls:
-        missing = [key for key in ("val", "nn_module_stack") if key not in node.meta]
-        if missing:
-            told = " and ".join(f"meta[{key!r}]" for key in missing)
-            yield f"node {node.name} has no {told}: add calls by passes.graph.Emitter, which fills it in"
-
-
-def _is_bare(gm: GraphModule, node: Node) -> bool:
+def _missing(gm: GraphModule, node: Node) -> list[str]:
+    """What `node` does not say of itself, and passes and messages read."""
+    if node.op == "call_function":
+        return [key for key in ("val", "nn_module_stack") if key not in node.meta]
+    if node.op != "get_attr" or "val" in node.meta:
+        return []
     owner = node.graph.owning_module or gm
-    return "val" not in node.meta and not isinstance(getattr(owner, str(node.target), None), torch.nn.Module)
+    return [] if isinstance(getattr(owner, str(node.target), None), torch.nn.Module) else ["val"]
 
 
 def _results(gm: GraphModule) -> list[tuple[Any, Any]]:
