@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from passes.formats import FORMATS, Format, get_format
     from passes.observe import trace
     from passes.pipelines import NORMALIZE, PORTABLE, TENSORRT, quantize_pipeline
+    from passes.places import Pipeline, after, before
     from passes.program import lift, unlift
     from passes.promises import checked
 
@@ -33,7 +34,10 @@ __all__ = [
     "PassError",
     "PassLog",
     "PassResult",
+    "Pipeline",
     "QCompileError",
+    "after",
+    "before",
     "checked",
     "get_format",
     "ir",
@@ -57,6 +61,9 @@ _PLACES = {
     "PassLog": "passes.base",
     "PassResult": "passes.base",
     "QCompileError": "passes.errors",
+    "Pipeline": "passes.places",
+    "after": "passes.places",
+    "before": "passes.places",
     "checked": "passes.promises",
     "get_format": "passes.formats",
     "lift": "passes.program",

@@ -15,10 +15,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from passes.errors import PassError, QCompileError
 from passes.graph import calls, module_path, place_of
 from passes.observe import pipeline_trace
+from passes.places import OwnPasses, stage_of
 from passes.promises import Seen, broken, checks
 from passes.subgraphs import graphs
 
-__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_checked", "run_pipeline", "stage_of"]
+__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_checked", "run_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class PassLog:
         fired: pass -> number of rewrites.
         declined: in the order they were met.
         notices: what was done, and is for the user to know.
+        own: passes of the user that wait for the pipeline with their place: who shares the log shares them.
     """
 
     fired: Counter[str] = field(default_factory=Counter)
     declined: list[Decline] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    own: OwnPasses = field(default_factory=OwnPasses, compare=False, repr=False)
 
 
 class Pass(PassBase):
@@ -128,12 +131,6 @@ class Pass(PassBase):
         self.log.notices.append(message)
 
 
-def stage_of(made: type) -> str:
-    """The stage of a class of passes: the folder of `passes` that it is in; "own" for one of somebody else."""
-    package, *folders = made.__module__.split(".")
-    return folders[0] if package == "passes" and len(folders) > 1 else "own"
-
-
 def run_checked(instance: Pass, gm: GraphModule, before: Seen | None = None, *, requires: bool = True) -> Seen:
     """Run a pass, and raise a PassError where it breaks a promise (`passes.promises`).
 
@@ -192,7 +189,7 @@ def run_pipeline(
     before, checking = log.fired.total(), checks()
     seen: Seen | None = None
     with pipeline_trace(gm) as trace:
-        for make in pipeline:
+        for make in log.own.into(pipeline) if log.own.waiting else pipeline:
             instance = make()
             instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
             with trace.around(instance.name, instance.stage, log, gm) if trace else nullcontext():

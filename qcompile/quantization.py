@@ -18,10 +18,11 @@ from passes.dependence import fixed_nodes, input_dependence
 from passes.errors import PassError
 from passes.graph import val
 from passes.legalize.ranges import beyond
-from passes.pipelines import NORMALIZE, quantize_pipeline
+from passes.pipelines import NORMALIZE, quantize_pipeline, route
 from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.pad_reduction import PadReduction
 from passes.place.rotate import RotateLinears
+from passes.places import OwnPasses, Placed
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
@@ -61,6 +62,7 @@ def quantize(
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    passes: Sequence[Placed] | None = None,
 ) -> ExportedProgram:
     """Capture `model`, put quantize/dequantize where `recipe` says, and store weights as codes.
 
@@ -79,6 +81,8 @@ def quantize(
             reads what it gives, and multiplies slower what is not quantized. What calibration saw beyond 65504 is then
             an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the model.
         progress: show a bar while calibrating.
+        passes: passes of your own, each with its place: `[passes.after("fuse", MyPass)]`. What every pass promises is
+            checked of them.
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
@@ -94,12 +98,13 @@ def quantize(
     """
     chosen_recipe = load_recipe(recipe)
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
+    log = PassLog(own=OwnPasses(passes, route("quantize")))
     refuse_quantized(model)
     with alone():
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         gm = unlift(program)
         needed = input_dependence(gm)
-        plan = planned(gm, chosen_recipe, required=True)
+        plan = planned(gm, chosen_recipe, log, required=True)
     source = model_dtype(gm)
     target = compute_dtype(dtype, source)
     weights = weight_amax(plan.configs)
@@ -108,6 +113,7 @@ def quantize(
     plan = replace(plan, configs=without(plan.configs, ranges.unreached, plan.log))
     with alone():
         quantize_graph(gm, plan, weights | ranges.amax, source, target, ranges.fully_masked)
+        log.own.check_placed()
         check_dependence(needed, input_dependence(gm))
         quantized = lift(gm, program)
     if not is_finished(quantized):

@@ -13,6 +13,7 @@ from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
 from passes.place.attention_scale import PlaceAttentionScale
+from passes.places import OwnPasses
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
 from qcompile.coverage import Modules, layers
@@ -54,7 +55,9 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     """
     gm = traced.with_weights(weights)
     sink_constants(gm)
-    log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
+    log = PassLog(own=OwnPasses(options.passes))
+    if traced.autocast:
+        run_pipeline(DYNAMO, gm, log, recompile=False)
     notices: list[str] = []
     dtype = model_dtype(gm)
     if _is_quantized(gm):
@@ -83,6 +86,8 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     if modules.quantized and options.target == "inductor":
         pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
         run_pipeline(pipeline, gm, log, recompile=False)
+    if modules.quantized:
+        log.own.check_placed()
     hoist_constants(gm)
     return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, log, notices)
 
