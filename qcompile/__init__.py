@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from passes.lazy import public
 
 if TYPE_CHECKING:
+    from passes.observe import trace
     from qcompile.api import build_engine
     from qcompile.checkpoint.load import load_checkpoint
     from qcompile.checkpoint.write.report import CheckpointReport
@@ -58,6 +59,7 @@ __all__ = [
     "refresh",
     "repair_onnx",
     "save_checkpoint",
+    "trace",
 ]
 
 _PLACES = {
@@ -83,6 +85,7 @@ _PLACES = {
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",
+    "trace": "passes.observe",
 }
 
 __getattr__, __dir__ = public(__name__, _PLACES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections import defaultdict
@@ -15,6 +16,8 @@ from torch._export import utils as export_utils
 from torch.export import ExportedProgram, exported_program
 from torch.fx import GraphModule
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from passes import checked
 
 # Compiling and exporting inside an example makes its first run slow, which says nothing about the code under test.
 settings.register_profile("qcompile", deadline=None, max_examples=30, derandomize=True)
@@ -42,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _promises(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In whole routes each pass is held to what it promises."""
+    whole = {"e2e", "fuzz"} & {*request.path.parts}
+    with checked() if whole else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

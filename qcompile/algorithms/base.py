@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.formats import Format
-from passes.pipelines import Pipeline
+from passes.places import Pipeline
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms import algorithm_called
@@ -167,7 +167,7 @@ class Algorithm(Generic[_Settings]):
     def edits(self, view: View, seen: Seen) -> Pipeline:
         """Passes that change the graph. They keep the nodes of linear layers and attentions, whose operands may change;
         afterwards data runs through the graph anew, and no step before has chosen anything."""
-        return ()
+        return Pipeline()
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
         """Scales, and for weights codes. What is left out stays what steps before made of it."""

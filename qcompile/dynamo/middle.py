@@ -13,6 +13,7 @@ from passes.base import PassLog
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
 from passes.pipelines import DYNAMO, torch_pipeline
+from passes.places import OwnPasses
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
 from qcompile.dynamo.options import Options
@@ -58,7 +59,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     """
     gm = traced.with_weights(weights)
     sink_constants(gm)
-    work, notices = Work(gm), list[str]()
+    work, notices = Work(gm, PassLog(own=OwnPasses(options.passes))), list[str]()
     if traced.autocast:
         work.run(DYNAMO)
     if _is_quantized(gm):
@@ -73,6 +74,8 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     modules, found = Modules.of(gm, work.log.declined), layers(gm)
     if modules.quantized and options.target == "inductor":
         work.run(torch_pipeline(device, fast_accumulation=options.fast_accumulation))
+    if modules.quantized:
+        work.log.own.check_placed()
     hoist_constants(gm)
     return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, work.log, notices)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
 
+from passes.pipelines import route
+from passes.places import OwnPasses, Placed
 from qcompile.compat.dynamo import inductor_modes, inductor_settings
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
@@ -31,6 +33,7 @@ class Options:
         fast_accumulation: let a GPU add FP8 products in fewer digits than float32 where that is faster (Hopper).
         inductor: settings of `torch._inductor.config` for this model.
         expect: least counts of what each call has to run quantized, such as {"linear": 49, "attention": 12}.
+        passes: passes of the user, each with its place: `[passes.after("fuse", MyPass)]`.
     """
 
     recipe: Recipe | None = None
@@ -40,6 +43,7 @@ class Options:
     fast_accumulation: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
     expect: Mapping[str, int] = field(default_factory=dict)
+    passes: Sequence[Placed] = ()
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -66,6 +70,7 @@ class Options:
             raise CompileError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if "calibration" in given:
             given["calibration"] = {name: _range(name, amax) for name, amax in given["calibration"].items()}
+        OwnPasses(given.get("passes"), route("compile"))  # a place that there is not is known now
         if "recipe" in given:
             given["recipe"] = _recipe(given["recipe"])
         return cls(**given)

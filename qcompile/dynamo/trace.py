@@ -28,6 +28,7 @@ from qcompile.compat.torch import (
 )
 from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
+from qcompile.dynamo.untraced import named
 from qcompile.frontends import modelopt
 
 # What is recorded of the contexts that a model enters; the graph is for inference, and casts say what autocast did.
@@ -132,7 +133,7 @@ def trace(captured: Captured, numbers: Sequence[Any]) -> Traced:
         given = {**dict(zip(arguments, values, strict=True)), **known}
         return _functional(captured.gm, [given[i] for i in range(len(given))])
 
-    with captured.fake_mode, preserve_node_meta(), torch.no_grad():
+    with named(captured.gm), captured.fake_mode, preserve_node_meta(), torch.no_grad():
         traced = make_fx(run, pre_dispatch=True)(*(captured.fakes[i] for i in arguments))
     return _read(traced, captured, arguments)
 

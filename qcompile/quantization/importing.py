@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.ir import DEQUANTIZE
+from passes.places import OwnPasses
 from passes.subgraphs import all_calls
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
@@ -60,7 +61,8 @@ def import_quantized(
             if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
                 model = stack.enter_context(tool.capture_ready(model))
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return quantized_program(program, partial(_plan, calibrated=calibration is not None), calibration, dtype, progress)
+    planner = partial(_plan, calibrated=calibration is not None)
+    return quantized_program(program, planner, calibration, dtype, progress, OwnPasses())
 
 
 def _plan(work: Work, calibrated: bool) -> Plan:

@@ -15,7 +15,8 @@ from passes.dependence import fixed_nodes
 from passes.formats import FP8
 from passes.graph import is_call
 from passes.ir import DEQUANTIZE
-from passes.pipelines import CANONICALIZE, NORMALIZE, Pipeline, place_pipeline, rotate_pipeline
+from passes.pipelines import CANONICALIZE, NORMALIZE, place_pipeline, rotate_pipeline
+from passes.places import Pipeline
 from passes.quantize.insert import misfit
 from passes.quantize.sites import Site, find_sites
 from passes.subgraphs import graphs

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from passes.pipelines import route
+from passes.places import OwnPasses, Placed
 from qcompile.capture import capture
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype
@@ -28,6 +30,7 @@ def quantize(
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    passes: Sequence[Placed] | None = None,
 ) -> ExportedProgram:
     """Capture `model`, put quantize/dequantize where `recipe` says, and store weights as codes.
 
@@ -46,6 +49,8 @@ def quantize(
             reads what it gives, and multiplies slower what is not quantized. What calibration saw beyond 65504 is then
             an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the model.
         progress: show a bar while calibrating.
+        passes: passes of your own, each with its place: `[passes.after("fuse", MyPass)]`. What every pass promises is
+            checked of them.
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
@@ -61,7 +66,9 @@ def quantize(
     """
     chosen_recipe = load_recipe(recipe)
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
+    own = OwnPasses(passes, route("quantize"))
     refuse_quantized(model)
     with alone():
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return quantized_program(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, dtype, progress)
+    planner = partial(planned, recipe=chosen_recipe, whole=True)
+    return quantized_program(program, planner, calibration, dtype, progress, own)

@@ -20,6 +20,7 @@ from passes.dependence import input_dependence
 from passes.errors import PassError
 from passes.graph import val
 from passes.pipelines import quantize_pipeline
+from passes.places import OwnPasses
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
@@ -39,11 +40,20 @@ logger = logging.getLogger("qcompile")
 
 
 def quantized_program(
-    program: ExportedProgram, planner: Planner, calibration: Calibration, dtype: torch.dtype | None, progress: bool
+    program: ExportedProgram,
+    planner: Planner,
+    calibration: Calibration,
+    dtype: torch.dtype | None,
+    progress: bool,
+    own: OwnPasses,
 ) -> ExportedProgram:
-    """`program` with the quantizers that `planner` wants, computing in `dtype`, and a record of what was done."""
+    """`program` with the quantizers that `planner` wants, computing in `dtype`, and a record of what was done.
+
+    Args:
+        own: passes of the user's.
+    """
     with alone():
-        work = Work(unlift(program))
+        work = Work(unlift(program), PassLog(own=own))
         needed = input_dependence(work.gm)
         plan = planner(work)
     source = model_dtype(work.gm)
@@ -51,6 +61,7 @@ def quantized_program(
     found = solve(work, plan, Data(calibration, program, progress=progress), (source, target))
     with alone():
         carry_out(work, plan, found, source, target)
+        own.check_placed()
         _check_dependence(needed, input_dependence(work.gm))
         quantized = lift(work.gm, program)
     if not is_finished(quantized):

@@ -12,7 +12,7 @@ from passes.base import run_pipeline
 from passes.groups import expert_container, parallel, reads, served_with, siblings
 from passes.pipelines import NORMALIZE
 from passes.quantize.sites import find_sites
-from tests.passes.support import graph_of
+from passes.testing import graph_of
 from tests.qcompile.recipe.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")

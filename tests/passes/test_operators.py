@@ -18,8 +18,8 @@ from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.reading import QuantizedLayer
 from passes.sdpa import SDPA
+from passes.testing import blank, count, graph_of, only_call, run
 from qcompile.recipe.globs import KINDS
-from tests.passes.support import blank, count, graph_of, only_call, run
 
 
 def test_rows_name_operands_that_recipes_know() -> None:

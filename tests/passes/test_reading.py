@@ -13,9 +13,9 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.reading import Operand, QuantizedLayer, source_of
+from passes.testing import graph_of, only_call
 from tests.passes.blocks import INPUT, WEIGHT
 from tests.passes.lower.cuda.support import quantized
-from tests.passes.support import graph_of, only_call
 
 SCALE = torch.tensor(0.01)
 X = torch.randn(3, 128)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import qcompile
 from passes.graph import aten
+from passes.testing import graph_of
 from qcompile.algorithms.statistics import LargestBeforeSoftmax, LargestScore
 from qcompile.errors import CalibrationError, PassError
 from qcompile.headroom import Watch
 from qcompile.report.record import record_of
-from tests.passes.support import graph_of
 
 X = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
 LIMIT = 65504.0

@@ -15,7 +15,8 @@ from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten
 from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.attention import DecomposeAttention, is_long_causal
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Attention, insert
 
 S = torch.tensor(0.02)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

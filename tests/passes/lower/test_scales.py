@@ -12,7 +12,7 @@ from passes.graph import Emitter, aten, dtype
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.lower.scales import float32_scale, is_one_scale, is_row_scale, runs_along_k, scale_product, unscalable
 from passes.reading import QuantizedLayer
-from tests.passes.support import blank, count, returns, run
+from passes.testing import blank, count, returns, run
 
 SHAPES = [(), (1,), (1, 1), (5, 1), (2, 5, 1), (4,), (5, 4), (1, 4)]
 

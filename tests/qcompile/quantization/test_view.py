@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from passes.place.rotate import RotateLinears
 from passes.quantize.sites import Site, find_sites
+from passes.testing import graph_of
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import QuantizerConfig
-from tests.passes.support import graph_of
 
 FP8 = QuantizerConfig("fp8", "per_tensor", (), dynamic=False)
 NVFP4 = QuantizerConfig("nvfp4", "per_block", (1, 16), dynamic=True)

@@ -16,9 +16,10 @@ from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, only_call, rewrites, run
 from tests.passes.blocks import INPUT, WEIGHT
 from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, quantized
-from tests.passes.support import DYNAMIC, Mlp, count, only_call, rewrites, run
+from tests.passes.support import Mlp
 
 TURING = Device("cuda", (7, 5))
 PAIRS = {
