@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qcompile.quantization import calibrate, quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
+    from qcompile.version import __version__
 
 # torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
 # for tensors on a GPU only, where they do not.
@@ -47,6 +48,7 @@ __all__ = [
     "Recipe",
     "RepairReport",
     "Report",
+    "__version__",
     "build_engine",
     "calibrate",
     "explain",
@@ -71,6 +73,7 @@ _PLACES = {
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",
     "Report": "qcompile.report",
+    "__version__": "qcompile.version",
     "build_engine": "qcompile.api",
     "calibrate": "qcompile.quantization",
     "explain": "qcompile.dynamo.explain",

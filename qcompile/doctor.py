@@ -21,6 +21,7 @@ from qcompile.messages import first_line
 from qcompile.recipe import list_recipes, load_recipe
 from qcompile.recipe.asked import asked_formats
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt
+from qcompile.version import __version__
 
 _NOT_FOR_USERS = ("demo", "dev")  # extras
 _NOT_IN_ONNXRUNTIME = ("nvfp4",)  # none of its providers has kernels for FP4
@@ -89,7 +90,7 @@ def examine() -> Findings:
     problems = [f"{p.name}: {p.problem}" for p in packages if p.problem] + broken
     problems += [f"{builder.name}: {builder.problem}" for builder in builders if builder.problem]
     return Findings(
-        {"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
+        {"qcompile": __version__, "python": platform.python_version()},
         packages,
         providers,
         builders,
