@@ -80,7 +80,7 @@ def test_the_sdist_is_the_repository(built: tuple[Path, Path]) -> None:
     assert constraints.isfile(), "a link out of the package does not unpack everywhere"
     pages = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
     assert {".ci/run", "constraints-oldest.txt", *pages} <= names
-    assert _sources("passes", "qcompile", "tests", "docs", "benchmarks/templates") <= names
+    assert _sources("passes", "qcompile", "tests", "docs", "examples", "benchmarks") <= names
 
 
 def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
