@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from qcompile import list_recipes
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -67,6 +69,18 @@ def test_readme_is_short_and_has_the_two_commands() -> None:
         ".venv/bin/qcompile demo",
         ".venv/bin/pytest -n 2",
     ]
+
+
+def test_every_shipped_recipe_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert set(list_recipes()) == set(re.findall(r"^\| `([\w-]+)` \|", page, flags=re.MULTILINE))
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    made_up = re.compile(r"NAME|STAGE|^\.hypothesis")
+    named = {name for name in re.findall(r"`([\w./-]+/[\w./-]*)`", page) if not made_up.search(name)}
+    assert named and not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
