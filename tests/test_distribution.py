@@ -26,7 +26,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist of a copy of the repository, and a wheel of the unpacked sdist."""
     folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=NOT_SOURCE)
     sdist = _build(folder / "source", "sdist", folder)
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
