@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
     from qcompile.reports import read_report
+    from qcompile.version import __version__
 
 __all__ = [
     "CheckpointReport",
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "RepairReport",
     "Report",
+    "__version__",
     "build_engine",
     "calibrate",
     "explain",
@@ -71,6 +73,7 @@ _PLACES = {
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",
     "Report": "qcompile.report.export",
+    "__version__": "qcompile.version",
     "build_engine": "qcompile.api",
     "calibrate": "qcompile.quantization.calibrate",
     "explain": "qcompile.dynamo.explain",

@@ -26,6 +26,7 @@ from qcompile.recipe import list_recipes, load_recipe
 from qcompile.recipe.asked import asked_formats
 from qcompile.report.base import ReportBase
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt
+from qcompile.version import __version__
 
 _NOT_FOR_USERS = ("demo", "dev")  # extras
 _NOT_IN_ONNXRUNTIME = [name for name, units in UNITS.items() if not units.onnxruntime]
@@ -107,7 +108,7 @@ def examine() -> Findings:
     insides = _insides()
     problems += [problem for inside in insides for problem in inside.problems]
     return Findings(
-        versions={"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
+        versions={"qcompile": __version__, "python": platform.python_version()},
         packages=packages,
         providers=providers,
         builders=builders,

@@ -29,6 +29,7 @@ from qcompile.cli.repair import repair
 from qcompile.compat.onnx import REGISTRATION
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
 from qcompile.messages import first_line
+from qcompile.version import __version__
 
 # "torchvision is not installed", and what torchao says of its own extensions when transformers imports it
 _NOISY_LOGGERS = (REGISTRATION, "torch.utils._pytree", "torchao")
@@ -58,8 +59,8 @@ app = App(
     name="qcompile",
     help=_HELP,
     help_format="markdown",
-    version="",
-    version_flags=[],
+    version=__version__,
+    version_flags=["--version"],
     result_action="return_value",
 )
 app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the command line is called

@@ -10,7 +10,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +57,7 @@ from qcompile.report import Report
 from qcompile.report.coverage import Modules
 from qcompile.report.record import QuantizeRecord, record_of
 from qcompile.sizes import program_bytes
+from qcompile.version import __version__
 
 Target = Literal["tensorrt", "portable"]
 BlockFp8 = Literal["k_split", "per_channel"]
@@ -166,7 +166,7 @@ def modules_of(program: ExportedProgram, target: Target) -> Modules:
 
 def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
     """Keep in the file's metadata what made it: readers show it, and nothing depends on it."""
-    known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": version("qcompile")}
+    known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": __version__}
     model.metadata_props.update({f"qcompile.{key}": value for key, value in known.items() if value})
 
 
