@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.formats import get_format
-from qcompile.recipe import QuantizerConfig, format_of
+from qcompile.schemes.config import QuantizerConfig, format_of
 
 
 def has_constant(config: QuantizerConfig) -> bool:

@@ -26,11 +26,11 @@ from passes.places import Pipeline
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms import algorithm_called
+from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.errors import CalibrationError
-from qcompile.recipe import QuantizerConfig, format_of
-from qcompile.recipe.steps import Settings
 from qcompile.scales import has_constant, scale_of
+from qcompile.schemes.config import QuantizerConfig, format_of
 
 Seen = Mapping[Node, Statistic]
 """What was kept of the nodes that an algorithm watched."""

@@ -6,8 +6,8 @@ from torch.fx import Node
 
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.settings import MaxSettings
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.recipe.steps import MaxSettings
 
 
 class Max(Algorithm[MaxSettings]):

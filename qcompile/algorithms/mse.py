@@ -15,8 +15,8 @@ from passes.formats import Format
 from passes.ir import block_amax, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
-from qcompile.recipe.steps import Settings
 from qcompile.scales import has_constant, scale_of
 
 _PIECE = 1 << 18  # elements that are tried at once: larger intermediates leave the caches

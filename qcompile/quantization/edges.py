@@ -13,7 +13,7 @@ from passes.quantize.sites import Site
 from passes.subgraphs import all_calls
 from qcompile.errors import RecipeError
 from qcompile.recipe import QuantizerConfig
-from qcompile.recipe.config import attention_mismatch, mismatch
+from qcompile.schemes.config import attention_mismatch, mismatch
 
 Named = tuple[str, QuantizerConfig]
 

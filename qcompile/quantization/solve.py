@@ -16,6 +16,7 @@ from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
+from qcompile.algorithms.settings import MaxSettings
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.batch_forms import calibration_form
 from qcompile.errors import CalibrationError, RecipeError
@@ -26,7 +27,6 @@ from qcompile.quantization.seen import Observation
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
-from qcompile.recipe.steps import MaxSettings
 from qcompile.scales import is_calibrated, scale_of
 
 NEVER = "calibration never reached it"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from passes.lazy import public
 
 if TYPE_CHECKING:
+    from qcompile.algorithms.settings import MaxSettings, Settings
     from qcompile.recipe.check import check_recipe
-    from qcompile.recipe.config import QuantizerConfig, format_of, unsupported
     from qcompile.recipe.empty import check_quantizes
     from qcompile.recipe.files import fragment_path, list_fragments, list_recipes, recipe_path
     from qcompile.recipe.imports import fragment_description
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qcompile.recipe.overrides import with_overrides
     from qcompile.recipe.rule import Location, Rule
     from qcompile.recipe.schema import Metadata, Recipe
-    from qcompile.recipe.steps import MaxSettings, Settings
     from qcompile.recipe.write import expanded_yaml
+    from qcompile.schemes.config import QuantizerConfig, format_of, unsupported
 
 __all__ = [
     "Location",
@@ -51,20 +51,20 @@ __all__ = [
 
 _PLACES = {
     "Location": "qcompile.recipe.rule",
-    "MaxSettings": "qcompile.recipe.steps",
+    "MaxSettings": "qcompile.algorithms.settings",
     "Metadata": "qcompile.recipe.schema",
     "Notice": "qcompile.recipe.notices",
-    "QuantizerConfig": "qcompile.recipe.config",
+    "QuantizerConfig": "qcompile.schemes.config",
     "QuantizerName": "qcompile.recipe.match",
     "Recipe": "qcompile.recipe.schema",
     "RecipeSource": "qcompile.recipe.load",
     "Resolution": "qcompile.recipe.match",
     "Rule": "qcompile.recipe.rule",
-    "Settings": "qcompile.recipe.steps",
+    "Settings": "qcompile.algorithms.settings",
     "check_quantizes": "qcompile.recipe.empty",
     "check_recipe": "qcompile.recipe.check",
     "expanded_yaml": "qcompile.recipe.write",
-    "format_of": "qcompile.recipe.config",
+    "format_of": "qcompile.schemes.config",
     "fragment_description": "qcompile.recipe.imports",
     "fragment_path": "qcompile.recipe.files",
     "list_fragments": "qcompile.recipe.files",
@@ -73,7 +73,7 @@ _PLACES = {
     "path_of": "qcompile.recipe.load",
     "recipe_path": "qcompile.recipe.files",
     "resolve": "qcompile.recipe.match",
-    "unsupported": "qcompile.recipe.config",
+    "unsupported": "qcompile.schemes.config",
     "with_overrides": "qcompile.recipe.overrides",
 }
 

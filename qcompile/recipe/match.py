@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 
 from qcompile.errors import RecipeError
 from qcompile.messages import value
-from qcompile.recipe.config import QuantizerConfig, attention_mismatch, mismatch
 from qcompile.recipe.effects import Decision, notices
 from qcompile.recipe.globs import INPUT, KINDS, MULTIPLIED_IN_ATTENTION, WEIGHT
 from qcompile.recipe.notices import Notice
 from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
 from qcompile.recipe.stacks import Stacks, counts_from_end
+from qcompile.schemes.config import QuantizerConfig, attention_mismatch, mismatch
 from qcompile.schemes.words import BLOCK_FORMATS
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from qcompile.messages import value
@@ -20,6 +20,7 @@ from qcompile.recipe.globs import (
     alternatives,
     possible_kinds,
 )
+from qcompile.schemes.strict import Strict
 from qcompile.schemes.words import BLOCK_FORMATS, FormatName, Granularity
 
 SHIPPED = "qcompile/recipe/builtin/"
@@ -51,11 +52,7 @@ class Location:
         return f"{place} ({self.note})" if self.note else place
 
 
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class Rule(Model):
+class Rule(Strict):
     """One rule: which quantizers, and either a format or a switch. Later rules win."""
 
     quantizer: Annotated[str, Field(min_length=1)]

@@ -25,11 +25,13 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from qcompile.algorithms import ALGORITHMS
-from qcompile.recipe.rule import Location, Model, Rule, wrong
-from qcompile.recipe.steps import MaxSettings, Settings, asked, calibration_type, settings_of
+from qcompile.algorithms.settings import MaxSettings, Settings
+from qcompile.recipe.rule import Location, Rule, wrong
+from qcompile.recipe.steps import asked, calibration_type, settings_of
+from qcompile.schemes.strict import Strict
 
 
-class Metadata(Model):
+class Metadata(Strict):
     """What the recipe is called and what it does."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -42,7 +44,7 @@ class Metadata(Model):
     """Anything else the reader should know."""
 
 
-class Import(Model):
+class Import(Strict):
     """The rules of a fragment, in this place."""
 
     name: Annotated[str, Field(min_length=1, alias="import")]
@@ -66,7 +68,7 @@ _Items = Annotated[
 ]
 
 
-class Fragment(Model):
+class Fragment(Strict):
     """Rules that recipes import by name."""
 
     description: Annotated[str, Field(min_length=1)]
@@ -75,7 +77,7 @@ class Fragment(Model):
     """Rules and imports in order; later ones win."""
 
 
-class _Header(Model):
+class _Header(Strict):
     metadata: Metadata
     """What the recipe is called and what it does."""
     calibration: SerializeAsAny[Settings] | tuple[SerializeAsAny[Settings], ...] = MaxSettings()

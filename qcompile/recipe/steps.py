@@ -1,7 +1,6 @@
 """`calibration:` of a recipe: one step, or a list of steps, each an algorithm with its settings.
 
-The settings of an algorithm stand in its own file, which imports torch; only those of `max` are here, so that a recipe
-without others is read without torch.
+A recipe that names no algorithm but `max` is read without torch.
 """
 
 from __future__ import annotations
@@ -9,31 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
 from qcompile.algorithms import ALGORITHMS, algorithm_called
-from qcompile.recipe.rule import Model
+from qcompile.algorithms.settings import MaxSettings, Settings
 
 ONE_TAG, LIST_TAG = "<step>", "<steps>"
-
-
-class Settings(Model):
-    """What every step of calibration can say. An algorithm names itself in `algorithm`, and adds its own."""
-
-    algorithm: str
-    """How scales are chosen."""
-    power_of_two: bool = False
-    """Round every constant scale up to a power of two: division by it is then exact, so that all runtimes make the same
-    codes in any precision, at the price of up to one bit of range. Scales of blocks stay what their blocks measure."""
-
-
-class MaxSettings(Settings):
-    """`max`: the largest magnitude, of weights and of what calibration data shows."""
-
-    algorithm: Literal["max"] = "max"
-    """`max`: the largest magnitude seen in the calibration data."""
 
 
 def settings_of(name: str) -> type[Settings]:

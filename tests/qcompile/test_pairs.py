@@ -14,7 +14,7 @@ import qcompile
 from passes.capabilities import PRODUCTS
 from qcompile.errors import RecipeError
 from qcompile.recipe import QuantizerName, resolve
-from qcompile.recipe.config import QuantizerConfig, format_of, unsupported
+from qcompile.schemes.config import QuantizerConfig, format_of, unsupported
 from qcompile.schemes.words import WORDS
 
 Data = dict[str, Any]

@@ -11,13 +11,13 @@ import torch
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
+from qcompile.algorithms.settings import MaxSettings
 from qcompile.checkpoint.files.tensors import Stored
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.write.codes import broken, largest_magnitude, pieces
 from qcompile.checkpoint.write.plan import HOW_TO_CALIBRATE, Plan
 from qcompile.errors import CalibrationError, CheckpointError
 from qcompile.recipe.globs import WEIGHT
-from qcompile.recipe.steps import MaxSettings
 
 
 @dataclass(frozen=True, eq=False)
