@@ -36,19 +36,23 @@ class Units:
 
     Attributes:
         name: in a sentence.
-        tensorrt: the least target that TensorRT builds it for, as in sm89; 0 for all.
+        tensorrt: the least target that TensorRT builds it for, as in sm89; 0 for all, None for none.
         targets: some of them, in words.
-        cuda: the first capability whose matrix units torch's operators use for it.
+        cuda: the first capability whose matrix units torch's operators use for it; None where no operator does.
         triton: the first on which Triton, and so Inductor, converts the codes and what their scales are stored in.
         onnxruntime: some provider of ONNX Runtime has kernels for it.
     """
 
     name: str
-    tensorrt: int
+    tensorrt: int | None
     targets: str
-    cuda: Capability
+    cuda: Capability | None
     triton: Capability
     onnxruntime: bool
+
+    def on(self, capability: Capability | None) -> bool:
+        """Whether torch's operators use it on a CUDA device of that capability; None is another kind of device."""
+        return None not in (capability, self.cuda) and capability >= self.cuda  # type: ignore[operator]
 
 
 # TensorRT-RTX 1.7.1: one tensor of a type that a target lacks, a weight that is only dequantized included, and the
@@ -84,7 +88,7 @@ class Product:
             return False
         if self.cuda is not None:
             return self.cuda[0] <= capability < self.cuda[1]
-        return capability >= UNITS[self.weight.family].cuda
+        return UNITS[self.weight.family].on(capability)
 
 
 HOPPER: tuple[Capability, Capability] = ((9, 0), (10, 0))

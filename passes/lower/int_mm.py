@@ -62,7 +62,7 @@ class LinearsToIntMm(LinearLowering):
             if not multiplies_int8():
                 return "this CPU has no VNNI, without which torch multiplies integers one by one"
             return "K = 1, of which torch._int_mm makes wrong numbers on a CPU" if length == 1 else None
-        if not self.device.has(UNITS["int8"].cuda):
+        if not UNITS["int8"].on(self.device.capability):
             return f"{self.device} is not known to multiply INT8 fast"
         return misaligned(linear, 8, 8)
 

@@ -12,15 +12,15 @@ def lacking(format: str, target: int) -> str | None:
         format: as recipes call it, or a dtype.
     """
     units = UNITS.get(format)
-    if units is None:
-        known = ", ".join(UNITS)
+    if units is None or units.tensorrt is None:
+        known = ", ".join(name for name, row in UNITS.items() if row.tensorrt is not None)
         return f"TensorRT is not known to have arithmetic for {format}: use one of {known}"
     if target >= units.tensorrt:
         return None
     if format == "bfloat16":
         instead = "compute in float16"
     else:
-        instead = f"quantize with the recipe {'fp8' if target >= UNITS['fp8'].tensorrt else 'int8'}"
+        instead = f"quantize with the recipe {'fp8' if lacking('fp8', target) is None else 'int8'}"
     return (
         f"sm{target} has no {units.name} arithmetic: build for {units.targets}, or {instead} for this target "
         f"({units.name} needs sm{units.tensorrt} or newer)"

@@ -13,12 +13,11 @@ from torch.fx import GraphModule, Node
 from passes.base import Decline, PassLog, run_pipeline
 from passes.dependence import fixed_nodes
 from passes.formats import FP8
-from passes.graph import is_call
-from passes.ir import DEQUANTIZE
 from passes.pipelines import CANONICALIZE, NORMALIZE, place_pipeline, rotate_pipeline
 from passes.places import Pipeline
 from passes.quantize.insert import misfit
 from passes.quantize.sites import Site, find_sites
+from passes.reading import Operand
 from passes.subgraphs import graphs
 from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
@@ -180,4 +179,5 @@ def _unquantized_queries(gm: GraphModule) -> list[Site]:
 
 
 def _is_fp8(operand: object) -> bool:
-    return isinstance(operand, Node) and is_call(operand, DEQUANTIZE) and operand.kwargs["format"] == FP8.name
+    quantized = Operand.read(operand)
+    return quantized is not None and quantized.format == FP8

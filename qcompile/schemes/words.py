@@ -27,7 +27,7 @@ class Word:
         ir: the format.
         granularity: what shares one scale.
         block_shape: rows and columns of a block, with `per_block`.
-        dynamic: whether its scales come from run time, for one that can be both.
+        dynamic: whether scales come from run time: False for a weight, True for an activation that is measured.
     """
 
     ir: Format

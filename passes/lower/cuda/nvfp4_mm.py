@@ -45,7 +45,7 @@ class Nvfp4LinearsToScaledMm(LinearLowering):
         return linear.x.format == NVFP4
 
     def reason(self, linear: QuantizedLayer) -> str | None:
-        if not self.device.has(UNITS["nvfp4"].cuda):
+        if not UNITS["nvfp4"].on(self.device.capability):
             return f"{self.device} has no FP4 matrix units"
         if linear.weight.format != NVFP4:
             return f"the input is in NVFP4, and the weight in {linear.weight.format.name}"

@@ -60,7 +60,7 @@ class LinearsToScaledMm(LinearLowering):
 
 def fp8_reason(device: Device, linear: QuantizedLayer) -> str | None:
     """Why FP8 codes with the scales of `linear` cannot be multiplied on `device`, or None."""
-    if not device.has(UNITS["fp8"].cuda):
+    if not UNITS["fp8"].on(device.capability):
         return f"{device} has no FP8 matrix units"
     return unscalable(linear)
 
