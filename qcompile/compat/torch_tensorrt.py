@@ -1,4 +1,4 @@
-"""Private names of Torch-TensorRT, whose import takes a GPU's driver; none is looked up before it is asked for."""
+"""Private names of Torch-TensorRT, whose import takes a GPU; none is looked up before it is asked for."""
 
 from __future__ import annotations
 
@@ -31,8 +31,16 @@ def construct(interpreter: Any) -> None:
     interpreter._construct_trt_network_def()
 
 
+NAMES = (
+    Private("torch_tensorrt._enums", "dtype._from", _ROUTE, callable),
+    Private(f"{_CONVERSION}._conversion", "infer_module_output_dtypes", _ROUTE, callable),
+    Private(_CONVERSION, "TRTInterpreter._construct_trt_network_def", _ROUTE, callable),
+)
+
+
 def probes() -> Iterator[Private]:
-    """Every private name that this module knows."""
-    yield Private("torch_tensorrt._enums", "dtype._from", _ROUTE, callable)
-    yield Private(f"{_CONVERSION}._conversion", "infer_module_output_dtypes", _ROUTE, callable)
-    yield Private(_CONVERSION, "TRTInterpreter._construct_trt_network_def", _ROUTE, callable)
+    """Every private name that this module knows; none without a GPU, for want of which the package does not load."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield from NAMES
