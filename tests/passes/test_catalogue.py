@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -53,32 +54,58 @@ def test_the_catalogue_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
     assert "trusts the file" in capsys.readouterr().out
 
 
-def test_the_graph_at_any_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, quantized = str(tmp_path / "f.pt2"), str(tmp_path / "q.pt2")
-    program = torch.export.export(Attention().eval(), (X,))
-    torch.export.save(program, path)
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["show", *arguments]) == 0
+    return capsys.readouterr().out
 
-    def said(*arguments: str) -> str:
-        assert main(["show", *arguments]) == 0
-        return capsys.readouterr().out
 
-    table = said(path)
-    fired = [line.split()[1] for line in table.splitlines() if not line.startswith(" ")]
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("programs") / "f.pt2")
+    torch.export.save(torch.export.export(Attention().eval(), (X,)), path)
+    return path
+
+
+def test_the_graph_at_any_place(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fired = [line.split()[1] for line in said(capsys, path).splitlines() if not line.startswith(" ")]
     assert fired.index("ViewsToReshape") < fired.index("InsertQdq") < fired.index("FuseAttentionQdq")
-    assert "qcompile.attention" in said(path, "--until", "FuseAttention")
-    assert "qcompile.attention" not in said(path, "--until", "InsertQdq")
-    assert "\n+dequantize" in said(path, "--diff", "InsertQdq") and "i8[" in said(
-        path, "--format", "int8", "--until", "FoldW"
-    )
-    assert "it changed nothing; it found nothing to rewrite" in said(path, "--diff", "NormalizeLinear")
-    torch.export.save(qcompile.quantize(program, calibration=[(X,)], progress=False), quantized)
-    assert "MergeParallelLinears" in said(quantized) and "InsertQdq" not in said(quantized, "--target", "portable")
-    assert "DecomposeAttention" in said(quantized, "--target", "inductor")
+    assert "qcompile.attention" in said(capsys, path, "--until", "FuseAttention")
+    assert "\n+dequantize" in said(capsys, path, "--diff", "InsertQdq")
+    for arguments, told in (
+        (["show", path, "--until", "Nothing"], "there is no pass Nothing here"),
+        (["show", f"{path}.no"], "there is no file"),
+    ):
+        assert main(arguments) == 1
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_programs_targets_and_formats(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "qcompile.attention" not in said(capsys, path, "--until", "InsertQdq")
+    assert "i8[" in said(capsys, path, "--format", "int8", "--until", "FoldW")
+    assert "it changed nothing; it found nothing to rewrite" in said(capsys, path, "--diff", "NormalizeLinear")
+    quantized = str(tmp_path / "q.pt2")
+    program = qcompile.quantize(torch.export.load(path), calibration=[(X,)], progress=False)
+    torch.export.save(program, quantized)
+    assert "MergeParallelLinears" in said(capsys, quantized)
+    assert "InsertQdq" not in said(capsys, quantized, "--target", "portable")
+    assert "DecomposeAttention" in said(capsys, quantized, "--target", "inductor")
     for arguments, told in (
         (["show", quantized, "--until", "InsertQdq"], "InsertQdq is not on the way of this program"),
-        (["show", path, "--until", "Nothing"], "there is no pass Nothing here"),
-        (["show", str(tmp_path / "no.pt2")], "there is no file"),
         (["show", path, "--format", "nvfp4"], "show takes fp8 and int8"),
     ):
         assert main(arguments) == 1
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_example_of_an_own_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What docs/passes-of-your-own.md says of its kernels."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(PAGES.parents[1] / "examples" / "own_pass.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "own passes: 0; GEMMs in FP8: 3;" in printed and "own passes: 1; GEMMs in FP8: 2;" in printed
+    assert "3 in FP8, then 2" in (PAGES.parent / "passes-of-your-own.md").read_text(encoding="utf-8")
