@@ -57,7 +57,7 @@ def operator_text(target: Any) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """`f32` of torch.float32; the whole name of those without such a short one."""
     name = str(dtype).removeprefix("torch.")
-    found = re.fullmatch(r"([a-z]+?)(\d+)", name)
+    found = re.fullmatch(r"([a-z]+?)(\d+\w*)", name)
     return _SHORT[found[1]] + found[2] if found and found[1] in _SHORT else name
 
 
