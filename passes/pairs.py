@@ -7,9 +7,9 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.constants import add_constant, root_constants
+from passes.constants import add_constant, replace_with_constant, root_constants
 from passes.errors import PassError
-from passes.formats import Format
+from passes.formats import Format, get_format
 from passes.graph import Emitter, dtype, is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
@@ -63,6 +63,17 @@ def chosen_pair(
     else:
         scale = add_constant(gm, f"{root_constants(weight)[0].target}_scale", blocks, emit.before)
     return emit(DEQUANTIZE, emit(QUANTIZE, weight, scale, format=fmt.name), scale, format=fmt.name, dtype=dtype(weight))
+
+
+def store_codes(gm: GraphModule, quantize: Node, codes: torch.Tensor) -> None:
+    """Put `codes` in the place of the `quantize` of a constant, in front of the scales of its blocks."""
+    scale = quantize.args[1]
+    quantize.update_arg(1, None)  # so that the weight alone names the codes
+    if isinstance(scale, Node) and get_format(str(quantize.kwargs["format"])).sizes:
+        first = scale.args[0] if is_call(scale, DEQUANTIZE) else scale
+        assert isinstance(first, Node)
+        first.prepend(quantize)
+    replace_with_constant(gm, quantize, codes)
 
 
 def measured_by(pair: object) -> Node | None:

@@ -19,7 +19,7 @@ from passes.formats import get_format
 from passes.graph import aten, calls, is_call, val
 from passes.groups import parallel, reads
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.pairs import measured_by
+from passes.pairs import measured_by, store_codes
 from passes.reading import Operand
 from passes.sdpa import SDPA
 
@@ -85,8 +85,7 @@ class FoldWeights(Pass):
         else:
             codes = torch.empty(rows.shape, dtype=fmt.storage, device=rows.device)
             write_codes(rows, fmt, codes, scale)
-        node.update_arg(1, None)  # so that the weight alone names the codes
-        replace_with_constant(gm, node, codes)
+        store_codes(gm, node, codes)
 
     def _room(self, node: Node, index: int, device: torch.device) -> torch.Tensor:
         """Memory for the codes (0) or block scales (1) of `node`, next to that of the layers that it will be merged

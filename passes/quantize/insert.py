@@ -11,12 +11,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import equal_bits, replace_with_constant
+from passes.constants import equal_bits
 from passes.errors import PassError
 from passes.formats import Format
 from passes.graph import Emitter, following, is_call, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.pairs import chosen_pair, constant_pair, measured_pair, name_quantizer
+from passes.pairs import chosen_pair, constant_pair, measured_pair, name_quantizer, store_codes
 from passes.quantize.sites import Site
 
 
@@ -118,8 +118,7 @@ class InsertQdq(Pass):
         for pair, tensor in codes.items():  # when all readers of a weight are known: its name goes to the last
             quantize = pair.args[0]
             assert isinstance(quantize, Node)
-            quantize.update_arg(1, None)  # so that the weight alone names the codes
-            replace_with_constant(gm, quantize, tensor)
+            store_codes(gm, quantize, tensor)
 
     def _insert(self, gm: GraphModule, site: Site, source: Node, quantizer: Quantizer) -> Node:
         anchor = site.consumer if source.op == "get_attr" or site.operand == "weight" else following(source)

@@ -19,7 +19,7 @@ from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
 from qcompile.scales import has_constant, scale_of
 
-_PIECE = 1 << 18  # elements that are tried at once: larger intermediates leave the caches
+_PIECE = 1 << 16  # elements that are tried at once: larger intermediates leave the caches
 
 
 class MseSettings(Settings):

@@ -106,7 +106,7 @@ class LargestBeforeSoftmax(Largest):
 class LargestScore(Largest):
     """Largest magnitude of the scores that an attention has before its mask and softmax.
 
-    They are computed where the longest query times the longest key could reach `limit`; elsewhere nothing is kept.
+    They are computed if the longest query times the longest key could reach `limit` in some head; else nothing is kept.
     """
 
     def __init__(self, scale: float, limit: float) -> None:
@@ -122,9 +122,14 @@ class LargestScore(Largest):
         if bool(bound.max() < self.limit):
             return
         self.reached = True
-        for index in (bound >= self.limit).nonzero().tolist():  # a head at a time: all scores at once take memory
-            scores = q[tuple(index)] @ k[tuple(index)].transpose(-1, -2) * self.scale
-            self.add(self.magnitude(scores))
+        found = 0.0
+        for place in bound.flatten().argsort(descending=True):  # a head at a time: all scores at once take memory
+            index = torch.unravel_index(place, bound.shape)
+            if float(bound[index]) < found:
+                break  # no head that is left has a larger one
+            largest = self.magnitude(q[index] @ k[index].transpose(-1, -2) * self.scale)
+            found = max(found, float(largest))
+            self.add(largest)
 
 
 class FullyMasked(Statistic):
