@@ -18,6 +18,7 @@ EXAMPLES = {
     "own_recipe": ([], "not: layers.0.self_attn layers.1.self_attn layers.2.self_attn.in_proj"),
     "own_data": (["onnxruntime"], "logits of a batch of one: (1, 8)"),
     "repair": (["onnxruntime"], "new.onnx: ['onnx::Add', 'onnx::DequantizeLinear'"),
+    "own_pass": (["tensorrt_rtx"], "own passes: 1; GEMMs in FP8: 2;"),
     "read_a_report": (["onnxruntime"], "unquantized: {'memory': 'recurrent'}"),
 }
 SLOW = ("torch_compile", "from_modelopt")  # a C++ compiler, and the import of modelopt
