@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass, PassLog, run_checked, run_pipeline
+from passes.compat import FakeTensorMode
 from passes.errors import PassError
 from passes.graph import Emitter, aten
 from passes.program import unlift

@@ -37,6 +37,7 @@ ALLOWED = {
     "_exit": "os._exit, documented",
     "_getframe": "sys._getframe, documented",
     "_initializing": "of a module's spec, as importlib itself asks",
+    "_fields": "documented: the names of a named tuple",
     "_qcompile": "our own mark on a function of torch",
 }
 """What may be used without a detour, and why; operators such as aten._to_copy are written in graphs, and are probed."""

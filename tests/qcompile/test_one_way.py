@@ -16,6 +16,8 @@ from qcompile.progress import progress_bar
 
 _WRITES = {"write_text", "write_bytes", "copyfile", "copy", "copy2", "savez", "save_file", "dump", "save"}
 _WRITERS = {
+    "passes/__main__.py": "pages of the catalogue, into the checkout of who asks",
+    "passes/observe.py": "a trace, into a folder of its own: what is there of it is read while it grows",
     "qcompile/checkpoint/files/directory.py": "into the folder of `new_directory`, which is moved when it is whole",
     "qcompile/checkpoint/files/shards.py": "into the folder of `new_directory`",
     "qcompile/cli/console.py": "a report, through `replaced`",
