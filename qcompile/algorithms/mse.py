@@ -15,9 +15,9 @@ from passes.formats import Format
 from passes.ir import block_amax, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
-from qcompile.scales import has_constant, scale_of
 
 _PIECE = 1 << 16  # elements that are tried at once: larger intermediates leave the caches
 
