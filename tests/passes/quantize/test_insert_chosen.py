@@ -18,7 +18,7 @@ from passes.graph import calls, module_path
 from passes.ir import DEQUANTIZE
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import graph_of
+from passes.testing import graph_of
 
 X, G = torch.randn(3, 32), torch.tensor(0.002)
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from qcompile.record import record_of
 from torch import Tensor, nn
 
 import qcompile
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import graph_of
 from qcompile.algorithms.base import Operand
 from qcompile.algorithms.max import Max
 from qcompile.algorithms.mse import Mse, MseSettings
@@ -24,7 +24,7 @@ from qcompile.algorithms.statistics import Histogram
 from qcompile.errors import CalibrationError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import MaxSettings, QuantizerConfig
-from tests.passes.support import graph_of
+from qcompile.report.record import record_of
 
 Array = np.ndarray
 CONFIGS = {
