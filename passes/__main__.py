@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,15 @@ from typing import TYPE_CHECKING
 from passes.errors import QCompileError
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from passes.show import Step
 
 TARGETS = ("tensorrt", "portable", "inductor")
+
+
+class _UnreadableError(QCompileError):
+    """A file that is no program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     try:
         return _show(given[1:]) if given[:1] == ["show"] else _catalogue(given)
+    except _UnreadableError as error:
+        print(f"python -m passes: {error}", file=sys.stderr)
+        return 2
     except (QCompileError, OSError) as error:
         print(f"python -m passes: {error}", file=sys.stderr)
         return 1
@@ -70,19 +80,16 @@ def _catalogue(given: list[str]) -> int:
 def _show(given: list[str]) -> int:
     parser = _parser("python -m passes show", __doc__)
     parser.add_argument("model", metavar="MODEL.pt2", help="a program of torch.export.save, from somebody you trust")
-    parser.add_argument("--until", metavar="PASS", help="the graph behind this pass; behind its last run of several")
-    parser.add_argument("--diff", metavar="PASS", help="what this pass changed, as a unified diff")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--until", metavar="PASS", help="the graph behind this pass; behind its last run of several")
+    shown.add_argument("--diff", metavar="PASS", help="what this pass changed, as a unified diff")
     parser.add_argument("--target", choices=TARGETS, default="tensorrt", help="whose passes follow (tensorrt)")
-    parser.add_argument("--format", default="fp8", help="for a model in floating point: fp8 (as if not given), int8")
+    parser.add_argument("--format", help="for a model in floating point: fp8 (as if not given), int8")
     asked = parser.parse_args(given)
-    import torch
-
     from passes.show import steps
     from passes.text import graph_diff
 
-    if not Path(asked.model).is_file():
-        raise QCompileError(f"there is no file {asked.model}")
-    found = list(steps(torch.export.load(asked.model), asked.target, asked.format))
+    found = list(steps(_loaded(asked.model), asked.target, asked.format))
     wanted = asked.diff or asked.until
     if wanted is None:
         for step in found:
@@ -103,6 +110,24 @@ def _show(given: list[str]) -> int:
     for step in runs:
         print(graph_diff(step.before, step.after, (f"before {wanted}", f"after {wanted}")) or _unchanged(step))
     return 0
+
+
+def _loaded(path: str) -> ExportedProgram:
+    if not Path(path).is_file():
+        raise _UnreadableError(f"there is no file {path}")
+    import torch
+
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # a warning with a traceback, before the error that says the same
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # whatever torch has against what is in the file
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = f"{path} is no program of torch.export.save, or is damaged: {type(error).__name__}: {said}"
+        raise _UnreadableError(told) from error
+    finally:
+        log.setLevel(level)
 
 
 def _unchanged(step: Step) -> str:

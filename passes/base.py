@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from passes.contents import Contents
 from passes.errors import PassError, QCompileError
 from passes.graph import calls, module_path, place_of
 from passes.observe import pipeline_trace
@@ -65,7 +66,8 @@ class Pass(PassBase):
     is a PassError that names the pass and, where known, the module and the node; a QCompileError stays as it is.
 
     Attributes:
-        is_checked: what it requires and ensures is checked whenever a pipeline runs it, as it is for passes of a user.
+        is_checked: what it requires and ensures is checked whenever a pipeline runs it, as it is for passes of a user,
+            and that it writes to no constant.
         keeps_dtypes: whether the outputs of the graph keep theirs.
         clears: operators that no call is left of, but for those that it declined.
     """
@@ -141,7 +143,12 @@ def run_checked(instance: Pass, gm: GraphModule, before: Seen | None = None, *, 
     if requires:
         _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
     before, fired = before or Seen.of(gm), instance.log.fired[instance.name]
+    contents = Contents.of(gm) if instance.is_checked else None
     instance(gm)
+    if contents is not None and (written := contents.written()):
+        what = f"it wrote to {', '.join(written)} in place, and so to the model itself, which is another one now"
+        how = "make a tensor, and put it in by passes.constants.replace_with_constant or add_constant"
+        _refuse(instance, "it broke a promise", [f"{what}: {how}"])
     after, changed = Seen.of(gm), instance.log.fired[instance.name] > fired
     _refuse(instance, "it broke a promise", broken(before, after, changed, keeps_dtypes=instance.keeps_dtypes))
     _refuse(instance, "it did not ensure what it says", instance.check_ensures(gm))

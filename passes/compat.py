@@ -57,6 +57,14 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def data_dependent() -> tuple[type[Exception], ...]:
+    """What torch raises where fake values do not decide what numbers of run time do."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
 def in_forward_mode() -> bool:
     """Whether a derivative is taken in forward mode."""
     from torch.autograd import forward_ad
@@ -80,6 +88,9 @@ def probes() -> Iterator[Private]:
     yield Private("torch._C", "_after_autograd_keyset", "the refusal of gradients", _knows_cpu)
     yield Private("torch.utils._pytree", "tree_map_only", "every pass", lambda tree: tree(int, str, [1]) == ["1"])
     yield Private("torch._ops", "HigherOrderOperator", "passes in graphs with branches")
+    for name in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        yield Private(_FAKE, name, "checks of passes")
+    yield Private("torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", "checks of passes")
     for name, arguments in _OPERATORS.items():
         yield Private("torch", f"ops.{name}.default", "a lowering of products", _takes(arguments))
     yield Private("torch._C", "_has_mkldnn", "products on a CPU", lambda flag: isinstance(flag, bool))

@@ -63,6 +63,7 @@ from passes.normalize.masked_writes import MaskedWritesToWhere
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.promotion import WriteOutPromotion
+from passes.normalize.rejoin import RejoinLinears
 from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.slice_scatter import ScattersToConcat
@@ -112,9 +113,13 @@ NORMALIZE = Pipeline(
 DYNAMO = Pipeline(MaterializeAutocast)
 """In front of the others for graphs that Dynamo captured."""
 
+RESTORE = Pipeline(RejoinLinears)
+"""In front of what reads a quantized program, which a user may have decomposed since: as passes wrote it."""
+
 CANONICALIZE = Pipeline(
     ModeloptToQdq,
     Pt2eToQdq,
+    *RESTORE,
     *NORMALIZE,
     MoveZeroPoints,
     MoveQuantizersToAttention,
@@ -161,7 +166,7 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS = Pipeline(LeaveUnfusedAttention)
+TENSORRT_KERNELS = Pipeline(*RESTORE, LeaveUnfusedAttention)
 """In front of all others for TensorRT: what it has no kernel for stays in floating point."""
 
 TENSORRT = Pipeline(
@@ -234,5 +239,5 @@ def route(name: Route) -> Pipeline:
     if name == "compile":
         lowerings = (torch_pipeline(Device("cpu")), torch_pipeline(Device("cuda", (9, 0))))
         return Pipeline(*DYNAMO, *route("quantize"), *route("import"), *lowerings[0], *lowerings[1])
-    kernels, target = (TENSORRT_KERNELS, TENSORRT) if name == "tensorrt" else (Pipeline(), PORTABLE)
+    kernels, target = (TENSORRT_KERNELS, TENSORRT) if name == "tensorrt" else (RESTORE, PORTABLE)
     return Pipeline(*kernels, *BLOCKS_TO_CHANNELS, *target, *edge)

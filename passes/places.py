@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+
+from torch.fx.passes.infra.pass_base import PassBase
 
 from passes.errors import PassError
 
@@ -47,9 +50,17 @@ class Placed:
     place: Place
     passes: tuple[Make, ...]
 
+    def __post_init__(self) -> None:
+        """Raises PassError for a place that is none, and for what makes no pass, or cannot with what it is given."""
+        if not isinstance(self.place, str | type):
+            raise PassError(f"{self.side}({self.place!r}, ...): a place is a stage, or the name or class of a pass")
+        if not self.passes:
+            raise PassError(f"{self.side}({_name(self.place)!r}) places nothing: name the pass behind the place")
+        for make in self.passes:
+            _check_makes(make)
+
     def __str__(self) -> str:
-        name = self.place if isinstance(self.place, str) else self.place.__name__
-        return f"{self.side}({name!r}, {', '.join(class_of(make).__name__ for make in self.passes)})"
+        return f"{self.side}({_name(self.place)!r}, {', '.join(class_of(make).__name__ for make in self.passes)})"
 
 
 def after(place: Place, *passes: Make) -> Placed:
@@ -63,29 +74,32 @@ def before(place: Place, *passes: Make) -> Placed:
 
 
 class OwnPasses:
-    """The passes of a user for one run through some pipelines: each goes into the first that has its place."""
+    """The passes of a user for one run through some pipelines: each goes into the first that has its place.
 
-    def __init__(self, placed: Iterable[Placed] | None = None, known: Sequence[Make] | None = None) -> None:
+    That can be the place of another of them.
+    """
+
+    def __init__(self, placed: Iterable[Placed] | Placed | None = None, known: Sequence[Make] | None = None) -> None:
         """`known` has all passes that the run can have: a place that is none of theirs is an error now.
 
         Raises:
             PassError: such a place, or something that `after` and `before` did not make.
         """
-        self.waiting = list(placed or ())
+        if placed is not None and not isinstance(placed, Placed | Iterable):
+            raise _unplaced(placed)
+        self.waiting = [placed] if isinstance(placed, Placed) else list(placed or ())
         for one in self.waiting:
             if not isinstance(one, Placed):
-                raise PassError(
-                    f"passes= takes what passes.after and passes.before make, not {one!r}: say where it goes"
-                )
-            for make in one.passes:
-                class_of(make)
-            if known is not None and not _has(known, one.place):
-                raise _unknown(known, one)
+                raise _unplaced(one)
+        for one in self.waiting if known is not None else ():
+            others = (make for other in self.waiting if other is not one for make in other.passes)
+            if not _has([*(known or ()), *others], one.place):
+                raise _unknown(known or (), one)
 
     def into(self, pipeline: Iterable[Make]) -> tuple[Make, ...]:
         """`pipeline` with those that have a place in it. What they require and ensure is checked."""
         passes = tuple(pipeline)
-        for one in [one for one in self.waiting if _has(passes, one.place)]:
+        while (one := next((one for one in self.waiting if _has(passes, one.place)), None)) is not None:
             self.waiting.remove(one)
             passes = _inserted(
                 passes, Placed(one.side, one.place, tuple(partial(_checked, make) for make in one.passes))
@@ -111,10 +125,35 @@ def class_of(make: Make) -> type:
     return make
 
 
+def _check_makes(make: Make) -> None:
+    """Raises PassError if `make`, called without arguments, makes no pass."""
+    made = class_of(make)
+    if not (issubclass(made, PassBase) and hasattr(made, "rewrite")):
+        raise PassError(f"{made.__name__} is no pass: give a subclass of passes.Pass, or a functools.partial of one")
+    if inspect.isabstract(made):
+        raise PassError(f"{made.__name__} has no rewrite of its own, which every pass needs")
+    while isinstance(make, partial) and make.func is _checked:
+        make = make.args[0]
+    given = make if isinstance(make, partial) else partial(make)  # nested ones are one already
+    try:
+        inspect.signature(made).bind(*given.args, **given.keywords)
+    except TypeError as error:
+        how = "functools.partial gives it its arguments"
+        raise PassError(f"{made.__name__} cannot be made of what is given here: {error}; {how}") from None
+
+
 def stage_of(made: type) -> str:
     """The stage of a class of passes: the folder of `passes` that it is in; "own" for one of somebody else."""
     package, *folders = made.__module__.split(".")
     return folders[0] if package == "passes" and len(folders) > 1 else OWN
+
+
+def _name(place: Place) -> str:
+    return place if isinstance(place, str) else place.__name__
+
+
+def _unplaced(given: object) -> PassError:
+    return PassError(f"passes= takes what passes.after and passes.before make, not {given!r}: say where it goes")
 
 
 def _checked(make: Make) -> Any:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.dependence import input_dependence
+from passes.stale import stale
 from passes.subgraphs import graphs
 from passes.text import graph_diff, graph_text
 
@@ -51,6 +52,7 @@ class Seen:
         nodes: of it and of those in its calls -> what is missing in the metadata of each.
         inputs, outputs: names; sizes and dtypes.
         needed: for each output the inputs that it depends on.
+        calls: what each of them calls, with what, and its value in the metadata.
     """
 
     text: str
@@ -58,12 +60,14 @@ class Seen:
     inputs: list[str]
     outputs: list[Any]
     needed: list[set[str]]
+    calls: dict[Node, tuple[Any, ...]]
 
     @classmethod
     def of(cls, gm: GraphModule) -> Seen:
         nodes = {node: _missing(gm, node) for part in graphs(gm) for node in part.graph.nodes}
         inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        return cls(graph_text(gm), nodes, inputs, _results(gm), _needed(gm))
+        made = {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
+        return cls(graph_text(gm), nodes, inputs, _results(gm), _needed(gm), made)
 
 
 def broken(before: Seen, after: Seen, fired: bool, *, keeps_dtypes: bool = True) -> Iterator[str]:
@@ -94,6 +98,7 @@ def broken(before: Seen, after: Seen, fired: bool, *, keeps_dtypes: bool = True)
     for index, lost in enumerate(a - b for a, b in zip(before.needed, after.needed, strict=True)):
         if lost:
             yield f"output {index} no longer depends on {', '.join(sorted(lost))}"
+    yield from stale(before.calls, after.calls)
 
 
 def _missing(gm: GraphModule, node: Node) -> list[str]:

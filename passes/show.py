@@ -24,6 +24,7 @@ from passes.pipelines import (
     CANONICALIZE,
     NORMALIZE,
     PORTABLE,
+    RESTORE,
     TENSORRT,
     TENSORRT_KERNELS,
     quantize_pipeline,
@@ -64,32 +65,38 @@ class Step:
         return self.log.fired[self.name]
 
 
-def steps(program: ExportedProgram, target: Target = "tensorrt", fmt: str = "fp8") -> Iterator[Step]:
+def steps(program: ExportedProgram, target: Target = "tensorrt", fmt: str | None = None) -> Iterator[Step]:
     """The passes over `program` in their order, each as it has run.
 
     Args:
         target: whose passes follow those of `qcompile.quantize`.
-        fmt: what a program in floating point is quantized to, everywhere. One that is quantized stays as it is.
+        fmt: what a program in floating point is quantized to, everywhere; None is FP8.
+
+    Raises:
+        PassError: there is a format, and the program is quantized already; or it is one in blocks.
     """
     gm = unlift(program)
     nodes = list(all_nodes(gm))
     is_foreign = any(getattr(node.target, "namespace", None) in FOREIGN for node in nodes)
+    is_quantized = is_foreign or any(all_calls(gm, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION))
+    if is_quantized and fmt is not None:
+        raise PassError(f"this program is quantized already: a format, {fmt}, is for one in floating point")
     if is_foreign:
         yield from _run((*CANONICALIZE, PlaceAttentionScale), gm)
         yield from _run(quantize_pipeline({}, None, torch.float32, torch.float32), gm)
-    elif not any(all_calls(gm, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE, ATTENTION)):
+    elif not is_quantized:
         yield from _run(NORMALIZE, gm)
         sites = [site for site in find_sites(gm) if not site.idle]
         queries = {site.consumer for site in sites if site.operand == "q"}
         yield from _run((partial(PlaceAttentionScale, queries),), gm)
-        quantizers = _quantizers(sites, get_format(fmt))
+        quantizers = _quantizers(sites, get_format(fmt or "fp8"))
         single = any(p.dtype is torch.float32 for p in gm.parameters())  # which becomes float16, as in `quantize`
         computed = torch.float16 if single else torch.float32
         yield from _run(quantize_pipeline(quantizers, None, torch.float32, computed), gm)
     if target == "inductor":
-        yield from _run(torch_pipeline(Device("cpu")), gm)
+        yield from _run((*RESTORE, *torch_pipeline(Device("cpu"))), gm)
     else:
-        yield from _run((*TENSORRT_KERNELS, *TENSORRT) if target == "tensorrt" else PORTABLE, gm)
+        yield from _run((*TENSORRT_KERNELS, *TENSORRT) if target == "tensorrt" else (*RESTORE, *PORTABLE), gm)
 
 
 def _quantizers(sites: list[Site], fmt: Format) -> dict[Site, Quantizer]:

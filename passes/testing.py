@@ -17,6 +17,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,22 +101,24 @@ def rewrites(
     second_user: bool | Callable[..., Any] = False,
     dynamic: Dynamic | None = None,
     normalized: bool = False,
-    **tolerance: float,
+    rtol: float = 0.0,
+    atol: float = 0.0,
 ) -> PassLog:
     """Run the pass that `make` makes on `subject` and check what every pass promises; the log of the run.
 
-    It fires `fired` times, the values stay within `tolerance` (bit for bit if there is none), every node has right
-    metadata, inputs and outputs stay, and a second run changes nothing.
+    It fires `fired` times, the values stay within `rtol` and `atol` (bit for bit if neither is given), every node has
+    right metadata, inputs and outputs stay, and a second run changes nothing.
 
     Args:
         subject: a function or module, or a graph, which is changed in place.
         before, after: the text that the graph has to have (`graph_text(gm, stable=True)`); its indentation is free.
         second_user: once more for each tensor in between that something else reads, too, or for those of one operator:
-            the pass rewrites or declines, and all values stay.
+            the pass rewrites or declines, and all values stay. Where nothing is in between, the results are returned
+            once more.
         dynamic: once more with these axes dynamic, as of `graph_of`; it fires there, too, also for larger inputs.
         normalized: as of `graph_of`.
-        tolerance: rtol and atol.
     """
+    tolerance = {"rtol": rtol, "atol": atol}
     gm = _captured(subject, inputs, None, normalized)
     _expect("before", before, gm)
     log = _rewritten(make, gm, [inputs], fired, tolerance, run(gm, *inputs))
@@ -166,9 +169,9 @@ def declines(
 
 
 def run(gm: GraphModule, *inputs: Any) -> list[Tensor]:
-    """The outputs of `gm`, with the metadata of every node checked on the way."""
+    """The outputs of `gm`, with the metadata of every node checked on the way. Inputs can be lists and the like."""
     with torch.no_grad():
-        return pytree.tree_leaves(CheckedInterpreter(gm).run(*inputs))
+        return pytree.tree_leaves(CheckedInterpreter(gm).run(*pytree.tree_leaves(inputs)))
 
 
 def count(gm: GraphModule, *targets: Any) -> int:
@@ -226,6 +229,8 @@ def _rewritten(
 ) -> PassLog:
     """Run the pass on `gm` and check its promises; `fired` None allows it to decline."""
     text, first = graph_text(gm), make()
+    constants = dict(gm.state_dict(keep_vars=True))
+    first.is_checked = True
     try:
         run_checked(first, gm, requires=False)  # a test has its own reasons to leave a stage out
     except PassError as error:
@@ -235,21 +240,29 @@ def _rewritten(
         reasons = "".join(f"\n  declined: {decline.reason}" for decline in first.log.declined)
         changed = graph_diff(text, graph_text(gm)) or text
         raise AssertionError(f"{name} fired {found} times instead of {fired} {where}{reasons}\n\n{changed}")
+    did_nothing = graph_text(gm) == text and _is_same(constants, gm.state_dict(keep_vars=True))
+    assert not found or not did_nothing, f"{name} fired, and changed nothing {where}:\n{text}"
     got = [value for given in sizes for value in run(gm, *given)]
-    close: dict[str, Any] = dict(tolerance) or {"rtol": 0.0, "atol": 0.0}
     try:
         assert len(got) == len(expected), f"{len(expected)} outputs have become {len(got)}"
         for made, want in zip(got, expected, strict=True):
-            torch.testing.assert_close(made, want, equal_nan=True, **close)
+            torch.testing.assert_close(made, want, rtol=tolerance["rtol"], atol=tolerance["atol"], equal_nan=True)
     except AssertionError as error:
         raise AssertionError(f"{name} changes values {where}: {error}\n\n{graph_diff(text, graph_text(gm))}") from error
     text, state = graph_text(gm), set(gm.state_dict())
     again = make()
     again(gm)
     changed = graph_diff(text, graph_text(gm), ("after the first run", "after the second"))
-    assert not again.log.fired.total() and not changed, f"a second run of {name} changes the graph {where}:\n{changed}"
+    assert not changed, f"a second run of {name} changes the graph {where}:\n{changed}"
+    told = f"a second run of {name} fires, and changes nothing {where}: fire where something was left to do\n{text}"
+    assert not again.log.fired.total(), told
     assert set(gm.state_dict()) == state, f"a second run of {name} changes the constants {where}"
     return first.log
+
+
+def _is_same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Whether these are the same constants: a pass can have put another tensor in the place of one."""
+    return before.keys() == after.keys() and all(before[name] is after[name] for name in before)
 
 
 def _captured(subject: Subject, inputs: tuple[Any, ...], dynamic: Dynamic | None, normalized: bool) -> GraphModule:
@@ -268,10 +281,12 @@ def _expect(when: str, wanted: str | None, gm: GraphModule) -> None:
 
 
 def _shared(gm: GraphModule, which: bool | Callable[..., Any]) -> Iterator[tuple[str, GraphModule]]:
-    """Copies of `gm`, each with one more output: a tensor in between."""
+    """Copies of `gm`, each with one more output: a tensor in between, or a result if there is none."""
     results = pytree.tree_leaves(gm.graph.output_node().args)
     between = [n for n in gm.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
     chosen = [n for n in between if n not in results and (which is True or n.target is which)]
+    if which is True and not chosen:
+        chosen = [n for n in between if n in results]
     assert chosen, f"nothing in between to give a second user to:\n{graph_text(gm)}"
     for node in chosen:
         copies: dict[Node, Node] = {}
@@ -292,18 +307,33 @@ def _bound(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def _axes(arguments: Mapping[str, Any], dynamic: Dynamic) -> dict[str, tuple[int, ...]]:
-    """The dynamic axes of each argument."""
-    names = list(arguments)
-    found = {names[key] if isinstance(key, int) else key: axes for key, axes in dynamic.items()}
-    if unknown := found.keys() - arguments.keys():
-        raise TypeError(f"no argument is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    return {name: (axes,) if isinstance(axes, int) else tuple(axes) for name, axes in found.items()}
+    """The dynamic axes of each argument, counted from the first.
+
+    Raises:
+        TypeError: there is no such argument, or no tensor in it that has the axis.
+    """
+    names, found = list(arguments), dict[str, tuple[int, ...]]()
+    for key, given in dynamic.items():
+        name = names[key] if isinstance(key, int) and -len(names) <= key < len(names) else key
+        if not isinstance(name, str) or name not in arguments:
+            raise TypeError(f"no argument is called {name}; there are {', '.join(names)}")
+        axes = (given,) if isinstance(given, int) else tuple(given)
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, Tensor)]
+        least = min((tensor.ndim for tensor in tensors), default=0)
+        if wrong := [axis for axis in axes if not -least <= axis < least]:
+            raise TypeError(f"{name} has {least} axes, and no axis {wrong[0]} that could be dynamic")
+        found[name] = tuple(axis % least for axis in axes)
+    return found
 
 
 def _shapes(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic) -> dict[str, Any]:
     arguments = _bound(module, args, kwargs)
     axes = _axes(arguments, dynamic)
-    return {name: dict.fromkeys(axes[name], DYNAMIC) if name in axes else None for name in arguments}
+
+    def sizes(name: str, leaf: Any) -> dict[int, Any] | None:
+        return dict.fromkeys(axes[name], DYNAMIC) if name in axes and isinstance(leaf, Tensor) else None
+
+    return {name: pytree.tree_map(partial(sizes, name), value) for name, value in arguments.items()}
 
 
 def _larger(subject: Subject, inputs: tuple[Any, ...], dynamic: Dynamic) -> tuple[Any, ...]:
@@ -311,6 +341,9 @@ def _larger(subject: Subject, inputs: tuple[Any, ...], dynamic: Dynamic) -> tupl
     arguments = _bound(subject, inputs, {})
     for name, axes in _axes(arguments, dynamic).items():
         for axis in axes:
-            tensor = arguments[name]
-            arguments[name] = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+            arguments[name] = pytree.tree_map_only(Tensor, partial(_longer, axis), arguments[name])
     return tuple(arguments.values())
+
+
+def _longer(axis: int, tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)

@@ -75,15 +75,20 @@ def _is_matrix_times(weight: object, columns: object) -> bool:
     return is_constant_expression(weight) and len(shape(weight)) == 2  # type: ignore[arg-type]  # it is a node
 
 
+def transposed(weight: object) -> Node | None:
+    """The matrix that `weight` is the transpose of; None if it is the result of no such call."""
+    if not isinstance(weight, Node):
+        return None
+    swaps = is_call(weight, aten.transpose.int) and weight.args[1] != weight.args[2]
+    orders = ([1, 0], [-1, 0], [1, -2], [-1, -2])
+    if swaps or is_call(weight, aten.t.default) or (is_call(weight, aten.permute.default) and weight.args[1] in orders):
+        return weight.args[0]  # type: ignore[return-value]  # it is a node
+    return None
+
+
 def _transpose(emit: Emitter, weight: Node) -> Node:
     """`weight` transposed; undoes the transpose that it came through, if any."""
-    if is_call(weight, aten.t.default):
-        return weight.args[0]  # type: ignore[return-value]
-    if is_call(weight, aten.transpose.int) and weight.args[1] != weight.args[2]:
-        return weight.args[0]  # type: ignore[return-value]
-    if is_call(weight, aten.permute.default) and weight.args[1] in ([1, 0], [-1, 0], [1, -2], [-1, -2]):
-        return weight.args[0]  # type: ignore[return-value]
-    return emit(aten.transpose.int, weight, 0, 1)
+    return transposed(weight) or emit(aten.transpose.int, weight, 0, 1)
 
 
 def _is_bias(bias: object, weight: Node) -> bool:

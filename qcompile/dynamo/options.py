@@ -70,7 +70,8 @@ class Options:
             raise CompileError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if "calibration" in given:
             given["calibration"] = {name: _range(name, amax) for name, amax in given["calibration"].items()}
-        OwnPasses(given.get("passes"), route("compile"))  # a place that there is not is known now
+        if "passes" in given:  # a place that there is not is known now
+            given["passes"] = tuple(OwnPasses(given["passes"], route("compile")).waiting)
         if "recipe" in given:
             given["recipe"] = _recipe(given["recipe"])
         return cls(**given)

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
-from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, boundary, route
+from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, RESTORE, TENSORRT, TENSORRT_KERNELS, boundary, route
 from passes.places import OwnPasses, Pipeline, Placed
 from passes.program import lift, unlift
 from passes.subgraphs import all_nodes, graphs, held, operator_name, owner, subgraph_calls
@@ -66,7 +66,7 @@ IO_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DEFAULT_OPSET = 21
 _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
 _PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTABLE}
-_KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": Pipeline()}
+_KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": RESTORE}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
 
@@ -82,7 +82,7 @@ def export_onnx(
     compare: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    passes: Sequence[Placed] | None = None,
+    passes: Iterable[Placed] | Placed | None = None,
 ) -> Report:
     """Lower `program` to an ONNX file, check it, and tell what is in it.
 

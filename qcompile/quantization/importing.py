@@ -11,7 +11,8 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.ir import DEQUANTIZE
-from passes.places import OwnPasses
+from passes.pipelines import route
+from passes.places import OwnPasses, Placed
 from passes.subgraphs import all_calls
 from qcompile.capture import capture
 from qcompile.errors import QCompileError
@@ -33,6 +34,7 @@ def import_quantized(
     calibration: Iterable[Any] | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    passes: Iterable[Placed] | Placed | None = None,
 ) -> ExportedProgram:
     """Capture a model that is quantized already, with the codes and scales that it has.
 
@@ -47,6 +49,7 @@ def import_quantized(
         dtype: what is not quantized is computed in this type; None as of `qcompile.quantize`. Codes stay as they are; a
             scale for a whole tensor or channel is rounded to it.
         progress: show a bar while calibrating.
+        passes: passes of your own, as of `qcompile.quantize`.
 
     Returns:
         A program like that of `qcompile.quantize`, for the same back ends. Attention whose q, k and v are quantized
@@ -56,13 +59,14 @@ def import_quantized(
         CaptureError, PassError; QCompileError if nothing in the model is quantized.
     """
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
+    own = OwnPasses(passes, route("import"))
     with alone(), contextlib.ExitStack() as stack:
         for tool in _TOOLS:
             if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
                 model = stack.enter_context(tool.capture_ready(model))
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     planner = partial(_plan, calibrated=calibration is not None)
-    return quantized_program(program, planner, calibration, dtype, progress, OwnPasses())
+    return quantized_program(program, planner, calibration, dtype, progress, own)
 
 
 def _plan(work: Work, calibrated: bool) -> Plan:

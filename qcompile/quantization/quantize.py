@@ -30,7 +30,7 @@ def quantize(
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-    passes: Sequence[Placed] | None = None,
+    passes: Iterable[Placed] | Placed | None = None,
 ) -> ExportedProgram:
     """Capture `model`, put quantize/dequantize where `recipe` says, and store weights as codes.
 

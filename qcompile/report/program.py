@@ -8,6 +8,8 @@ import torch
 from pydantic import Field
 from torch.export import ExportedProgram
 
+from passes.base import run_pipeline
+from passes.pipelines import RESTORE
 from passes.program import unlift
 from qcompile.process import alone
 from qcompile.report.base import ModelReport
@@ -40,7 +42,9 @@ class ProgramReport(ModelReport):
         noted = record_of(program)
         tensors = (*program.state_dict.values(), *program.constants.values())
         with alone():
-            modules = Modules.of(unlift(program), noted.declined)
+            gm = unlift(program)
+            run_pipeline(RESTORE, gm)
+            modules = Modules.of(gm, noted.declined)
         return cls(
             recipe=noted.recipe,
             quantized=modules.quantized,

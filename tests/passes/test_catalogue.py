@@ -71,12 +71,29 @@ def test_the_graph_at_any_place(path: str, capsys: pytest.CaptureFixture[str]) -
     assert fired.index("ViewsToReshape") < fired.index("InsertQdq") < fired.index("FuseAttentionQdq")
     assert "qcompile.attention" in said(capsys, path, "--until", "FuseAttention")
     assert "\n+dequantize" in said(capsys, path, "--diff", "InsertQdq")
-    for arguments, told in (
-        (["show", path, "--until", "Nothing"], "there is no pass Nothing here"),
-        (["show", f"{path}.no"], "there is no file"),
-    ):
-        assert main(arguments) == 1
-        assert told in capsys.readouterr().err
+    assert main(["show", path, "--until", "Nothing"]) == 1
+    assert "there is no pass Nothing here" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["show", path, "--until", "InsertQdq", "--diff", "InsertQdq"])
+    assert "argument --diff: not allowed with argument --until" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_program_is_one_sentence(
+    path: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = Path(path).read_bytes()
+    for name, content in {
+        "none": b"text",
+        "empty": b"",
+        "cut": whole[:-500],
+        "bent": whole.replace(b'"nodes"', b'"nodez"'),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert main(["show", str(tmp_path / name)]) == 2, name
+        said = capfd.readouterr().err
+        assert f"{name} is no program of torch.export.save, or is damaged: " in said and said.count("\n") == 1, said
+    assert main(["show", f"{path}.no"]) == 2
+    assert "there is no file" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -93,6 +110,7 @@ def test_programs_targets_and_formats(path: str, tmp_path: Path, capsys: pytest.
     for arguments, told in (
         (["show", quantized, "--until", "InsertQdq"], "InsertQdq is not on the way of this program"),
         (["show", path, "--format", "nvfp4"], "show takes fp8 and int8"),
+        (["show", quantized, "--format", "fp8"], "this program is quantized already: a format, fp8, is for one in"),
     ):
         assert main(arguments) == 1
         assert told in capsys.readouterr().err

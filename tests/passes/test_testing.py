@@ -137,6 +137,76 @@ def test_a_second_run_changes_nothing() -> None:
         rewrites(Grows, negated, X)
 
 
+class Idle(Pass):
+    """Fires, and does nothing."""
+
+    def rewrite(self, gm: GraphModule) -> None:
+        self.fire()
+
+
+class FiresAgain(Negations):
+    """Fires where nothing is left to do."""
+
+    def rewrite(self, gm: GraphModule) -> None:
+        super().rewrite(gm)
+        self.fire(not any(calls(gm.graph, aten.neg.default)) and not self.log.fired.total())
+
+
+def test_what_fires_changes_something() -> None:
+    with pytest.raises(AssertionError, match=r"Idle fired, and changed nothing (?s:.*)relu"):
+        rewrites(Idle, negated, X)
+    with pytest.raises(AssertionError, match=r"a second run of FiresAgain fires, and changes nothing (?s:.*)relu"):
+        rewrites(FiresAgain, negated, X)
+
+
+def test_one_of_the_tolerances_is_enough() -> None:
+    rewrites(partial(Scaled, 1.001), negated, X, rtol=0.01)
+    rewrites(partial(Scaled, 1.001), negated, X, atol=0.01)
+    for options in ({}, {"rtol": 1e-6}, {"atol": 1e-6}):
+        with pytest.raises(AssertionError, match="changes values"):
+            rewrites(partial(Scaled, 1.001), negated, X, **options)
+
+
+class Scaled(Pass):
+    """`neg(y)` becomes `y * -factor`."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def rewrite(self, gm: GraphModule) -> None:
+        for node in calls(gm.graph, aten.neg.default):
+            node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, node.args[0], -self.factor))
+            self.fire()
+
+
+def nested(xs: list[Any], y: Tensor) -> tuple[Tensor, Tensor]:
+    return -(xs[0] + xs[1]["a"]), y + y
+
+
+def test_arguments_that_hold_tensors() -> None:
+    y = torch.ones(2, 3)
+    for dynamic in (None, {"xs": -1}, {0: (0, 1), "y": 1}):
+        log = rewrites(
+            Negations, lambda xs, y: (-(xs[0] + xs[1]["a"]), y + y), [X, {"a": X.clone()}], y, dynamic=dynamic
+        )
+        assert log.fired == {"Negations": 1}
+
+
+def returned_once(gm: GraphModule, node: Node) -> None:
+    """Leaves what it replaces in the place of the second reader."""
+    (results,) = gm.graph.output_node().args
+    new = Emitter(node)(aten.mul.Tensor, node.args[0], -1)
+    gm.graph.output_node().args = ((new, *([Emitter(node)(aten.relu.default, new)] * (len(results) - 1))),)  # type: ignore[arg-type]
+
+
+def test_a_result_gets_a_second_reader_where_nothing_is_in_between() -> None:
+    rewrites(Negations, lambda x: -x, X, second_user=True)
+    rewrites(partial(Negations, returned_once), lambda x: -x, X)
+    with pytest.raises(AssertionError, match="Negations changes values where neg has a second user"):
+        rewrites(partial(Negations, returned_once), lambda x: -x, X, second_user=True)
+
+
 def test_what_had_to_decline() -> None:
     with pytest.raises(AssertionError, match=r"Negations fired, and had to decline:(?s:.*)-neg(?s:.*)\+mul"):
         declines(Negations, negated, X)
@@ -149,10 +219,17 @@ def test_what_had_to_decline() -> None:
 def test_what_cannot_be_asked_for() -> None:
     with pytest.raises(TypeError, match="no argument is called y; there are x"):
         rewrites(Negations, negated, X, dynamic={"y": 0})
+    for dynamic, told in (
+        ({7: 0}, "no argument is called 7; there are x"),
+        ({"x": 5}, "x has 2 axes, and no axis 5"),
+        ({"x": (0, -3)}, "x has 2 axes, and no axis -3"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            rewrites(Negations, negated, X, dynamic=dynamic)
     with pytest.raises(TypeError, match="a graph is captured already"):
         rewrites(Negations, graph_of(negated, X), X, dynamic={"x": 0})
     with pytest.raises(AssertionError, match="nothing in between"):
-        rewrites(Negations, lambda x: -x, X, second_user=True)
+        rewrites(Negations, lambda x: -x, X, second_user=aten.exp.default)
     with pytest.raises(AssertionError, match=r"2 calls of aten.neg.default in\nx: "):
         testing.only_call(graph_of(lambda x: (-x, -x), X), aten.neg.default)
 

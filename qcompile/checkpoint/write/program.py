@@ -8,10 +8,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from passes.base import run_pipeline
 from passes.constants import constant
 from passes.formats import FP8
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, QUANTIZE
+from passes.pipelines import RESTORE
 from passes.place.rotate import FACTOR
 from passes.program import unlift
 from passes.reading import Operand, QuantizedLayer
@@ -52,6 +54,7 @@ def read_program(program: ExportedProgram) -> ProgramWeights:
     found = ProgramWeights()
     with alone():
         gm = unlift(program)
+        run_pipeline(RESTORE, gm)
     for part in graphs(gm):
         _read(part, found)
     if not found.layers:
