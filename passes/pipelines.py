@@ -49,8 +49,10 @@ from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.normalize.autocast import MaterializeAutocast
+from passes.normalize.batch_norm import FoldBatchNorm
 from passes.normalize.complex import ComplexToReal
 from passes.normalize.computed_weights import ComputedWeightsToConstants
+from passes.normalize.convolution import NormalizeConvolution
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.flags import BitsToLogic
@@ -87,11 +89,13 @@ NORMALIZE: Pipeline = (
     BitsToLogic,
     MaskedWritesToWhere,
     ScattersToConcat,
+    NormalizeConvolution,
     ComputedWeightsToConstants,
     NormalizeEinsum,
     RoutedExpertsToDense,
     NormalizeExperts,
     NormalizeLinear,
+    FoldBatchNorm,
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
     NormalizeSoftmax,

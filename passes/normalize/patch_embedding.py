@@ -14,14 +14,15 @@ class PatchEmbeddingToLinear(Pass):
     """Rewrite a convolution whose windows do not overlap as reshape, transpose and `aten.linear`.
 
     Before:
-        y = conv2d(x, w[N,C,p,q], bias, stride=(p, q))                    # [B,N,H/p,W/q]
+        y = convolution(x, w[N,C,p,q], bias, [p, q], ...)                 # [B,N,H/p,W/q]
         z = transpose(view(y, [B,N,L]), 1, 2)                             # as vision transformers go on
     After:
         patches = view(permute(view(x, [B,C,H/p,p,W/q,q]), [0,2,4,1,3,5]), [B,L,C*p*q])
         z = linear(patches, view(w, [N,C*p*q]), bias)                     # [B,L,N]
         y = view(transpose(z, 1, 2), [B,N,H/p,W/q])                       # for other users only
 
-    Requires: weights as `get_attr`, or behind a quantizer with a scale for all or each channel; `ViewsToReshape` ran.
+    Requires: weights as `get_attr`, or behind a quantizer with a scale for all or each channel; `ViewsToReshape` and
+        `NormalizeConvolution` ran.
     Ensures: the same sums of products, in another order. Quantizers of one scale move behind the rearrangement.
     Declines when: the image is not a whole number of patches, or its height or width is dynamic. Convolutions whose
         windows overlap, and those of single pixels, which belong to convolutional networks, are not looked at.
@@ -30,7 +31,7 @@ class PatchEmbeddingToLinear(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        for node in calls(gm.graph, aten.conv2d.default, aten.conv2d.padding):
+        for node in calls(gm.graph, aten.convolution.default):
             x, weight = argument(node, "input"), argument(node, "weight")
             if not is_constant_expression(_quantized_from(weight)) or not is_patchwise(node, weight):
                 continue
@@ -101,13 +102,14 @@ def _quantized_like(gm: GraphModule, pair: Node, source: Node, emit: Emitter) ->
 
 def is_patchwise(node: Node, weight: Node) -> bool:
     """Whether the windows of the convolution lie side by side."""
-    kernel = list(shape(weight)[-2:])
+    kernel = list(shape(weight)[2:])
     return (
-        list(argument(node, "stride")) == kernel != [1, 1]
-        and (argument(node, "padding") == "valid" or not any(argument(node, "padding")))
+        len(kernel) == 2
+        and list(argument(node, "stride")) == kernel != [1, 1]
+        and not any(argument(node, "padding"))
         and all(d == 1 for d in argument(node, "dilation"))
         and argument(node, "groups") == 1
-        and len(shape(argument(node, "input"))) == 4
+        and not argument(node, "transposed")
     )
 
 
