@@ -1,8 +1,8 @@
 """Writes the figures that README and docs show, from benchmarks/results: `python -m benchmarks.text`.
 
-docs/results.md is made of benchmarks/templates/results.md, and what stands in README between `<!-- figures: NAME -->`
-and `<!-- end of figures -->` of benchmarks/templates/NAME.md. `--check` writes nothing and says what is out of date;
-tests/benchmarks/test_text.py runs it, so that no figure can differ from its measurement.
+docs/results.md is made of benchmarks/templates/results.md, and what stands in README and other pages between
+`<!-- figures: NAME -->` and `<!-- end of figures -->` of benchmarks/templates/NAME.md. `--check` writes nothing and
+says what is out of date; tests/benchmarks/test_text.py runs it, so that no figure can differ from its measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = {ROOT / "docs" / "results.md": "results.md"}
 README = ROOT / "README.md"
+WITH_BLOCKS = (README, ROOT / "docs" / "start.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -60,8 +61,8 @@ def render(template: str) -> str:
 def texts() -> dict[Path, str]:
     """Path -> what should stand there."""
     pages = {path: render(template) for path, template in PAGES.items()}
-    readme = README.read_text()
-    pages[README] = _BLOCK.sub(lambda found: found[1] + render(f"{found[2]}.md") + found[4], readme)
+    for path in WITH_BLOCKS:
+        pages[path] = _BLOCK.sub(lambda found: found[1] + render(f"{found[2]}.md") + found[4], path.read_text())
     return pages
 
 

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from passes.base import Decline, Pass, PassLog, PassResult, run_pipeline
     from passes.errors import PassError, QCompileError
     from passes.formats import FORMATS, Format, get_format
+    from passes.observe import trace
     from passes.pipelines import NORMALIZE, PORTABLE, TENSORRT, quantize_pipeline
+    from passes.places import Pipeline, after, before
     from passes.program import lift, unlift
+    from passes.promises import checked
 
 __all__ = [
     "FORMATS",
@@ -31,12 +34,17 @@ __all__ = [
     "PassError",
     "PassLog",
     "PassResult",
+    "Pipeline",
     "QCompileError",
+    "after",
+    "before",
+    "checked",
     "get_format",
     "ir",
     "lift",
     "quantize_pipeline",
     "run_pipeline",
+    "trace",
     "unlift",
 ]
 
@@ -53,10 +61,15 @@ _PLACES = {
     "PassLog": "passes.base",
     "PassResult": "passes.base",
     "QCompileError": "passes.errors",
+    "Pipeline": "passes.places",
+    "after": "passes.places",
+    "before": "passes.places",
+    "checked": "passes.promises",
     "get_format": "passes.formats",
     "lift": "passes.program",
     "quantize_pipeline": "passes.pipelines",
     "run_pipeline": "passes.base",
+    "trace": "passes.observe",
     "unlift": "passes.program",
 }
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.errors import PassError, QCompileError
-from passes.graph import module_path
+from passes.graph import calls, module_path, place_of
+from passes.observe import pipeline_trace
+from passes.places import OwnPasses, stage_of
+from passes.promises import Seen, broken, checks
 from passes.subgraphs import graphs
 
-__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_pipeline"]
+__all__ = ["Decline", "Pass", "PassLog", "PassResult", "run_checked", "run_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class PassLog:
         fired: pass -> number of rewrites.
         declined: in the order they were met.
         notices: what was done, and is for the user to know.
+        own: passes of the user that wait for the pipeline with their place: who shares the log shares them.
     """
 
     fired: Counter[str] = field(default_factory=Counter)
     declined: list[Decline] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    own: OwnPasses = field(default_factory=OwnPasses, compare=False, repr=False)
 
 
 class Pass(PassBase):
@@ -56,7 +63,16 @@ class Pass(PassBase):
 
     A pass is used alone, `SomePass()(graph_module)`, or in a pipeline, where one log is shared. What goes wrong in it
     is a PassError that names the pass and, where known, the module and the node; a QCompileError stays as it is.
+
+    Attributes:
+        is_checked: what it requires and ensures is checked whenever a pipeline runs it, as it is for passes of a user.
+        keeps_dtypes: whether the outputs of the graph keep theirs.
+        clears: operators that no call is left of, but for those that it declined.
     """
+
+    is_checked = False
+    keeps_dtypes = True
+    clears: Collection[Callable[..., Any]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +82,16 @@ class Pass(PassBase):
     @abstractmethod
     def rewrite(self, gm: GraphModule) -> None:
         """Change `gm.graph` in place; the base class removes what became dead, lints and recompiles."""
+
+    def check_requires(self, gm: GraphModule) -> Iterable[str]:
+        """What of *Requires* does not hold of `gm`, a sentence each: asked where passes are checked."""
+        return ()
+
+    def check_ensures(self, gm: GraphModule) -> Iterable[str]:
+        """What of *Ensures* does not hold of `gm` after the pass, fired or not, a sentence each: here `clears`."""
+        declined = {name for decline in self.log.declined for name in decline.nodes if decline.pass_name == self.name}
+        left = (node for part in graphs(gm) for node in calls(part.graph, *self.clears))
+        return [f"{node.target} is left at {place_of(node)}" for node in left if node.name not in declined]
 
     def call(self, graph_module: GraphModule) -> PassResult:
         start = self.log.fired[self.name]
@@ -88,6 +114,11 @@ class Pass(PassBase):
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def stage(self) -> str:
+        """The folder of `passes` that it is in; "own" for a pass of somebody else."""
+        return stage_of(type(self))
+
     def fire(self, count: int = 1) -> None:
         self.log.fired[self.name] += count
 
@@ -98,6 +129,29 @@ class Pass(PassBase):
     def notice(self, message: str) -> None:
         """Tell the user what was done to the numbers."""
         self.log.notices.append(message)
+
+
+def run_checked(instance: Pass, gm: GraphModule, before: Seen | None = None, *, requires: bool = True) -> Seen:
+    """Run a pass, and raise a PassError where it breaks a promise (`passes.promises`).
+
+    Args:
+        before: what the last one returned, if nothing has touched the graph since.
+        requires: check what it requires, too.
+    """
+    if requires:
+        _refuse(instance, "it requires what does not hold", instance.check_requires(gm))
+    before, fired = before or Seen.of(gm), instance.log.fired[instance.name]
+    instance(gm)
+    after, changed = Seen.of(gm), instance.log.fired[instance.name] > fired
+    _refuse(instance, "it broke a promise", broken(before, after, changed, keeps_dtypes=instance.keeps_dtypes))
+    _refuse(instance, "it did not ensure what it says", instance.check_ensures(gm))
+    return after
+
+
+def _refuse(instance: Pass, why: str, sentences: Iterable[str]) -> None:
+    if found := list(sentences):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise PassError(f"{instance.name}: {why}: {found[0]}{more}")
 
 
 def _where(error: Exception) -> str:
@@ -132,11 +186,18 @@ def run_pipeline(
     Returns what they did, added to `log` if one is given.
     """
     log = log if log is not None else PassLog()
-    before = log.fired.total()
-    for make in pipeline:
-        instance = make()
-        instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
-        instance(gm)
+    before, checking = log.fired.total(), checks()
+    seen: Seen | None = None
+    with pipeline_trace(gm) as trace:
+        for make in log.own.into(pipeline) if log.own.waiting else pipeline:
+            instance = make()
+            instance.log, instance.recompiles = log, False  # Python code of the graphs in between would never be run
+            with trace.around(instance.name, instance.stage, log, gm) if trace else nullcontext():
+                if checking or instance.is_checked:
+                    seen = run_checked(instance, gm, seen)
+                else:
+                    instance(gm)
+                    seen = None
     if recompile and log.fired.total() > before:
         gm.recompile()
     return log

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.constants import evaluate_constant, is_constant_expression
+from passes.constants import evaluate_constant
 from passes.formats import FP8_1X128, FP8_128X128
-from passes.graph import aten, is_call, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.graph import shape
 from passes.pairs import measured_by
+from passes.reading import QuantizedLayer
 
 
 def measured_blocks(node: object) -> Node | None:
@@ -20,13 +20,10 @@ def measured_blocks(node: object) -> Node | None:
 
 def block_weight(node: Node) -> Node | None:
     """The dequantize of the weight of linear layer (or experts) `node`, if that is constant codes in blocks."""
-    if not is_call(node, aten.linear.default, BATCHED_LINEAR):
+    layer = QuantizedLayer.read(node)
+    if layer is None or layer.weight.format not in (FP8_128X128, FP8_1X128):
         return None
-    weight = node.args[1]
-    if not isinstance(weight, Node) or not is_call(weight, DEQUANTIZE):
-        return None
-    in_blocks = weight.kwargs["format"] in (FP8_128X128.name, FP8_1X128.name)
-    return weight if in_blocks and all(map(is_constant_expression, weight.args)) else None
+    return layer.weight.node if layer.weight.is_constant else None
 
 
 def scale_rows(gm: GraphModule, weight: Node) -> torch.Tensor:

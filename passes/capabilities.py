@@ -1,9 +1,6 @@
-"""What the fused attention kernels of TensorRT take.
+"""What multiplies which formats, from which device on: recipes, lowerings, prechecks and reports ask here.
 
-An attention that is quantized beyond that runs as two products and a softmax with quantizers between them: more kernels
-than in half precision, where one kernel does it all. With one query that kernel reads half precision in any case.
-Observed with the builder of TensorRT-RTX 1.7.1, alike for SM89 and SM120, with a scale for each of q, k, v and the
-probabilities.
+What no row lists is multiplied by nothing: a format is never taken for one that is similar. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -12,14 +9,132 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
+from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 
-__all__ = ["FUSED_ATTENTION", "FusedAttention"]
+__all__ = [
+    "FUSED_ATTENTION",
+    "HOPPER",
+    "PRODUCTS",
+    "UNITS",
+    "Capability",
+    "FusedAttention",
+    "Product",
+    "Units",
+    "converts",
+    "inputs_of",
+    "multiplies",
+    "products_in_words",
+]
+
+Capability = tuple[int, int]
+"""Compute capability of a CUDA device: (9, 0) for Hopper."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What has arithmetic for the codes of a family of formats, or for a dtype.
+
+    Attributes:
+        name: in a sentence.
+        tensorrt: the least target that TensorRT builds it for, as in sm89; 0 for all, None for none.
+        targets: some of them, in words.
+        cuda: the first capability whose matrix units torch's operators use for it; None where no operator does.
+        triton: the first on which Triton, and so Inductor, converts the codes and what their scales are stored in.
+        onnxruntime: some provider of ONNX Runtime has kernels for it.
+    """
+
+    name: str
+    tensorrt: int | None
+    targets: str
+    cuda: Capability | None
+    triton: Capability
+    onnxruntime: bool
+
+    def on(self, capability: Capability | None) -> bool:
+        """Whether torch's operators use it on a CUDA device of that capability; None is another kind of device."""
+        return None not in (capability, self.cuda) and capability >= self.cuda  # type: ignore[operator]
+
+
+# TensorRT-RTX 1.7.1: one tensor of a type that a target lacks, a weight that is only dequantized included, and the
+# builder says "Cannot compile for target(s) ...". INT8 builds for every target; below 8.0 it is not known to be fast.
+UNITS: Mapping[str, Units] = {
+    "nvfp4": Units("FP4", 100, "sm120 or sm121", (10, 0), (8, 9), onnxruntime=False),
+    "fp8": Units("FP8", 89, "sm89 or sm120", (8, 9), (8, 9), onnxruntime=True),
+    "int8": Units("INT8", 0, "any", (8, 0), (0, 0), onnxruntime=True),
+    "bfloat16": Units("bfloat16", 80, "sm86 or newer", (8, 0), (8, 0), onnxruntime=True),
+    "float16": Units("float16", 0, "any", (0, 0), (0, 0), onnxruntime=True),
+    "float32": Units("float32", 0, "any", (0, 0), (0, 0), onnxruntime=True),
+}
+"""Family of formats, or dtype -> what has it."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight and an input that some target multiplies as codes.
+
+    TensorRT does it wherever it has the family: scales of tokens become constants first, and products in blocks a sum.
+
+    Attributes:
+        cuda: the capabilities, from and below, on which an operator of torch does; None: wherever the units are.
+    """
+
+    weight: Format
+    input: Format
+    cuda: tuple[Capability, Capability] | None = None
+
+    def on(self, capability: Capability | None) -> bool:
+        """Whether an operator of torch takes both as codes on a CUDA device; None is another kind of device."""
+        if capability is None:
+            return False
+        if self.cuda is not None:
+            return self.cuda[0] <= capability < self.cuda[1]
+        return UNITS[self.weight.family].on(capability)
+
+
+HOPPER: tuple[Capability, Capability] = ((9, 0), (10, 0))
+"""What has cuBLAS's products in blocks of 128, and torch's grouped ones."""
+
+PRODUCTS = (
+    Product(FP8, FP8),
+    Product(FP8, FP8_PER_TOKEN),
+    Product(FP8_128X128, FP8_1X128, cuda=HOPPER),
+    Product(INT8, INT8),
+    Product(INT8, INT8_PER_TOKEN),
+    Product(NVFP4, NVFP4),
+)
+"""Every pair that is multiplied. Another one TensorRT computes in half precision, crashes at, or miscompiles."""
+
+
+def inputs_of(weight: Format) -> tuple[Format, ...]:
+    """The formats of inputs that some target multiplies `weight` with; none for a format that is not listed."""
+    return tuple(product.input for product in PRODUCTS if product.weight == weight)
+
+
+def products_in_words() -> str:
+    """`fp8 x fp8 or fp8_per_token; ...`, weight x input."""
+    weights = dict.fromkeys(product.weight for product in PRODUCTS)
+    return "; ".join(f"{weight.name} x {' or '.join(x.name for x in inputs_of(weight))}" for weight in weights)
+
+
+def multiplies(capability: Capability | None, fmt: Format) -> bool:
+    """Whether some matrix product of torch takes codes of `fmt` on a CUDA device of that capability."""
+    return any(fmt in (product.weight, product.input) and product.on(capability) for product in PRODUCTS)
+
+
+def converts(capability: Capability | None, fmt: Format) -> bool:
+    """Whether Triton converts codes and scales of `fmt` on a CUDA device of that capability."""
+    units = UNITS.get(fmt.family)
+    return units is not None and capability is not None and capability >= units.triton
 
 
 @dataclass(frozen=True)
 class FusedAttention:
     """What TensorRT's fused attention takes in one format.
+
+    An attention that is quantized beyond that runs as two products and a softmax with quantizers between them: more
+    kernels than in half precision, where one kernel does it all. With one query that kernel reads half precision in any
+    case. Observed with the builder of TensorRT-RTX 1.7.1, alike for SM89 and SM120, with a scale for each of q, k, v
+    and the probabilities.
 
     Attributes:
         name: of the format, in a sentence.
@@ -33,7 +148,7 @@ class FusedAttention:
     least_keys: int
     most_keys: float
     widths: Collection[int]
-    reader: Collection[torch.dtype]
+    reader: Collection[str]
 
     def unfit_width(self, width: int | None) -> str | None:
         """Why heads of `width` have no kernel; None for one that has, or that is not known."""
@@ -56,7 +171,7 @@ class FusedAttention:
 
 
 FUSED_ATTENTION: Mapping[str, FusedAttention] = {
-    "fp8": FusedAttention("FP8", 2, 32, math.inf, range(1, 257), (torch.float32,)),
-    "int8": FusedAttention("INT8", 2, 1, 512, (16, 32, 64), (torch.float16, torch.bfloat16, torch.float32)),
+    "fp8": FusedAttention("FP8", 2, 32, math.inf, range(1, 257), ("float32",)),
+    "int8": FusedAttention("INT8", 2, 1, 512, (16, 32, 64), ("float16", "bfloat16", "float32")),
 }
 """Format -> what is fused in it; others are not."""

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import aten
 from passes.randomness import draws
+from passes.subgraphs import operator_name
 
 __all__ = ["fixed_nodes", "input_dependence", "metadata_operand", "same_value", "value_operands"]
 
@@ -66,10 +67,21 @@ def input_dependence(gm: GraphModule) -> list[set[str]]:
         if node.op == "placeholder":
             reached[node] = {node.name}
         else:
-            reached[node] = set().union(*(reached[operand] for operand in value_operands(node)))
+            reached[node] = set().union(*(reached[operand] for operand in _needed(node)))
     results = gm.graph.output_node().args[0]
     assert isinstance(results, (list, tuple))
     return [reached[result] if isinstance(result, Node) else set() for result in results]
+
+
+def _needed(node: Node) -> list[Node]:
+    """`value_operands`, but that the sums and largest scores of flex_attention need no values."""
+    call = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
+    if not isinstance(call, Node) or operator_name(call) != "flex_attention" or node.args[1] == 0:
+        return value_operands(node)
+    value = call.args[2]
+    others = pytree.arg_tree_leaves(*(operand for index, operand in enumerate(call.args) if index != 2))
+    needed = {operand for operand in others if isinstance(operand, Node)}
+    return [operand for operand in call.all_input_nodes if operand is not value or operand in needed]
 
 
 def fixed_nodes(gm: GraphModule) -> set[Node]:

@@ -18,3 +18,7 @@ class QCompileError(Exception):
 
 class PassError(QCompileError):
     """A pass met a graph that it must not rewrite and cannot leave as it is."""
+
+
+class CompatError(QCompileError):
+    """Another library is not as it was when it was tested: a name of its insides is gone, or does another thing."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from passes.compat import FakeTensor, below_autograd, in_forward_mode
 from passes.errors import QCompileError
 
 __all__ = ["NO_GRADIENT", "refuse_gradients"]
@@ -36,12 +36,12 @@ def refuse_gradients(library: torch.library.Library, name: str) -> None:
     operator = getattr(getattr(torch.ops, library.ns), name).default
 
     def checked(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        forward = forward_ad._current_level >= 0
+        forward = in_forward_mode()
         if (torch.is_grad_enabled() or forward) and any(_is_traced(operand, forward) for operand in args):
             raise QCompileError(
                 f"{library.ns}::{name} is for inference: {NO_GRADIENT}. For results alone, call it under"
                 " torch.no_grad()"
             )
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+        return operator.redispatch(below_autograd(keys), *args, **kwargs)
 
     library.impl(name, checked, "Autograd", with_keyset=True)

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
+
+from passes.compat import FakeTensor, FakeTensorMode, detect_fake_mode, enable_python_dispatcher
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.constants import add_constant
+from passes.constants import add_constant, replace_with_constant, root_constants
 from passes.errors import PassError
-from passes.formats import Format
+from passes.formats import Format, get_format
 from passes.graph import Emitter, dtype, is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 
@@ -41,6 +41,39 @@ def measured_pair(x: Node, fmt: Format, emit: Emitter, global_scale: Node | None
     if fmt.scale is not None:
         scale = emit(DEQUANTIZE, scale, global_scale, format=fmt.scale.name, dtype=torch.float32)
     return emit(DEQUANTIZE, codes, scale, format=fmt.name, dtype=dtype(x))
+
+
+def chosen_pair(
+    gm: GraphModule,
+    weight: Node,
+    global_scale: torch.Tensor | None,
+    block_scales: torch.Tensor,
+    fmt: Format,
+    name: str,
+    emit: Emitter,
+) -> Node:
+    """`dequantize(quantize(weight))` with constant scales of its blocks, named as `FoldWeights` names measured ones."""
+    blocks = torch.nn.Parameter(block_scales, requires_grad=False)
+    if fmt.scale is not None:
+        assert global_scale is not None
+        stem = name.removesuffix("scale")
+        above = add_constant(gm, f"{stem}global_scale", global_scale, emit.before)
+        own = add_constant(gm, str(above.target).replace("global_scale", "block_scale"), blocks, emit.before)
+        scale = emit(DEQUANTIZE, own, above, format=fmt.scale.name, dtype=torch.float32)
+    else:
+        scale = add_constant(gm, f"{root_constants(weight)[0].target}_scale", blocks, emit.before)
+    return emit(DEQUANTIZE, emit(QUANTIZE, weight, scale, format=fmt.name), scale, format=fmt.name, dtype=dtype(weight))
+
+
+def store_codes(gm: GraphModule, quantize: Node, codes: torch.Tensor) -> None:
+    """Put `codes` in the place of the `quantize` of a constant, in front of the scales of its blocks."""
+    scale = quantize.args[1]
+    quantize.update_arg(1, None)  # so that the weight alone names the codes
+    if isinstance(scale, Node) and get_format(str(quantize.kwargs["format"])).sizes:
+        first = scale.args[0] if is_call(scale, DEQUANTIZE) else scale
+        assert isinstance(first, Node)
+        first.prepend(quantize)
+    replace_with_constant(gm, quantize, codes)
 
 
 def measured_by(pair: object) -> Node | None:

@@ -1,19 +1,20 @@
 """The pipelines: each reads from top to bottom, and there is no other order.
 
-capture -> NORMALIZE -> [sites, recipe, calibration] -> quantize_pipeline -> a quantized program
-of another tool's: capture -> CANONICALIZE -> [calibration] -> quantize_pipeline -> the same
+capture -> NORMALIZE -> [sites, recipe] -> place_pipeline -> rotate_pipeline
+        -> [calibration: algorithms, each with a pipeline of its own] -> quantize_pipeline -> a quantized program
+of another tool's: capture -> CANONICALIZE -> place_pipeline -> [calibration] -> quantize_pipeline -> the same
         -> tensorrt_pipeline | portable_pipeline -> lowering
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch.fx import Node
 
-from passes.base import Pass
 from passes.canonicalize.attention_operands import MoveQuantizersToAttention
 from passes.canonicalize.modelopt import ModeloptToQdq
 from passes.canonicalize.pt2e import Pt2eToQdq
@@ -72,16 +73,18 @@ from passes.normalize.spellings import PlainSpellings
 from passes.normalize.subgraphs import LeaveSubgraphs
 from passes.normalize.temperature import TemperatureToQuery
 from passes.normalize.views import ViewsToReshape
+from passes.place.attention_scale import PlaceAttentionScale
 from passes.place.head_bias import BiasPackedHeads
 from passes.place.head_norms import JoinHeadNorms
 from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
+from passes.place.pad_reduction import PadReduction
+from passes.place.rotate import RotateLinears
+from passes.places import Pipeline
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
 
-Pipeline = tuple[Callable[[], Pass], ...]
-
-NORMALIZE: Pipeline = (
+NORMALIZE = Pipeline(
     ViewsToReshape,
     RemoveNoOps,
     ComplexToReal,
@@ -110,10 +113,10 @@ NORMALIZE: Pipeline = (
 )
 """What models write in many ways gets one form."""
 
-DYNAMO: Pipeline = (MaterializeAutocast,)
+DYNAMO = Pipeline(MaterializeAutocast)
 """In front of the others for graphs that Dynamo captured."""
 
-CANONICALIZE: Pipeline = (
+CANONICALIZE = Pipeline(
     ModeloptToQdq,
     Pt2eToQdq,
     *NORMALIZE,
@@ -122,6 +125,20 @@ CANONICALIZE: Pipeline = (
     ShareQuantizers,
 )
 """`NORMALIZE` for graphs that other tools have quantized: their operators become the IR, in the places of our own."""
+
+
+def place_pipeline(queries: Collection[Node], blocks: Mapping[Node, int]) -> Pipeline:
+    """In front of the quantizers that come: attention scales of `queries`, and of queries that are quantized already,
+    where these see them, and reduction axes filled up to whole `blocks`."""
+    return Pipeline(
+        partial(PlaceAttentionScale, queries),
+        *((partial(PadReduction, blocks),) if blocks else ()),
+    )
+
+
+def rotate_pipeline(linears: Collection[Node]) -> Pipeline:
+    """Behind it, as only what fits then will be quantized: the linear layers that a recipe rotates."""
+    return Pipeline(partial(RotateLinears, linears))
 
 
 def quantize_pipeline(
@@ -133,7 +150,7 @@ def quantize_pipeline(
 ) -> Pipeline:
     """Q/DQ at `quantizers`, attention fused where `softmax` has a scale (everywhere if it is None), computing in
     `target`, weights as codes; zeros for queries that see no key in the attentions of `fully_masked`."""
-    return (
+    return Pipeline(
         partial(ZeroMaskedRows, fully_masked),
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
@@ -145,13 +162,13 @@ def quantize_pipeline(
     )
 
 
-BLOCKS_TO_CHANNELS: Pipeline = (BlocksToPerChannel,)
+BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS: Pipeline = (LeaveUnfusedAttention,)
+TENSORRT_KERNELS = Pipeline(LeaveUnfusedAttention)
 """In front of all others for TensorRT: what it has no kernel for stays in floating point."""
 
-TENSORRT: Pipeline = (
+TENSORRT = Pipeline(
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,
@@ -175,7 +192,7 @@ TENSORRT: Pipeline = (
 )
 """The forms that TensorRT fuses into the fewest kernels."""
 
-PORTABLE: Pipeline = (
+PORTABLE = Pipeline(
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,
@@ -195,7 +212,7 @@ PORTABLE: Pipeline = (
 
 def boundary(io_dtype: torch.dtype | None) -> Pipeline:
     """Behind either of them: inputs and outputs in `io_dtype`; as the program has them if it is None."""
-    return () if io_dtype is None else (partial(ConvertBoundary, io_dtype),)
+    return Pipeline() if io_dtype is None else Pipeline(partial(ConvertBoundary, io_dtype))
 
 
 def torch_pipeline(device: Device, *, fast_accumulation: bool = True) -> Pipeline:
@@ -203,4 +220,23 @@ def torch_pipeline(device: Device, *, fast_accumulation: bool = True) -> Pipelin
 
     What is left of the IR is for its references in plain ATen. `fast_accumulation` is that of `cuda_pipeline`.
     """
-    return cpu_pipeline(device) if device.type == "cpu" else cuda_pipeline(device, fast_accumulation=fast_accumulation)
+    on_cuda = partial(cuda_pipeline, fast_accumulation=fast_accumulation)
+    return Pipeline(*(cpu_pipeline(device) if device.type == "cpu" else on_cuda(device)))
+
+
+Route = Literal["quantize", "import", "tensorrt", "portable", "compile"]
+
+
+def route(name: Route) -> Pipeline:
+    """All passes that a run can have, in their order, without what a model gives them: for names of places."""
+    quantizing = quantize_pipeline({}, None, torch.float32, torch.float16)
+    edge = boundary(torch.float16)
+    if name in ("quantize", "import"):
+        first = NORMALIZE if name == "quantize" else CANONICALIZE
+        placing = (PlaceAttentionScale, partial(PadReduction, {}), partial(RotateLinears, ()))
+        return Pipeline(*first, *placing, *quantizing)
+    if name == "compile":
+        lowerings = (torch_pipeline(Device("cpu")), torch_pipeline(Device("cuda", (9, 0))))
+        return Pipeline(*DYNAMO, *route("quantize"), *route("import"), *lowerings[0], *lowerings[1])
+    kernels, target = (TENSORRT_KERNELS, TENSORRT) if name == "tensorrt" else (Pipeline(), PORTABLE)
+    return Pipeline(*kernels, *BLOCKS_TO_CHANNELS, *target, *edge)

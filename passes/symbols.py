@@ -12,11 +12,11 @@ from collections.abc import MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from passes.compat import FakeTensor, FakeTensorMode
 from passes.graph import fake_mode
 
 __all__ = ["separate"]

@@ -12,31 +12,30 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from passes.lazy import public
 
 if TYPE_CHECKING:
+    from passes.observe import trace
     from qcompile.api import build_engine
+    from qcompile.checkpoint.load import load_checkpoint
     from qcompile.checkpoint.write.report import CheckpointReport
     from qcompile.checkpoint.write.save import save_checkpoint
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
-    from qcompile.frontends.checkpoint import load_checkpoint
-    from qcompile.importing import import_quantized
     from qcompile.onnx.export import export_onnx
     from qcompile.onnx.repair import RepairReport, repair_onnx
     from qcompile.onnx.session import onnx_session
-    from qcompile.quantization import calibrate, quantize
+    from qcompile.quantization.calibrate import calibrate
+    from qcompile.quantization.importing import import_quantized
+    from qcompile.quantization.quantize import quantize
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
-
-# torch.export.save says it of NVFP4 weights, the codes of whose parallel layers lie side by side in memory; it matters
-# for tensors on a GPU only, where they do not.
-warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+    from qcompile.reports import read_report
+    from qcompile.version import __version__
 
 __all__ = [
     "CheckpointReport",
@@ -47,6 +46,7 @@ __all__ = [
     "Recipe",
     "RepairReport",
     "Report",
+    "__version__",
     "build_engine",
     "calibrate",
     "explain",
@@ -57,9 +57,11 @@ __all__ = [
     "load_recipe",
     "onnx_session",
     "quantize",
+    "read_report",
     "refresh",
     "repair_onnx",
     "save_checkpoint",
+    "trace",
 ]
 
 _PLACES = {
@@ -70,20 +72,23 @@ _PLACES = {
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",
-    "Report": "qcompile.report",
+    "Report": "qcompile.report.export",
+    "__version__": "qcompile.version",
     "build_engine": "qcompile.api",
-    "calibrate": "qcompile.quantization",
+    "calibrate": "qcompile.quantization.calibrate",
     "explain": "qcompile.dynamo.explain",
     "export_onnx": "qcompile.onnx.export",
-    "import_quantized": "qcompile.importing",
+    "import_quantized": "qcompile.quantization.importing",
     "list_recipes": "qcompile.recipe",
-    "load_checkpoint": "qcompile.frontends.checkpoint",
+    "load_checkpoint": "qcompile.checkpoint.load",
     "load_recipe": "qcompile.recipe",
     "onnx_session": "qcompile.onnx.session",
-    "quantize": "qcompile.quantization",
+    "quantize": "qcompile.quantization.quantize",
+    "read_report": "qcompile.reports",
     "refresh": "qcompile.dynamo.registry",
     "repair_onnx": "qcompile.onnx.repair",
     "save_checkpoint": "qcompile.checkpoint.write.save",
+    "trace": "passes.observe",
 }
 
 __getattr__, __dir__ = public(__name__, _PLACES)

@@ -46,14 +46,8 @@ def formats_of(model: torch.nn.Module | ExportedProgram) -> Iterator[tuple[str, 
     """(place, format as recipes call it) of all that is quantized."""
     if isinstance(model, ExportedProgram):
         for node in all_calls(model.graph_module, QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE):
-            yield place_of(node), _family(str(node.kwargs["format"]))
+            yield place_of(node), get_format(str(node.kwargs["format"])).family
     else:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
-                yield name, _family(module.scheme.weight.name)
-
-
-def _family(name: str) -> str:
-    """`fp8`, `int8` or `nvfp4`: the formats differ in what shares a scale, and the arithmetic is the codes'."""
-    format = get_format(name)
-    return "nvfp4" if format.packed else "int8" if format.integer else "fp8"
+                yield name, module.scheme.weight.family

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata, resources
-from typing import Any
+from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from passes.capabilities import UNITS
+from qcompile.compat import probes
 from qcompile.engine.backend import built_for
 from qcompile.engine.capability import lacking
 from qcompile.errors import EngineError
 from qcompile.messages import first_line
 from qcompile.recipe import list_recipes, load_recipe
 from qcompile.recipe.asked import asked_formats
+from qcompile.report.base import ReportBase
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt
+from qcompile.version import __version__
 
 _NOT_FOR_USERS = ("demo", "dev")  # extras
-_NOT_IN_ONNXRUNTIME = ("nvfp4",)  # none of its providers has kernels for FP4
+_NOT_IN_ONNXRUNTIME = [name for name, units in UNITS.items() if not units.onnxruntime]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,15 @@ class Builder:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Names of a library that it promises nothing of and that are used here: how many, and what is wrong with some."""
+
+    library: str
+    names: int
+    problems: list[str]
+
+
+@dataclass(frozen=True)
 class Route:
     """What can be done with a shipped recipe: run its files in ONNX Runtime, build engines for these targets."""
 
@@ -65,20 +80,22 @@ class Route:
     engines: list[str]
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(ReportBase):
     """All that `examine` found; `problems` is empty where nothing declared is broken."""
 
+    kind: Literal["doctor"] = "doctor"
     versions: dict[str, str]
     packages: list[Package]
     providers: list[str]
     builders: list[Builder]
     devices: list[str]
+    insides: list[Inside]
     routes: list[Route]
     problems: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def passed(self) -> bool:
+        return not self.problems
 
 
 def examine() -> Findings:
@@ -88,14 +105,17 @@ def examine() -> Findings:
     builders = list(_builders())
     problems = [f"{p.name}: {p.problem}" for p in packages if p.problem] + broken
     problems += [f"{builder.name}: {builder.problem}" for builder in builders if builder.problem]
+    insides = _insides()
+    problems += [problem for inside in insides for problem in inside.problems]
     return Findings(
-        {"qcompile": metadata.version("qcompile"), "python": platform.python_version()},
-        packages,
-        providers,
-        builders,
-        _devices(),
-        [_route(name, bool(providers), builders) for name in list_recipes()],
-        problems,
+        versions={"qcompile": __version__, "python": platform.python_version()},
+        packages=packages,
+        providers=providers,
+        builders=builders,
+        devices=_devices(),
+        insides=insides,
+        routes=[_route(name, bool(providers), builders) for name in list_recipes()],
+        problems=problems,
     )
 
 
@@ -151,6 +171,24 @@ def _builders() -> Iterator[Builder]:
             yield Builder("torch_tensorrt", require_torch_tensorrt().__version__, [], "")
         except EngineError as error:
             yield Builder("torch_tensorrt", "", [], str(error))
+
+
+def _insides() -> list[Inside]:
+    """Probe every private name; libraries say on import what is no news here."""
+    found: dict[str, Inside] = {}
+    known = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for private in probes():
+                before = found.get(private.library, Inside(private.library, 0, []))
+                problem = private.problem()
+                wrong = [*before.problems, *([problem] if problem else [])]
+                found[private.library] = Inside(private.library, before.names + 1, wrong)
+    finally:
+        logging.disable(known)
+    return list(found.values())
 
 
 def _devices() -> list[str]:

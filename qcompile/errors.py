@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from passes.errors import PassError, QCompileError
+from passes.errors import CompatError, PassError, QCompileError
 
 __all__ = [
     "CalibrationError",
     "CaptureError",
     "CheckpointError",
+    "CompatError",
     "EngineError",
     "ExpectationError",
     "ExportError",
@@ -15,6 +16,7 @@ __all__ = [
     "QCompileError",
     "RecipeError",
     "RepairError",
+    "ReportError",
     "SourceError",
     "VerificationError",
 ]
@@ -58,6 +60,10 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
+
+
+class ReportError(QCompileError):
+    """A file is no report, or one that this version does not read."""
 
 
 class CompileError(QCompileError):

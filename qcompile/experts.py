@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from passes import ir
+from qcompile.compat.transformers import experts_of, has_experts_interface, set_experts
 
 NAME = "qcompile_dense"
 
@@ -29,16 +30,16 @@ def dense_experts(model: torch.nn.Module) -> Iterator[None]:
     """
     experts: list[Any] = [module for module in model.modules() if _has_interface(module)]
     configs: dict[int, Any] = {id(module.config): module.config for module in experts}
-    found = [(config, config._experts_implementation) for config in configs.values()]
+    found = [(config, experts_of(config)) for config in configs.values()]
     if found:
         _register()
     try:
         for config, _ in found:
-            _set(config, NAME)
+            set_experts(config, NAME)
         yield
     finally:
         for config, implementation in found:
-            _set(config, implementation)
+            set_experts(config, implementation)
 
 
 def make_dense(model: torch.nn.Module) -> None:
@@ -46,7 +47,7 @@ def make_dense(model: torch.nn.Module) -> None:
     for module in model.modules():
         if _has_interface(module):
             _register()
-            _set(module.config, NAME)
+            set_experts(module.config, NAME)
 
 
 def _register() -> None:
@@ -56,17 +57,7 @@ def _register() -> None:
 
 def _has_interface(module: Any) -> bool:
     """Whether `module` is a class that transformers' `use_experts_implementation` decorated."""
-    return (
-        "transformers.integrations.moe" in sys.modules
-        and callable(getattr(module, "_apply_gate", None))
-        and hasattr(module, "is_transposed")
-        and hasattr(getattr(module, "config", None), "_experts_implementation_internal")
-    )
-
-
-def _set(config: Any, implementation: str | None) -> None:
-    # as `set_experts_implementation` does: the setter without "_internal" would change every sub-configuration, too
-    config._experts_implementation_internal = implementation
+    return "transformers.integrations.moe" in sys.modules and has_experts_interface(module)
 
 
 def dense_experts_forward(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
@@ -15,33 +14,25 @@ from passes.legalize.masked_rows import masked_attentions
 from passes.legalize.ranges import SAME_ELEMENTS, before_softmax, beyond, is_passing, softmax_axis
 from passes.sdpa import SDPA, attention_scale
 from passes.subgraphs import all_calls, all_nodes, copied_graph, graphs
+from qcompile.algorithms.statistics import (
+    FullyMasked,
+    Histogram,
+    Largest,
+    LargestBeforeSoftmax,
+    LargestScore,
+    Statistic,
+)
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
-from qcompile.statistics import FullyMasked, Largest, LargestBeforeSoftmax, LargestScore, Statistic
+from qcompile.report.headroom import Headroom
+
+__all__ = ["NEAR", "Headroom", "Watch"]
 
 _UNWRITTEN = (
     *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default),
     *(aten.new_empty.default, aten.new_empty_strided.default),
 )
 NEAR = 2.0  # other data, and quantization, can give that much more than calibration saw
-
-
-@dataclass(frozen=True)
-class Headroom:
-    """The largest magnitude that calibration saw of one tensor.
-
-    Attributes:
-        module: path of the module that makes it, empty at the root. tensor: name of its node in the program's graph.
-        amax: the magnitude. factor: how much larger the largest number of the compute dtype is.
-    """
-
-    module: str
-    tensor: str
-    amax: float
-    factor: float
-
-    def __str__(self) -> str:
-        return f"{self.module or self.tensor} ({self.amax:.3g})"
 
 
 class Watch:
@@ -63,6 +54,7 @@ class Watch:
         self.gm: GraphModule = gm
         self.statistics: dict[Node, list[Largest]] = defaultdict(list)
         self.masks: dict[Node, FullyMasked] = {}
+        self._others: dict[Node, list[Statistic]] = defaultdict(list)
         self._copies: Mapping[Node, Node] = {}
         if target is torch.float16:
             if source != target:
@@ -77,6 +69,8 @@ class Watch:
         found: dict[Node, list[Statistic]] = {node: list(kept) for node, kept in self.statistics.items()}
         for node, mask in self.masks.items():
             found.setdefault(node, []).append(mask)
+        for node, others in self._others.items():
+            found.setdefault(node, []).extend(others)
         return found
 
     @property
@@ -89,14 +83,23 @@ class Watch:
         """Whether `gm` is a copy, with halves that the model has not."""
         return bool(self._copies)
 
-    def quantizer(self, tensor: Node) -> Largest:
-        """The largest magnitude of `tensor`, a node of the model's graph that will be quantized."""
-        node = strip(self._copies.get(tensor, tensor), *SAME_ELEMENTS)
-        plain = [statistic for statistic in self.statistics[node] if type(statistic) is Largest]
-        if not plain:
-            plain.append(Largest())
-            self.statistics[node] += plain
-        return plain[0]
+    def keep(self, tensor: Node, statistic: Statistic) -> Statistic:
+        """Keep `statistic` of `tensor`, a node of the model's graph, and return it; or one that tells as much and is
+        kept anyhow.
+        """
+        node = self._copies.get(tensor, tensor)
+        if not isinstance(statistic, Largest) or type(statistic) not in (Largest, Histogram):
+            self._others[node].append(statistic)
+            return statistic
+        kept = self.statistics[strip(node, *SAME_ELEMENTS)]
+        for index, known in enumerate(kept):
+            if type(known) is Histogram or type(known) is type(statistic):
+                return known
+            if type(known) is Largest:
+                kept[index] = statistic
+                return statistic
+        kept.append(statistic)
+        return statistic
 
     def _mask(self, mask: Node) -> FullyMasked:
         return self.masks.setdefault(self._copies.get(mask, mask), FullyMasked())

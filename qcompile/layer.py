@@ -11,42 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import Format
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from qcompile.schemes.scheme import Scheme
 
 __all__ = ["QuantizedLinear", "QuantizedWeight", "Scheme"]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a linear layer is quantized.
-
-    Attributes:
-        weight: format of the weight: FP8, FP8_128X128, INT8 or NVFP4.
-        input: format of the input: FP8 (a constant scale), FP8_PER_TOKEN, FP8_1X128, INT8, INT8_PER_TOKEN, NVFP4; None
-            for weight-only.
-        per_channel: an FP8 or INT8 weight has a scale for each row.
-        measured: the scale of the whole input, a constant otherwise, is measured at run time: that of FP8 and INT8, the
-            global one of NVFP4.
-    """
-
-    weight: Format
-    input: Format | None = None
-    per_channel: bool = False
-    measured: bool = False
-
-    @property
-    def has_input_scale(self) -> bool:
-        """Whether the input has a constant scale, the global one of a format of two levels."""
-        return self.input is not None and not self.measured and (self.input.scale is not None or not self.input.block)
-
-
-# The schemes that servers and other tools have a name for.
-FP8_TENSOR = Scheme(FP8, FP8)
-FP8_CHANNEL_TOKEN = Scheme(FP8, FP8_PER_TOKEN, per_channel=True)
-FP8_BLOCK = Scheme(FP8_128X128, FP8_1X128)
-NVFP4_W4A4 = Scheme(NVFP4, NVFP4)
-INT8_CHANNEL_TOKEN = Scheme(INT8, INT8_PER_TOKEN, per_channel=True)
 
 
 @dataclass

@@ -9,8 +9,9 @@ from torch.export import ExportedProgram
 
 from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats
+from qcompile.schemes.words import WORDS
 
-_BYTES = {"fp8": 1.0, "int8": 1.0, "nvfp4": 0.5 + 1 / 16}  # of a weight's element, scales of blocks included
+_BYTES = {word.format: word.ir.element_bytes for word in WORDS if not word.ir.codes_of}
 
 
 def least_bytes(model: torch.nn.Module | ExportedProgram, recipe: Recipe | None, dtype: torch.dtype | None) -> int:

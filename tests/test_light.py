@@ -16,7 +16,20 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["export", "--help"], ["completion", "bash"], ["nothing"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["export", "--help"],
+        ["completion", "bash"],
+        ["nothing"],
+        ["recipes", "list"],
+        ["recipes", "show", "fp8"],
+        ["recipes", "show", "fp8", "--set", "metadata.name=mine"],
+        ["recipes", "check", "nvfp4"],
+    ],  # not the schema: settings of algorithms stand beside what they set, which needs torch
+    ids=" ".join,
+)
 def test_the_command_line_imports_what_it_runs(argv: list[str]) -> None:
     code = f"import sys; from qcompile.cli import main; main({argv}); print(sorted({HEAVY} & sys.modules.keys()))"
     assert run(code).splitlines()[-1] == "[]"
@@ -28,6 +41,31 @@ def test_operators_are_there_whichever_is_imported_first(first: str) -> None:
         "print(torch.ops.qcompile.quantize.default, 'torch._inductor' in sys.modules, type(torch.__loader__).__name__)"
     )
     assert run(f"import sys; {first}; {rest}") == "qcompile.quantize.default False SourceFileLoader"
+
+
+def test_an_import_brings_in_nobody_else() -> None:
+    loaded = "{name.partition('.')[0] for name in set(sys.modules) - before}"
+    code = f"import sys; before = set(sys.modules); import passes, qcompile; print({loaded} - sys.stdlib_module_names)"
+    assert set(run(code).strip("{}").replace("'", "").split(", ")) == {"passes", "qcompile"}
+
+
+def test_an_import_changes_nothing_of_others() -> None:
+    """Nothing but operators of our own is registered, and no warning is hidden."""
+    state = """
+def state():
+    names = torch._C._dispatch_get_all_op_names()
+    return (
+        [name for name in names if not name.startswith("qcompile::")],
+        list(warnings.filters), list(sys.meta_path), sorted(torch.utils._pytree.SUPPORTED_NODES, key=repr),
+        {name for name in sys.modules if name.partition(".")[0] not in ("passes", "qcompile")},
+        logging.root.handlers[:], sys.excepthook, signal.getsignal(signal.SIGINT), dict(os.environ),
+    )
+"""
+    begin = f"import logging, os, signal, sys, warnings, torch, torch.utils._pytree\n{state}\nbefore = state()\n"
+    compared = "print([i for i, (a, b) in enumerate(zip(before, state())) if a != b])"
+    assert run(f"{begin}import passes, qcompile\n{compared}") == "[]"
+    whole = "import warnings; before = list(warnings.filters); import qcompile; print(before == warnings.filters)"
+    assert run(whole) == "True"
 
 
 def test_public_names() -> None:

@@ -24,6 +24,7 @@ from passes.formats import INT8, INT8_PER_TOKEN, Format
 from passes.graph import Emitter, argument, aten, dtype, is_call, module_path, name_in_module, place_of, shape
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.pairs import checked, measured_pair
+from passes.subgraphs import all_nodes
 
 _SPACE = "quantized_decomposed"
 _SHIFTS = {torch.int8: 0, torch.uint8: 128}
@@ -64,6 +65,11 @@ class Pt2eToQdq(Pass):
         inside a channel, run-time zero points, codes that something else reads.
     Why: the zero points that back ends fuse are zeros.
     """
+
+    def check_ensures(self, gm: GraphModule) -> list[str]:
+        names = [(node, _name(node)) for node in all_nodes(gm)]
+        left = [node for node, name in names if name is not None and not name.startswith("choose_qparams")]
+        return [f"{node.target} is left at {place_of(node)}" for node in left]
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in list(gm.graph.nodes):

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from passes.base import Pass
 from passes.dependence import fixed_nodes
 from passes.graph import Emitter, ancestors, argument, aten, calls, is_call, is_pointwise, shape
-from passes.quantize.sites import NORMS
+from passes.operators import NORMS
 from passes.sdpa import SDPA
 
 __all__ = ["ExpandsLast"]

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.codes import rows_together, write_codes
 from passes.constants import (
     ConstantRows,
     add_constant,
@@ -16,9 +17,10 @@ from passes.constants import (
 )
 from passes.formats import get_format
 from passes.graph import aten, calls, is_call, val
-from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize, quantize
-from passes.pairs import measured_by
-from passes.quantize.sites import linear_name
+from passes.groups import parallel, reads
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.pairs import measured_by, store_codes
+from passes.reading import Operand
 from passes.sdpa import SDPA
 
 
@@ -32,6 +34,7 @@ class FoldWeights(Pass):
         z = linear(x, dequantize(c, dequantize(b, g)))
         c, s = dynamic_quantize(u, None)        # blocks of 128 x 128
         t = linear(x, dequantize(c, s))
+        y = linear(x, dequantize(quantize(w, dequantize(b, g)), dequantize(b, g)))      # b was chosen
     After:
         y = linear(x, dequantize(w_codes, scale))
         z = linear(x, dequantize(v_codes, dequantize(v_block_scales, g)))
@@ -50,41 +53,49 @@ class FoldWeights(Pass):
         super().__init__()
         self.groups: dict[Node, list[Node]] = {}
         self.rooms: dict[tuple[Node, int], torch.Tensor] = {}
+        self.results: dict[Node, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rewrite(self, gm: GraphModule) -> None:
         self.groups, self.rooms = _parallel(gm), {}
+        self.results = {node: _results(node) for node in self.groups}  # of the first nothing is left when the last is
         for node in calls(gm.graph, QUANTIZE, DYNAMIC_QUANTIZE):
-            weight, scale = node.args
+            weight = node.args[0]
             if not isinstance(weight, Node) or not is_constant_expression(weight) or _is_attended(node):
                 continue
             if node.target is DYNAMIC_QUANTIZE:
                 self._fold_blocks(gm, node)
-            elif constant(gm, scale) is not None:
+            elif all(constant(gm, scale) is not None for scale in _levels(node)):
                 self._fold(gm, node)
             else:
                 continue
             self.fire()
 
     def _fold(self, gm: GraphModule, node: Node) -> None:
-        """A scale for the tensor or for each channel, which is known."""
-        format, weight, scale = str(node.kwargs["format"]), node.args[0], constant(gm, node.args[1])
-        assert isinstance(weight, Node) and scale is not None
-        constant_rows = ConstantRows(gm, weight)
-        codes = torch.empty(constant_rows.shape, dtype=get_format(format).storage, device=constant_rows.device)
-        for rows, values in constant_rows:
-            own = scale[rows] if scale.ndim and scale.shape[0] > 1 else scale
-            codes[rows] = quantize(values, own, format=format)
-        node.update_arg(1, None)  # so that the weight alone names the codes
-        replace_with_constant(gm, node, codes)
+        """Scales for the tensor, for each channel or for each block, which are known."""
+        fmt, weight, scale = get_format(str(node.kwargs["format"])), node.args[0], constant(gm, _levels(node)[0])
+        assert isinstance(weight, Node)
+        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)) if fmt.sizes else 1)
+        if fmt.sizes:
+            stored = constant(gm, _levels(node)[-1])
+            assert stored is not None
+            codes, block_scales = (self._room(node, index, rows.device) for index in (0, 1))
+            block_scales.copy_(stored)
+            stored.data = block_scales
+            write_codes(rows, fmt, codes, scale if fmt.scale else None, block_scales, chosen=True)
+        else:
+            codes = torch.empty(rows.shape, dtype=fmt.storage, device=rows.device)
+            write_codes(rows, fmt, codes, scale)
+        store_codes(gm, node, codes)
 
     def _room(self, node: Node, index: int, device: torch.device) -> torch.Tensor:
-        """Memory for one of the results of `node`, next to that of the layers that it will be merged with."""
-        value = node.meta["val"][index]
+        """Memory for the codes (0) or block scales (1) of `node`, next to that of the layers that it will be merged
+        with."""
+        value = (self.results.get(node) or _results(node))[index]
         group = self.groups.get(node, [node]) if device.type == "cpu" else [node]  # elsewhere torch could not save it
+        sizes = [int(self.results[member][index].shape[0]) for member in group] if group[1:] else [int(value.shape[0])]
         if (group[0], index) not in self.rooms:
-            rows = sum(int(member.meta["val"][index].shape[0]) for member in group)
-            self.rooms[group[0], index] = torch.empty((rows, *value.shape[1:]), dtype=value.dtype, device=device)
-        start = sum(int(member.meta["val"][index].shape[0]) for member in group[: group.index(node)])
+            self.rooms[group[0], index] = torch.empty((sum(sizes), *value.shape[1:]), dtype=value.dtype, device=device)
+        start = sum(sizes[: group.index(node)])
         return self.rooms[group[0], index][start : start + int(value.shape[0])]
 
     def _fold_blocks(self, gm: GraphModule, node: Node) -> None:
@@ -92,12 +103,9 @@ class FoldWeights(Pass):
         fmt, weight = get_format(str(node.kwargs["format"])), node.args[0]
         assert isinstance(weight, Node)
         global_scale = constant(gm, node.args[1])
-        rows_of_block = fmt.sizes[0] if len(fmt.sizes) == len(val(weight).shape) else 1
-        constant_rows = ConstantRows(gm, weight, rows_of_block)
-        codes, scales = (self._room(node, index, constant_rows.device) for index in (0, 1))
-        for rows, values in constant_rows:
-            blocks = slice(rows.start // rows_of_block, -(-rows.stop // rows_of_block))
-            codes[rows], scales[blocks] = dynamic_quantize(values, global_scale, format=fmt.name)
+        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)))
+        codes, scales = (self._room(node, index, rows.device) for index in (0, 1))
+        write_codes(rows, fmt, codes, global_scale, scales)
         if global_scale is not None:
             name = str(node.args[1].target).replace("global_scale", "block_scale")  # type: ignore[union-attr]
         else:
@@ -111,17 +119,39 @@ class FoldWeights(Pass):
         replace_with_constant(gm, node, codes)
 
 
+def _levels(quantize: Node) -> list[object]:
+    """The nodes of the scales of a `quantize`: one, or the global one and that of the blocks under it."""
+    scale = quantize.args[1]
+    return [scale.args[1], scale.args[0]] if isinstance(scale, Node) and is_call(scale, DEQUANTIZE) else [scale]
+
+
+def _results(quantize: Node) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, block scales), fake ones, of a weight in a format that has blocks."""
+    if quantize.target is DYNAMIC_QUANTIZE:
+        codes, scales = quantize.meta["val"]
+        return codes, scales
+    stored = _levels(quantize)[-1]
+    assert isinstance(stored, Node)
+    return val(quantize), val(stored)
+
+
 def _is_attended(quantize: Node) -> bool:
     return any(is_call(reader, ATTENTION, SDPA) for pair in quantize.users for reader in pair.users)
 
 
 def _parallel(gm: GraphModule) -> dict[Node, list[Node]]:
     """Quantize of a weight with blocks -> those of all layers of its module that read the same tensor, in order."""
-    groups: dict[tuple[object, ...], list[Node]] = {}
+    readers: dict[Node, Node] = {}  # the first linear layer of each
     for linear in calls(gm.graph, aten.linear.default):
-        quantize = measured_by(linear.args[1])
-        if quantize is not None and quantize not in {node for group in groups.values() for node in group}:
-            owner = linear_name(linear).rpartition(".")[0]
-            key = (linear.args[0], owner, quantize.kwargs["format"], quantize.meta["val"][0].shape[1:])
-            groups.setdefault(key, []).append(quantize)
-    return {node: group for group in groups.values() for node in group}
+        if (quantize := measured_by(linear.args[1]) or _chosen_blocks(linear.args[1])) is not None:
+            readers.setdefault(quantize, linear)
+    groups = parallel(readers, lambda q: reads(readers[q], q.kwargs["format"], _results(q)[0].shape[1:]))
+    return {node: group for group in groups for node in group}
+
+
+def _chosen_blocks(pair: object) -> Node | None:
+    """The quantize whose codes `pair` dequantizes, if an algorithm chose the scales of its blocks."""
+    quantized = Operand.read(pair)
+    if quantized is None or not is_call(quantized.codes, QUANTIZE) or not quantized.format.sizes:
+        return None
+    return quantized.codes

@@ -10,8 +10,9 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.dependence import fixed_nodes
 from passes.formats import FP8
-from passes.graph import Emitter, aten, bounds, calls, dtype, is_call, shape
+from passes.graph import Emitter, aten, bounds, calls, dtype, is_call, place_of, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.subgraphs import all_calls
 
 SHORT = 512
 """Keys up to which a causal attention is products with a mask for TensorRT: see `is_long_causal`."""
@@ -39,6 +40,10 @@ class DecomposeAttention(Pass):
     def __init__(self, unless: Callable[[Node], bool] = lambda node: False) -> None:
         super().__init__()
         self.unless = unless
+
+    def check_ensures(self, gm: GraphModule) -> list[str]:
+        left = (node for node in all_calls(gm, ATTENTION) if not self.unless(node))
+        return [f"the attention at {place_of(node)} is left" for node in left]
 
     def rewrite(self, gm: GraphModule) -> None:
         causal: dict[tuple[object, ...], Node] = {}

@@ -33,6 +33,8 @@ class ConvertBoundary(Pass):
         these casts is a kernel.
     """
 
+    keeps_dtypes = False
+
     def __init__(self, target: torch.dtype) -> None:
         super().__init__()
         self.target = target

@@ -30,6 +30,8 @@ class FoldToConvolution(Pass):
     Why: TensorRT-RTX 1.7.1 has no Col2Im (outlook attention of VOLO, overlapping tiles).
     """
 
+    clears = (aten.col2im.default,)
+
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.col2im.default):
             x, output = node.args[0], argument(node, "output_size")

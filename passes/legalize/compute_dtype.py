@@ -16,12 +16,13 @@ from passes.errors import PassError
 from passes.graph import Emitter, aten, calls, fake_again, following, is_call, place_of, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.choices import choices
-from passes.legalize.half_kernels import lacks_half_kernel, operator_name
+from passes.legalize.half_kernels import lacks_half_kernel
 from passes.legalize.islands import global_scales, of_their_own, without_half_kernel
 from passes.legalize.positions import is_periodic, positions
 from passes.legalize.ranges import beyond, largest, least, may_mask
 from passes.messages import some
 from passes.subgraphs import graphs, held, is_scan, subgraph_calls
+from passes.traits import operator_name
 
 # Position of the scale among the arguments: `RoundScales` gives it its dtype, with a check.
 _SCALE = {QUANTIZE: 1, DEQUANTIZE: 1, DYNAMIC_QUANTIZE: 1, ATTENTION: 4}

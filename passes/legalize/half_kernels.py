@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-__all__ = ["WITHOUT_HALF", "is_complex", "lacks_half_kernel", "operator_name"]
+from passes.traits import operator_name
+
+__all__ = ["WITHOUT_HALF", "lacks_half_kernel"]
 
 _NAMES = """
     stft istft _fft_r2c _fft_c2r _fft_c2c
@@ -34,20 +33,7 @@ WITHOUT_HALF = frozenset(_NAMES.split())
 _FFT = re.compile(r"fft_i?h?r?fft[2n]?")  # not fft_fftshift, which moves elements, and fft_fftfreq
 
 
-def operator_name(node: Node) -> str:
-    """`linalg_inv` of a call of `aten.linalg_inv.default`; empty for what is no operator of ATen."""
-    target: Any = node.target
-    name = str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else ""
-    return name.removeprefix("aten::") if name.startswith("aten::") else ""
-
-
 def lacks_half_kernel(node: Node) -> bool:
     """Whether torch has no kernel of `node`'s operator for float16 and bfloat16."""
     name = operator_name(node)
     return name in WITHOUT_HALF or _FFT.fullmatch(name) is not None
-
-
-def is_complex(node: Node) -> bool:
-    """Whether `node` makes, or is, a complex tensor, or several tensors of which one is complex."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(value, torch.Tensor) and value.dtype.is_complex for value in leaves)

@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from passes.constants import add_constant, constant
 from passes.graph import aten, calls, is_call, val
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.legalize.half_kernels import is_complex, lacks_half_kernel
+from passes.legalize.half_kernels import lacks_half_kernel
+from passes.traits import is_complex
 
 __all__ = ["global_scales", "of_their_own", "without_half_kernel"]
 

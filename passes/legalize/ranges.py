@@ -8,9 +8,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from passes.constants import constant, is_constant_expression, root_constants, scalar
-from passes.graph import TRANSPARENT, argument, aten, is_call
+from passes.graph import argument, aten, is_call
 from passes.ir import ATTENTION
 from passes.sdpa import SDPA, SOFTMAXES
+from passes.traits import SAME_ELEMENTS
 
 __all__ = ["SAME_ELEMENTS", "before_softmax", "beyond", "is_passing", "largest", "least", "may_mask", "softmax_axis"]
 
@@ -29,12 +30,6 @@ _MASKING = (
     *(*_RESHAPING, *_REPLACING, aten.masked_fill.Scalar, aten.add.Tensor, aten.clamp.default, aten._to_copy.default),
     *(aten.view.default, aten.clone.default, aten.cat.default, aten.sub.Tensor),
     *(aten.amax.default, aten.max.dim, operator.getitem),
-)
-# Every element of the operand and no other, in another order or as often as another.
-SAME_ELEMENTS = (
-    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints),
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.expand.default),
-    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, *TRANSPARENT),
 )
 # No element is larger than the largest of the operands.
 _PASSING = (

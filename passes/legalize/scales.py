@@ -11,6 +11,7 @@ from passes.errors import PassError
 from passes.formats import get_format
 from passes.graph import calls, dtype
 from passes.ir import ATTENTION, DEQUANTIZE
+from passes.subgraphs import all_calls, owner
 
 
 class RoundScales(Pass):
@@ -30,6 +31,13 @@ class RoundScales(Pass):
     Why: ONNX below opset 23 and ONNX Runtime want x and scale of one type. It comes before `FoldWeights`, so that codes
         are made with the scale that multiplies them.
     """
+
+    def check_ensures(self, gm: GraphModule) -> list[str]:
+        scales = {node.args[4 if node.target is ATTENTION else 1] for node in all_calls(gm, DEQUANTIZE, ATTENTION)}
+        known = [(scale, constant(owner(scale), scale)) for scale in scales if isinstance(scale, Node)]
+        found = [(scale, value.float()) for scale, value in known if value is not None]
+        bad = (scale for scale, value in found if not bool(torch.isfinite(value).all() and (value >= 0).all()))
+        return [f"the scale {scale.target} is negative or infinite" for scale in bad]
 
     def rewrite(self, gm: GraphModule) -> None:
         targets: dict[str, torch.dtype] = {}

@@ -64,8 +64,8 @@ def _never(node: Node) -> str | None:
         return "it is one head of one sample, which TensorRT fuses in no precision"
     if all(map(_lies_across, node.args[:2])):
         return "it attends to channels: in memory its heads lie inside of what the products add over"
-    if dtype(node) in kernel.reader and not _read_quantized(node, fmt):
-        computes = str(dtype(node)).removeprefix("torch.")
+    computes = str(dtype(node)).removeprefix("torch.")
+    if computes in kernel.reader and not _read_quantized(node, fmt):
         return f"in a {computes} program the next reader of its output has to be a quantizer of the same format"
     unfit_lengths = [kernel.unfit_length(queries, keys) for queries, keys in _lengths(node)]
     return unfit_lengths[0] if all(unfit_lengths) else None

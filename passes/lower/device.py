@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from passes.capabilities import HOPPER
+
 
 @dataclass(frozen=True)
 class Device:
@@ -34,7 +36,7 @@ class Device:
     @property
     def is_hopper(self) -> bool:
         """Whether this has what cuBLAS offers on Hopper alone: products in blocks of 128, grouped ones."""
-        return self.has((9, 0)) and not self.has((10, 0))
+        return self.has(HOPPER[0]) and not self.has(HOPPER[1])
 
     def has(self, capability: tuple[int, int]) -> bool:
         """Whether this is a CUDA device with `capability` or a later one."""

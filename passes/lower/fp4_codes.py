@@ -33,7 +33,7 @@ class SpellOutFp4Codes(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, DYNAMIC_QUANTIZE):
             fmt = get_format(str(node.kwargs["format"]))
-            if not fmt.packed:
+            if not fmt.is_fp4:
                 continue
             results = _emit(Emitter(node), node, fmt)
             for part in list(node.users):

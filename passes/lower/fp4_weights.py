@@ -7,10 +7,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.constants import root_constants
-from passes.formats import get_format
 from passes.graph import Emitter, aten, calls, dtype, shape
 from passes.ir import DEQUANTIZE
-from passes.lower.operands import constant_like, forget_unread, has_constant_codes
+from passes.lower.operands import constant_like, forget_unread
+from passes.reading import Operand
 
 
 class DecodeFp4Weights(Pass):
@@ -35,19 +35,17 @@ class DecodeFp4Weights(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, DEQUANTIZE):
-            if not get_format(str(node.kwargs["format"])).packed or not has_constant_codes(node):
-                continue
-            _decode(gm, node)
-            self.fire()
+            weight = Operand(node)
+            if weight.format.is_fp4 and weight.is_constant:
+                _decode(gm, weight)
+                self.fire()
 
 
-def _decode(gm: GraphModule, node: Node) -> None:
-    fmt, emit = get_format(str(node.kwargs["format"])), Emitter(node)
+def _decode(gm: GraphModule, weight: Operand) -> None:
+    node, codes, block_scales = weight.node, weight.codes, weight.block_scales
+    assert block_scales is not None
+    fmt, emit = weight.format, Emitter(node)
     *lead, rows, length = map(int, shape(node))
-    codes, scale = node.args
-    assert isinstance(codes, Node) and isinstance(scale, Node)
-    block_scales, global_scale = scale.args
-    assert isinstance(block_scales, Node)
     names = {str(root.target) for root in (*root_constants(codes), *root_constants(block_scales))}
     halves = emit(aten._to_copy.default, constant_like(gm, node, codes, _halves), dtype=torch.int32)
     code = emit(
@@ -55,7 +53,7 @@ def _decode(gm: GraphModule, node: Node) -> None:
     )
     numbers = emit(aten.reshape.default, _numbers(emit, code), [*lead, length // fmt.sizes[0], fmt.sizes[0], rows])
     columns = constant_like(gm, node, block_scales, _transposed)
-    scales = emit(DEQUANTIZE, columns, global_scale, **scale.kwargs)
+    scales = emit(DEQUANTIZE, columns, weight.global_scale, **weight.scale.kwargs)
     result = emit(aten.mul.Tensor, numbers, emit(aten.unsqueeze.default, scales, -2))
     result = emit(aten.reshape.default, emit(aten._to_copy.default, result, dtype=dtype(node)), [*lead, length, rows])
     node.replace_all_uses_with(emit(aten.transpose.int, result, -1, -2))

@@ -8,21 +8,23 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.formats import INT8, INT8_PER_TOKEN
+from passes.capabilities import UNITS, inputs_of
+from passes.compat import cpu_has_vnni
+from passes.formats import INT8
 from passes.graph import Emitter, aten, shape
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import QuantizedLinear, misaligned
+from passes.lower.operands import misaligned
 from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_by
 from passes.lower.scales import float32_scale, scale_product, unscalable
+from passes.reading import QuantizedLayer
 
-INT8_UNITS = (8, 0)
 LEAST_ROWS = 17  # of `_int_mm` on a CUDA device
 LONGEST = (2**31 - 1) // (128 * 128)  # of K: a sum of so many products of codes fits in int32 whatever the codes are
 
 
 def multiplies_int8() -> bool:
     """Whether integer products are fast on this CPU: oneDNN has them for x86 with VNNI; torch's own go one by one."""
-    return torch._C._has_mkldnn and bool(torch.cpu._is_vnni_supported())
+    return cpu_has_vnni()
 
 
 class LinearsToIntMm(LinearLowering):
@@ -47,10 +49,10 @@ class LinearsToIntMm(LinearLowering):
         which on a CPU leaves its result unwritten where K is 1.
     """
 
-    def takes(self, linear: QuantizedLinear) -> bool:
-        return linear.format in (INT8, INT8_PER_TOKEN) and linear.weight_format == INT8
+    def takes(self, linear: QuantizedLayer) -> bool:
+        return linear.weight.format == INT8 and linear.x.format in inputs_of(INT8)
 
-    def reason(self, linear: QuantizedLinear) -> str | None:
+    def reason(self, linear: QuantizedLayer) -> str | None:
         _, length = linear.sizes
         if length > LONGEST:
             return f"K = {length}: sums of more than {LONGEST} products of INT8 codes can overflow int32"
@@ -60,19 +62,19 @@ class LinearsToIntMm(LinearLowering):
             if not multiplies_int8():
                 return "this CPU has no VNNI, without which torch multiplies integers one by one"
             return "K = 1, of which torch._int_mm makes wrong numbers on a CPU" if length == 1 else None
-        if not self.device.has(INT8_UNITS):
+        if not UNITS["int8"].on(self.device.capability):
             return f"{self.device} is not known to multiply INT8 fast"
         return misaligned(linear, 8, 8)
 
-    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+    def lower(self, gm: GraphModule, linear: QuantizedLayer) -> tuple[Node, str]:
         emit = Emitter(linear.node)
-        rows = as_rows(emit, linear.codes)
+        rows = as_rows(emit, linear.x.codes)
         enough = rows if self._is_cpu else _enough_rows(emit, rows)
-        product = emit(aten._int_mm.default, enough, emit(aten.t.default, linear.weight_codes))
+        product = emit(aten._int_mm.default, enough, emit(aten.t.default, linear.weight.codes))
         product = emit(aten._to_copy.default, first_rows(emit, product, rows), dtype=torch.float32)
-        scaled = scale_product(gm, emit, linear, product, float32_scale(gm, emit, linear.scale))
+        scaled = scale_product(gm, emit, linear, product, float32_scale(gm, emit, linear.x.scale))
         result = add_bias(emit, scaled, linear.bias, linear.dtype)
-        return like_input(emit, result, linear.codes), "int_mm"
+        return like_input(emit, result, linear.x.codes), "int_mm"
 
     @property
     def _is_cpu(self) -> bool:

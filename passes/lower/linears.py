@@ -10,7 +10,8 @@ from passes.base import Pass
 from passes.graph import aten, calls
 from passes.lower.device import Device
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.operands import QuantizedLinear, constants_read, forget_unread
+from passes.lower.operands import constants_read, forget_unread
+from passes.reading import QuantizedLayer
 
 _PRODUCTS = (
     aten._scaled_mm.default,
@@ -32,21 +33,21 @@ class LinearLowering(Pass):
         self.device = device
 
     @abstractmethod
-    def takes(self, linear: QuantizedLinear) -> bool:
+    def takes(self, linear: QuantizedLayer) -> bool:
         """Whether `linear` is in the formats of this pass."""
 
     @abstractmethod
-    def reason(self, linear: QuantizedLinear) -> str | None:
+    def reason(self, linear: QuantizedLayer) -> str | None:
         """Why `linear` has to stay, or None."""
 
     @abstractmethod
-    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+    def lower(self, gm: GraphModule, linear: QuantizedLayer) -> tuple[Node, str]:
         """What computes the same as `linear`, and what to call its kernel."""
 
     def rewrite(self, gm: GraphModule) -> None:
         before, fired = constants_read(gm), self.log.fired[self.name]
         for node in calls(gm.graph, self.target):
-            linear = QuantizedLinear.read(node)
+            linear = QuantizedLayer.of_codes(node)
             if linear is None or is_noted(node) or not self.takes(linear):
                 continue
             reason = self.reason(linear)

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.constants import constant
 from passes.graph import Emitter, aten, dtype, shape
-from passes.lower.operands import QuantizedLinear, constant_like
+from passes.lower.operands import constant_like
+from passes.reading import QuantizedLayer
 
 
 def is_one_scale(scale: Node) -> bool:
@@ -30,11 +31,11 @@ def runs_along_k(scale: Node) -> bool:
     return len(shape(scale)) > 0 and shape(scale)[-1] != 1
 
 
-def unscalable(linear: QuantizedLinear) -> str | None:
+def unscalable(linear: QuantizedLayer) -> str | None:
     """Why the scales of `linear` cannot be applied to the products of codes, or None."""
-    if runs_along_k(linear.weight_scale):
+    if runs_along_k(linear.weight.scale):
         return "the weight has scales along the reduction axis"
-    if not is_one_scale(linear.scale) and not is_row_scale(linear.scale, linear.input):
+    if not is_one_scale(linear.x.scale) and not is_row_scale(linear.x.scale, linear.x.node):
         return "the input has neither one scale nor one for each row"
     return None
 
@@ -48,17 +49,17 @@ def float32_scale(gm: GraphModule, emit: Emitter, scale: Node) -> Node:
     return emit(aten._to_copy.default, scale, dtype=torch.float32)
 
 
-def scale_product(gm: GraphModule, emit: Emitter, linear: QuantizedLinear, product: Node, scale: Node) -> Node:
+def scale_product(gm: GraphModule, emit: Emitter, linear: QuantizedLayer, product: Node, scale: Node) -> Node:
     """The float32 sums `[M,N]` of products of codes times the `scale` of the input and that of the weight."""
-    if not is_one_scale(linear.scale):
+    if not is_one_scale(linear.x.scale):
         scale = emit(aten.reshape.default, scale, [-1, 1])
-    weight_scale = constant_like(gm, linear.node, linear.weight_scale, in_columns(linear))
+    weight_scale = constant_like(gm, linear.node, linear.weight.scale, in_columns(linear))
     return emit(aten.mul.Tensor, emit(aten.mul.Tensor, product, scale), weight_scale)
 
 
-def in_columns(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+def in_columns(linear: QuantizedLayer) -> Callable[[torch.Tensor], torch.Tensor]:
     """What makes `[1, N]` in float32 of the weight's scale: one, or one for each row; of experts `[1, E*N]`."""
-    lead = [int(size) for size in shape(linear.weight)[:-1]]
+    lead = [int(size) for size in shape(linear.weight.node)[:-1]]
 
     def convert(scale: torch.Tensor) -> torch.Tensor:
         scale = scale.float() if scale.ndim else scale.float().reshape(1)

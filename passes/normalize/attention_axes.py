@@ -7,9 +7,10 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, is_call, shape, swaps_last_two
+from passes.graph import Emitter, aten, calls, is_call, place_of, shape, swaps_last_two
 from passes.normalize.attention_layout import Layout
 from passes.sdpa import SDPA, Attention
+from passes.subgraphs import all_calls
 
 
 class AttentionToFourAxes(Pass):
@@ -32,6 +33,10 @@ class AttentionToFourAxes(Pass):
     Why: quantizers, ONNX and TensorRT's fused kernels know four axes only; and between an attention and a transpose, of
         heads that a convolution makes, an axis that comes or goes hinders fusion.
     """
+
+    def check_ensures(self, gm: GraphModule) -> list[str]:
+        left = (node for node in all_calls(gm, SDPA) if any(len(shape(q)) != 4 for q in node.args[:3]))  # type: ignore[arg-type]
+        return [f"the attention at {place_of(node)} has other axes" for node in left]
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, SDPA):

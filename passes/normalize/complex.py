@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant, constant
 from passes.graph import Emitter, argument, aten, dtype, following, is_call, shape, val
-from passes.legalize.half_kernels import is_complex, operator_name
+from passes.traits import is_complex, operator_name
 
 __all__ = ["ComplexToReal"]
 

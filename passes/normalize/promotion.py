@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.graph import Emitter, aten, fake_call, fake_mode, following, is_call, is_pointwise, val
-from passes.legalize.half_kernels import operator_name
 from passes.sdpa import SDPA
+from passes.traits import operator_name
 
 __all__ = ["WriteOutPromotion"]
 

@@ -37,6 +37,8 @@ class PlainSpellings(Pass):
         Exporters leave out assertions, as no file can hold one, and what led to them with `all`.
     """
 
+    clears = tuple(_RENAMED)
+
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, *_RENAMED):
             node.target = _RENAMED[node.target]  # type: ignore[index]

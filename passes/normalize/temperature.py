@@ -11,10 +11,10 @@ from passes.base import Pass
 from passes.constants import scalar
 from passes.graph import Emitter, aten, calls, dtype, is_call, only_user, shape, strip
 from passes.ir import DEQUANTIZE
-from passes.legalize.ranges import SAME_ELEMENTS
 from passes.normalize.attention_layout import is_one, same
 from passes.normalize.attention_scores import MATMULS
 from passes.sdpa import SOFTMAXES
+from passes.traits import SAME_ELEMENTS
 
 __all__ = ["TemperatureToQuery"]
 

@@ -25,6 +25,8 @@ class ViewsToReshape(Pass):
         not find out by itself that -1 stands for 8 heads.
     """
 
+    clears = (aten.view.default, aten._unsafe_view.default)
+
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.view.default, aten._unsafe_view.default, aten.reshape.default):
             sizes = _with_static(node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,9 +11,11 @@ from passes.base import Pass
 from passes.blocks import scale_rows
 from passes.constants import add_constant, constant, constant_before
 from passes.formats import FP8_1X128, FP8_128X128
-from passes.graph import Emitter, argument, aten, is_call, only_user, shape, val
+from passes.graph import Emitter, aten, is_call, only_user, shape, val
+from passes.groups import parallel, parent_of, reads
 from passes.ir import DEQUANTIZE
 from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
 
 
 class MergeParallelLinears(Pass):
@@ -44,9 +45,9 @@ class MergeParallelLinears(Pass):
             if not is_call(source, DEQUANTIZE):
                 continue
             linears = [linear for user in source.users if (linear := _Linear.read(user, source)) is not None]
-            linears.sort(key=lambda linear: (linear.owner, linear.node))  # nodes sort in the order of the graph
-            for _, group in groupby(linears, key=lambda linear: linear.owner):
-                self._consider(gm, list(group))
+            linears.sort(key=lambda linear: (parent_of(linear.name), linear.node))  # nodes sort as in the graph
+            for group in parallel(linears, lambda linear: reads(linear.node)):
+                self._consider(gm, group)
 
     def _consider(self, gm: GraphModule, group: list[_Linear]) -> None:
         if len(group) < 2:
@@ -86,27 +87,19 @@ class _Linear:
     @classmethod
     def read(cls, node: Node, source: Node) -> _Linear | None:
         """`node` as a quantized linear layer of `source` with constant codes, scale and bias; None if it is not."""
-        if (
-            not is_call(node, aten.linear.default)
-            or node.args[0] is not source
-            or not is_call(node.args[1], DEQUANTIZE)
+        layer = QuantizedLayer.read(node) if is_call(node, aten.linear.default) and node.args[0] is source else None
+        if layer is None or any(
+            part.op != "get_attr" for part in (*layer.weight.parts, layer.bias) if part is not None
         ):
             return None
-        weight, bias = argument(node, "weight"), argument(node, "bias")
-        codes, scale = weight.args
-        block_scales, scale = scale.args if is_call(scale, DEQUANTIZE) else (None, scale)
-        if any(operand is not None and operand.op != "get_attr" for operand in (codes, block_scales, scale, bias)):
-            return None
-        return cls(node, weight, codes, block_scales, scale, bias)
+        weight = layer.weight
+        return cls(
+            node, weight.node, weight.codes, weight.block_scales, weight.global_scale or weight.scale, layer.bias
+        )
 
     @property
     def name(self) -> str:
         return linear_name(self.node)
-
-    @property
-    def owner(self) -> str:
-        """Path of the module that holds the layer: layers of one attention or MLP belong together."""
-        return self.name.rpartition(".")[0]
 
     @property
     def width(self) -> int:

@@ -9,12 +9,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
+from passes.compat import FakeTensorMode, storage_id
 from passes.graph import (
     TRANSPARENT,
     Emitter,
@@ -158,7 +158,7 @@ def _view(node: Node, views: Mapping[Node, Any], mode: FakeTensorMode) -> Any:
 
 
 def _memory(view: Any) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in pytree.tree_leaves(view)}
+    return {storage_id(tensor) for tensor in pytree.tree_leaves(view)}
 
 
 def _split_axis(heads: Sequence[_Heads], columns: int) -> int | None:

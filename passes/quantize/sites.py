@@ -1,4 +1,4 @@
-"""Where quantizers can sit: every operand of a linear layer, an attention and a norm that a recipe can name."""
+"""Where quantizers can sit: every operand that a recipe can name, of the operators in `passes.operators`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,14 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from passes.constants import is_constant_expression, root_constants
-from passes.graph import aten, is_call, module_class, module_path, shape
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE
-from passes.sdpa import SDPA
+from passes.graph import is_call, module_class, module_path
+from passes.ir import DEQUANTIZE
+from passes.operators import OPERATORS, SUFFIXES, quantizable
 from passes.subgraphs import all_calls
-
-NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 # Products over fewer elements than this are no GEMM in TensorRT: it multiplies and adds in the kernel beside them, in
 # half. Quantized they would be two kernels more (TensorRT-RTX 1.7.1, SM89), for a weight of no size.
 LEAST_REDUCTION = 5
-
-# Operand -> (suffix of the quantizer's name, index of the operand among the arguments of the consumer).
-_OPERANDS = {
-    "input": ("input_quantizer", 0),
-    "weight": ("weight_quantizer", 1),
-    "output": ("output_quantizer", None),
-    "q": ("q_bmm_quantizer", 0),
-    "k": ("k_bmm_quantizer", 1),
-    "v": ("v_bmm_quantizer", 2),
-    "softmax": ("softmax_bmm_quantizer", None),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +24,8 @@ class Site:
 
     Attributes:
         module: path of the module that owns it.
-        operand: `input`, `weight` or `output` of a linear layer or norm; `q`, `k`, `v` or `softmax` of an attention.
+        operand: one of those that `passes.operators` has for the consumer: `weight` of a linear layer, `q` of an
+            attention.
         module_class: qualified class name of that module.
         consumer: the call whose operand (or result) is quantized.
     """
@@ -54,19 +42,19 @@ class Site:
 
     @property
     def suffix(self) -> str:
-        return _OPERANDS[self.operand][0]
+        return SUFFIXES[self.operand]
 
     @property
     def index(self) -> int | None:
         """Which argument of the consumer the operand is; None for a result or something inside of it."""
-        return _OPERANDS[self.operand][1]
+        return OPERATORS[self.consumer.target].operands[self.operand]
 
     @property
     def idle(self) -> str | None:
         """Why quantizing this operand saves nothing, or None."""
         if self.operand not in ("input", "weight"):
             return None
-        return idle_reduction(shape(self.tensor)[-1])
+        return idle_reduction(OPERATORS[self.consumer.target].reduction(self.consumer))
 
     @property
     def tensor(self) -> Node:
@@ -88,15 +76,16 @@ def idle_reduction(size: object) -> str | None:
 def find_sites(gm: GraphModule) -> list[Site]:
     """Every place of a normalized graph that could be quantized, in the order of the graph, then of those in it."""
     sites = []
-    for node in all_calls(gm, aten.linear.default, BATCHED_LINEAR, SDPA, *NORMS):
-        owner = module_class(node)
-        if node.target is SDPA:
-            sites += [Site(module_path(node), operand, owner, node) for operand in ("q", "k", "v", "softmax")]
-        elif node.target in NORMS:
-            sites.append(Site(module_path(node), "output", owner, node))
-        elif is_constant_expression(node.args[1]):
+    for node in all_calls(gm, *quantizable()):
+        row = OPERATORS[node.target]
+        weight = row.weight(node)
+        if weight is None:
+            name = module_path(node)
+        elif is_constant_expression(weight):
             name = linear_name(node)
-            sites += [Site(name, operand, owner, node) for operand in ("input", "weight", "output")]
+        else:
+            continue
+        sites += [Site(name, operand, module_class(node), node) for operand in row.operands]
     return sites
 
 

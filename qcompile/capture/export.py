@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from passes.program import drop_idle_writes, separated, written_tensors
+from passes.subgraphs import operator_name, subgraph_calls
 from qcompile.capture.dimensions import note_dimensions
 from qcompile.capture.inference import for_inference
 from qcompile.capture.inputs import own_copies, shapes_by_input
@@ -75,7 +77,14 @@ def _captured(
 
 
 def _check_pure(program: ExportedProgram) -> None:
-    """Passes take buffers for constants, and calibration runs the graph many times: nothing may be written to."""
+    """Passes take buffers for constants, and calibration runs the graph many times: nothing may be written to, and
+    nothing else may have an effect."""
+    if any(spec.kind is InputKind.TOKEN for spec in program.graph_signature.input_specs):
+        ordered = (str(call.args[1]) for call in subgraph_calls(program.graph) if operator_name(call) == "with_effects")
+        raise CaptureError(
+            f"the model has effects beside its outputs while it runs, by {', '.join(dict.fromkeys(ordered))}: leave"
+            " that out of what is captured"
+        )
     if written := written_tensors(program):
         raise CaptureError(
             f"the model writes to {', '.join(written)} while it runs: use eval mode before torch.export, no"
@@ -105,4 +114,6 @@ def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgr
     except Exception as error:  # caches, guards on strides, and what torch asserts of itself
         name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
         found = reason(error, model, program.example_inputs)
-        raise CaptureError(f"torch.export captured {name} and could not make it functional: {found}") from error
+        held = sorted({operator_name(call) for call in subgraph_calls(program.graph)})
+        told = f" (it holds {', '.join(held)})" if held else ""
+        raise CaptureError(f"torch.export captured {name}{told} and could not make it functional: {found}") from error

@@ -34,6 +34,10 @@ _WAYS_OUT = (
         " x.clone()",
     ),
     (r"\.numpy\(\) is not supported", "leave NumPy out of forward"),
+    (
+        r"Tensor dtype mismatch",
+        "a part in autocast changes its dtype: give qcompile the module, or export it with strict=False",
+    ),
 )
 _SPECIALIZED = re.compile(r"You marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 _CACHES = (

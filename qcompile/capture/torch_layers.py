@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.nn.modules import transformer
+
+from qcompile.compat.torch import causal_test
 
 
 @contextlib.contextmanager
@@ -17,14 +18,8 @@ def plain_layers() -> Iterator[None]:
     for a mask like any other it gives the same result; `NormalizeAttentionMask` recognises it where it is known. And
     what eval mode calls, one operator for a layer and nested tensors for padding, has no linear layers to be found.
     """
-    tests_mask, is_fast = transformer._detect_is_causal_mask, torch.backends.mha._is_fastpath_enabled
-    try:
-        transformer._detect_is_causal_mask = _is_said_to_be_causal
-        torch.backends.mha.set_fastpath_enabled(False)
+    with causal_test(_is_said_to_be_causal):
         yield
-    finally:
-        transformer._detect_is_causal_mask = tests_mask
-        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def _is_said_to_be_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcompile.compat.dynamo import OptimizedModule, module_inside
 from qcompile.errors import CaptureError
 from qcompile.messages import some
 
@@ -65,8 +66,8 @@ def _inside(module: nn.Module) -> nn.Module | None:
     elif isinstance(module, nn.parallel.DistributedDataParallel):
         # with mixed precision it casts its parameters and inputs
         inner = None if getattr(module, "mixed_precision", None) else module.module
-    elif isinstance(module, torch._dynamo.OptimizedModule):
-        inner = module._orig_mod
+    elif isinstance(module, OptimizedModule):
+        inner = module_inside(module)
     return inner if isinstance(inner, nn.Module) else None
 
 

@@ -7,13 +7,13 @@ from collections.abc import Container
 from pathlib import Path
 
 from qcompile.ahead import check_model_target, check_recipe_target, formats_of
+from qcompile.checkpoint.load import is_quantized_checkpoint
 from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError, require_profile
 from qcompile.cli.wanted import Wanted
 from qcompile.engine.backend import find_backend
 from qcompile.engine.profiles import checked_profiles
 from qcompile.engine.report import check_keys
 from qcompile.errors import CalibrationError, EngineError
-from qcompile.frontends.checkpoint import is_quantized_checkpoint
 from qcompile.onnx.export import OPSETS
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room

@@ -13,8 +13,9 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from qcompile.cli.build import build
+from qcompile.cli.checkpoint import checkpoint
 from qcompile.cli.command import better_command
-from qcompile.cli.completion import completion
+from qcompile.cli.completion import completion_of
 from qcompile.cli.console import err
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
@@ -23,12 +24,15 @@ from qcompile.cli.inspect import inspect
 from qcompile.cli.options import UsageError, check_given
 from qcompile.cli.process import Process, nobody_reads
 from qcompile.cli.recipes import recipes
+from qcompile.cli.renamed import current
 from qcompile.cli.repair import repair
+from qcompile.compat.onnx import REGISTRATION
 from qcompile.errors import ExpectationError, QCompileError, VerificationError
 from qcompile.messages import first_line
+from qcompile.version import __version__
 
 # "torchvision is not installed", and what torchao says of its own extensions when transformers imports it
-_NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.utils._pytree", "torchao")
+_NOISY_LOGGERS = (REGISTRATION, "torch.utils._pytree", "torchao")
 GOOD, FALLS_SHORT, WRONG_USAGE, INTERNAL = 0, 1, 2, 3
 
 _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine, and prove what fused.
@@ -41,7 +45,7 @@ _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine,
 
 **From a Hugging Face directory to a quantized one**, for vLLM, SGLang and transformers
 
-    qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
+    qcompile checkpoint ./llama -o ./llama-fp8 --format fp8
 
 **What this machine allows**: `qcompile doctor` looks at packages, builders and devices.
 
@@ -55,19 +59,20 @@ app = App(
     name="qcompile",
     help=_HELP,
     help_format="markdown",
-    version="",
-    version_flags=[],
+    version=__version__,
+    version_flags=["--version"],
     result_action="return_value",
 )
 app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the command line is called
 app.command(export)
+app.command(checkpoint)
 app.command(build)
 app.command(inspect)
 app.command(repair)
 app.command(recipes)
 app.command(demo)
 app.command(doctor)
-app.command(completion)
+app.command(completion_of(app))
 
 
 @app.meta.default
@@ -104,7 +109,7 @@ def run(tokens: Sequence[str], process: Process) -> int:
     debug = "--debug" in tokens or bool(os.environ.get("QCOMPILE_DEBUG"))
     try:
         check_given(tokens)
-        result = app.meta(tokens, exit_on_error=False, print_error=False)
+        result = app.meta(current(tokens), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         _say(f"{error}\n'qcompile --help' and 'qcompile COMMAND --help' tell more")
         return WRONG_USAGE

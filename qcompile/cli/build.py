@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from qcompile.cli.console import interactive, out, write_json
+from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import parse_expect, parse_profiles, require_profile
+from qcompile.cli.parameters import SEVERAL
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
-from qcompile.tables import show_engine
+from qcompile.report.tables import show_engine
 
-Several = Parameter(consume_multiple=True, negative="", show_default=False)
+if TYPE_CHECKING:
+    from qcompile.engine.report import EngineReport
 
 
 def build(
@@ -24,8 +25,8 @@ def build(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     target: str | None = None,
-    profile: Annotated[list[str], Several] = [],  # noqa: B006  # cyclopts shows the default, and nobody changes it
-    expect: Annotated[list[str], Several] = [],  # noqa: B006
+    profile: Annotated[list[str], SEVERAL] = [],  # noqa: B006  # cyclopts shows the default, and nobody changes it
+    expect: Annotated[list[str], SEVERAL] = [],  # noqa: B006
     report: Path | None = None,
 ) -> int:
     """Build a TensorRT engine from an ONNX file, and count its kernels.
@@ -61,14 +62,14 @@ def build(
     check_distinct({"--output": output, "--report": report}, [("the ONNX file", model)])
     result = build_and_show(model, output, target, parse_profiles(profile), parse_expect(expect))
     if report is not None:
-        write_json(report, result)
+        write_report(report, result)
     return 0
 
 
 def build_and_show(
     model: Path, output: Path | None, target: str | None, profiles: Sequence[Profile], expect: dict[str, int] | None
-) -> dict[str, Any]:
-    """Build, print the report, and return it as plain data."""
+) -> EngineReport:
+    """Build, print the report, and return it."""
     from qcompile.engine import build_engine
     from qcompile.engine.graph import OnnxGraph
 
@@ -77,6 +78,5 @@ def build_and_show(
         {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profiles
     )
     built = build_engine(model, output, target=target, profiles=profiles, expect=expect, progress=interactive())
-    data: dict[str, Any] = json.loads(built.to_json())
-    show_engine(out(), data)
-    return data
+    show_engine(out(), built.data())
+    return built

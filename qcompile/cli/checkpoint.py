@@ -1,22 +1,100 @@
-"""The checkpoint part of `qcompile export`: from a Hugging Face directory to a quantized one."""
+"""`qcompile checkpoint`: from a Hugging Face directory to a quantized one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from cyclopts import Parameter
 from rich.text import Text
 
-from qcompile.cli.console import interactive, out, step
+from qcompile.cli.console import interactive, out, step, write_report
 from qcompile.cli.options import UsageError
-from qcompile.tables import show_checkpoint
+from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
+from qcompile.outputs import check_distinct, check_writable
+from qcompile.report.tables import show_checkpoint
+
+if TYPE_CHECKING:
+    from qcompile.checkpoint.write.report import CheckpointReport
 
 _DEFAULT_FORMAT = "fp8"
 
 
-def write_checkpoint(
+def checkpoint(
+    source: str,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    format: Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"] | None = None,
+    report: Path | None = None,
+    dry_run: Annotated[bool, SWITCH] = False,
+    batch: Annotated[int, MODEL] = 1,
+    sequence: Annotated[int | None, MODEL] = None,
+    recipe: Annotated[str | None, QUANTIZATION] = None,
+    set_: Annotated[list[str], QUANTIZATION, SEVERAL, Parameter(name="--set")] = [],  # noqa: B006  # nobody changes it
+    calibration: Annotated[str | None, QUANTIZATION] = None,
+    samples: Annotated[int | None, QUANTIZATION] = None,
+) -> int:
+    """Quantize a Hugging Face directory to another one, for vLLM, SGLang and transformers.
+
+    ```
+    qcompile checkpoint ./llama -o ./llama-fp8
+    qcompile checkpoint ./llama -o ./llama-int8 --format compressed-tensors --recipe int8_per_channel_per_token
+    qcompile checkpoint ./llama -o ./llama-fp4 --format modelopt --recipe nvfp4 --calibration text.txt
+    qcompile checkpoint ./llama -o ./llama-fp8 --dry-run
+    ```
+
+    The directory is there when it is complete and good, or not at all.
+
+    Parameters
+    ----------
+    source:
+        A Hugging Face directory (config.json, weights). It is read one tensor at a time and may be larger than memory.
+    output:
+        Directory to write, which is new or empty.
+    format:
+        fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default then); modelopt:
+        FP8, NVFP4 and mixtures of them; modelopt_mixed: these with the algorithm of each layer, as MIXED_PRECISION,
+        also where all have one; compressed-tensors: all of these, blocks beside NVFP4, and INT8. Default: fp8.
+    report:
+        Write what was quantized, what was not and why to this JSON file.
+    dry_run:
+        Show what would be quantized and written, and stop there.
+    batch:
+        Batch size that the model is calibrated with.
+    sequence:
+        Tokens in samples of text. Default: 128, or what the model takes if that is less.
+    recipe:
+        Name of a shipped recipe ("qcompile recipes list" has all) or path of a YAML file. Recipes with static
+        activations (fp8, nvfp4) need --calibration, which loads the model in float32; recipes for weights or with
+        dynamic activations need none.
+    set_:
+        Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`.
+    calibration:
+        Data that fixes the ranges of activations: a folder of images, which the model's processor prepares, or a .txt
+        or .jsonl file (a line, or its "text", is a sample), which its tokenizer reads; a .safetensors, .npz or .pt file
+        with a tensor for each input, by name, samples on the first axis; package.module:function, which returns an
+        iterable of batches; or "random", to try out without data (the checkpoint is then of no other use).
+    samples:
+        How many samples to calibrate with. Default: 128 images, evenly spread over the folder, or the first 128 of a
+        text; all of tensors and functions.
+    """
+    check_sizes(batch, sequence, samples, calibration)
+    if output is None:
+        raise UsageError("say what to write: --output DIR for the new directory")
+    check_writable(report)
+    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
+    check_distinct({"--report": report}, inputs)
+    written = _write(source, output, format, recipe, set_, calibration, samples, batch, sequence, dry_run)
+    if report is not None and not dry_run:
+        from qcompile.cli.report import CommandReport
+
+        write_report(report, CommandReport(source=source, checkpoint=written, new=[str(output)]))
+    return 0
+
+
+def _write(
     source: str,
     target: Path,
     format: str | None,
@@ -27,8 +105,8 @@ def write_checkpoint(
     batch: int,
     sequence: int | None,
     dry_run: bool,
-) -> dict[str, Any]:
-    """Write the checkpoint and show its report, which is returned as JSON data."""
+) -> CheckpointReport:
+    """Write the checkpoint and show its report."""
     import torch
 
     import qcompile
@@ -68,7 +146,6 @@ def write_checkpoint(
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
         notices = data.notices
-    shown: dict[str, Any] = json.loads(report.to_json())
-    shown["notices"] = [*notices, *shown["notices"]]
-    show_checkpoint(out(), shown, target)
-    return shown
+    report = report.after(notices)
+    show_checkpoint(out(), report.data(), target)
+    return report

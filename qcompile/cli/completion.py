@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+from cyclopts import App
 
-def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /) -> int:
-    """Print a script that completes commands, options and their choices. Nothing is written or installed.
+Shell = Literal["bash", "zsh", "fish", "powershell"]
 
-    ```
-    source <(qcompile completion bash)                                         # for this shell; in ~/.bashrc for all
-    qcompile completion zsh > ~/.zfunc/_qcompile                               # a folder of $fpath
-    qcompile completion fish > ~/.config/fish/completions/qcompile.fish
-    ```
 
-    Parameters
-    ----------
-    shell:
-        Which one.
-    """
-    from qcompile.cli.app import app
+def completion_of(app: App) -> Callable[[Shell], int]:
+    """The command for all that `app` has when it is called."""
 
-    print(app.generate_completion(shell=shell))
-    return 0
+    def completion(shell: Shell, /) -> int:
+        """Print a script that completes commands, options and their choices. Nothing is written or installed.
+
+        ```
+        source <(qcompile completion bash)                                     # for this shell; in ~/.bashrc for all
+        qcompile completion zsh > ~/.zfunc/_qcompile                           # a folder of $fpath
+        qcompile completion fish > ~/.config/fish/completions/qcompile.fish
+        ```
+
+        Parameters
+        ----------
+        shell:
+            Which one.
+        """
+        print(app.generate_completion(shell=shell))
+        return 0
+
+    return completion

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -15,6 +14,9 @@ from rich.segment import Segment
 from qcompile.cli.process import Quiet
 from qcompile.files import replaced
 from qcompile.messages import visible
+
+if TYPE_CHECKING:
+    from qcompile.report.base import ReportBase
 
 _PLAIN_WIDTH = 160
 
@@ -56,7 +58,7 @@ def warn(message: str) -> None:
     err().print(f"WARNING: {message}", style="bold yellow", markup=False, soft_wrap=True)
 
 
-def write_json(path: Path, data: object) -> None:
+def write_report(path: Path, report: ReportBase) -> None:
     """Write it whole or not at all."""
     with replaced(path) as new:
-        new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        new.write_text(report.to_json() + "\n", encoding="utf-8")

@@ -20,6 +20,6 @@ def demo(*, epochs: int = 30, output: Path | None = None) -> int:
     output:
         Keep the files in this directory. Without it they go to a temporary one.
     """
-    from qcompile.demo import run_demo
+    from qcompile.cli.demo_route import run_demo
 
     return run_demo(epochs=epochs, output=output)

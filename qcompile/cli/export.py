@@ -1,4 +1,4 @@
-"""`qcompile export`: from a model to a verified ONNX file and, on request, an engine; or to a quantized checkpoint."""
+"""`qcompile export`: from a model to a verified ONNX file and, on request, an engine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from qcompile.cli.build import Several
-from qcompile.cli.checkpoint import write_checkpoint
-from qcompile.cli.console import write_json
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles
+from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
 from qcompile.outputs import check_distinct, check_writable
 
-_MODEL = Parameter(group=Group("Model", sort_key=2))
-_QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
 _ONNX = Parameter(group=Group("ONNX file", sort_key=4))
 _ENGINE = Parameter(group=Group("Engine", sort_key=5))
-_LARGEST = 2**31 - 1
-_CHECKPOINT = Parameter(group=Group("Checkpoint", sort_key=6))
-_NO = Parameter(negative="", show_default=False)
 
 
 def export(
@@ -28,20 +21,20 @@ def export(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     report: Path | None = None,
-    dry_run: Annotated[bool, _NO] = False,
-    random_weights: Annotated[int | None, _MODEL] = None,
-    batch: Annotated[int, _MODEL] = 1,
-    sequence: Annotated[int | None, _MODEL] = None,
-    submodule: Annotated[str | None, _MODEL] = None,
-    input_: Annotated[list[str], _MODEL, Several, Parameter(name="--input")] = [],  # noqa: B006
-    dynamic: Annotated[list[str], _MODEL, Several] = [],  # noqa: B006  # nobody changes it
-    dynamic_batch: Annotated[bool, _MODEL, _NO] = False,
-    recipe: Annotated[str | None, _QUANTIZATION] = None,
-    set_: Annotated[list[str], _QUANTIZATION, Several, Parameter(name="--set")] = [],  # noqa: B006
-    calibration: Annotated[str | None, _QUANTIZATION] = None,
-    samples: Annotated[int | None, _QUANTIZATION] = None,
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, _QUANTIZATION] = None,
-    save_program: Annotated[Path | None, _QUANTIZATION] = None,
+    dry_run: Annotated[bool, SWITCH] = False,
+    random_weights: Annotated[int | None, MODEL] = None,
+    batch: Annotated[int, MODEL] = 1,
+    sequence: Annotated[int | None, MODEL] = None,
+    submodule: Annotated[str | None, MODEL] = None,
+    input_: Annotated[list[str], MODEL, SEVERAL, Parameter(name="--input")] = [],  # noqa: B006
+    dynamic: Annotated[list[str], MODEL, SEVERAL] = [],  # noqa: B006  # nobody changes it
+    dynamic_batch: Annotated[bool, MODEL, SWITCH] = False,
+    recipe: Annotated[str | None, QUANTIZATION] = None,
+    set_: Annotated[list[str], QUANTIZATION, SEVERAL, Parameter(name="--set")] = [],  # noqa: B006
+    calibration: Annotated[str | None, QUANTIZATION] = None,
+    samples: Annotated[int | None, QUANTIZATION] = None,
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, QUANTIZATION] = None,
+    save_program: Annotated[Path | None, QUANTIZATION] = None,
     onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
     opset: Annotated[int | None, _ONNX] = None,
     block_fp8: Annotated[Literal["k_split", "per_channel"], _ONNX] = "k_split",
@@ -49,14 +42,12 @@ def export(
     compare: Annotated[bool, _ONNX] = True,
     engine: Annotated[Path | None, _ENGINE] = None,
     target: Annotated[str | None, _ENGINE] = None,
-    profile: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
-    expect: Annotated[list[str], _ENGINE, Several] = [],  # noqa: B006
-    to_checkpoint: Annotated[Path | None, _CHECKPOINT] = None,
-    format: Annotated[Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"] | None, _CHECKPOINT] = None,
+    profile: Annotated[list[str], _ENGINE, SEVERAL] = [],  # noqa: B006
+    expect: Annotated[list[str], _ENGINE, SEVERAL] = [],  # noqa: B006
 ) -> int:
     """Quantize a model and export it to an ONNX file, checked and compared; build an engine from it on request.
 
-    Or quantize a Hugging Face directory to another one, for vLLM, SGLang and transformers.
+    A quantized Hugging Face directory, for vLLM, SGLang and transformers, is written by `qcompile checkpoint`.
 
     ```
     qcompile export ./vit-base -o vit.onnx --calibration photos/ --engine vit.engine --target sm89
@@ -65,8 +56,6 @@ def export(
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
     qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration texts.jsonl --target sm120
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
-    qcompile export ./llama --to-checkpoint ./llama-fp8 --format fp8
-    qcompile export ./llama --to-checkpoint ./llama-fp4 --format modelopt --recipe nvfp4 --calibration text.txt
     ```
 
     Nothing is written but the files that are named, and each only when it is complete and good. What cannot work (a
@@ -78,12 +67,11 @@ def export(
         A Hugging Face directory (config.json, weights); a .pt2 file that torch.export.save wrote, which may hold
         tensors, numbers, text, names and operators, and no other objects or code; or
         package.module:factory, a function that returns (model, example inputs[, dynamic_shapes]), or with --input the
-        model alone. What is quantized
-        already (a checkpoint in one of the formats below, a model of nvidia-modelopt, torchao or pt2e) keeps its codes
-        and scales, and takes no recipe; calibration data is for the q of attentions whose k and v it has in FP8.
+        model alone. What is quantized already (a checkpoint in a format of `qcompile checkpoint`, a model of
+        nvidia-modelopt, torchao or pt2e) keeps its codes and scales, and takes no recipe; calibration data is for the q
+        of attentions whose k and v it has in FP8.
     output:
-        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.HASH.data. Not needed with
-        --to-checkpoint.
+        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.HASH.data.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
     dry_run:
@@ -151,63 +139,18 @@ def export(
     expect:
         What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4,
         gemm_int8 and gemm_int4 are least counts, kernels is a largest one. A shortfall is exit code 1.
-    to_checkpoint:
-        Write a quantized checkpoint to this directory, which is new or empty. The source is a Hugging Face directory;
-        it is read one tensor at a time and may be larger than memory. Recipes with static activations (fp8, nvfp4) need
-        --calibration, which loads the model in float32; recipes for weights or with dynamic activations need none.
-    format:
-        Of the checkpoint. fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default
-        then); modelopt: FP8, NVFP4 and mixtures of them; modelopt_mixed: these with the algorithm of each layer,
-        as MIXED_PRECISION, also where all have one; compressed-tensors: all of these, blocks beside NVFP4, and
-        INT8. Default: fp8.
     """
-    for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():
-        if size is not None and not 1 <= size <= _LARGEST:
-            raise UsageError(f"{name} {size}: a size is 1 or more" + (f", and at most {_LARGEST}" if size > 0 else ""))
+    check_sizes(batch, sequence, samples, calibration)
     if random_weights is not None and not 0 <= random_weights < 2**63:
         raise UsageError(f"--random-weights {random_weights}: a seed is 0 or more, and less than 2**63")
-    if samples is not None and calibration is None:
-        raise UsageError("--samples is for calibration data: give --calibration, too")
     sizes = {"--batch": batch != 1, "--sequence": sequence}
     if input_ and (given := [name for name, value in sizes.items() if value]):
         raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
-    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
-    if to_checkpoint is not None:
-        others = {
-            "--output": output,
-            "--random-weights": random_weights is not None,
-            "--submodule": submodule,
-            "--input": input_,
-            "--dynamic": dynamic,
-            "--dynamic-batch": dynamic_batch,
-            "--dtype": dtype,
-            "--save-program": save_program,
-            "--onnx-target": onnx_target != "tensorrt",
-            "--opset": opset,
-            "--block-fp8": block_fp8 != "k_split",
-            "--io-dtype": io_dtype,
-            "--no-compare": not compare,
-            "--engine": engine,
-            "--target": target,
-            "--profile": profile,
-            "--expect": expect,
-        }
-        if given := [name for name, value in others.items() if value]:
-            raise UsageError(f"{', '.join(given)}: not with --to-checkpoint, which writes that and no ONNX file")
-        check_writable(report)
-        check_distinct({"--report": report}, inputs)
-        written = write_checkpoint(
-            source, to_checkpoint, format, recipe, set_, calibration, samples, batch, sequence, dry_run
-        )
-        if report is not None and not dry_run:
-            write_json(report, {"source": source, "checkpoint": written})
-        return 0
     if output is None:
-        raise UsageError("say what to write: --output FILE for an ONNX file, --to-checkpoint DIR for a checkpoint")
-    if format is not None:
-        raise UsageError("--format is for a checkpoint: give --to-checkpoint DIR, too")
+        raise UsageError("say what to write: --output FILE; `qcompile checkpoint` writes a Hugging Face directory")
     check_writable(output, report, engine, save_program)
     outputs = {"--output": output, "--engine": engine, "--save-program": save_program, "--report": report}
+    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
     check_distinct(outputs, inputs)
     profiles, expected = parse_profiles(profile), parse_expect(expect)
     builds = engine is not None or target is not None or expected is not None

@@ -1,9 +1,9 @@
-"""`qcompile inspect`: an ONNX file, or the JSON report of an export or a build, as tables."""
+"""`qcompile inspect`: an ONNX file, a program, or a JSON report of any kind, as tables."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,69 +12,92 @@ from rich.console import Console
 from rich.text import Text
 
 from qcompile.cli.console import out, warn
+from qcompile.cli.doctor import show_findings
 from qcompile.cli.options import UsageError
 from qcompile.cli.repair import show_repair
+from qcompile.errors import ReportError
 from qcompile.messages import first_line
-from qcompile.tables import add, show_checkpoint, show_checks, show_engine, show_export, show_rows, size, table
+from qcompile.report.tables import (
+    add,
+    plain,
+    show_checkpoint,
+    show_checks,
+    show_engine,
+    show_explanation,
+    show_export,
+    show_graph,
+    show_program,
+    show_rows,
+    size,
+    table,
+)
 
 
 def inspect(file: Path, /) -> int:
     """Show what is quantized in a file, what is not and why, and check it.
 
-    Exit code 1 if a check of the ONNX file fails, or failed when the report was written.
+    Exit code 1 if a check of the ONNX file fails, or something failed when the report was written.
 
     ```
     qcompile inspect vit.onnx
     qcompile inspect vit.json
+    qcompile inspect vit.pt2
     ```
 
     Parameters
     ----------
     file:
-        An ONNX file, by whichever tool; or a JSON report of `export --report`, `build --report` or `repair --report`.
+        An ONNX file, by whichever tool; a program, `.pt2`, that was quantized; or a JSON report: of `export`, `build`
+        or `repair` with --report, of `doctor --json`, or what a report of the Python API wrote with `to_json`.
     """
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
     if file.suffix == ".json":
-        return _report(out(), _read(file), file)
+        return _report(out(), file)
+    if file.suffix == ".pt2":
+        return _program(out(), file)
     return _onnx(out(), file)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON: {first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{file} is not a report of qcompile")
-    return data
+def _report(console: Console, file: Path) -> int:
+    """Any report, and the parts of one of a command, each by its kind."""
+    from qcompile.cli.report import CommandReport
+    from qcompile.reports import read_report
 
-
-def _report(console: Console, data: dict[str, Any], file: Path) -> int:
-    """A report by `export` (which may hold that of an engine), `build`, `repair`, or by the Python API."""
-    export = data.get("export", data if data.get("kind") == "export" else None)
-    engine = data.get("engine", data if "layers" in data else None)
-    checkpoint = data.get("checkpoint", data if data.get("kind") == "checkpoint" else None)
-    repair = data.get("repair", data if data.get("kind") == "repair" else None)
-    if not export and not engine and not checkpoint and not repair:
-        raise UsageError(f"{file} is not a report of qcompile")
     try:
-        if data.get("source"):
-            console.print(Text(str(data["source"]), style="bold"))
-        if checkpoint:
-            show_checkpoint(console, checkpoint)
-        if repair:
-            show_repair(console, repair)
-        if export:
-            show_export(console, export)
-        if engine:
-            show_engine(console, engine)
-        if failed := data.get("failed"):
-            warn(f"not everything was written: {failed}")
-            return 1
-        return 0 if all(check["passed"] for report in (export, repair) if report for check in report["checks"]) else 1
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        report = read_report(file)
+        parts = report.parts if isinstance(report, CommandReport) else {report.kind: report}
+        if isinstance(report, CommandReport):
+            console.print(plain(report.source, "bold"))
+        for kind, part in parts.items():
+            _SHOWN[kind](console, part.data())
+    except ReportError as error:
+        raise UsageError(str(error)) from error
+    except ArithmeticError as error:  # a size that nothing has
         raise UsageError(f"{file} is not a whole report of this version: {first_line(error)}") from error
+    if isinstance(report, CommandReport) and report.failed:
+        warn(f"not everything was written: {report.failed}")
+    return 0 if report.passed else 1
+
+
+_SHOWN: Mapping[str, Callable[[Console, Mapping[str, Any]], None]] = {
+    "checkpoint": show_checkpoint,
+    "compile": show_explanation,
+    "doctor": show_findings,
+    "engine": show_engine,
+    "export": show_export,
+    "graph": show_graph,
+    "program": show_program,
+    "repair": show_repair,
+}
+
+
+def _program(console: Console, file: Path) -> int:
+    from qcompile.report.program import ProgramReport
+    from qcompile.source.pt2.load import load_program
+
+    _SHOWN["program"](console, ProgramReport.of(load_program(file)).data())
+    return 0
 
 
 def _onnx(console: Console, file: Path) -> int:

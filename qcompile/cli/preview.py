@@ -12,10 +12,10 @@ from torch.export import ExportedProgram
 from qcompile.cli.console import out
 from qcompile.cli.wanted import Wanted
 from qcompile.onnx.export import modules_of
-from qcompile.record import record_of
+from qcompile.report.record import record_of
+from qcompile.report.tables import add, show_coverage, show_declines, show_notices, size, table
 from qcompile.sizes import program_bytes
 from qcompile.source import Data, Source
-from qcompile.tables import add, show_coverage, show_declines, show_notices, size, table
 
 
 class AnyRange(Mapping[str, torch.Tensor]):

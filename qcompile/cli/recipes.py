@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qcompile.cli.console import out
 from qcompile.cli.options import UsageError
-from qcompile.tables import add, table
+from qcompile.report.tables import add, table
 
 _SET = Parameter(name="--set", consume_multiple=True, negative="", show_default=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qcompile.cli.console import out, step, warn, write_json
+from qcompile.cli.console import out, step, warn, write_report
 from qcompile.errors import EngineError
 from qcompile.outputs import check_distinct, check_room, check_writable
-from qcompile.tables import add, show_checks, show_rows, size, table
+from qcompile.report.tables import add, show_checks, show_rows, size, table
 
 
 def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
@@ -52,17 +51,18 @@ def repair(old: Path, new: Path, /, *, report: Path | None = None) -> int:
     check_writable(new, report)
     check_distinct({"the new file": new, "--report": report}, [("part of the old file, which is never changed", old)])
 
+    from qcompile.cli.report import CommandReport
     from qcompile.engine.graph import OnnxGraph
     from qcompile.onnx.repair import repair_onnx
 
     with contextlib.suppress(EngineError):  # what is no ONNX file, repair_onnx says in its own words
         check_room({new: OnnxGraph.load(old).weight_bytes()})
     step(f"repairing {old}")
-    data: dict[str, Any] = {"source": str(old), "repair": json.loads(repair_onnx(old, new).to_json())}
-    show_repair(out(), data["repair"], new)
+    done = repair_onnx(old, new)
+    show_repair(out(), done.data(), new)
     if report is not None:
-        write_json(report, data)
-    return 0 if all(check["passed"] for check in data["repair"]["checks"]) else 1
+        write_report(report, CommandReport(source=str(old), repair=done, new=[str(new)]))
+    return 0 if done.passed else 1
 
 
 def show_repair(console: Console, report: Mapping[str, Any], new: object = "the new file") -> None:
@@ -86,11 +86,11 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
     rows = {
         "weights folded into codes": len(report["folded"]),
         "weights stored transposed": report["transposes"],
-        "codes stored as TensorRT takes them": len(report.get("codes", ())),
-        "biases folded to float": len(report.get("biases", ())),
-        "activations quantized to INT8 instead of UINT8": report.get("signed", 0),
-        "integer zero points that are additions or in biases now": len(report.get("offsets", ())),
-        "Relus in front of FP8 quantizers written as Max": report.get("relus", 0),
+        "codes stored as TensorRT takes them": len(report["codes"]),
+        "biases folded to float": len(report["biases"]),
+        "activations quantized to INT8 instead of UINT8": report["signed"],
+        "integer zero points that are additions or in biases now": len(report["offsets"]),
+        "Relus in front of FP8 quantizers written as Max": report["relus"],
         "Casts between quantizers and GEMMs removed": report["casts"],
         "zero points other than 0 written out": len(report["zero_points"]),
     }
@@ -102,5 +102,5 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
     for operator, count in report["kept"].items():
         add(found, f"{operator}, kept", count)
     console.print(found)
-    show_rows(console, "Weights", ("codes", "from"), list({**report["folded"], **report.get("codes", {})}.items()))
+    show_rows(console, "Weights", ("codes", "from"), list({**report["folded"], **report["codes"]}.items()))
     show_rows(console, "Zero points other than 0", ("quantizer",), [(name,) for name in report["zero_points"]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -10,13 +9,14 @@ from torch.export import ExportedProgram
 import qcompile
 from qcompile.cli.ahead import check_before_loading, check_before_quantizing
 from qcompile.cli.build import build_and_show
-from qcompile.cli.console import out, step, write_json
+from qcompile.cli.console import out, step, write_report
 from qcompile.cli.preview import AnyRange, show_preview
 from qcompile.cli.quantize import imported, quantized, quantized_with, save
+from qcompile.cli.report import CommandReport
 from qcompile.cli.wanted import Wanted
 from qcompile.errors import QCompileError
+from qcompile.report.tables import show_export
 from qcompile.source import Data, Source, load_source, with_dynamic_shapes
-from qcompile.tables import show_export
 
 __all__ = ["Wanted", "export_onnx"]
 
@@ -38,18 +38,18 @@ def export_onnx(wanted: Wanted) -> int:
     else:
         program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)
     compared = first if first is not None else source.example_batch
-    report: dict[str, Any] = {"source": source.name, "export": None, "engine": None}
+    parts: dict[str, Any] = {}
     new: list[str] = []
     try:
-        _write(wanted, program, compared, calibration, report, new)
+        _write(wanted, program, compared, calibration, parts, new)
     except QCompileError as error:
-        report["failed"] = str(error)
+        parts["failed"] = str(error)
         if new:
             step(f"{' and '.join(new)} {'is' if len(new) == 1 else 'are'} new, and nothing else")
         raise
     finally:
         if wanted.report is not None:
-            write_json(wanted.report, {**report, "new": new})
+            write_report(wanted.report, CommandReport(source=source.name, new=new, **parts))
     return 0
 
 
@@ -58,10 +58,10 @@ def _write(
     program: ExportedProgram,
     compared: Any,
     calibration: Data | None,
-    report: dict[str, Any],
+    parts: dict[str, Any],
     new: list[str],
 ) -> None:
-    """Write one file after the other; `report` and `new` tell how far it came."""
+    """Write one file after the other; `parts` of the report and `new` tell how far it came."""
     if wanted.save_program is not None:
         save(program, wanted.save_program)
         new.append(str(wanted.save_program))
@@ -76,12 +76,11 @@ def _write(
         compare=compared if wanted.compare else None,
     )
     new.append(str(wanted.output))
-    report["export"] = json.loads(exported.to_json())
-    report["export"]["notices"][:0] = calibration.notices if calibration is not None else ()
-    show_export(out(), report["export"])
+    parts["export"] = exported.after(calibration.notices if calibration is not None else ())
+    show_export(out(), parts["export"].data())
     if wanted.builds:
         step("building the engine")
-        report["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)
+        parts["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)
         new += [str(wanted.engine)] if wanted.engine is not None else []
 
 

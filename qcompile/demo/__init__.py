@@ -1,7 +1,1 @@
-"""The demo: the whole route from training to two engines, on real images and in a few minutes."""
-
-from __future__ import annotations
-
-from qcompile.demo.route import run_demo
-
-__all__ = ["run_demo"]
+"""What the demo is made of: a model, its training on real images, and what is measured of each form of it."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qcompile.demo.measure import Accuracy
 from qcompile.engine.report import EngineReport
-from qcompile.tables import add, size, table
+from qcompile.report.tables import add, size, table
 
 TARGETS = ("sm89", "sm120")
 

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.lower.device import Device
+from qcompile.compat.torch import without_autocast
 from qcompile.dynamo.calls import check_expected, current_call
 from qcompile.dynamo.compiled import Binding, CompiledGraph, keep
 from qcompile.dynamo.explain import CompileReport, report_of
@@ -64,7 +65,7 @@ def qcompile_backend(
         captured.scalars,
         _wanted(captured.gm),
     )
-    with torch._C._DisableAutocast():  # the graph has the casts that autocast makes
+    with without_autocast():  # the graph has the casts that autocast makes
         compiled.prepare(example_inputs)
     remember(compiled, compiler.reports)
     return compiled

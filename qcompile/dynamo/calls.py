@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 
+from qcompile.compat.dynamo import stance
 from qcompile.dynamo import torch_layers
 from qcompile.dynamo.left import Fallbacks, left_alone
 from qcompile.dynamo.models import modules_of
@@ -71,7 +71,7 @@ class Region:
         Raises:
             ExpectationError: less than `options.expect` ran quantized.
         """
-        if (ran := frozenset(call.ran)) in self._settled or eval_frame._stance.stance == "force_eager":
+        if (ran := frozenset(call.ran)) in self._settled or stance() == "force_eager":
             return
         modules = call.modules()
         missing = left_alone(modules, [w for _, weights in call.ran.values() for w in weights], call.fallbacks)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qcompile.compat.torch import is_one_gone, without_autocast
 from qcompile.dynamo.calls import current_call
 from qcompile.dynamo.gradients import without_backward
 from qcompile.dynamo.packed import inner_tensors
@@ -55,7 +56,7 @@ class State:
         return (
             self.versions == _versions(weights)
             and self.pointers == _pointers(weights)
-            and not any(map(torch.UntypedStorage._expired, self.handles))
+            and not is_one_gone(self.handles)
         )
 
 
@@ -116,7 +117,7 @@ class CompiledGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         weights = self._weights_of(arguments)
-        with torch._C._DisableAutocast():  # the graph has the casts that autocast makes
+        with without_autocast():  # the graph has the casts that autocast makes
             bound = self._current(arguments, weights)
             if (call := current_call()) is not None:
                 call.ran[bound.serial] = bound.binding.layers, weights

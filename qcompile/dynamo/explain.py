@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
+from pydantic import Field
 from rich.console import Console
-from rich.text import Text
 
 from passes.base import Decline
 from passes.lower.device import Device
@@ -22,11 +18,11 @@ from qcompile.dynamo.middle import Lowered
 from qcompile.dynamo.models import modules_of
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.registry import graphs_of, nothing_compiled
-from qcompile.tables import show_coverage, show_declines, show_notices, show_rows, size
+from qcompile.report.base import ModelReport, ReportBase
+from qcompile.report.tables import show_explanation
 
 
-@dataclass(frozen=True)
-class CompileReport:
+class CompileReport(ModelReport):
     """What became of one graph.
 
     Attributes:
@@ -41,23 +37,17 @@ class CompileReport:
         seconds: of passes (codes included) and of the target's compiler.
     """
 
-    recipe: str
+    kind: Literal["graph"] = "graph"
     target: str
     device: str
-    quantized: Mapping[str, str]
-    unquantized: Mapping[str, str]
-    coverage: Mapping[str, tuple[int, int]]
-    kernels: Mapping[str, str]
-    dropped: Mapping[str, str]
-    declined: Sequence[Decline]
-    fired: Mapping[str, int]
-    notices: Sequence[str]
+    kernels: dict[str, str]
+    dropped: dict[str, str]
+    fired: dict[str, int]
     weight_bytes: int
-    seconds: Mapping[str, float]
+    seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(ReportBase):
     """What `qcompile.explain` returns; printed, it is a table.
 
     Attributes:
@@ -65,8 +55,9 @@ class Explanation:
         left: module path -> why, of each layer that is in none of them, or that a call ran without them.
     """
 
-    graphs: Sequence[CompileReport]
-    left: Mapping[str, str] = field(default_factory=dict)
+    kind: Literal["compile"] = "compile"
+    graphs: list[CompileReport]
+    left: dict[str, str] = Field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, str]:
@@ -88,16 +79,9 @@ class Explanation:
         """Places that passes looked at and left, over all graphs."""
         return [decline for graph in self.graphs for decline in graph.declined]
 
-    def to_json(self) -> str:
-        """`graphs` and `left` as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
     def __str__(self) -> str:
         text = io.StringIO()
-        console = Console(file=text, width=120)
-        for index, graph in enumerate(self.graphs):
-            _show(console, index, graph)
-        show_rows(console, "In no graph, unquantized", ("module", "why"), list(self.left.items()))
+        show_explanation(Console(file=text, width=120), self.data())
         return text.getvalue().rstrip()
 
 
@@ -116,7 +100,7 @@ def explain(compiled: Callable[..., Any] | None = None) -> Explanation:
     left = layers_left(models_seen() if compiled is None else modules_of(compiled), read)
     if not graphs and left is None:
         raise nothing_compiled()
-    return Explanation([report for reports in graphs.values() for report in reports], left or {})
+    return Explanation(graphs=[report for reports in graphs.values() for report in reports], left=left or {})
 
 
 def report_of(
@@ -130,25 +114,14 @@ def report_of(
         recipe=options.recipe.metadata.name if options.recipe else "",
         target=options.target,
         device=device.type + capability,
-        quantized=lowered.quantized,
-        unquantized=lowered.unquantized,
-        coverage=lowered.coverage,
+        quantized=dict(lowered.quantized),
+        unquantized=dict(lowered.unquantized),
+        coverage=dict(lowered.coverage),
         kernels={kernel.layer: kernel.kernel for kernel in found},
         dropped={kernel.layer: kernel.dropped for kernel in found if kernel.dropped},
         declined=lowered.log.declined,
         fired=dict(lowered.log.fired),
         notices=lowered.notices,
         weight_bytes=sum(fake.numel() * fake.itemsize for fake in fakes),
-        seconds=seconds,
+        seconds=dict(seconds),
     )
-
-
-def _show(console: Console, index: int, graph: CompileReport) -> None:
-    head = ", ".join(filter(None, (graph.recipe and f"recipe {graph.recipe}", f"target {graph.target}", graph.device)))
-    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
-    console.print(Text(f"Graph {index}: {head}; weights {size(graph.weight_bytes)}; {times}", style="bold"))
-    show_coverage(console, vars(graph))
-    show_rows(console, "Kernels", ("runs as", "layers"), Counter(graph.kernels.values()).most_common())
-    show_rows(console, "In the model's own precision", ("module", "why"), list(graph.dropped.items()))
-    show_declines(console, [dataclasses.asdict(decline) for decline in graph.declined])
-    show_notices(console, graph.notices)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch._dynamo import eval_frame
-
+from qcompile.compat.dynamo import backend_inside, eval_frame
 from qcompile.dynamo.calls import Region
 
 
@@ -23,7 +22,7 @@ def install(backend: Any) -> None:
     @functools.wraps(original)
     def get_compiler_fn(compiler_fn: Any) -> Any:
         wrapped = original(compiler_fn)
-        inner = wrapped._torchdynamo_orig_backend
+        inner = backend_inside(wrapped)
         if getattr(inner, "compiler_fn", inner) is backend:
             given = getattr(inner, "kwargs", {})
             wrapped.backend_ctx_ctor = Region(given.get("options"), given.get("mode"))

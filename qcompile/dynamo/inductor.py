@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._functorch._aot_autograd import graph_compile
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.decomposition import decompositions, fast_random_decomps
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 import passes
 from passes import ir
+from passes.compat import FakeTensorMode
+from qcompile.compat.dynamo import (
+    CustomGraphPass,
+    compile_fx,
+    decomposition_tables,
+    get_hash_for_files,
+    inductor_modes,
+    numbers_stay,
+)
+from qcompile.compat.torch import TracingContext, tracing
 from qcompile.dynamo.options import Options
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
@@ -41,7 +44,10 @@ def compile_inductor(
         fake_mode: what those live in.
     """
     settings = {_SLOT: _Fingerprint(), **_mode_settings(options.mode), **options.inductor}
-    with tracing(TracingContext(fake_mode)), _references_known(), _numbers_stay():
+    with tracing(TracingContext(fake_mode)), _references_known(), numbers_stay():
+        # A Python float that the model is called with is a constant of our graph. AOTAutograd would ask Dynamo for
+        # another trace, which would specialize it and, when it has compiled for eight values, run the float model; at
+        # the call of a compiled graph, where we compile for another value, nobody would catch what asks for it.
         compiled: Any = compile_fx(gm, list(fakes), config_patches=settings)
     return compiled  # type: ignore[no-any-return]
 
@@ -50,7 +56,7 @@ def compile_inductor(
 def _references_known() -> Iterator[None]:
     """Let Inductor write our operators as their references. A table handed to `compile_fx` would be part of the key of
     its cache on disk, and has none: nothing would be cached."""
-    tables = (decompositions, fast_random_decomps())
+    tables = decomposition_tables()
     for table in tables:
         table.update(_REFERENCES)
     try:
@@ -61,22 +67,8 @@ def _references_known() -> Iterator[None]:
                 table.pop(operator, None)
 
 
-@contextmanager
-def _numbers_stay() -> Iterator[None]:
-    """Keep AOTAutograd from asking for another trace by Dynamo where the model is called with a Python float: it is a
-    constant of our graph. Dynamo would specialize it and, when it has compiled for eight values, run the float model;
-    at the call of a compiled graph, where we compile for another value, nobody would catch what asks for it."""
-    module: Any = graph_compile
-    original = module.tensorify_python_scalars
-    module.tensorify_python_scalars = lambda *_: None
-    try:
-        yield
-    finally:
-        module.tensorify_python_scalars = original
-
-
 def _mode_settings(mode: str | None) -> dict[str, Any]:
-    return dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    return dict(inductor_modes(mode)) if mode not in (None, "default") else {}
 
 
 _SLOT = "post_grad_custom_pre_pass"

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from passes.compat import FakeTensorMode
 from passes.constants import constant, equal_bits
+from qcompile.compat.dynamo import set_source
 from qcompile.dynamo.trace import Traced
 
 
@@ -96,6 +97,6 @@ def _mark_static(gm: GraphModule, constants: Sequence[Node]) -> None:
     gm.meta["dynamo_compile_id"] = None
     gm.__dict__["_param_name_to_source"] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
-        node._dynamo_source = None
+        set_source(node, None)
     for node in constants:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

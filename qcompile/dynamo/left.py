@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
-from torch._dynamo.utils import counters
 
+from qcompile.compat.dynamo import counters, keep_skip_reasons, skip_reasons
 from qcompile.dynamo.models import joined, layers, tensors_of
 from qcompile.dynamo.recurrent import REASON as RECURRENT
 from qcompile.messages import some
@@ -41,8 +40,8 @@ class Fallbacks:
         self._start: int | None = None
         self.reasons: list[str] = []
         self.frames: dict[tuple[str, int], tuple[str, str]] = {}
-        if (kept := _skipped()) is None:
-            eval_frame.dynamo_tls.skip_reasons = []
+        if (kept := skip_reasons()) is None:
+            keep_skip_reasons([])
         else:
             self._start = len(kept)  # torch, or a call around this one, keeps them already
 
@@ -52,12 +51,12 @@ class Fallbacks:
             before = self._before[kind]
             new = [message for message, count in counters[kind].items() if count > before.get(message, 0)]
             self.reasons += [message.partition("\n")[0] for message in new if RECURRENT not in message]
-        for said in (_skipped() or [])[self._start or 0 :]:
+        for said in (skip_reasons() or [])[self._start or 0 :]:
             found = _FRAME.match(said)
             if found and found["why"].startswith(_TRIED):
                 self.frames[found["file"], int(found["line"])] = found["name"], found["why"]
         if self._start is None:
-            eval_frame.dynamo_tls.skip_reasons = None
+            keep_skip_reasons(None)
 
     def why(self, layer: nn.Module, around: Iterable[nn.Module]) -> str | None:
         """Why Dynamo left `layer` alone, if it said so of anything since."""
@@ -72,10 +71,6 @@ class Fallbacks:
         if self.reasons or self.frames:
             return f"Dynamo left it alone: {said or next(iter(self.frames.values()))[1]}"
         return None
-
-
-def _skipped() -> list[str] | None:
-    return getattr(eval_frame.dynamo_tls, "skip_reasons", None)
 
 
 @dataclass

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from passes.base import PassLog, run_pipeline
+from passes.base import PassLog
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.lower.device import Device
-from passes.pipelines import CANONICALIZE, DYNAMO, quantize_pipeline, torch_pipeline
-from passes.place.attention_scale import PlaceAttentionScale
+from passes.pipelines import DYNAMO, torch_pipeline
+from passes.places import OwnPasses
 from passes.subgraph_constants import hoist_constants, sink_constants
 from passes.subgraphs import all_calls, all_nodes
-from qcompile.coverage import Modules, layers
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.trace import Traced
-from qcompile.errors import CalibrationError, CompileError
+from qcompile.errors import CompileError
 from qcompile.frontends import modelopt, pt2e
-from qcompile.messages import some
-from qcompile.quantization import model_dtype, planned, quantize_graph, without
-from qcompile.scales import known_amax, known_masks, static_sites, weight_amax
+from qcompile.quantization.plan import Work, planned, quantized_elsewhere
+from qcompile.quantization.run import quantize_graph
+from qcompile.report.coverage import Modules, layers
+
+_HOW = (
+    "pass options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a recipe"
+    " with dynamic activations such as fp8_per_channel_per_token"
+)
 
 
 @dataclass(frozen=True)
@@ -54,37 +59,25 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     """
     gm = traced.with_weights(weights)
     sink_constants(gm)
-    log = run_pipeline(DYNAMO, gm, recompile=False) if traced.autocast else PassLog()
-    notices: list[str] = []
-    dtype = model_dtype(gm)
+    work, notices = Work(gm, PassLog(own=OwnPasses(options.passes))), list[str]()
+    if traced.autocast:
+        work.run(DYNAMO)
     if _is_quantized(gm):
         if options.recipe is not None:
             raise CompileError(
                 "this model is quantized already: compile it without a recipe, or the model it was made from with one"
             )
         # a program of `quantize` has its softmax quantized where its recipe wants that, and nowhere else
-        softmax: Mapping[Node, torch.Tensor] | None = None if _is_foreign(gm) else {}
-        pipeline = (*CANONICALIZE, PlaceAttentionScale, *quantize_pipeline({}, softmax, dtype, dtype))
-        run_pipeline(pipeline, gm, log, recompile=False)
+        quantize_graph(work, partial(quantized_elsewhere, fuses=_is_foreign(gm)), None, _HOW)
     elif options.recipe is not None:
-        plan = planned(gm, options.recipe, log)
-        if options.calibration is None and (static := static_sites(plan.configs)):
-            raise CalibrationError(
-                f"the recipe gives static scales to {some([site.name for site in static])}: pass"
-                " options={'calibration': qcompile.calibrate(model, args, recipe=..., calibration=batches)}, or use a"
-                " recipe with dynamic activations such as fp8_per_channel_per_token"
-            )
-        amax, unreached = known_amax(plan.configs, options.calibration or {})
-        amax |= weight_amax(plan.configs)
-        plan = replace(plan, configs=without(plan.configs, unreached, log))
-        quantize_graph(gm, plan, amax, dtype, dtype, known_masks(gm, options.calibration or {}))
-        notices = [*map(str, plan.notices), *log.notices]
-    modules, found = Modules.of(gm, log.declined), layers(gm)
+        notices = quantize_graph(work, partial(planned, recipe=options.recipe), options.calibration, _HOW)
+    modules, found = Modules.of(gm, work.log.declined), layers(gm)
     if modules.quantized and options.target == "inductor":
-        pipeline = torch_pipeline(device, fast_accumulation=options.fast_accumulation)
-        run_pipeline(pipeline, gm, log, recompile=False)
+        work.run(torch_pipeline(device, fast_accumulation=options.fast_accumulation))
+    if modules.quantized:
+        work.log.own.check_placed()
     hoist_constants(gm)
-    return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, log, notices)
+    return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, work.log, notices)
 
 
 def _is_quantized(gm: GraphModule) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qcompile.compat.dynamo import function_inside, module_inside
 from qcompile.dynamo.packed import inner_tensors
 
 _RECURRENT = nn.RNNBase
@@ -24,8 +25,9 @@ def modules_of(function: Any, arguments: Sequence[Any] = ()) -> dict[str, nn.Mod
         TypeError: it is nothing that can be called.
     """
     if isinstance(function, nn.Module):
-        return {"": getattr(function, "_orig_mod", function)}
-    original = getattr(function, "_torchdynamo_orig_callable", function)
+        inner = module_inside(function)
+        return {"": function if inner is None else inner}
+    original = function_inside(function)
     found = inspect.getclosurevars(inspect.unwrap(original))
     owner = getattr(original, "__self__", None)
     values = {**found.globals, **found.nonlocals, "": owner}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qcompile.compat.dynamo import source
+
 
 def roots_of(placeholders: Sequence[Node], graph: Graph) -> set[str]:
     """The variables of the user's code that hold modules: `self`, as a rule."""
@@ -35,7 +37,7 @@ def _is_static(node: Node) -> bool:
 
 def source_of(node: Node) -> str:
     """Where Dynamo found an input: `self.layers.0.fc.weight` for `L['self']._modules['layers']...`."""
-    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    name = source(node).name
     return _dotted(name() if callable(name) else name)
 
 

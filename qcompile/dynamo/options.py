@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
 
-from qcompile.coverage import KINDS
+from passes.pipelines import route
+from passes.places import OwnPasses, Placed
+from qcompile.compat.dynamo import inductor_modes, inductor_settings
 from qcompile.errors import CompileError
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.recipe.stacks import counts_from_end
+from qcompile.report.coverage import KINDS
 
 TARGETS = ("inductor", "torch_tensorrt", "eager")
 
@@ -30,6 +33,7 @@ class Options:
         fast_accumulation: let a GPU add FP8 products in fewer digits than float32 where that is faster (Hopper).
         inductor: settings of `torch._inductor.config` for this model.
         expect: least counts of what each call has to run quantized, such as {"linear": 49, "attention": 12}.
+        passes: passes of the user, each with its place: `[passes.after("fuse", MyPass)]`.
     """
 
     recipe: Recipe | None = None
@@ -39,6 +43,7 @@ class Options:
     fast_accumulation: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
     expect: Mapping[str, int] = field(default_factory=dict)
+    passes: Sequence[Placed] = ()
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -51,7 +56,7 @@ class Options:
             given["mode"] = mode
         if (target := given.get("target", "inductor")) not in TARGETS:
             raise CompileError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-        modes = list(torch._inductor.list_mode_options())
+        modes = list(inductor_modes())
         if (name := given.get("mode", "default")) not in modes:
             raise CompileError(f"unknown mode {name!r}; known: {', '.join(modes)}")
         for option in ("calibration", "inductor", "expect"):
@@ -59,13 +64,13 @@ class Options:
                 raise CompileError(f"options[{option!r}] is a mapping, not a {type(given[option]).__name__}")
         if not isinstance(fast := given.get("fast_accumulation", True), bool):
             raise CompileError(f"options['fast_accumulation'] is a bool, not a {type(fast).__name__}")
-        settings = torch._inductor.config._config  # type: ignore[attr-defined]  # get_config_copy leaves aliases out
-        if unknown := sorted(set(given.get("inductor", {})) - set(settings)):
+        if unknown := sorted(set(given.get("inductor", {})) - inductor_settings()):
             raise CompileError(f"options['inductor']: torch._inductor.config has no {', '.join(unknown)}")
         if unknown := sorted(set(given.get("expect", {})) - set(KINDS)):
             raise CompileError(f"options['expect'] has no {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if "calibration" in given:
             given["calibration"] = {name: _range(name, amax) for name, amax in given["calibration"].items()}
+        OwnPasses(given.get("passes"), route("compile"))  # a place that there is not is known now
         if "recipe" in given:
             given["recipe"] = _recipe(given["recipe"])
         return cls(**given)

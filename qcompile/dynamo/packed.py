@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qcompile.compat.dynamo import set_source
+from qcompile.compat.dynamo import source as source_of_node
+from qcompile.compat.torch import is_traceable_wrapper_subclass, linear_of_graphs
 from qcompile.dynamo.names import source_of
 from qcompile.errors import CompileError
 from qcompile.frontends import torchao
 
-_LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
+_LINEAR = (torch.nn.functional.linear, linear_of_graphs())
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def _copy(gm: GraphModule) -> GraphModule:
     copied: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         copied[node] = graph.node_copy(node, lambda n: copied[n])
-        if hasattr(node, "_dynamo_source"):
-            copied[node]._dynamo_source = node._dynamo_source
+        if (found := source_of_node(node)) is not None:
+            set_source(copied[node], found)
     return GraphModule(gm, graph)
 
 
@@ -109,7 +111,7 @@ def _placeholder(graph: Graph, weight: Node, source: str) -> Node:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         node = graph.placeholder(source.replace(".", "_"))
     node.meta = {"tensor_dict": weight.meta.get("tensor_dict", {})}
-    node._dynamo_source = SimpleNamespace(name=source)
+    set_source(node, SimpleNamespace(name=source))
     return node
 
 

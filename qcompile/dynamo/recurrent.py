@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch._dynamo import config
-from torch._dynamo.callback import CallbackArgs, callback_handler
+
+from qcompile.compat.dynamo import CallbackArgs, callback_handler, config, disable, enable
 
 REASON = "Dynamo captures no RNN, GRU or LSTM"
 _FORWARDS: tuple[Any, ...] = (nn.RNN.forward, nn.GRU.forward, nn.LSTM.forward)
@@ -38,10 +38,10 @@ class BreakAtRecurrent:
         if self._ours() and not config.allow_rnn:
             self._changed = config.allow_rnn = True
             for forward in _FORWARDS:
-                forward._torchdynamo_disable, forward._torchdynamo_disable_msg = True, REASON
+                disable(forward, REASON)
 
     def _end(self, _: CallbackArgs) -> None:
         if self._changed:
             self._changed = config.allow_rnn = False
             for forward in _FORWARDS:
-                del forward._torchdynamo_disable, forward._torchdynamo_disable_msg
+                enable(forward)

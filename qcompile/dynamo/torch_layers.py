@@ -14,7 +14,8 @@ from types import FunctionType
 
 import torch
 from torch.backends import mha
-from torch.nn.modules import transformer
+
+from qcompile.compat.torch import original_causal_test
 
 
 def install(ours: Callable[[], bool]) -> None:
@@ -23,7 +24,7 @@ def install(ours: Callable[[], bool]) -> None:
     Args:
         ours: whether what this thread compiles, or calls, is for this back end.
     """
-    test, is_enabled = transformer._detect_is_causal_mask, mha.get_fastpath_enabled
+    test, is_enabled = original_causal_test(), mha.get_fastpath_enabled
     # for other back ends: Dynamo tells functions apart by their identity
     untouched = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
     is_ours: Callable[[], bool] = torch.compiler.assume_constant_result(ours)  # type: ignore[no-untyped-call]

@@ -8,23 +8,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast
+from torch.amp import autocast
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from passes.compat import FakeTensorMode
 from passes.graph import aten
 from passes.subgraphs import copied_graph
+from qcompile.compat.torch import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    TracingContext,
+    enter_autocast,
+    exit_autocast,
+    functional_value,
+    set_grad_enabled,
+)
 from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
+from qcompile.dynamo.untraced import named
 from qcompile.frontends import modelopt
 
 # What is recorded of the contexts that a model enters; the graph is for inference, and casts say what autocast did.
-_CONTEXTS = (torch._C._set_grad_enabled, _enter_autocast, _exit_autocast)
+_CONTEXTS = (set_grad_enabled(), enter_autocast, exit_autocast)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def trace(captured: Captured, numbers: Sequence[Any]) -> Traced:
         given = {**dict(zip(arguments, values, strict=True)), **known}
         return _functional(captured.gm, [given[i] for i in range(len(given))])
 
-    with captured.fake_mode, preserve_node_meta(), torch.no_grad():
+    with named(captured.gm), captured.fake_mode, preserve_node_meta(), torch.no_grad():
         traced = make_fx(run, pre_dispatch=True)(*(captured.fakes[i] for i in arguments))
     return _read(traced, captured, arguments)
 
@@ -170,11 +178,11 @@ class _Run(Interpreter):
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is _enter_autocast:
+        if target is enter_autocast:
             context: Any = autocast(*args, **kwargs)
             context.__enter__()
             return context
-        if target is _exit_autocast:
+        if target is exit_autocast:
             return args[0].__exit__(None, None, None)
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return _Run(args[0]).run(*args[1:])
@@ -194,9 +202,7 @@ def _functional(gm: GraphModule, arguments: Sequence[Any]) -> Any:
 
 
 def _unwrapped(tensor: FunctionalTensor) -> torch.Tensor:
-    torch._functionalize_sync(tensor.elem)
-    result: torch.Tensor = torch._from_functional_tensor(tensor.elem)
-    return result
+    return functional_value(tensor.elem)
 
 
 def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> Traced:
@@ -225,9 +231,7 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
         copied[node] = graph.node_copy(node, lambda n: copied[n])
         clean_stack(copied[node])
     device = next((f.device.type for f in captured.fakes if isinstance(f, torch.Tensor)), "cpu")
-    autocast_on = torch.is_autocast_enabled(device) or any(
-        node.target is _enter_autocast for node in traced.graph.nodes
-    )
+    autocast_on = torch.is_autocast_enabled(device) or any(node.target is enter_autocast for node in traced.graph.nodes)
     return Traced(graph, constants, roots, weights, inputs, autocast_on)
 
 

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from qcompile.engine.backend import Backend, find_backend
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.listeners import Step
@@ -25,6 +22,7 @@ from qcompile.errors import EngineError
 from qcompile.files import replaced
 from qcompile.onnxfile.read import external_files
 from qcompile.outputs import check_distinct, check_room, check_writable
+from qcompile.progress import progress_bar
 
 
 def build_engine(
@@ -131,11 +129,6 @@ def _write(path: Path, plan: Any) -> None:
 
 @contextmanager
 def _progress(target: str, show: bool) -> Iterator[Step]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task(f"engine for {target}", total=None)
-
-        def step(phase: str, done: int, total: int) -> None:
-            bar.update(task, description=f"engine for {target}: {phase}", completed=done, total=total)
-
-        yield step
+    name = f"engine for {target}"
+    with progress_bar(name, None, show) as bar:
+        yield lambda phase, done, total: bar.phase(f"{name}: {phase}", done, total)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from qcompile.engine.layers import Layer
-from qcompile.errors import EngineError, ExpectationError
+from qcompile.engine.layers import LOW_PRECISION, Layer
+from qcompile.errors import EngineError, ExpectationError, ReportError
+from qcompile.report.base import ReportBase
 
 
 class AttentionCount(BaseModel):
@@ -46,7 +47,7 @@ class ProfileCounts(BaseModel):
     not_low_precision: list[NotLowPrecision]
 
 
-class EngineReport(BaseModel):
+class EngineReport(ReportBase):
     """The result of `build_engine`.
 
     Attributes:
@@ -68,8 +69,7 @@ class EngineReport(BaseModel):
         profiles: the counts of each profile; one entry for an engine without profiles.
     """
 
-    model_config = ConfigDict(frozen=True)
-
+    kind: Literal["engine"] = "engine"
     target: str
     builder: str
     kernels: int
@@ -77,22 +77,26 @@ class EngineReport(BaseModel):
     gemms: dict[str, int]
     convolutions: dict[str, int]
     not_low_precision: list[NotLowPrecision]
-    notices: list[str]
     bytes: int
     seconds: float
     layers: list[Layer]
     precisions: dict[str, str] = Field(default_factory=dict)
     profiles: list[ProfileCounts] = Field(default_factory=list)
 
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2)
+    @property
+    def coverage(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (how many run in FP8, FP4 or INT8, or read INT4; how many there are), for the kinds that it has."""
+        counts = {"attention": (self.attention.low_precision, self.attention.total)}
+        for kind, kernels in (("gemm", self.gemms), ("convolution", self.convolutions)):
+            counts[kind] = sum(kernels.get(low, 0) for low in LOW_PRECISION), sum(kernels.values())
+        return {kind: count for kind, count in counts.items() if count[1]}
 
     @classmethod
-    def from_json(cls, text: str) -> EngineReport:
+    def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote. Raises EngineError when the text is something else."""
         try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
+            return super().from_json(text)
+        except ReportError as error:
             raise EngineError(f"this is not an engine report: {error}") from error
 
     def check(self, expect: Mapping[str, int]) -> None:

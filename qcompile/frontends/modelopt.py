@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from qcompile.compat import modelopt as private
 from qcompile.errors import CaptureError
 
 __all__ = ["NAMESPACES", "capture_ready", "dynamo_ready", "first_quantizer", "is_quantized"]
@@ -17,8 +16,6 @@ __all__ = ["NAMESPACES", "capture_ready", "dynamo_ready", "first_quantizer", "is
 NAMESPACES = ("tensorrt", "qcompile_modelopt")
 """Of the operators in graphs that were captured in its export mode, or by Dynamo."""
 
-_QUANTIZER = "modelopt.torch.quantization.nn.modules.tensor_quantizer"
-_FUNCTIONS = "modelopt.torch.quantization.tensor_quant"
 _substituted: list[Any] = []
 
 
@@ -29,7 +26,7 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 def first_quantizer(model: torch.nn.Module) -> str | None:
     """Path of a quantizer of nvidia-modelopt in `model` that is switched on; None if there is none."""
-    switched_on = (name for name, quantizer in _quantizers(model) if not getattr(quantizer, "_disabled", False))
+    switched_on = (name for name, quantizer in _quantizers(model) if not private.is_off(quantizer))
     return next(switched_on, None)
 
 
@@ -41,21 +38,20 @@ def capture_ready(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         CaptureError: weights that `mtq.compress` stored as codes, or a quantizer that is still calibrating.
     """
     for name, quantizer in _quantizers(model):
-        if getattr(quantizer, "_disabled", False):
+        if private.is_off(quantizer):
             continue
-        if getattr(quantizer, "_if_calib", False) and not getattr(quantizer, "_dynamic", False):
+        if private.is_calibrating(quantizer):
             raise CaptureError(f"{name} is still calibrating: let modelopt.torch.quantization.quantize finish")
-        if not getattr(quantizer, "_fake_quant", True):
+        if private.is_compressed(quantizer):
             raise CaptureError(
                 f"{name}: weights compressed by nvidia-modelopt have no floating-point values to capture; capture"
                 " before mtq.compress, or export a checkpoint and give it to qcompile.load_checkpoint"
             )
-    utils = importlib.import_module("modelopt.torch.quantization.utils")
-    quantizer_module: Any = importlib.import_module(_QUANTIZER)
+    quantizer_module: Any = private.quantizer_module()
     original = quantizer_module.fake_tensor_quant
     quantizer_module.fake_tensor_quant = _integer_operator
     try:
-        with utils.export_torch_mode(), _attributes_kept(model):
+        with private.export_mode(), _attributes_kept(model):
             yield model
     finally:
         quantizer_module.fake_tensor_quant = original
@@ -68,8 +64,7 @@ def dynamo_ready() -> None:
     records instead computes the same by modelopt's own function, whatever the back end of torch.compile; outside of
     Dynamo nothing changes. All other quantizers are operators already.
     """
-    functions = sys.modules.get(_FUNCTIONS)
-    original: Any = getattr(functions, "_tensor_quant", None)
+    original: Any = private.integer_function()
     if original is None or original in _substituted:
         return
     _substituted.append(original)
@@ -97,9 +92,9 @@ def dynamo_ready() -> None:
 
 
 def _quantizers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The quantizers of `model`, found by the name of their class, so that modelopt is not imported for it."""
+    """The quantizers of `model`."""
     for name, module in model.named_modules():
-        if any(base.__module__ == _QUANTIZER and base.__name__ == "TensorQuantizer" for base in type(module).__mro__):
+        if private.is_quantizer(module):
             yield name, module
 
 

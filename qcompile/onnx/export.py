@@ -10,7 +10,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +20,11 @@ from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
 from passes.graph import place_of
-from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, Pipeline, boundary
+from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, TENSORRT, TENSORRT_KERNELS, boundary, route
+from passes.places import OwnPasses, Pipeline, Placed
 from passes.program import lift, unlift
-from passes.subgraphs import all_nodes, graphs, held, operator_name, subgraph_calls
-from qcompile.coverage import Modules
+from passes.subgraphs import all_nodes, graphs, held, operator_name, owner, subgraph_calls
+from qcompile.compat.onnx import LOGGERS
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
@@ -53,9 +53,11 @@ from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
 from qcompile.process import alone
-from qcompile.record import QuantizeRecord, record_of
 from qcompile.report import Report
+from qcompile.report.coverage import Modules
+from qcompile.report.record import QuantizeRecord, record_of
 from qcompile.sizes import program_bytes
+from qcompile.version import __version__
 
 Target = Literal["tensorrt", "portable"]
 BlockFp8 = Literal["k_split", "per_channel"]
@@ -64,15 +66,9 @@ IO_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DEFAULT_OPSET = 21
 _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have no bfloat16
 _PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTABLE}
-_KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": ()}
+_KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": Pipeline()}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
-_NOISY_LOGGERS = (
-    "torch.onnx._internal.exporter._core",
-    "torch.onnx._internal.exporter._registration",
-    "onnx_ir.passes.common.initializer_deduplication",
-    "onnxscript.optimizer._constant_folding",
-)
 
 
 def export_onnx(
@@ -86,6 +82,7 @@ def export_onnx(
     compare: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    passes: Sequence[Placed] | None = None,
 ) -> Report:
     """Lower `program` to an ONNX file, check it, and tell what is in it.
 
@@ -105,6 +102,7 @@ def export_onnx(
         input_names, output_names: what the file calls them, in the order of the program; without them inputs are called
             as the model calls its arguments, and outputs by their keys, else `output`, `output_1`. Dynamic dimensions
             are called as their `torch.export.Dim`.
+        passes: passes of your own, each with its place: `[passes.after("legalize", MyPass)]`.
 
     Threads take turns: one program is lowered at a time, and files are checked and compared side by side.
 
@@ -113,6 +111,7 @@ def export_onnx(
         VerificationError: the file failed a check; it was not put in place.
     """
     opset = _check(program, target, opset, block_fp8, io_dtype)
+    log = PassLog(own=OwnPasses(passes, route(target)))
     destination, noted = Path(path), record_of(program)
     check_writable(destination, error=ExportError, parents=True)
     check_room({destination: program_bytes(program)}, ExportError)
@@ -123,9 +122,10 @@ def export_onnx(
         torch.no_grad(),
     ):  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
-        log = run_pipeline(_KERNELS[target], gm)
+        log = run_pipeline(_KERNELS[target], gm, log)
         modules = Modules.of(gm, noted.declined)
         run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target], *boundary(io_dtype)), gm, log)
+        log.own.check_placed()
         costs = cost_notices(gm, log)
         _check_subgraphs(gm)
         lowered = lift(gm, program)
@@ -166,7 +166,7 @@ def modules_of(program: ExportedProgram, target: Target) -> Modules:
 
 def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
     """Keep in the file's metadata what made it: readers show it, and nothing depends on it."""
-    known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": version("qcompile")}
+    known = {"recipe": noted.recipe, "calibration": noted.calibration, "target": target, "version": __version__}
     model.metadata_props.update({f"qcompile.{key}": value for key, value in known.items() if value})
 
 
@@ -183,10 +183,16 @@ def _check_subgraphs(gm: GraphModule) -> None:
     """Raises ExportError for a call that holds graphs, and that torch.onnx does not write."""
     for node in (node for part in gm.modules() if isinstance(part, GraphModule) for node in subgraph_calls(part.graph)):
         if operator_name(node) not in _WRITTEN_WITH_GRAPHS:
-            raise ExportError(
-                f"{place_of(node)}: {operator_name(node)} has no form in ONNX: write it with"
-                f" {', '.join(_WRITTEN_WITH_GRAPHS[:3])} of torch, or attention as scaled_dot_product_attention"
-            )
+            if held(owner(node), node):
+                instead = (
+                    f"write it with {', '.join(_WRITTEN_WITH_GRAPHS[:3])} of torch, or attention as"
+                    " scaled_dot_product_attention"
+                )
+            else:
+                instead = "write this part with other operators, or compute it outside of the exported model"
+            called = next((a for a in node.args if isinstance(a, torch._ops.OpOverload)), None)
+            name = operator_name(node) + (f" of {called}" if called is not None else "")
+            raise ExportError(f"{place_of(node)}: {name} has no form in ONNX: {instead}")
 
 
 def _not_for_tensorrt(model: onnx_ir.Model) -> list[str]:
@@ -298,7 +304,7 @@ def _needs_retrace(program: ExportedProgram, table: Container[object]) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's notes on absent packages, its deprecations, outputs that are None, and what it cannot fold."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -333,7 +339,7 @@ def _report(
         unquantized=modules.unquantized,
         coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
-        fired={**record.fired, **log.fired},
+        fired=dict(Counter(record.fired) + log.fired),
         notices=[*record.notices, *log.notices, *costs],
         checks=checks,
         comparison=comparison,

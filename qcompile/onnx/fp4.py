@@ -36,7 +36,7 @@ def constant(name: str, value: Any) -> onnx.NodeProto:
 
 def uses_fp4(program: ExportedProgram) -> bool:
     """Whether any tensor of `program` is dequantized from FP4."""
-    return any(get_format(str(node.kwargs["format"])).packed for node in all_calls(program.graph_module, DEQUANTIZE))
+    return any(get_format(str(node.kwargs["format"])).is_fp4 for node in all_calls(program.graph_module, DEQUANTIZE))
 
 
 def as_float4(program: ExportedProgram) -> None:
@@ -49,7 +49,7 @@ def as_float4(program: ExportedProgram) -> None:
     for node in all_calls(program.graph_module, DEQUANTIZE):
         codes = node.args[0]
         assert isinstance(codes, Node)
-        if not get_format(str(node.kwargs["format"])).packed or codes.meta["val"].dtype != torch.uint8:
+        if not get_format(str(node.kwargs["format"])).is_fp4 or codes.meta["val"].dtype != torch.uint8:
             continue
         codes.meta["val"] = codes.meta["val"].view(torch.float4_e2m1fn_x2)
         while codes in outside:

@@ -12,8 +12,8 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
 from passes.dependence import input_dependence
-from passes.legalize.half_kernels import is_complex
 from passes.program import unlift
+from passes.traits import is_complex
 from qcompile import signature
 from qcompile.errors import ExportError
 from qcompile.messages import some

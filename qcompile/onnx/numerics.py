@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.formats import get_format
 from passes.graph import aten, dtype, is_call
 from passes.ir import ATTENTION, QUANTIZE
+from passes.operators import NORMS
 from passes.program import unlift
-from passes.quantize.sites import NORMS
 from passes.sdpa import SDPA
 from qcompile.batches import flatten_batch
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
@@ -121,7 +121,7 @@ def _as_taken(value: Any, placeholder: Node) -> Any:
 
 def _is_packed(node: Node) -> bool:
     """Whether `node` makes codes that share a byte: the file has each of them apart."""
-    return is_call(node, QUANTIZE) and get_format(str(node.kwargs["format"])).packed
+    return is_call(node, QUANTIZE) and get_format(str(node.kwargs["format"])).is_fp4
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

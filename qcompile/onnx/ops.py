@@ -17,7 +17,7 @@ import torch
 from onnxscript.function_libs.torch_lib.ops.core import aten_roll
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
-from passes.formats import get_format
+from passes.formats import FP8, get_format
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 from qcompile.onnx.fp4 import BLOCK, FLOAT4E2M1, FLOAT8E4M3FN, FP4_DYNAMIC_QUANTIZE
@@ -37,7 +37,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     op = getattr(onnxscript, f"opset{opset}")
 
     def quantize(x: Any, scale: Any, format: str) -> Any:
-        if get_format(format).packed:
+        if get_format(format).is_fp4:
             return op.QuantizeLinear(x, scale, axis=-1, block_size=BLOCK, output_dtype=FLOAT4E2M1)
         axis, flat = _granularity(op, scale)
         return op.QuantizeLinear(x, flat, _zero_point(op, scale, format), axis=axis)
@@ -55,8 +55,11 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         return _rms_norm(op, x, len(normalized_shape), weight, eps)
 
     def dynamic_quantize(x: Any, global_scale: Any, format: str) -> Any:
-        if not get_format(format).packed:
-            raise NotImplementedError(f"scales from run time, {format}, which the pipeline was to write as operators")
+        if not get_format(format).is_fp4:
+            raise NotImplementedError(
+                f"ONNX has no operator for scales of {format} that are measured at run time, and no pass writes them:"
+                " quantize the weights alone, or activations in another format"
+            )
         return FP4_DYNAMIC_QUANTIZE(x, global_scale, axis=-1, block_size=BLOCK, scale_type=FLOAT8E4M3FN)
 
     return {
@@ -91,6 +94,8 @@ def _zero_point(op: Any, scale: Any, format: str) -> Any:
 
 def attention(q: Any, k: Any, v: Any, mask: Any, softmax_scale: Any, is_causal: bool, format: str) -> Any:
     """A causal attention as TensorRT's own operator; the pipeline has decomposed every other one."""
+    if format != FP8.name:
+        raise NotImplementedError(f"TensorRT's operator has FP8 attention, and this one is in {format}")
     heads, kv_heads = int(q.shape[1]), int(k.shape[1])
     return QUANTIZED_ATTENTION(
         q,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import onnx
 
@@ -19,6 +18,7 @@ from qcompile.onnx.checks.opsets import opsets
 from qcompile.onnx.checks.structure import nothing_opaque, payloads, shapes, well_formed
 from qcompile.onnx.checks.values import global_scales, scales, zero_points
 from qcompile.onnx.view import ModelView
+from qcompile.report.check import Check
 
 __all__ = ["CHECKS", "Check", "onnx_dependence", "require", "verify_onnx"]
 
@@ -41,15 +41,6 @@ CHECKS: tuple[tuple[str, CheckFunction], ...] = (
 # What comes after a gate relies on everything before it; on a file that is not ONNX it would only mislead.
 _GATES = {"payloads", "checker"}
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check's verdict; `detail` names every node at fault and its module path, or what was looked at."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify_onnx(

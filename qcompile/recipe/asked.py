@@ -6,6 +6,7 @@ from qcompile.recipe.check import covers
 from qcompile.recipe.globs import INPUT, glob_matches, possible_kinds
 from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
+from qcompile.schemes.words import WORDS
 
 _ANY_MODULE = "\0"  # a module whose name no literal of a glob has
 
@@ -26,7 +27,9 @@ def calibrates(recipe: Recipe) -> bool:
     deciding = next((rule for rule in reversed(given) if rule.format is not None or rule.enable is False), None)
     if deciding is None or deciding.format is None:
         return False
-    return deciding.format == "nvfp4" or not (deciding.dynamic or deciding.block_shape)
+    word = next((word for word in WORDS if word.format == deciding.format), None)
+    two_levels = word is not None and word.ir.scale is not None  # of which the global one is a constant
+    return two_levels or not (deciding.dynamic or deciding.block_shape)
 
 
 def _dead(rule: Rule, later: tuple[Rule, ...]) -> bool:

@@ -10,7 +10,7 @@ from qcompile.errors import RecipeError
 from qcompile.messages import cut, value
 from qcompile.recipe.effects import undoes
 from qcompile.recipe.empty import NO_FORMAT
-from qcompile.recipe.globs import INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
+from qcompile.recipe.globs import ATTENTION, INPUT, KINDS, WEIGHT, alternatives, glob_matches, possible_kinds
 from qcompile.recipe.load import RecipeSource, load_recipe
 from qcompile.recipe.match import QuantizerName, check_pairs, configs_of, decide
 from qcompile.recipe.notices import Notice, nothing_notice, overridden_notice, undone_notice
@@ -118,11 +118,11 @@ def _check_pairs(recipe: Recipe) -> None:
     tried = 0
     for rule in recipe.rules:
         for path in dict.fromkeys(path for glob in alternatives(rule.quantizer) for path in _paths(glob)):
-            tried += len(recipe.rules)
+            tried += 3 * len(recipe.rules)
             if tried > _MOST_LOOKS:
                 return
             owner = None if rule.module_class is None else _text(rule.module_class)
-            layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT)]
+            layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT, *ATTENTION)]
             decisions = decide(recipe, layer, Stacks(quantizer.name for quantizer in layer))
             check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {value(path)}")
 

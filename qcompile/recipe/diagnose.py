@@ -9,18 +9,20 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from qcompile.algorithms import ALGORITHMS
 from qcompile.messages import cut, value
-from qcompile.recipe.rule import FormatName, Granularity, Rule
-from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Calibration, Fragment, Metadata
+from qcompile.recipe.rule import Rule
+from qcompile.recipe.schema import IMPORT_TAG, RULE_TAG, Fragment, Metadata
+from qcompile.recipe.steps import is_tag, model_in
 from qcompile.remedy import closest
+from qcompile.schemes.words import FormatName, Granularity
 
 Path = tuple[str | int, ...]
 
-_MODELS: dict[Path, type[BaseModel]] = {("metadata",): Metadata, ("calibration",): Calibration, ("rules",): Rule}
+_MODELS: dict[str, type[BaseModel]] = {"metadata": Metadata, "rules": Rule}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(FormatName),
     "granularity": get_args(Granularity),
-    "algorithm": get_args(Calibration.model_fields["algorithm"].annotation),
 }
 _EXPECTED = {
     "model_type": "a mapping",
@@ -55,7 +57,7 @@ def diagnose(
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
             continue  # pydantic counts only the valid items; the invalid ones have errors of their own
-        path = tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG))
+        path = _path(detail)
         path += tuple(detail.get("ctx", {}).get("path", ()))
         lines.append(f"{place(path)}: {_sentence(detail, path, whole, plain)}")
     return "\n".join(dict.fromkeys(lines))
@@ -65,11 +67,11 @@ def typos(error: ValidationError, whole: type[BaseModel]) -> dict[str, str]:
     """Words that are not known -> what was meant, where one comes near."""
     found = {}
     for detail in error.errors(include_url=False):
-        path = tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG))
+        path = _path(detail)
         if detail["type"] == "literal_error":
-            word, known = detail["input"], _CHOICES[str(path[-1])]
+            word, known = detail["input"], _choices(detail)
         elif detail["type"] == "extra_forbidden" and IMPORT_TAG not in detail["loc"]:
-            word, known = path[-1], _known_keys(path[:-1], whole)
+            word, known = path[-1], _known_keys(detail, whole)
         else:
             continue
         # it becomes part of a shell command that is shown
@@ -78,9 +80,29 @@ def typos(error: ValidationError, whole: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _known_keys(owner: Path, whole: type[BaseModel]) -> tuple[str, ...]:
-    model = _MODELS[tuple(part for part in owner if isinstance(part, str))] if owner else whole
+def _path(detail: ErrorDetails) -> Path:
+    """Where it is in what was written."""
+    return tuple(part for part in detail["loc"] if part not in (RULE_TAG, IMPORT_TAG) and not is_tag(part))
+
+
+def _model(detail: ErrorDetails, whole: type[BaseModel]) -> type[BaseModel]:
+    """What holds the key that is wrong."""
+    owner = [part for part in _path(detail)[:-1] if isinstance(part, str)]
+    if not owner:
+        return whole
+    return model_in(detail["loc"]) if owner[0] == "calibration" else _MODELS[owner[0]]
+
+
+def _known_keys(detail: ErrorDetails, whole: type[BaseModel]) -> tuple[str, ...]:
+    model = _model(detail, whole)
     return (*model.model_fields, "import") if model is Rule else tuple(model.model_fields)
+
+
+def _choices(detail: ErrorDetails) -> tuple[str, ...]:
+    key = str(detail["loc"][-1])
+    if key == "algorithm":
+        return tuple(ALGORITHMS)
+    return _CHOICES.get(key) or get_args(model_in(detail["loc"]).model_fields[key].annotation)
 
 
 def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: Mapping[Path, str]) -> str:
@@ -92,13 +114,13 @@ def _sentence(detail: ErrorDetails, path: Path, whole: type[BaseModel], plain: M
         if IMPORT_TAG in detail["loc"]:
             also = f"it cannot have the key {value(key)} as well; add a rule after it"
             return f"{show_path(owner)} imports a fragment, {also}"
-        known = _known_keys(owner, whole)
+        known = _known_keys(detail, whole)
         hint = did_you_mean(key, known) or "; known: " + ", ".join(known)
         return f"unknown key {value(key)} in {show_path(owner, root)}{hint}"
     if kind == "missing":
         return f"{show_path(owner, root)} lacks the key {key!r}"
     if kind == "literal_error":
-        choices = _CHOICES[str(key)]
+        choices = _choices(detail)
         known_ones = ", ".join(choices) + did_you_mean(found, choices)
         return f"unknown {key} {value(found)} at {show_path(path, root)}; known: {known_ones}"
     if kind == "recipe":

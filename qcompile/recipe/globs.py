@@ -14,6 +14,8 @@ INPUT = "input_quantizer"
 OUTPUT = "output_quantizer"
 SOFTMAX = "softmax_bmm_quantizer"
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
+MULTIPLIED_IN_ATTENTION = ((ATTENTION[0], ATTENTION[1]), (SOFTMAX, ATTENTION[2]))
+"""The two products of an attention: of its queries and keys, and of its probabilities and values."""
 MEANING = {
     INPUT: "input of a linear layer, or of the experts that are one weight",
     WEIGHT: "weight of a linear layer, or of all experts",

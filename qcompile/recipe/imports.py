@@ -15,7 +15,8 @@ from qcompile.recipe.diagnose import Path, diagnose, show_path, typos
 from qcompile.recipe.files import fragment_path, looks_like_path, read
 from qcompile.recipe.globs import alternatives
 from qcompile.recipe.rule import Location, Rule
-from qcompile.recipe.schema import IDLE_SWITCH, Fragment, Import, Recipe, RecipeFile, idle_switch
+from qcompile.recipe.schema import IDLE_SWITCH, Fragment, Import, Recipe, idle_switch, recipe_file
+from qcompile.recipe.steps import asked
 from qcompile.recipe.yaml_lines import Document
 from qcompile.remedy import Remedy, with_remedy
 
@@ -62,7 +63,8 @@ def recipe_of(text: Written) -> Recipe:
     """
     if isinstance(text.data, Mapping) and "metadata" not in text.data and "description" in text.data:
         raise RecipeError(f"{text.place(())}: this is a fragment (no `metadata`); a recipe imports it among its rules")
-    file = _validated(RecipeFile, text)
+    written = text.data.get("calibration") if isinstance(text.data, Mapping) else None
+    file = _validated(recipe_file(asked(written)), text)
     found = list(_Imports().expanded(file.rules, text, ()))
     idle = idle_switch([rule for rule, _, _ in found])
     if idle is not None:

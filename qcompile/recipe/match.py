@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 
 from qcompile.errors import RecipeError
 from qcompile.messages import value
-from qcompile.recipe.config import QuantizerConfig, mismatch
 from qcompile.recipe.effects import Decision, notices
-from qcompile.recipe.globs import INPUT, KINDS, WEIGHT
+from qcompile.recipe.globs import INPUT, KINDS, MULTIPLIED_IN_ATTENTION, WEIGHT
 from qcompile.recipe.notices import Notice
-from qcompile.recipe.rule import BLOCK_FORMATS, Rule
+from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
 from qcompile.recipe.stacks import Stacks, counts_from_end
+from qcompile.schemes.config import QuantizerConfig, attention_mismatch, mismatch
+from qcompile.schemes.words import BLOCK_FORMATS
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def resolve(recipe: Recipe, quantizers: Sequence[QuantizerName]) -> Resolution:
 
     Raises:
         RecipeError: a rule gives a quantizer what its kind cannot do, switches on what has no format yet, or names a
-            block from the end that is not there; or a linear layer would have operands that no target multiplies.
+            block from the end that is not there; or a layer or attention would have operands that no target multiplies.
     """
     stacks = Stacks(quantizer.name for quantizer in quantizers)
     decisions = decide(recipe, quantizers, stacks)
@@ -176,10 +177,21 @@ def _check_rotation(configs: dict[str, QuantizerConfig]) -> None:
 
 
 def check_pairs(configs: dict[str, QuantizerConfig], name: str = "{}") -> None:
-    """Raise `RecipeError` for a linear layer whose operands no target multiplies; messages call it `name`."""
+    """Raise `RecipeError` for a layer or an attention with operands that no target multiplies, called `name`."""
     for module, config, weight in _inputs(configs):
         if weight is not None and (reason := mismatch(weight, config)) is not None:
             raise RecipeError(f"{name.format(module)}: {reason}")
+    for left, right in MULTIPLIED_IN_ATTENTION:
+        for quantizer, config in configs.items():
+            module, _, kind = quantizer.rpartition(".")
+            other = configs.get(f"{module}.{right}".lstrip(".")) if kind == left else None
+            if other is not None and (reason := attention_mismatch((_short(left), config), (_short(right), other))):
+                raise RecipeError(f"{name.format(module or 'the model')}: {reason}")
+
+
+def _short(kind: str) -> str:
+    """`q` of `q_bmm_quantizer`."""
+    return kind.removesuffix("_bmm_quantizer")
 
 
 def _inputs(

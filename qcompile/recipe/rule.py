@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from qcompile.messages import value
@@ -20,13 +20,8 @@ from qcompile.recipe.globs import (
     alternatives,
     possible_kinds,
 )
-
-FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
-Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
-
-BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, 16), "mxfp8": (1, 32)}
-"""Formats whose blocks are part of the format itself, along the reduction axis."""
-
+from qcompile.schemes.strict import Strict
+from qcompile.schemes.words import BLOCK_FORMATS, FormatName, Granularity
 
 SHIPPED = "qcompile/recipe/builtin/"
 """What the shipped files are called in messages begins with this."""
@@ -57,11 +52,7 @@ class Location:
         return f"{place} ({self.note})" if self.note else place
 
 
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class Rule(Model):
+class Rule(Strict):
     """One rule: which quantizers, and either a format or a switch. Later rules win."""
 
     quantizer: Annotated[str, Field(min_length=1)]

@@ -7,17 +7,31 @@ to. The schema carries more formats and granularities than are multiplied (MXFP8
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from qcompile.recipe.rule import Location, Model, Rule, wrong
+from qcompile.algorithms import ALGORITHMS
+from qcompile.algorithms.settings import MaxSettings, Settings
+from qcompile.recipe.rule import Location, Rule, wrong
+from qcompile.recipe.steps import asked, calibration_type, settings_of
+from qcompile.schemes.strict import Strict
 
 
-class Metadata(Model):
+class Metadata(Strict):
     """What the recipe is called and what it does."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -30,17 +44,7 @@ class Metadata(Model):
     """Anything else the reader should know."""
 
 
-class Calibration(Model):
-    """How the ranges of static activations are found."""
-
-    algorithm: Literal["max"] = "max"
-    """`max`: the largest magnitude seen in the calibration data."""
-    power_of_two: bool = False
-    """Round every constant scale up to a power of two: division by it is then exact, so that all runtimes make the same
-    codes in any precision, at the price of up to one bit of range. Scales of blocks stay what their blocks measure."""
-
-
-class Import(Model):
+class Import(Strict):
     """The rules of a fragment, in this place."""
 
     name: Annotated[str, Field(min_length=1, alias="import")]
@@ -64,7 +68,7 @@ _Items = Annotated[
 ]
 
 
-class Fragment(Model):
+class Fragment(Strict):
     """Rules that recipes import by name."""
 
     description: Annotated[str, Field(min_length=1)]
@@ -73,11 +77,22 @@ class Fragment(Model):
     """Rules and imports in order; later ones win."""
 
 
-class _Header(Model):
+class _Header(Strict):
     metadata: Metadata
     """What the recipe is called and what it does."""
-    calibration: Calibration = Calibration()
-    """How the ranges of static activations are found."""
+    calibration: SerializeAsAny[Settings] | tuple[SerializeAsAny[Settings], ...] = MaxSettings()
+    """How scales are found: an algorithm with its settings, or a list of them, each of which sees what those before it
+    chose."""
+
+    @property
+    def steps(self) -> tuple[Settings, ...]:
+        """The algorithms of `calibration`, in order."""
+        return self.calibration if isinstance(self.calibration, tuple) else (self.calibration,)
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether a scale that the recipe itself gives is rounded up to a power of two, as a step has its own."""
+        return any(step.power_of_two for step in self.steps)
 
 
 class RecipeFile(_Header):
@@ -87,11 +102,29 @@ class RecipeFile(_Header):
     """Rules and imports (`import: exclusions`) in order; later ones win."""
 
 
+def recipe_file(names: Iterable[str]) -> type[RecipeFile]:
+    """`RecipeFile` with the settings of these algorithms in their place."""
+    return _recipe_file(tuple((name, settings_of(name)) for name in names))
+
+
+@lru_cache(maxsize=64)
+def _recipe_file(models: tuple[tuple[str, type[Settings]], ...]) -> type[RecipeFile]:
+    described = _Header.model_fields["calibration"].description
+    calibration: Any = (calibration_type(models), Field(MaxSettings(), description=described))
+    return create_model("RecipeFile", __base__=RecipeFile, __doc__=RecipeFile.__doc__, calibration=calibration)
+
+
 class Recipe(_Header):
     """A recipe whose imports are resolved. `Recipe.model_json_schema()` describes what a file may say."""
 
     rules: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     """Rules in order; later ones win."""
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """Each step in the model of its algorithm, where no file has been read with it."""
+        return tuple(map(_settings, value)) if isinstance(value, (list, tuple)) else _settings(value)
 
     @model_validator(mode="after")
     def _enable_follows_format(self) -> Recipe:
@@ -102,7 +135,7 @@ class Recipe(_Header):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return handler(RecipeFile.__pydantic_core_schema__)
+        return handler(recipe_file(ALGORITHMS).__pydantic_core_schema__)
 
     def located(self, places: Sequence[Location]) -> Recipe:
         """The same recipe whose rule i says that it was written at `places[i]`."""
@@ -121,3 +154,7 @@ def idle_switch(rules: Sequence[Rule]) -> int | None:
         if rule.enable:
             return index
     return None
+
+
+def _settings(step: Any) -> Any:
+    return settings_of(asked(step)[-1]).model_validate(step) if isinstance(step, Mapping) else step

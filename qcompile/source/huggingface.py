@@ -11,8 +11,9 @@ from qcompile.checkpoint.files.headers import weight_map
 from qcompile.checkpoint.files.json_files import CONFIG, INDEX
 from qcompile.checkpoint.files.links import check_inside
 from qcompile.checkpoint.hub.config import auto_config, import_transformers, model_class, read_config
+from qcompile.checkpoint.load import is_quantized_checkpoint, load_checkpoint
+from qcompile.compat.transformers import from_config
 from qcompile.errors import CheckpointError, SourceError
-from qcompile.frontends.checkpoint import is_quantized_checkpoint, load_checkpoint
 from qcompile.messages import first_line, some
 from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
@@ -25,7 +26,7 @@ def load_directory(
 ) -> Source:
     """The model of `path`, on the CPU and in the dtype of its weights, with example inputs made from its config.
 
-    A quantized checkpoint becomes a model with quantized layers (`qcompile.frontends.checkpoint`).
+    A quantized checkpoint becomes a model with quantized layers (`qcompile.checkpoint.load`).
 
     The arguments are those of `load_source`; `declared`: there will be other example inputs, and need be none. Only
     local files are read and no code of the directory is run.
@@ -60,11 +61,10 @@ def load_directory(
 
 
 def _made_up(transformers: Any, model_class: Any, config: Any, seed: int, path: Path) -> torch.nn.Module:
-    make = model_class.from_config if model_class is transformers.AutoModel else model_class._from_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = make(config)
+            model = from_config(model_class, config)
         except Exception as error:  # whatever the sizes in the config lead to
             raise SourceError(f"{path}: the model cannot be built from config.json: {first_line(error)}") from error
     assert isinstance(model, torch.nn.Module)

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 
 
 @dataclass(frozen=True)

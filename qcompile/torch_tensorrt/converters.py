@@ -12,7 +12,6 @@ from typing import Any
 import tensorrt as trt  # torch_tensorrt puts tensorrt_rtx under this name where it is built on that
 import torch
 from torch.fx import Node
-from torch_tensorrt import _enums
 from torch_tensorrt.dynamo.conversion import ConversionContext, ConverterPriority, dynamo_tensorrt_converter, impl
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor, prepend_ones
 
@@ -20,6 +19,7 @@ from passes.formats import get_format
 from passes.graph import aten, val
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
+from qcompile.compat.torch_tensorrt import dtype_of
 
 OURS = "qcompile"
 """Key of `node.meta` in the graphs that this package lowers."""
@@ -43,7 +43,7 @@ def _converter(target: Any, **options: Any) -> Callable[[Converter], Converter]:
 @_converter(QUANTIZE)
 def quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
     fmt = get_format(kwargs["format"])
-    if fmt.packed:
+    if fmt.is_fp4:
         raise NotImplementedError("NVFP4 with scales that are constants: only dynamic_quantize has a layer")
     axis, scale = _scale(ctx, args[1], f"{name}_scale")
     layer = ctx.net.add_quantize(_tensor(ctx, args[0], f"{name}_input"), scale, _CODES[fmt.storage])
@@ -58,7 +58,7 @@ def dequantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
     if len(fmt.sizes) > 1:
         raise NotImplementedError(f"weights in blocks, {fmt.name}, which the pipeline was to write as operators")
     codes = get_trt_tensor(ctx, args[0], f"{name}_codes", target_quantized_type=_CODES[fmt.storage])
-    wanted = _enums.dtype._from(kwargs["dtype"]).to(trt.DataType)
+    wanted = dtype_of(kwargs["dtype"]).to(trt.DataType)
     if fmt.sizes:
         # TensorRT refuses FP4 into another type than that of its scales, and sees through a cast
         scale = _tensor(ctx, args[1], f"{name}_scale")
@@ -75,7 +75,7 @@ def dequantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
 
 @_converter(DYNAMIC_QUANTIZE)
 def dynamic_quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
-    if not get_format(kwargs["format"]).packed:
+    if not get_format(kwargs["format"]).is_fp4:
         raise NotImplementedError(f"scales from run time, {kwargs['format']}, which the pipeline was to spell out")
     layer = ctx.net.add_dynamic_quantize(args[0], -1, _BLOCK, trt.DataType.FP4, trt.DataType.FP8)
     layer.set_input(1, _tensor(ctx, args[1], f"{name}_global_scale"))
@@ -104,7 +104,7 @@ def half_attention(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwar
     q, k, v = args[:3]
     scale = kwargs.get("scale")
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    factor = get_trt_tensor(ctx, torch.full((1,) * len(q.shape), scale), f"{name}_scale", _enums.dtype._from(q.dtype))
+    factor = get_trt_tensor(ctx, torch.full((1,) * len(q.shape), scale), f"{name}_scale", dtype_of(q.dtype))
     scaled = ctx.net.add_elementwise(q, factor, trt.ElementWiseOperation.PROD).get_output(0)
     return _causal_attention(ctx, scaled, k, v).get_output(0)
 
@@ -129,7 +129,7 @@ def layer_norm(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
     x = _tensor(ctx, x, f"{name}_input")
     rank = len(x.shape)
     shape = (*(1,) * (rank - len(normalized)), *normalized)
-    kind = _enums.dtype._from(x.dtype).to(torch.dtype)
+    kind = dtype_of(x.dtype).to(torch.dtype)
     weight = torch.ones(shape, dtype=kind) if weight is None else weight.reshape(shape)
     bias = torch.zeros(shape, dtype=kind) if bias is None else bias.reshape(shape)
     axes = sum(1 << axis for axis in range(rank - len(normalized), rank))
@@ -163,7 +163,7 @@ def arithmetic(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, 
     operands = []
     for operand, place in zip(args, ("first", "second"), strict=True):
         if isinstance(operand, (int, float)):
-            operand = torch.full((1,) * rank, operand, dtype=_enums.dtype._from(kind).to(torch.dtype))
+            operand = torch.full((1,) * rank, operand, dtype=dtype_of(kind).to(torch.dtype))
         missing = rank - len(operand.shape)
         if isinstance(operand, torch.Tensor):
             operand = _tensor(ctx, operand.reshape((1,) * missing + operand.shape), f"{name}_{place}")

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import fake_mode, val
 from passes.ir import repeat_kv
+from qcompile.compat.torch import has_composite_kernel
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -40,8 +41,7 @@ def decompose(gm: GraphModule, table: Table, converted: Collection[Any], has_con
 
 def _is_composite(target: Any) -> bool:
     """Whether torch itself writes the operator with others; a program that nobody has decomposed holds some."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(key)
+    return isinstance(target, torch._ops.OpOverload) and has_composite_kernel(target)
 
 
 def _traced(node: Node, by: Callable[..., Any], table: Table) -> Graph:

@@ -14,11 +14,10 @@ from typing import Any
 import tensorrt as trt
 import torch
 from torch.fx import GraphModule, Node
-from torch_tensorrt import _enums
 from torch_tensorrt.dynamo.conversion import TRTInterpreter
-from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
 
 from passes.graph import module_path, val
+from qcompile.compat.torch_tensorrt import construct, dtype_of, output_dtypes
 from qcompile.errors import EngineError
 from qcompile.torch_tensorrt.lower import settings
 
@@ -33,7 +32,7 @@ class NetworkInterpreter(TRTInterpreter):  # type: ignore[misc]  # torch_tensorr
             super().__init__(
                 gm,
                 [],  # profiles are the business of whoever builds
-                output_dtypes=infer_module_output_dtypes(gm, truncate_double=True),
+                output_dtypes=output_dtypes(gm),
                 compilation_settings=settings(),
                 output_binding_names=outputs,
             )
@@ -44,13 +43,13 @@ class NetworkInterpreter(TRTInterpreter):  # type: ignore[misc]  # torch_tensorr
         self._taken = {*inputs, *outputs}
 
     def convert(self) -> None:
-        self._construct_trt_network_def()
+        construct(self)
 
     def placeholder(self, target: str, args: Any, kwargs: Any) -> Any:
         assert self._cur_node is not None
         name, tensor = next(self._names), val(self._cur_node)
         dims = [str(size.node.expr) if isinstance(size, torch.SymInt) else int(size) for size in tensor.shape]
-        kind = _enums.dtype._from(tensor.dtype).to(trt.DataType, use_default=True)
+        kind = dtype_of(tensor.dtype).to(trt.DataType, use_default=True)
         added = self.ctx.net.add_input(name, kind, tuple(d if isinstance(d, int) else -1 for d in dims))
         for axis, dim in enumerate(dims):
             if isinstance(dim, str):

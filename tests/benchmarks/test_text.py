@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.text import README, ROOT, TEMPLATES, render, same, stale
+from benchmarks.text import PAGES, README, ROOT, TEMPLATES, render, same, stale
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 # Numbers with a unit of measurement, and shares with three digits or more.
 _FIGURE = re.compile(
     r"\b(?:\d+\.\d+\s?x|\d+(?:\.\d+)?\s?(?:%|ms|s|min|GB|MB|kB))(?!\w)|\b0?\.\d{3,}|\b\d{1,3}(?:,\d{3})+\b"
@@ -19,10 +20,11 @@ def test_no_figure_differs_from_its_measurement() -> None:
     assert not [path.name for path in stale()], "run python -m benchmarks.text"
 
 
-def test_no_figure_is_written_by_hand() -> None:
-    """Outside of what benchmarks.text writes, README holds no number that looks measured."""
-    text = re.sub(r"<!-- figures.*?<!-- end of figures -->", "", README.read_text(), flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+@pytest.mark.parametrize("path", [README, *(page for page in DOCS if page not in PAGES)], ids=lambda path: path.stem)
+def test_no_figure_is_written_by_hand(path: Path) -> None:
+    """Outside of what benchmarks.text writes, pages hold no number that looks measured."""
+    text = re.sub(r"<!-- figures.*?<!-- end of figures -->", "", path.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```|^    qcompile .*?$", "", text, flags=re.DOTALL | re.MULTILINE)
     found = [figure[0] for figure in _FIGURE.finditer(text)]
     assert not found
 
@@ -44,6 +46,6 @@ def test_a_text_speaks_for_several_rows_only_where_they_agree() -> None:
 
 
 def test_every_script_that_a_text_names_is_there() -> None:
-    for path in (README, ROOT / "docs" / "results.md"):
+    for path in (README, *DOCS):
         for name in re.findall(r"python -m benchmarks\.(\w+)", path.read_text()):
             assert (Path(ROOT) / "benchmarks" / f"{name}.py").exists() or (ROOT / "benchmarks" / name).is_dir(), name

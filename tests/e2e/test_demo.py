@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from qcompile.demo import run_demo
+from qcompile.cli.demo_route import run_demo
 from qcompile.demo.measure import accuracy
 from qcompile.demo.model import load_digits
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import qcompile
+from qcompile.report.record import record_of
 
 pytest.importorskip("onnxruntime", reason="it runs the files: pip install 'qcompile[onnxruntime]'")
 
@@ -127,7 +128,7 @@ def test_a_layer_without_a_half_kernel_is_named_in_the_report() -> None:
     batch = (torch.randn(2, 10, 64), torch.arange(10))
     program = qcompile.quantize(model, batch, recipe="fp8_per_channel_per_token", progress=False)
     assert program.module()(*batch).isfinite().all()
-    notices = qcompile.record.record_of(program).notices
+    notices = record_of(program).notices
     assert [n for n in notices if "no kernel" in n] == [
         "in torch.float32, as torch has no kernel of it in half precision: avg_pool3d (avg_pool3d)"
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from tests.passes.support import DYNAMIC
+from passes.testing import DYNAMIC
 
 
 class Recurrent(nn.Module):

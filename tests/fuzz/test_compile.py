@@ -10,6 +10,7 @@ import torch
 
 import qcompile
 from qcompile.recipe import list_recipes
+from qcompile.report import quantized_modules
 from tests.fuzz.generator import Case, network
 from tests.fuzz.judge import ROUNDING, hold, leaves
 
@@ -40,7 +41,7 @@ def check(case: Case, recipe: str, dtype: torch.dtype, target: str) -> str:
         wanted = leaves(program.module()(*inputs))
     hold(found, wanted, floats, dtype, f"torch.compile, {target}", ROUNDING[dtype])
     assert [result.dtype for result in found] == [result.dtype for result in wanted]
-    quantized, _ = qcompile.coverage.quantized_modules(program.graph_module)
+    quantized, _ = quantized_modules(program.graph_module)
     explained = qcompile.explain(run)
     known = len(explained.quantized) + len(explained.left)  # a weight that no module multiplies has two names
     assert known >= len(quantized), f"of {sorted(quantized)} explain knows {sorted(explained.quantized)}"

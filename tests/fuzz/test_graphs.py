@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from qcompile.recipe import list_recipes
 from tests.fuzz.generator import network
@@ -15,6 +17,7 @@ from tests.fuzz.judge import check
 
 RECIPES = list_recipes()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNSHRUNK = (Phase.reuse, Phase.generate)  # a smaller seed is no smaller network
 # Refusals that are right, by a part of their sentence: ONNX has no such form, or the recipe names nothing here.
 EXPECTED = ("unsupported type: tensor(bfloat16)", "quantizes nothing", "numbers that the program cannot hold")
 
@@ -45,3 +48,11 @@ def test_random_networks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", range(0, 2000, 50))
 def test_two_thousand_random_networks(first: int, tmp_path: Path) -> None:
     run_seeds(range(first, first + 50), tmp_path)
+
+
+@pytest.mark.slow
+@settings(max_examples=5, phases=UNSHRUNK, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(2000, 2**31))
+def test_a_network_of_any_seed(seed: int, tmp_path: Path) -> None:
+    """Beyond those above: `.ci/find` tries other ones each time."""
+    run_seeds(range(seed, seed + 1), tmp_path)

@@ -15,7 +15,7 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import graph_of
+from passes.testing import graph_of
 
 Array = npt.NDArray[Any]
 WEIGHT, INPUT = Quantizer(FP8_128X128, None), Quantizer(FP8_1X128, None)

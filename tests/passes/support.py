@@ -1,4 +1,4 @@
-"""What tests of passes share: modules to graphs, running and counting, and the checks that hold for every pass."""
+"""What tests of our passes share beside `passes.testing`: small models, and Q/DQ in their graphs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
-from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-from passes.base import Pass, PassLog
 from passes.formats import FP8, Format
-from passes.graph import Emitter, aten
-from passes.program import unlift
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site, find_sites
-
-DYNAMIC = Dim.DYNAMIC
-Make = Callable[[], Pass]
 
 
 def export(module: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: Any) -> ExportedProgram:
@@ -28,85 +20,6 @@ def export(module: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: 
     with torch.no_grad():
         program = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         return program.run_decompositions({})
-
-
-# `run_decompositions({})` leaves these alone, and takes five times as long as the export itself.
-_KEPT = {
-    aten.linear.default, aten.scaled_dot_product_attention.default, aten.layer_norm.default, aten.embedding.default,
-    aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.sin.default, aten.view.default, aten.transpose.int,
-    aten.matmul.default, aten.softmax.int, aten.sym_size.int,
-}  # fmt: skip
-
-
-def graph_of(module: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: Any) -> GraphModule:
-    """The graph that passes see: weights as `get_attr`, flat inputs."""
-    with torch.no_grad():
-        program = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        if not all(node.target in _KEPT for node in program.graph.nodes if node.op == "call_function"):
-            program = program.run_decompositions({})
-    return unlift(program)
-
-
-class _CheckedInterpreter(Interpreter):
-    """Runs a graph and compares what each node makes with its `meta["val"]`."""
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.op in ("call_function", "get_attr") and isinstance(result, Tensor):
-            fake = n.meta["val"]
-            assert fake.dtype == result.dtype, f"{n}: meta says {fake.dtype}, made {result.dtype}"
-            assert len(fake.shape) == result.ndim, f"{n}: meta says {fake.shape}, made {result.shape}"
-            for said, made in zip(fake.shape, result.shape, strict=True):
-                assert not isinstance(said, int) or said == made, f"{n}: meta says {fake.shape}, made {result.shape}"
-        assert n.op != "call_function" or "nn_module_stack" in n.meta, f"{n} belongs to no module"
-        return result
-
-
-def run(gm: GraphModule, *inputs: Any) -> list[Tensor]:
-    """The outputs of `gm`, with the metadata of every node checked on the way."""
-    with torch.no_grad():
-        return pytree.tree_leaves(_CheckedInterpreter(gm).run(*inputs))
-
-
-def count(gm: GraphModule, *targets: Any) -> int:
-    """How many calls of `targets` the graph holds."""
-    return sum(node.op == "call_function" and node.target in targets for node in gm.graph.nodes)
-
-
-def only_call(gm: GraphModule, target: Any) -> Node:
-    """The one call of `target` in the graph."""
-    (node,) = (n for n in gm.graph.nodes if n.op == "call_function" and n.target is target)
-    return node
-
-
-def rewrites(make: Make, gm: GraphModule, *inputs: Any, fired: int = 1, **tolerance: float) -> PassLog:
-    """Run the pass that `make` makes on `gm` and check what every pass promises; the log of the run.
-
-    It fires `fired` times, the values stay within `tolerance` (bit for bit if there is none), every node has right
-    metadata, and a second run changes nothing.
-    """
-    expected = run(gm, *inputs)
-    first = make()
-    assert first(gm).modified
-    assert first.log.fired[first.name] == fired
-    for got, want in zip(run(gm, *inputs), expected, strict=True):
-        torch.testing.assert_close(got, want, equal_nan=True, **(tolerance or {"rtol": 0.0, "atol": 0.0}))
-    code, state = gm.code, dict(gm.state_dict())
-    assert not make()(gm).modified, "a second run changes the graph"
-    gm.recompile()
-    assert gm.code == code
-    assert gm.state_dict().keys() == state.keys()
-    return first.log
-
-
-def declines(make: Make, gm: GraphModule) -> list[str]:
-    """Run the pass on a graph that it has to leave alone; its reasons."""
-    code = gm.code
-    instance = make()
-    assert not instance(gm).modified
-    gm.recompile()
-    assert gm.code == code
-    return [decline.reason for decline in instance.log.declined]
 
 
 def scale_of(tensor: Tensor, fmt: Format = FP8, *, per_channel: bool = False) -> Tensor:
@@ -155,20 +68,3 @@ class Attention(nn.Module):
         q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
         grouped = {"enable_gqa": True} if self.kv_heads != self.heads else {}
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, **grouped, **self.options)
-
-
-def blank(*inputs: Tensor) -> tuple[GraphModule, Emitter, list[Node]]:
-    """A graph of `inputs` that returns nothing, what adds calls to it, and its placeholders: without an export."""
-    graph, mode = Graph(), FakeTensorMode()
-    placeholders = [graph.placeholder(f"x{index}") for index in range(len(inputs))]
-    for node, tensor in zip(placeholders, inputs, strict=True):
-        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    emit = Emitter(graph.output(()))
-    return GraphModule(nn.Module(), graph), emit, placeholders
-
-
-def returns(gm: GraphModule, *results: Node) -> GraphModule:
-    """`gm`, which returns `results` now."""
-    gm.graph.output_node().args = (results,)
-    gm.recompile()
-    return gm

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.fx import GraphModule
 
 from passes.base import Decline, Pass, PassLog, run_pipeline
-from passes.graph import aten, calls
-from tests.passes.support import blank, count, returns
+from passes.errors import PassError
+from passes.graph import Emitter, aten, calls
+from passes.promises import checked
+from passes.testing import blank, count, returns
 
 
 class Doubles(Pass):
@@ -77,3 +80,38 @@ def test_code_that_is_not_wanted_is_not_written() -> None:
     gm.graph.output_node().args = ((),)
     run_pipeline((Doubles,), gm, log)  # nothing fired now
     assert "add" in gm.code
+
+
+class CutsOff(Pass):
+    """Says what it did, and puts a constant in the place of a value."""
+
+    def rewrite(self, gm: GraphModule) -> None:
+        (result,) = gm.graph.output_node().args[0]  # type: ignore[misc]
+        zeros = Emitter(result)(aten.full.default, [2], 0.0)  # type: ignore[arg-type]
+        gm.graph.output_node().args = ((zeros,),)
+        self.fire()
+
+
+class Demands(Doubles):
+    """Wants what is not there, and leaves what it says to clear."""
+
+    clears = (aten.add.Tensor,)
+
+    def check_requires(self, gm: GraphModule) -> list[str]:
+        return ["there is no gate", "and no door"] if not count(gm, aten.neg.default) else []
+
+
+def test_a_pass_that_breaks_a_promise_is_named_where_somebody_checks() -> None:
+    silent, cut = (Silent, r"Silent: .*changed the graph and did not say so"), (CutsOff, "output 0 no longer depends")
+    for made, told in (silent, cut, (Demands, r"Demands: it requires.*there is no gate \(and 1 more\)")):
+        run_pipeline((made,), graph(1))
+        with checked(), pytest.raises(PassError, match=told):
+            run_pipeline((made,), graph(1))
+    gm, emit, (x,) = blank(torch.ones(2))
+    returns(gm, emit(aten.neg.default, x), emit(aten.add.Tensor, x, x))
+    gm.graph.output_node().args = ((*gm.graph.output_node().args[0], emit(aten.add.Tensor, x, 1)),)  # type: ignore[misc]
+    with checked():
+        run_pipeline((Demands,), gm)  # what is left was declined
+        with pytest.raises(PassError, match=r"aten.neg.default is left at neg"):
+            Left = type("Left", (Doubles,), {"clears": (aten.neg.default,)})
+            run_pipeline((Left,), gm)

@@ -25,7 +25,7 @@ from passes.constants import (
 )
 from passes.graph import Emitter, aten
 from passes.hadamard import HADAMARD, hadamard
-from tests.passes.support import DYNAMIC, blank, graph_of, returns, run
+from passes.testing import DYNAMIC, blank, graph_of, returns, run
 
 X = torch.randn(2, 3)
 W = torch.arange(12.0).reshape(4, 3)

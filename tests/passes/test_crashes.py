@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass, run_pipeline
 from passes.errors import PassError, QCompileError
 from passes.graph import aten, calls, val
-from tests.passes.support import Mlp, graph_of
+from passes.testing import graph_of
+from tests.passes.support import Mlp
 
 X = torch.randn(2, 8)
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from passes.dependence import fixed_nodes, input_dependence, metadata_operand, value_operands
 from passes.graph import aten
-from tests.passes.support import DYNAMIC, graph_of
+from passes.testing import DYNAMIC, graph_of
 
 
 class Function(nn.Module):
@@ -83,3 +84,15 @@ def test_an_operand_that_is_read_twice_is_read() -> None:
         if node.op == "call_function" and node.target is aten.expand_as.default:
             assert metadata_operand(node) is None and value_operands(node)
     assert input_dependence(gm) == [{"x"}]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_sums_of_flex_attention_need_no_values() -> None:
+    """They are written out without these, and a pass that does so has cut nothing off."""
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        values, sums = flex_attention(q, k, v, return_lse=True)
+        return values, sums
+
+    gm = graph_of(both, *(torch.randn(1, 2, 8, 4) for _ in "qkv"))
+    assert input_dependence(gm) == [{"q", "k", "v"}, {"q", "k"}]

@@ -21,7 +21,8 @@ from passes.graph import (
     shape,
     strip,
 )
-from tests.passes.support import DYNAMIC, Attention, Mlp, graph_of, only_call, run
+from passes.testing import DYNAMIC, graph_of, only_call, run
+from tests.passes.support import Attention, Mlp
 
 
 def first(gm: GraphModule, op: str) -> Node:

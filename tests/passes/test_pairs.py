@@ -14,7 +14,7 @@ from passes.formats import FP8, FP8_PER_TOKEN, INT8, NVFP4, Format
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynamic_quantize, quantize
 from passes.pairs import checked, constant_pair, measured_by, measured_pair, name_quantizer
-from tests.passes.support import blank, returns, run
+from passes.testing import blank, returns, run
 
 X = torch.randn(3, 32)
 

@@ -19,7 +19,8 @@ from passes.graph import Emitter, aten, fake_mode
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.program import lift, separated, unlift, written_tensors
-from tests.passes.support import DYNAMIC, Attention, Mlp, count, export, graph_of, insert, only_call, run, scale_of
+from passes.testing import DYNAMIC, count, graph_of, only_call, run
+from tests.passes.support import Attention, Mlp, export, insert, scale_of
 
 
 class Buffers(nn.Module):

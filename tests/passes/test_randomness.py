@@ -10,7 +10,7 @@ import torch
 
 from passes.graph import aten
 from passes.randomness import draws
-from tests.passes.support import blank
+from passes.testing import blank
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from passes.sdpa import SDPA, Attention, attention_scale
-from tests.passes.support import blank, only_call, returns, run
+from passes.testing import blank, only_call, returns, run
 
 Q, K, V, M = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(3, 5)
 

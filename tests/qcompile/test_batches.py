@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from passes.graph import aten, calls
 from passes.program import unlift
+from qcompile.algorithms.observe import observe
+from qcompile.algorithms.statistics import Statistic
 from qcompile.batches import flatten_batch, pieces
 from qcompile.capture import capture
 from qcompile.errors import CalibrationError
-from qcompile.observe import observe
-from qcompile.statistics import Statistic
 
 
 class Total(Statistic):
@@ -33,6 +33,12 @@ class Total(Statistic):
         self.sum += float(result.double().sum()) * weight
         self.count += result.numel() * weight
         self.bins += torch.histc(result.double(), 4, -4.0, 4.0) * weight
+
+    def merge(self, other: Total) -> None:
+        self.sum, self.count, self.bins = self.sum + other.sum, self.count + other.count, self.bins + other.bins
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sum": torch.tensor(self.sum), "count": torch.tensor(self.count), "bins": self.bins}
 
 
 class BatchSecond(nn.Module):

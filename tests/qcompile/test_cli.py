@@ -200,7 +200,9 @@ def test_recipes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "check", "bad.yaml") == 2
 
 
-@pytest.mark.parametrize("command", ["", "export", "build", "inspect", "recipes", "demo", "doctor", "completion"])
+@pytest.mark.parametrize(
+    "command", ["", "export", "checkpoint", "build", "inspect", "recipes", "demo", "doctor", "completion"]
+)
 def test_help_has_examples_and_markdown_eats_no_star(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0
     shown = capsys.readouterr().out
@@ -234,7 +236,7 @@ complete_line() {
 }
 complete_line qcompile rec
 complete_line qcompile export --cali
-complete_line qcompile export m --format comp
+complete_line qcompile checkpoint m --format comp
 """
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert [line.split() for line in shown.stdout.splitlines()] == [

@@ -104,7 +104,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (("build", "none.onnx", "--target", "sm89"), ("none.onnx",)),
         (("repair", "none.onnx", "missing/new.onnx"), ("there is no directory",)),
         (("demo", "--output", "missing"), ("there is no directory",)),
-        (("export", "a_directory", "--to-checkpoint", "new", "--calibration", "none.npz"), ("no calibration file",)),
+        (("checkpoint", "a_directory", "-o", "new", "--calibration", "none.npz"), ("no calibration file",)),
         (("demo", "--epochs", "0"), ("1 or more",)),
         ((*NEVER, "--batch", "0"), ("--batch 0: a size is 1 or more",)),
         ((*NEVER[:-2], "--samples", "3"), ("--samples is for calibration data",)),

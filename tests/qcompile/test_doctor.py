@@ -12,9 +12,28 @@ import onnxruntime
 import pytest
 import torch
 
+import passes.compat
+from passes.private import Private
 from qcompile import doctor
 from qcompile.cli import main
 from qcompile.engine.backend import find_backend
+
+GONE = Private("torch._guards", "nothing", "a test")
+
+
+@pytest.fixture(autouse=True)
+def two_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing every library that has private names takes long; tests/test_compat.py does."""
+    monkeypatch.setattr(doctor, "probes", lambda: [Private("torch._guards", "TracingContext", "a test")])
+
+
+def test_private_names_are_probed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examined(capsys, 0)["insides"] == [{"library": "torch", "names": 1, "problems": []}]
+    monkeypatch.setattr(doctor, "probes", lambda: [*passes.compat.probes(), GONE])
+    found = examined(capsys, 1)
+    assert found["insides"][0]["names"] > 10 and found["problems"] == [GONE.problem()]
+    assert main(["doctor"]) == 1
+    assert "1 broken" in capsys.readouterr().out
 
 
 def examined(capsys: pytest.CaptureFixture[str], code: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import qcompile
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 
 
 class Attention(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import qcompile
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 
 LENGTH, DYNAMIC = 32, "fp8_per_channel_per_token"
 SAID = "the mask hides every key from some queries"

@@ -59,36 +59,46 @@ def test_messages_are_cut_and_have_no_control_characters() -> None:
 
 def test_tables_obey_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names of modules, notices, titles and the source, with what terminals and rich take for commands."""
-    engine = {"target": f"{EVIL}[/bold]", "builder": "b", "bytes": 1, "seconds": 1, "kernels": 1}
+    engine = {"kind": "engine", "target": f"{EVIL}[/bold]", "builder": "b", "bytes": 1, "seconds": 1, "kernels": 1}
     parts = {"total": 0, "fused": 0, "fp8": 0}
     engine |= {"attention": parts, "gemms": {EVIL: 1}, "convolutions": {}, "notices": [EVIL], "layers": []}
+    engine["not_low_precision"] = [[EVIL, EVIL, EVIL]]
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"source": EVIL, "engine": {**engine, "not_low_precision": [[EVIL, EVIL, EVIL]]}}))
+    report.write_text(json.dumps({"kind": "command", "source": EVIL, "engine": engine}))
     assert main(["inspect", str(report)]) == 0
     captured = capsys.readouterr()
     assert (captured.out + captured.err).replace("\n", "").isprintable()
     assert captured.out.count(r"\x1b[2J") >= 6
 
 
+CHECKPOINT = {"kind": "checkpoint", "format": "fp8", "kv_cache": False, "files": [], "seconds": 1}
+
+
 @pytest.mark.parametrize(
-    "report",
+    ("report", "told"),
     [
-        {"kind": "export"},
-        {"export": [1]},
-        {"export": {"recipe": "x", "bytes": "many"}},
-        {"engine": 5},
-        {"repair": {"bytes": [1, 2], "opset": {}, "changed": 1}},
-        {"checkpoint": "x"},
-        {"kind": "checkpoint", "bytes": 1, "files": 5},
-        {"kind": "repair", "bytes": 5},
-        {"layers": [], "attention": []},
+        ({"kind": "export"}, "is not a whole report of this version: target: Field required, and "),
+        ({"kind": "command", "source": "x", "export": [1]}, "is not a whole report"),
+        ({"kind": "command", "source": "x", "engine": 5}, "is not a whole report"),
+        ({"kind": "checkpoint", "bytes": 1, "files": 5}, "is not a whole report"),
+        ({"kind": "repair", "bytes": 5}, "is not a whole report"),
+        ({"kind": "export", "version": 7}, "version 7, where this qcompile has version 1: a newer one wrote it"),
+        ({"kind": "export", "version": "1"}, "version '1', where"),
+        ({"kind": "command", "source": "x", "repair": {"version": 7}}, "repair: a report of version 7"),
+        ({"kind": "recipe"}, "a report of the kind 'recipe', which this qcompile does not know"),
+        ({"kind": [1]}, "it has no kind"),
+        ({**CHECKPOINT, "bytes": 10**400}, "is not a whole report of this version: OverflowError"),
+        ({"export": {"recipe": "x", "bytes": "many"}}, "it has no kind"),
+        ({"layers": [], "attention": []}, "it has no kind"),
+        ([], "it has no kind"),
     ],
 )
-def test_reports_of_another_shape(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_of_another_shape(report: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report))
     assert main(["inspect", str(file)]) == 2
-    assert f"{file} is not a whole report of this version" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {file} is") and told in line
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, '{"a": ', "\udcff"])

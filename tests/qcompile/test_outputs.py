@@ -27,10 +27,11 @@ import qcompile
 from qcompile import files
 from qcompile.checkpoint.files.directory import new_directory
 from qcompile.cli import main
-from qcompile.cli.console import write_json
+from qcompile.cli.console import write_report
 from qcompile.cli.quantize import save
 from qcompile.engine import build
 from qcompile.errors import EngineError, QCompileError
+from qcompile.report.base import ReportBase
 
 X = torch.randn(2, 16)
 
@@ -130,7 +131,7 @@ FILES: dict[str, Writer] = {
     "ONNX file": lambda path, program: qcompile.export_onnx(program, path),
     "repaired file": lambda path, _: qcompile.repair_onnx("m.onnx", path),
     "program": lambda path, program: save(program, path),
-    "report": lambda path, _: write_json(path, {"values": [0] * 10_000}),
+    "report": lambda path, _: write_report(path, ReportBase(kind="any", notices=["x" * 10_000])),
     "engine": lambda path, _: build._write(path, bytes(10_000)),
 }
 WRITERS: dict[str, Writer] = {**FILES, "checkpoint": fill}

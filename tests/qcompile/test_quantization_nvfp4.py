@@ -16,9 +16,9 @@ import qcompile
 from passes.hadamard import hadamard
 from passes.ir import ATTENTION, DYNAMIC_QUANTIZE
 from passes.program import unlift
-from qcompile.coverage import coverage, quantized_modules
 from qcompile.errors import CalibrationError, QCompileError
-from qcompile.record import record_of
+from qcompile.report.coverage import coverage, quantized_modules
+from qcompile.report.record import record_of
 from tests.nvfp4 import bits, oracle, rounded, unpacked
 
 X = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from passes.ir import QUANTIZE
 from passes.subgraphs import all_calls, graphs
 from qcompile.errors import ExportError
 from qcompile.onnx.view import walk
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 
 Held = Callable[[nn.Module, Tensor], Tensor]
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))

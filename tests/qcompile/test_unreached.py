@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import qcompile
-from qcompile.record import record_of
+from qcompile.report.record import record_of
 
 
 class Expert(nn.Module):

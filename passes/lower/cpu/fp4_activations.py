@@ -6,10 +6,10 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.formats import Format, get_format
-from passes.graph import Emitter, aten, calls, dtype, is_call
+from passes.graph import Emitter, aten, calls, dtype
 from passes.ir import DEQUANTIZE
 from passes.lower.fp4_codes import blocks_and_scales
-from passes.pairs import measured_by
+from passes.reading import Operand
 
 
 class RoundFp4Activations(Pass):
@@ -32,13 +32,10 @@ class RoundFp4Activations(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, DEQUANTIZE):
-            dynamic = measured_by(node)
-            if dynamic is None or not get_format(str(dynamic.kwargs["format"])).packed:
-                continue
-            scale = node.args[1]
-            assert isinstance(scale, Node)
-            if not is_call(scale, DEQUANTIZE) or scale.args[1] is not dynamic.args[1]:
-                continue  # block scales that something else made
+            operand = Operand(node)
+            dynamic = operand.measured
+            if dynamic is None or not operand.format.is_fp4 or operand.global_scale is not dynamic.args[1]:
+                continue  # the last: block scales that something else made
             self._rewrite(gm, node, dynamic)
             self.fire()
 

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.compat import cpu_has_float16
 from passes.graph import Emitter, aten, calls, dtype
 from passes.ir import BATCHED_LINEAR
 from passes.sdpa import SDPA
@@ -15,7 +16,7 @@ PRODUCTS = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.
 
 def multiplies_float16() -> bool:
     """Whether products in float16 are fast on this CPU: oneDNN has them where the CPU has AVX512-FP16 or AMX-FP16."""
-    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return cpu_has_float16()
 
 
 class WidenHalfProducts(Pass):

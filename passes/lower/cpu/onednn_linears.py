@@ -6,13 +6,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.compat import has_onednn
 from passes.graph import Emitter, argument, aten, calls, dtype
 from passes.ir import BATCHED_LINEAR
 from passes.lower.cpu.half import multiplies_float16
 from passes.lower.cpu.onednn import ONEDNN_LINEAR
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.operands import has_constant_codes
 from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
 
 
 class OneDnnLinears(Pass):
@@ -37,13 +38,14 @@ class OneDnnLinears(Pass):
 
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
-            if not has_constant_codes(node.args[1]) or is_noted(node):
+            layer = QuantizedLayer.read(node)
+            if layer is None or not layer.weight.is_constant or is_noted(node):
                 continue
             if node.target is BATCHED_LINEAR:
                 note_kernel(node, "bmm, weights dequantized before it", linear_name(node))
             elif dtype(node) == torch.bfloat16 or (dtype(node) == torch.float16 and multiplies_float16()):
                 note_kernel(node, "linear, weight dequantized before it", linear_name(node))
-            elif not torch._C._has_mkldnn:
+            elif not has_onednn():
                 self.decline("this build of torch has no oneDNN", node)
                 note_kernel(node, "linear, weight dequantized before it", linear_name(node))
             else:

@@ -8,7 +8,8 @@ from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, module_path, place_of, shape
 from passes.ir import ATTENTION
 from passes.lower.kernels import note_kernel
-from passes.lower.operands import constants_read, forget_unread, source_of
+from passes.lower.operands import constants_read, forget_unread
+from passes.reading import source_of
 from passes.sdpa import SDPA, Attention, attention_scale
 
 

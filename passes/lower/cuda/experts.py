@@ -8,9 +8,10 @@ from torch.fx import GraphModule, Node
 from passes.graph import Emitter, aten, shape
 from passes.ir import BATCHED_LINEAR
 from passes.lower.cuda.scaled_mm import LinearsToScaledMm, fp8_product, needs_scales_after, scaled_after
-from passes.lower.operands import QuantizedLinear, constant_like
+from passes.lower.operands import constant_like
 from passes.lower.rows import add_bias
 from passes.lower.scales import float32_scale, in_columns, is_one_scale
+from passes.reading import QuantizedLayer
 
 GROUPED_MM = aten._scaled_grouped_mm.default
 
@@ -35,10 +36,10 @@ class ExpertsToScaledMm(LinearsToScaledMm):
 
     target = BATCHED_LINEAR
 
-    def reason(self, linear: QuantizedLinear) -> str | None:
+    def reason(self, linear: QuantizedLayer) -> str | None:
         if reason := super().reason(linear):
             return reason
-        if shape(linear.codes)[0] == 1:
+        if shape(linear.x.codes)[0] == 1:
             return None
         if not self.device.is_hopper:
             return f"{self.device} has no grouped FP8 product, which torch has on Hopper alone"
@@ -46,25 +47,27 @@ class ExpertsToScaledMm(LinearsToScaledMm):
             return f"the grouped FP8 product gives bfloat16, and these experts compute in {linear.dtype}"
         return None
 
-    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+    def lower(self, gm: GraphModule, linear: QuantizedLayer) -> tuple[Node, str]:
         emit = Emitter(linear.node)
-        if shape(linear.codes)[0] == 1:
+        if shape(linear.x.codes)[0] == 1:
             return self._joint(gm, emit, linear)
-        weight = emit(aten.transpose.int, linear.weight_codes, -1, -2)
+        weight = emit(aten.transpose.int, linear.weight.codes, -1, -2)
         experts, rows = int(shape(weight)[0]), int(shape(weight)[-1])
         scale, columns = _input_scale(gm, emit, linear), in_columns(linear)
         weight_scale = constant_like(
-            gm, linear.node, linear.weight_scale, lambda scale: columns(scale).reshape(experts, rows)
+            gm, linear.node, linear.weight.scale, lambda scale: columns(scale).reshape(experts, rows)
         )
-        product = emit(GROUPED_MM, linear.codes, weight, scale, weight_scale, None, None, None, linear.dtype, self.fast)
+        product = emit(
+            GROUPED_MM, linear.x.codes, weight, scale, weight_scale, None, None, None, linear.dtype, self.fast
+        )
         bias = None if linear.bias is None else emit(aten.unsqueeze.default, linear.bias, -2)
         return add_bias(emit, product, bias, linear.dtype), "scaled_grouped_mm, scales of rows"
 
-    def _joint(self, gm: GraphModule, emit: Emitter, linear: QuantizedLinear) -> tuple[Node, str]:
+    def _joint(self, gm: GraphModule, emit: Emitter, linear: QuantizedLayer) -> tuple[Node, str]:
         """All experts read the same rows `[1,M,K]`."""
-        experts, rows, width = (int(size) for size in shape(linear.weight))
-        codes = emit(aten.squeeze.dim, linear.codes, 0)
-        weight = emit(aten.reshape.default, linear.weight_codes, [-1, width])
+        experts, rows, width = (int(size) for size in shape(linear.weight.node))
+        codes = emit(aten.squeeze.dim, linear.x.codes, 0)
+        weight = emit(aten.reshape.default, linear.weight.codes, [-1, width])
         bias = None if linear.bias is None else emit(aten.reshape.default, linear.bias, [-1])
         product = scaled_after if needs_scales_after(self.device, linear) else fp8_product
         result, kernel = product(gm, emit, linear, codes, weight, bias, fast=self.fast)
@@ -72,10 +75,10 @@ class ExpertsToScaledMm(LinearsToScaledMm):
         return emit(aten.transpose.int, result, 0, 1), kernel
 
 
-def _input_scale(gm: GraphModule, emit: Emitter, linear: QuantizedLinear) -> Node:
+def _input_scale(gm: GraphModule, emit: Emitter, linear: QuantizedLayer) -> Node:
     """Scales of the input `[E, M]`."""
-    scale, (experts, count, _) = float32_scale(gm, emit, linear.scale), emit.sizes(linear.codes)
-    if is_one_scale(linear.scale):
+    scale, (experts, count, _) = float32_scale(gm, emit, linear.x.scale), emit.sizes(linear.x.codes)
+    if is_one_scale(linear.x.scale):
         scale = emit(aten.reshape.default, scale, [1, 1])
     else:
         scale = emit(aten.squeeze.dim, scale, -1)

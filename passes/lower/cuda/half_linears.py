@@ -6,19 +6,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
+from passes.capabilities import converts, multiplies
 from passes.constants import add_constant, evaluate_constant, root_constants
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format, get_format
-from passes.graph import aten, calls, dtype, is_call
-from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dequantize
-from passes.lower.cuda.nvfp4_mm import FP4_UNITS
-from passes.lower.cuda.scaled_mm import FP8_UNITS
+from passes.formats import Format
+from passes.graph import aten, calls, dtype
+from passes.ir import BATCHED_LINEAR, dequantize
 from passes.lower.device import Device
-from passes.lower.int_mm import INT8_UNITS
 from passes.lower.kernels import is_noted, note_kernel
-from passes.lower.operands import constants_read, forget_unread, has_constant_codes, source_of
-from passes.quantize.sites import linear_name
-
-_E4M3 = (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, NVFP4)  # in their codes or in their scales
+from passes.lower.operands import constants_read, forget_unread
+from passes.reading import Operand, QuantizedLayer
 
 
 class LinearsInHalfPrecision(Pass):
@@ -52,68 +48,51 @@ class LinearsInHalfPrecision(Pass):
         before, fired = constants_read(gm), self.log.fired[self.name]
         stored: dict[Node, Node] = {}
         for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
-            weight = node.args[1]
-            if is_noted(node) or not has_constant_codes(weight):
+            layer = QuantizedLayer.read(node)
+            if layer is None or not layer.weight.is_constant or is_noted(node):
                 continue
-            assert isinstance(weight, Node)
-            layer, precision = linear_name(node), str(dtype(node)).removeprefix("torch.")
-            source, fmt = source_of(node.args[0]), get_format(str(weight.kwargs["format"]))
-            if source is None and can_convert(self.device, fmt):
-                note_kernel(node, f"mm in {precision} of the weight dequantized in each call", layer)
+            name, precision = layer.name, str(layer.dtype).removeprefix("torch.")
+            if (layer.input is None or layer.input.source is None) and can_convert(self.device, layer.weight.format):
+                note_kernel(node, f"mm in {precision} of the weight dequantized in each call", name)
                 continue
+            weight = layer.weight.node
             if weight not in stored:
-                stored[weight] = _store(gm, weight)
+                stored[weight] = _store(gm, layer.weight)
             node.update_arg(1, stored[weight])
-            note_kernel(node, f"mm in {precision}", layer, self._drop(node, source))
+            note_kernel(node, f"mm in {precision}", name, self._drop(node, layer.input))
             self.fire()
         if self.log.fired[self.name] > fired:
             forget_unread(gm, before)
 
-    def _drop(self, node: Node, source: Node | None) -> str:
+    def _drop(self, node: Node, x: Operand | None) -> str:
         """Take Q/DQ off the input of `node` if the device has no kernel for its format; what was dropped."""
-        quantized = node.args[0]
-        if source is None or dtype(source) != dtype(node):
-            return ""
-        assert isinstance(quantized, Node)
-        fmt = get_format(str(quantized.kwargs["format"]))
-        if has_kernel(self.device, fmt):
+        source = None if x is None else x.source
+        if x is None or source is None or dtype(source) != dtype(node) or has_kernel(self.device, x.format):
             return ""
         node.update_arg(0, source)
-        return f"the input is not quantized: the device has no {fmt.name}"
+        return f"the input is not quantized: the device has no {x.format.name}"
 
 
 def has_kernel(device: Device, fmt: Format) -> bool:
-    """Whether some matrix product of `device` takes codes of `fmt`; of a format that is not named here none does."""
-    if fmt in (INT8, INT8_PER_TOKEN):
-        return device.has(INT8_UNITS)
-    if fmt == NVFP4:
-        return device.has(FP4_UNITS)
-    if fmt in (FP8_1X128, FP8_128X128):
-        return device.is_hopper
-    return fmt in (FP8, FP8_PER_TOKEN) and device.has(FP8_UNITS)
+    """Whether some matrix product of `device` takes codes of `fmt`."""
+    return multiplies(device.capability, fmt)
 
 
 def can_convert(device: Device, fmt: Format) -> bool:
-    """Whether Triton converts codes or scales of `fmt` on `device`: e4m3 (FP4 has scales of it) from 8.9 on."""
-    return fmt in (INT8, INT8_PER_TOKEN) or (fmt in _E4M3 and device.has(FP8_UNITS))
+    """Whether Triton converts codes or scales of `fmt` on `device`."""
+    return converts(device.capability, fmt)
 
 
-def _store(gm: GraphModule, weight: Node) -> Node:
+def _store(gm: GraphModule, weight: Operand) -> Node:
     """What `weight` dequantizes to, as a constant."""
-    assert isinstance(weight.args[0], Node)
-    name = str(root_constants(weight.args[0])[0].target)
-    return add_constant(gm, f"{name}_dequantized", _dequantized(gm, weight), weight)
+    name = str(root_constants(weight.codes)[0].target)
+    return add_constant(gm, f"{name}_dequantized", _dequantized(gm, weight.node), weight.node)
 
 
 def _dequantized(gm: GraphModule, node: Node) -> torch.Tensor:
     """The value of a dequantize of constants, or of a constant."""
-    if not is_call(node, DEQUANTIZE):
+    operand = Operand.read(node)
+    if operand is None:
         return evaluate_constant(gm, node)
-    codes, scale = node.args
-    assert isinstance(codes, Node) and isinstance(scale, Node)
-    return dequantize(
-        evaluate_constant(gm, codes),
-        _dequantized(gm, scale),
-        format=str(node.kwargs["format"]),
-        dtype=dtype(node),
-    )
+    codes, scale = evaluate_constant(gm, operand.codes), _dequantized(gm, operand.scale)
+    return dequantize(codes, scale, format=operand.format.name, dtype=dtype(node))

@@ -7,17 +7,17 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.capabilities import UNITS
 from passes.constants import add_constant, constant, evaluate_constant
 from passes.formats import NVFP4
-from passes.graph import Emitter, aten, dtype, is_call, shape
-from passes.ir import DEQUANTIZE
+from passes.graph import Emitter, aten, dtype, shape
 from passes.lower.cuda.scaled_mm import SCALED_MM
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import QuantizedLinear, constant_like, misaligned
+from passes.lower.operands import constant_like, misaligned
 from passes.lower.rows import add_bias, as_rows, like_input
 from passes.lower.scales import float32_scale
+from passes.reading import QuantizedLayer
 
-FP4_UNITS = (10, 0)
 FP4 = torch.float4_e2m1fn_x2
 TILE = (128, 4)  # scales are read in tiles of so many rows and blocks along K
 
@@ -41,27 +41,27 @@ class Nvfp4LinearsToScaledMm(LinearLowering):
     Why: `_scaled_mm_v2` would apply the global scales itself, but Inductor 2.13 refuses it with tiles of scales.
     """
 
-    def takes(self, linear: QuantizedLinear) -> bool:
-        return linear.format == NVFP4
+    def takes(self, linear: QuantizedLayer) -> bool:
+        return linear.x.format == NVFP4
 
-    def reason(self, linear: QuantizedLinear) -> str | None:
-        if not self.device.has(FP4_UNITS):
+    def reason(self, linear: QuantizedLayer) -> str | None:
+        if not UNITS["nvfp4"].on(self.device.capability):
             return f"{self.device} has no FP4 matrix units"
-        if linear.weight_format != NVFP4:
-            return f"the input is in NVFP4, and the weight in {linear.weight_format.name}"
-        if not all(is_call(scale, DEQUANTIZE) for scale in (linear.scale, linear.weight_scale)):
+        if linear.weight.format != NVFP4:
+            return f"the input is in NVFP4, and the weight in {linear.weight.format.name}"
+        if linear.x.global_scale is None or linear.weight.global_scale is None:
             return "the block scales are not quantized"
         return misaligned(linear, 32, 16)
 
-    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+    def lower(self, gm: GraphModule, linear: QuantizedLayer) -> tuple[Node, str]:
         emit = Emitter(linear.node)
-        blocks, global_scale = linear.scale.args
-        weight_blocks, weight_global = linear.weight_scale.args
-        assert isinstance(blocks, Node) and isinstance(global_scale, Node)
-        assert isinstance(weight_blocks, Node) and isinstance(weight_global, Node)
-        rows = as_rows(emit, linear.codes)
+        blocks, global_scale = linear.x.block_scales, linear.x.global_scale
+        weight_blocks, weight_global = linear.weight.block_scales, linear.weight.global_scale
+        assert blocks is not None and global_scale is not None
+        assert weight_blocks is not None and weight_global is not None
+        rows = as_rows(emit, linear.x.codes)
         codes = emit(aten.view.dtype, rows, FP4)
-        weight = emit(aten.t.default, emit(aten.view.dtype, linear.weight_codes, FP4))
+        weight = emit(aten.t.default, emit(aten.view.dtype, linear.weight.codes, FP4))
         weight_tiles = constant_like(gm, linear.node, weight_blocks, in_tiles)
         to = torch.float32 if linear.dtype == torch.float16 else linear.dtype
         tiles = _emit_tiles(emit, as_rows(emit, blocks))
@@ -69,7 +69,7 @@ class Nvfp4LinearsToScaledMm(LinearLowering):
         result = product if to == torch.float32 else emit(aten._to_copy.default, product, dtype=torch.float32)
         result = emit(aten.mul.Tensor, result, _joint_scale(gm, emit, global_scale, weight_global))
         result = add_bias(emit, result, linear.bias, linear.dtype)
-        return like_input(emit, result, linear.codes), "scaled_mm, NVFP4"
+        return like_input(emit, result, linear.x.codes), "scaled_mm, NVFP4"
 
 
 def in_tiles(scales: torch.Tensor) -> torch.Tensor:

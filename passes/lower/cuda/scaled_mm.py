@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.capabilities import UNITS, inputs_of
 from passes.constants import add_constant
-from passes.formats import FP8, FP8_PER_TOKEN
+from passes.formats import FP8
 from passes.graph import Emitter, aten, dtype, name_in_module, val
 from passes.lower.device import Device
 from passes.lower.linears import LinearLowering
-from passes.lower.operands import QuantizedLinear, constant_like, misaligned
+from passes.lower.operands import constant_like, misaligned
 from passes.lower.rows import add_bias, as_rows, like_input
 from passes.lower.scales import float32_scale, in_columns, is_one_scale, scale_product, unscalable
+from passes.reading import QuantizedLayer
 
-FP8_UNITS = (8, 9)  # the first compute capability whose matrix units take FP8
 SCALED_MM = aten._scaled_mm.default
 
 
@@ -43,44 +44,44 @@ class LinearsToScaledMm(LinearLowering):
         super().__init__(device)
         self.fast = fast_accumulation
 
-    def takes(self, linear: QuantizedLinear) -> bool:
-        return linear.format in (FP8, FP8_PER_TOKEN) and linear.weight_format == FP8
+    def takes(self, linear: QuantizedLayer) -> bool:
+        return linear.weight.format == FP8 and linear.x.format in inputs_of(FP8)
 
-    def reason(self, linear: QuantizedLinear) -> str | None:
+    def reason(self, linear: QuantizedLayer) -> str | None:
         return fp8_reason(self.device, linear) or misaligned(linear, 16, 16)
 
-    def lower(self, gm: GraphModule, linear: QuantizedLinear) -> tuple[Node, str]:
+    def lower(self, gm: GraphModule, linear: QuantizedLayer) -> tuple[Node, str]:
         emit = Emitter(linear.node)
-        rows = as_rows(emit, linear.codes)
+        rows = as_rows(emit, linear.x.codes)
         product = scaled_after if needs_scales_after(self.device, linear) else fp8_product
-        result, kernel = product(gm, emit, linear, rows, linear.weight_codes, linear.bias, fast=self.fast)
-        return like_input(emit, result, linear.codes), kernel
+        result, kernel = product(gm, emit, linear, rows, linear.weight.codes, linear.bias, fast=self.fast)
+        return like_input(emit, result, linear.x.codes), kernel
 
 
-def fp8_reason(device: Device, linear: QuantizedLinear) -> str | None:
+def fp8_reason(device: Device, linear: QuantizedLayer) -> str | None:
     """Why FP8 codes with the scales of `linear` cannot be multiplied on `device`, or None."""
-    if not device.has(FP8_UNITS):
+    if not UNITS["fp8"].on(device.capability):
         return f"{device} has no FP8 matrix units"
     return unscalable(linear)
 
 
 def fp8_product(
-    gm: GraphModule, emit: Emitter, linear: QuantizedLinear, rows: Node, weight: Node, bias: Node | None, *, fast: bool
+    gm: GraphModule, emit: Emitter, linear: QuantizedLayer, rows: Node, weight: Node, bias: Node | None, *, fast: bool
 ) -> tuple[Node, str]:
     """Codes `rows` `[M,K]` times those of `weight` `[N,K]`, with the scales of `linear` and `bias` `[N]`.
 
     Returns `[M,N]` and the kernel's name.
     """
-    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.scale)
+    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.x.scale)
     to = linear.dtype
     inside = bias if bias is not None and dtype(bias) == to != torch.float32 else None
     outside = None if inside is not None else bias
-    if is_one_scale(linear.scale) and is_one_scale(linear.weight_scale):
-        weight_scale = float32_scale(gm, emit, linear.weight_scale)
+    if is_one_scale(linear.x.scale) and is_one_scale(linear.weight.scale):
+        weight_scale = float32_scale(gm, emit, linear.weight.scale)
         product = emit(SCALED_MM, rows, codes, scale, weight_scale, inside, None, to, fast)
         return add_bias(emit, product, outside, to), "scaled_mm, one scale"
-    weight_scale = constant_like(gm, linear.node, linear.weight_scale, in_columns(linear))
-    if is_one_scale(linear.scale):
+    weight_scale = constant_like(gm, linear.node, linear.weight.scale, in_columns(linear))
+    if is_one_scale(linear.x.scale):
         count, *_ = emit.sizes(rows)
         scale = emit(aten.expand.default, emit(aten.reshape.default, scale, [1, 1]), [count, 1])
         scale = emit(aten.clone.default, scale, memory_format=torch.contiguous_format)  # the product wants strides
@@ -91,10 +92,10 @@ def fp8_product(
 
 
 def scaled_after(
-    gm: GraphModule, emit: Emitter, linear: QuantizedLinear, rows: Node, weight: Node, bias: Node | None, *, fast: bool
+    gm: GraphModule, emit: Emitter, linear: QuantizedLayer, rows: Node, weight: Node, bias: Node | None, *, fast: bool
 ) -> tuple[Node, str]:
     """`fp8_product` for devices that have no product with scales for rows in the dtype of `linear`."""
-    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.scale)
+    codes, scale = emit(aten.t.default, weight), float32_scale(gm, emit, linear.x.scale)
     unit = add_constant(
         gm, name_in_module(linear.node, "unit_scale"), torch.ones((), device=val(codes).device), linear.node
     )
@@ -103,9 +104,9 @@ def scaled_after(
     return add_bias(emit, product, bias, linear.dtype), "scaled_mm, scales of rows after it"
 
 
-def needs_scales_after(device: Device, linear: QuantizedLinear) -> bool:
+def needs_scales_after(device: Device, linear: QuantizedLayer) -> bool:
     """Whether `linear` has scales for rows, and `device` no product with those in its dtype."""
-    in_one = is_one_scale(linear.scale) and is_one_scale(linear.weight_scale)
+    in_one = is_one_scale(linear.x.scale) and is_one_scale(linear.weight.scale)
     return not in_one and not _has_row_scales(device, linear.dtype)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 Get = Callable[[str], torch.Tensor]
 """The stored tensor of that full name. Raises `KeyError` for one that no file holds."""

@@ -23,20 +23,13 @@ from typing import Any
 
 import torch
 
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
 from qcompile.checkpoint.formats.compressed_tensors_reader import MIXED, CompressedTensorsReader
 from qcompile.checkpoint.formats.merged import check_contents, describe
-from qcompile.checkpoint.formats.scheme_args import KV_CACHE, group_of
+from qcompile.checkpoint.formats.scheme_args import KV_CACHE, WEIGHTS, group_of, inputs_with
 from qcompile.checkpoint.formats.skip import skipped_names
-from qcompile.layer import QuantizedWeight, Scheme
-
-_INPUTS: dict[Format, tuple[Format | None, ...]] = {
-    FP8: (None, FP8, FP8_PER_TOKEN),
-    FP8_128X128: (None, FP8_1X128),
-    INT8: (INT8, INT8_PER_TOKEN),
-    NVFP4: (None, NVFP4),
-}
+from qcompile.layer import QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 
 class CompressedTensors(CheckpointFormat):
@@ -97,11 +90,11 @@ class CompressedTensors(CheckpointFormat):
 
 
 def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    if scheme.input in _INPUTS.get(scheme.weight, ()):
+    if scheme.input in inputs_with(scheme.weight):
         return None
     known = ", ".join(
-        f"{weight.name} with {' or '.join(i.name if i else 'no' for i in inputs)} input"
-        for weight, inputs in _INPUTS.items()
+        f"{weight.name} with {' or '.join(x.name if x else 'no' for x in inputs_with(weight))} input"
+        for weight in WEIGHTS
     )
     return f"{describe(scheme)}: no server runs it; change the recipe to one of: {known}"
 

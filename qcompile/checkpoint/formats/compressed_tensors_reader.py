@@ -12,14 +12,14 @@ import torch
 from qcompile.checkpoint.formats.base import Get, SchemeReader
 from qcompile.checkpoint.formats.fields import Targets, mapping, names
 from qcompile.checkpoint.formats.regexes import Clock
-from qcompile.checkpoint.formats.scheme_args import KV_CACHE, scheme_of
+from qcompile.checkpoint.formats.scheme_args import COMPRESSORS, KV_CACHE, scheme_of
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.scheme import Scheme
 
 MIXED = "mixed-precision"
-_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")
 _CLASSES = ("Linear", "LinearBase")
 
 
@@ -33,8 +33,8 @@ class CompressedTensorsReader(SchemeReader):
         self._groups: list[tuple[Targets, Scheme]] = []
         for name, group in mapping(config, "config_groups").items():
             fmt = group.get("format") or config.get("format")
-            if fmt not in _FORMATS:
-                raise _problem(f"group {cut(name)} has the format {value(fmt)}; known: {', '.join(_FORMATS)}")
+            if fmt not in COMPRESSORS:
+                raise _problem(f"group {cut(name)} has the format {value(fmt)}; known: {', '.join(COMPRESSORS)}")
             try:
                 self._groups.append((Targets(names(group, "targets"), clock), scheme_of(group)))
             except ValueError as e:
@@ -71,8 +71,8 @@ def _check(config: Mapping[str, Any]) -> None:
     """Refuse what changes the meaning of the tensors and is not in the groups."""
     if not config.get("config_groups"):
         raise _problem("no config_groups, so nothing says how layers are quantized")
-    if (config.get("format") or MIXED) not in (*_FORMATS, MIXED):
-        raise _problem(f"format {value(config['format'])}; known: {', '.join((*_FORMATS, MIXED))}")
+    if (config.get("format") or MIXED) not in (*COMPRESSORS, MIXED):
+        raise _problem(f"format {value(config['format'])}; known: {', '.join((*COMPRESSORS, MIXED))}")
     if mapping(config, "transform_config").get("config_groups"):
         raise _problem("transform_config: rotated weights need their rotation at run time, which is not known here")
     if (sparse := mapping(config, "sparsity_config").get("format", "dense")) != "dense":

@@ -23,8 +23,9 @@ from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.skip import is_skipped, skipped_names
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import FP8_BLOCK, FP8_TENSOR, QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, Scheme
 
 _BLOCK = [128, 128]
 _FP8_DYNAMIC = Scheme(FP8, FP8_PER_TOKEN)

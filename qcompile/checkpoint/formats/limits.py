@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from passes.formats import NVFP4
+from passes.groups import expert_container, served_with
 from qcompile.checkpoint.formats.base import Contents
-from qcompile.checkpoint.formats.merged import expert_container, is_merged
-from qcompile.layer import Scheme
 from qcompile.messages import some
+from qcompile.schemes.scheme import Scheme
 
 Layers = Callable[[Contents], list[str]]
 """The layers of a checkpoint that a limit is about, none if it does not apply."""
@@ -79,7 +79,7 @@ def dense(contents: Contents) -> list[str]:
 
 def mixed_dense(contents: Contents) -> list[str]:
     """The layers of a model without experts, if those that servers merge do not all have one scheme."""
-    loose = any(map(is_merged, contents.unquantized))
+    loose = any(map(served_with, contents.unquantized))
     return dense(contents) if loose or len(set(contents.schemes.values())) > 1 else []
 
 

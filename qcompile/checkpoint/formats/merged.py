@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
+from passes.groups import expert_container, parent_of, served_with
 from qcompile.checkpoint.formats.base import Contents
 from qcompile.errors import CheckpointError
-from qcompile.layer import Scheme
 from qcompile.messages import some
-
-MERGED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""What vLLM and SGLang merge (their `packed_modules_mapping`), by the last part of the name."""
-
-_GROUP_OF = {part: parts for parts in MERGED for part in parts}
-_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
-
-
-def expert_container(name: str) -> str | None:
-    """`model.layers.0.mlp.experts.3.up_proj` -> `model.layers.0.mlp.experts`; None for another layer."""
-    match = _EXPERT.match(name)
-    return match[1] if match else None
-
-
-def is_merged(name: str) -> bool:
-    """Whether servers load the layer together with others."""
-    return name.rpartition(".")[2] in _GROUP_OF
+from qcompile.schemes.scheme import Scheme
 
 
 def describe(scheme: Scheme | None) -> str:
@@ -81,11 +58,10 @@ def _unequal(contents: Contents) -> list[str]:
     groups: dict[str, dict[str, Scheme | None]] = defaultdict(dict)
     schemes: Iterable[tuple[str, Scheme | None]] = contents.schemes.items()
     for name, scheme in [*((name, None) for name in contents.unquantized), *schemes]:
-        parent, _, last = name.rpartition(".")
         if container := expert_container(name):
             groups[container][name] = scheme
-        elif last in _GROUP_OF:
-            groups[f"{parent}.{'/'.join(_GROUP_OF[last])}"][name] = scheme
+        elif together := served_with(name):
+            groups[f"{parent_of(name)}.{'/'.join(together)}"][name] = scheme
     problems = []
     for group, members in groups.items():
         found: dict[Scheme | None, list[str]] = defaultdict(list)

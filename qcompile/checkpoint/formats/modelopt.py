@@ -20,14 +20,16 @@ from typing import Any
 import torch
 
 from passes.formats import FP8_128X128, NVFP4
+from passes.groups import expert_container
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
-from qcompile.checkpoint.formats.merged import check_contents, describe, expert_container
+from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
 from qcompile.errors import CheckpointError
-from qcompile.layer import FP8_BLOCK, QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
 from qcompile.messages import some
+from qcompile.schemes.scheme import FP8_BLOCK, Scheme
 
 # Servers tell the tool by this name and pick their reader by it; the version is the one whose export this follows.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}

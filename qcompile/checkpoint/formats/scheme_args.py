@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from passes.capabilities import inputs_of
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
-from qcompile.layer import Scheme
 from qcompile.messages import value
+from qcompile.schemes.scheme import Scheme
 
 _KNOWN_WEIGHTS = "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), NVFP4 (tensor_group 16); symmetric"
 _KNOWN_INPUTS = "FP8 (tensor, token, group 128), INT8 (tensor, token), NVFP4 (tensor_group 16, local); symmetric"
@@ -22,8 +23,20 @@ def _args(bits: int, type: str, strategy: str, *, dynamic: bool | str = False, *
     return {**args, "dynamic": dynamic, **more}
 
 
-_FP4: dict[str, Any] = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+_FP4: dict[str, Any] = {"group_size": NVFP4.sizes[0], "scale_dtype": "torch.float8_e4m3fn"}
 KV_CACHE = _args(8, "float", "tensor")
+
+# float-quantized means activations, too: compressed-tensors takes weight-only for naive
+_FLOAT = ("float-quantized", "naive-quantized")
+
+WEIGHTS: dict[Format, tuple[dict[str, Any], str, str | None]] = {
+    FP8: (_args(8, "float", "tensor"), *_FLOAT),
+    FP8_128X128: (_args(8, "float", "block", block_structure=[128, 128]), *_FLOAT),
+    INT8: (_args(8, "int", "tensor"), "int-quantized", None),
+    NVFP4: (_args(4, "float", "tensor_group", **_FP4), "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
+}
+"""Format of a weight -> its arguments (`channel` for a scale for each row), and the name of the compressor with an
+input that is quantized, too, and without; None where no reader takes it alone."""
 
 _INPUTS: dict[Format, dict[str, Any]] = {
     FP8: _args(8, "float", "tensor"),
@@ -34,32 +47,27 @@ _INPUTS: dict[Format, dict[str, Any]] = {
     NVFP4: _args(4, "float", "tensor_group", dynamic="local", **_FP4),
 }
 
+COMPRESSORS = tuple(dict.fromkeys(name for _, *names in WEIGHTS.values() for name in names if name))
+
+
+def inputs_with(weight: Format) -> tuple[Format | None, ...]:
+    """What the input of a layer with that weight can be, None for one that is not quantized; () for another weight."""
+    if weight not in WEIGHTS:
+        return ()
+    alone = (None,) if WEIGHTS[weight][2] else ()
+    return (*alone, *(x for x in inputs_of(weight) if x in _INPUTS))
+
 
 def group_of(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """An entry of `config_groups`."""
-    channel = "channel" if scheme.per_channel else "tensor"
-    weights = {
-        FP8: _args(8, "float", channel),
-        FP8_128X128: _args(8, "float", "block", block_structure=[128, 128]),
-        INT8: _args(8, "int", channel),
-        NVFP4: _args(4, "float", "tensor_group", **_FP4),
-    }[scheme.weight]
+    weights, with_input, alone = WEIGHTS[scheme.weight]
     return {
         "targets": targets,
-        "weights": weights,
+        "weights": {**weights, "strategy": "channel"} if scheme.per_channel else weights,
         "input_activations": _INPUTS[scheme.input] if scheme.input else None,
         "output_activations": None,
-        "format": _format(scheme),
+        "format": with_input if scheme.input else alone,
     }
-
-
-def _format(scheme: Scheme) -> str:
-    if scheme.weight == NVFP4:
-        return "nvfp4-pack-quantized"
-    if scheme.weight == INT8:
-        return "int-quantized"
-    # float-quantized means activations, too: compressed-tensors takes weight-only for naive
-    return "float-quantized" if scheme.input else "naive-quantized"
 
 
 def scheme_of(group: Mapping[str, Any]) -> Scheme:
@@ -69,43 +77,43 @@ def scheme_of(group: Mapping[str, Any]) -> Scheme:
     weights, inputs = group.get("weights"), group.get("input_activations")
     if not weights:
         raise ValueError("no weights: schemes for activations alone are not known")
-    kind, strategy = _kind(weights), _strategy(weights)
-    weight = _weight(kind, strategy, weights)
+    weight = _weight(weights)
     if weight is None or weights.get("dynamic") or weights.get("symmetric", True) is not True:
         raise ValueError(f"weights {value(_short(weights))}; known: {_KNOWN_WEIGHTS}")
-    scheme = Scheme(weight, _input(weight, inputs) if inputs else None, per_channel=strategy == "channel")
-    if weight == INT8 and scheme.input is None:
-        raise ValueError("INT8 weights without INT8 activations are not known")
+    scheme = Scheme(weight, _input(weight, inputs) if inputs else None, per_channel=_strategy(weights) == "channel")
+    if scheme.input not in inputs_with(weight):
+        raise ValueError(f"{weight.name.upper()} weights without {weight.name.upper()} activations are not known")
     return scheme
 
 
-def _weight(kind: tuple[str, int], strategy: str, args: Mapping[str, Any]) -> Format | None:
-    if kind == ("float", 4):
-        return NVFP4 if (strategy, args.get("group_size")) == ("tensor_group", 16) else None
-    if kind == ("float", 8) and strategy == "block":
-        return FP8_128X128 if _blocks(args.get("block_structure")) == [128, 128] else None
-    formats = {("float", 8): FP8, ("int", 8): INT8}
-    return formats.get(kind) if strategy in ("tensor", "channel") else None
+def _weight(args: Mapping[str, Any]) -> Format | None:
+    layout = _layout({**args, "strategy": "tensor"} if _strategy(args) == "channel" else args)
+    return next((fmt for fmt, (known, *_) in WEIGHTS.items() if _layout(known) == layout), None)
 
 
 def _input(weight: Format, args: Mapping[str, Any]) -> Format:
-    kind, strategy, dynamic = _kind(args), _strategy(args), args.get("dynamic", False)
+    layout, dynamic = _layout(args), args.get("dynamic", False)
+    if dynamic is True and _strategy(args) == "tensor":
+        # servers measure each token where a dynamic scale is said to be for the tensor
+        layout = _layout({**args, "strategy": "token"})
     found: Format | None = None
-    if kind == ("float", 4) and weight == NVFP4 and strategy == "tensor_group" and dynamic == "local":
-        found = NVFP4 if args.get("group_size") == 16 else None
-    elif kind == ("float", 8) and weight == FP8_128X128 and dynamic is True:
+    for fmt in inputs_of(weight):
+        known = _INPUTS[fmt]
         # servers take the blocks of the weight for activations, whatever older files say here
-        found = FP8_1X128
-    elif kind in (("float", 8), ("int", 8)) and weight == (FP8 if kind[0] == "float" else INT8):
-        static, per_token = (FP8, FP8_PER_TOKEN) if weight == FP8 else (INT8, INT8_PER_TOKEN)
-        if strategy == "tensor" and dynamic is False:
-            found = static
-        elif strategy in ("tensor", "token") and dynamic is True:
-            # servers measure each token where a dynamic scale is said to be for the tensor
-            found = per_token
+        alike = _kind(args) == _kind(known) if weight == FP8_128X128 else layout == _layout(known)
+        if alike and repr(dynamic) == repr(known["dynamic"]):  # 1 is not true
+            found = fmt
     if found is None or args.get("symmetric", True) is not True:
         raise ValueError(f"input_activations {value(_short(args))} for {weight.name} weights; known: {_KNOWN_INPUTS}")
     return found
+
+
+def _layout(args: Mapping[str, Any]) -> tuple[object, ...]:
+    """Type, bits, strategy and the size of blocks: what of the arguments tells the formats apart."""
+    strategy = _strategy(args)
+    sizes = {"block": _blocks(args.get("block_structure")), "group": args.get("group_size")}
+    sizes["tensor_group"] = args.get("group_size")
+    return (_kind(args), strategy, repr(sizes.get(strategy)))
 
 
 def _kind(args: Mapping[str, Any]) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from qcompile.checkpoint.formats.limits import (
     several,
     without_nvfp4,
 )
-from qcompile.layer import FP8_CHANNEL_TOKEN, Scheme
+from qcompile.schemes.scheme import FP8_CHANNEL_TOKEN, Scheme
 
 VLLM, SGLANG, EDGE = "vLLM 0.33.0", "SGLang 0.5.23", "TensorRT Edge-LLM 0.11.0"
 

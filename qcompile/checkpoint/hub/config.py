@@ -13,6 +13,7 @@ import torch
 
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG, read_json
 from qcompile.checkpoint.files.links import check_inside
+from qcompile.compat.transformers import IMPLEMENTATIONS, from_config
 from qcompile.errors import QCompileError
 from qcompile.messages import cut, first_line, value
 from qcompile.process import alone
@@ -113,7 +114,7 @@ def auto_config(transformers: Any, path: Path, error: type[QCompileError]) -> An
     except Exception as cause:  # OSError, ValueError, KeyError, JSONDecodeError: all mean a config it cannot use
         raise error(f"{path / CONFIG}: transformers cannot use it: {first_line(cause)}") from cause
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for key in ("_attn_implementation", "_experts_implementation"):
+        for key in IMPLEMENTATIONS:
             chosen = getattr(part, key, None)
             if isinstance(chosen, str) and not chosen.isidentifier():  # transformers takes "owner/name" for a kernel
                 raise error(f"{path / CONFIG} asks for {value(chosen)} as {key[1:]}, which is no part of transformers")
@@ -153,6 +154,6 @@ def meta_model(name: str, found: Any, config: Any, path: Path | str, error: type
     """A model of the class `found`, without memory for its weights. Raises `error` with the reason of transformers."""
     try:
         with quiet(), torch.device("meta"):
-            return found._from_config(config) if hasattr(found, "_from_config") else found.from_config(config)
+            return from_config(found, config)
     except Exception as cause:  # whatever the sizes in the config lead to
         raise error(f"{path}: {name} cannot be built from config.json: {first_line(cause)}") from cause

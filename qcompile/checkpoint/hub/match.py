@@ -16,6 +16,7 @@ from qcompile.checkpoint.files.tensors import Shaped
 from qcompile.checkpoint.hub.layout import Hub
 from qcompile.checkpoint.hub.modules import Held, Modules, class_name
 from qcompile.checkpoint.hub.names import HubNames, Place
+from qcompile.compat.transformers import may_lack as may_lack_of
 from qcompile.errors import CheckpointError
 
 
@@ -42,7 +43,7 @@ def read_hub(model: Any, stored: Mapping[str, Shaped], where: str) -> Hub:
         else:
             held[place.path].append((key, place))
     _tie(ties, held, hub)
-    may_lack = model._keys_to_ignore_on_load_missing or ()
+    may_lack = may_lack_of(model)
     for name, parameter in parameters.items():
         if name not in held and name not in ties and not any(re.search(pattern, name) for pattern in may_lack):
             raise CheckpointError(

@@ -30,6 +30,7 @@ from qcompile.checkpoint.hub.match import read_hub
 from qcompile.checkpoint.hub.names import HubNames
 from qcompile.checkpoint.hub.state import plain_state
 from qcompile.checkpoint.hub.wrappers import architecture_of, plain_names, without_wrappers
+from qcompile.compat.transformers import never_saved
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedLinear
 
@@ -109,7 +110,7 @@ def _in_memory(given: Any) -> Origin:
             " reads the files needs its code"
         )
     loading: Any = importlib.import_module("transformers.core_model_loading")
-    left = {*architecture.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    left = {*architecture.all_tied_weights_keys, *never_saved(model)}
     state = {key: tensor for key, tensor in plain.tensors.items() if key not in left}
     on_hub = loading.revert_weight_conversion(model, state)
     stored: dict[str, Stored] = {key: HeldTensor(key, tensor) for key, tensor in on_hub.items()}

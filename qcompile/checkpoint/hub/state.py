@@ -12,6 +12,7 @@ import torch
 from qcompile.checkpoint.hub.adapters import MERGE, adapter_notice, is_adapter, merged
 from qcompile.checkpoint.hub.computed import computed_tensors, strange_hooks
 from qcompile.checkpoint.hub.wrappers import inside, local
+from qcompile.compat.transformers import may_lack as may_lack_of
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 
@@ -101,7 +102,7 @@ def _check(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor],
             f"{some(sorted({key.rpartition('.')[0] or key for key in foreign}))}: {name}, as its"
             f" configuration describes it, has no {foreign[0]}, and readers would leave it out: {_way_out(foreign[0])}"
         )
-    may_lack = architecture._keys_to_ignore_on_load_missing or ()
+    may_lack = may_lack_of(architecture)
     for key, wanted in own.items():
         tensor = tensors.get(key)
         if tensor is None and key not in tied and not any(re.search(pattern, key) for pattern in may_lack):

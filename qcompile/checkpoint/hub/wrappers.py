@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
+from qcompile.compat.dynamo import module_inside
 from qcompile.errors import CheckpointError
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def inside(module: torch.nn.Module) -> tuple[str, Any] | None:
     """The name of what a wrapper is around in it, and that; None for a module that is none."""
     if isinstance(module, _PARALLEL):
         return "module", module.module
-    inner = getattr(module, "_orig_mod", None)  # torch.compile's OptimizedModule
+    inner = module_inside(module)
     return ("_orig_mod", inner) if isinstance(inner, torch.nn.Module) else None
 
 

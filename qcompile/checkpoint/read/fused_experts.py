@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
+from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 logger = logging.getLogger("qcompile")
 

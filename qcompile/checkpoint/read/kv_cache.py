@@ -15,6 +15,7 @@ from passes.ir import DEQUANTIZE, QUANTIZE
 from qcompile.checkpoint.formats import SchemeReader
 from qcompile.checkpoint.hub.names import HubNames
 from qcompile.checkpoint.read.store import TensorStore
+from qcompile.compat.transformers import attention_of, can_set_attention, set_attention
 from qcompile.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def attach_kv_scales(model: Any, scales: Scales) -> None:
             attention.register_buffer(name, scale)
         configs[id(attention.config)] = attention.config
     for config in configs.values():
-        config._attn_implementation_internal = NAME  # without "_internal" sub-configurations would change, too
+        set_attention(config, NAME)
 
 
 def fp8_kv_attention(
@@ -117,9 +118,9 @@ def _misfit(model: Any, path: str) -> str | None:
         attention = model.get_submodule(path)
     except AttributeError:
         return "the model has no such module"
-    if _interface(attention) is None or not model._can_set_attn_implementation():
+    if _interface(attention) is None or not can_set_attention(model):
         return f"{type(attention).__name__} does not call transformers' attention interface, where they would apply"
-    if not hasattr(attention, "config") or attention.config._attn_implementation != "sdpa":
+    if not hasattr(attention, "config") or attention_of(attention.config) != "sdpa":
         return f"{type(attention).__name__} does not run as scaled_dot_product_attention, where they would apply"
     if hasattr(attention, "kv_lora_rank"):
         return "its cache is not that of keys and values (multi-head latent attention)"

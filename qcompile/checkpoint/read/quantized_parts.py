@@ -14,8 +14,10 @@ from qcompile.checkpoint.hub.names import HubNames, Place
 from qcompile.checkpoint.read.fused_experts import fuse_experts
 from qcompile.checkpoint.read.kv_cache import Scales, read_kv_scales
 from qcompile.checkpoint.read.store import TensorStore
+from qcompile.compat.transformers import is_initialized, kept_in_float32
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
+from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class QuantizedParts:
         for path in self.modules:
             owner, name = self._owner_of_weight(model, path)
             room = torch.empty_like(owner._parameters.pop(name), device="meta")  # type: ignore[arg-type]
-            room._is_hf_initialized = True  # type: ignore[attr-defined]
-            setattr(owner, name, room)
+            setattr(owner, name, is_initialized(room))
 
     def put_into(self, model: Any) -> None:
         """Put the quantized layers where `make_room_in` made room, with the biases that were loaded since."""
@@ -193,7 +194,7 @@ def _read(layer: _Found, shape: tuple[int, int], reader: SchemeReader, store: Te
 
 def _dtype_of(model: Any, path: str, dtype: torch.dtype) -> torch.dtype:
     """What transformers would have loaded a float layer in: of half-precision models it keeps some in float32."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    plan = kept_in_float32(model, dtype)
     return next((kept for name, kept in plan.items() if f".{name}." in f".{path}.weight"), dtype)
 
 

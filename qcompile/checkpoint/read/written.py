@@ -23,8 +23,8 @@ from qcompile.checkpoint.hub.match import read_hub
 from qcompile.checkpoint.read.quantized_parts import read_quantized_parts
 from qcompile.checkpoint.read.store import HeaderStore
 from qcompile.errors import CheckpointError
-from qcompile.layer import Scheme
 from qcompile.messages import some
+from qcompile.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Codes and scales of weights that are read a few rows at a time, with the arithmetic of `passes.ir`."""
+"""Codes and scales of weights that are read a few rows at a time, with the arithmetic of `passes.codes`."""
 
 from __future__ import annotations
 
@@ -6,67 +6,51 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from passes.codes import rows_together, write_codes
 from passes.formats import Format
-from passes.ir import dynamic_quantize, quantize
+from passes.quantize.insert import Quantizer, check_chosen
 from qcompile.checkpoint.files.tensors import FLOATS, Stored
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight, Scheme
-from qcompile.recipe import QuantizerConfig
-from qcompile.scales import scale_of
 
 _CHUNK = 1 << 20  # elements; intermediates of four times as many leave the caches, and NVFP4 takes twice the time
 Advance = Callable[[int], None]
 """Told how many bytes were read."""
 
 
-def largest_magnitude(tensor: Stored, advance: Advance) -> torch.Tensor:
+def largest_magnitude(tensor: Stored) -> torch.Tensor:
     """fp32 scalar; raises `CheckpointError` for a tensor that is no float, or holds NaN or infinity."""
     found = torch.zeros(())
-    for _, values in _pieces(tensor, 1, advance):
+    for _, values in pieces(tensor):
         found = torch.maximum(found, _amax(values, tensor))
     return found
 
 
-def quantize_weight(
-    tensor: Stored,
-    scheme: Scheme,
-    config: QuantizerConfig,
-    power_of_two: bool,
-    scale: torch.Tensor | None,
-    advance: Advance,
-) -> QuantizedWeight:
+def quantize_weight(tensor: Stored, scheme: Scheme, quantizer: Quantizer, advance: Advance) -> QuantizedWeight:
     """The codes of a weight `[N, K]`.
 
     Args:
-        config: what the recipe says of the weight.
-        power_of_two: scales are rounded up to one, as the recipe's calibration says.
-        scale: the (global) one of the whole tensor, where the format has one.
+        quantizer: its scales, perhaps those of its blocks, and its codes if an algorithm chose them.
         advance: called with the bytes that were read.
 
     Raises:
         CheckpointError: the tensor is no float, or holds NaN or infinity.
     """
     fmt, (rows, columns) = scheme.weight, tensor.shape
-    codes = torch.empty((rows, columns // 2 if fmt.packed else columns), dtype=fmt.storage)
-    scales = _room(fmt, scheme, rows, columns)
-    high = fmt.sizes[0] if len(fmt.sizes) == 2 else 1
-    for start, values in _pieces(tensor, high, advance):
-        part = slice(start, start + values.shape[0])
-        _amax(values, tensor)
-        if fmt.sizes:
-            assert scales is not None
-            blocks = slice(start // high, -(-part.stop // high))
-            codes[part], scales[blocks] = dynamic_quantize(values, scale, format=fmt.name)
-            continue
-        own = scale
-        if scales is not None:
-            own = scales[part] = scale_of(values.abs().amax(-1, keepdim=True).float(), config, power_of_two)
-        assert own is not None
-        codes[part] = quantize(values, own, format=fmt.name)
+    check_chosen(quantizer, tensor.where, "weight", tensor.shape)
+    codes, block_scales = quantizer.codes, quantizer.block_scales
+    if codes is None:
+        chosen = block_scales is not None
+        codes = torch.empty((rows, columns // 2 if fmt.packed else columns), dtype=fmt.storage)
+        block_scales = block_scales if chosen else _blocks(fmt, rows, columns)
+        checked = _checked(tensor, rows_together(fmt, 2) if fmt.sizes else 1, advance)
+        write_codes(checked, fmt, codes, quantizer.scale, block_scales, chosen=chosen)
+    else:
+        advance(tensor.nbytes)
     if fmt.scale is not None:
-        assert scales is not None
-        return QuantizedWeight(scheme, codes, scales, global_scale=scale)
-    stored = scales if scales is not None else scale
+        assert block_scales is not None
+        return QuantizedWeight(scheme, codes, block_scales, global_scale=quantizer.scale)
+    stored = block_scales if fmt.sizes else quantizer.scale
     assert stored is not None
     return QuantizedWeight(scheme, codes, stored)
 
@@ -89,22 +73,33 @@ def weight_like(scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
 def _room(fmt: Format, scheme: Scheme, rows: int, columns: int) -> torch.Tensor | None:
     """For the scales of the blocks or channels; None where the tensor has one."""
     if fmt.sizes:
-        return torch.empty(
-            (rows, *fmt.blocks((columns,))) if len(fmt.sizes) == 1 else tuple(fmt.blocks((rows, columns))),
-            dtype=fmt.scale.storage if fmt.scale else torch.float32,
-        )
+        return _blocks(fmt, rows, columns)
     return torch.empty((rows, 1)) if scheme.per_channel else None
 
 
-def _pieces(tensor: Stored, multiple: int, advance: Advance) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a matrix; `multiple` rows belong together."""
+def _blocks(fmt: Format, rows: int, columns: int) -> torch.Tensor | None:
+    if not fmt.sizes:
+        return None
+    shape = (rows, *fmt.blocks((columns,))) if len(fmt.sizes) == 1 else tuple(fmt.blocks((rows, columns)))
+    return torch.empty(shape, dtype=fmt.scale.storage if fmt.scale else torch.float32)
+
+
+def pieces(tensor: Stored, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A matrix some rows at a time: (which, values); `multiple` rows belong together."""
     if tensor.dtype not in FLOATS:
         raise CheckpointError(f"{tensor.where} is {tensor.dtype}: a weight to quantize is float16, bfloat16 or float32")
     rows, columns = tensor.shape
     step = max(1, _CHUNK // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
-        values = tensor.rows(start, min(start + step, rows))
-        yield start, values
+        part = slice(start, min(start + step, rows))
+        yield part, tensor.rows(part.start, part.stop)
+
+
+def _checked(tensor: Stored, multiple: int, advance: Advance) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`pieces` that are written: told to `advance`, and finite."""
+    for part, values in pieces(tensor, multiple):
+        _amax(values, tensor)
+        yield part, values
         advance(values.nbytes)
 
 
@@ -112,5 +107,10 @@ def _amax(values: torch.Tensor, tensor: Stored) -> torch.Tensor:
     low, high = torch.aminmax(values)  # which carries a NaN on
     largest = torch.maximum(-low, high).float()
     if not bool(torch.isfinite(largest)):
-        raise CheckpointError(f"{tensor.where} holds NaN or infinity, which cannot be quantized: repair the checkpoint")
+        raise broken(tensor)
     return largest
+
+
+def broken(tensor: Stored) -> CheckpointError:
+    """What to say of a weight that is not finite."""
+    return CheckpointError(f"{tensor.where} holds NaN or infinity, which cannot be quantized: repair the checkpoint")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from passes.base import Decline
+from qcompile.algorithms.base import Algorithm, make
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.formats.servers import server_notices
-from qcompile.checkpoint.hub.layout import Part
+from qcompile.checkpoint.hub.layout import Layer
 from qcompile.checkpoint.hub.origin import Origin, open_origin
 from qcompile.checkpoint.hub.wrappers import plain_names
 from qcompile.checkpoint.write.activations import KvScales, refuse_latent, uncovered
@@ -28,12 +30,15 @@ from qcompile.checkpoint.write.plan import (
 )
 from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
+from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
 from qcompile.outputs import check_room
 from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.record import SITES, UNREACHED, record_of
+from qcompile.report.coverage import KINDS
+from qcompile.report.record import SITES, UNREACHED, record_of
 
+HUB = "Checkpoint"  # what declined a layer that checkpoints hold in floating point
 DEFAULT_RECIPES = {"fp8": "fp8_block"}  # the one thing that this format holds
 
 
@@ -44,25 +49,26 @@ class Job:
     Attributes:
         origin: the model before it was quantized.
         recipe: its name.
-        power_of_two: scales are rounded up to one.
+        steps: the algorithms that choose scales. power_of_two: those that no step chooses are rounded up to one.
         weights: of a program; None where weights are quantized here.
         kv_scales: name of an attention on the hub -> fp32 (k, v) scales.
+        declined: what was, when the program was quantized.
     """
 
     origin: Origin
     plan: Plan
     recipe: str
+    steps: tuple[Algorithm[Any], ...] = ()
     power_of_two: bool = False
     weights: ProgramWeights | None = None
     kv_scales: dict[str, KvScales] = field(default_factory=dict)
+    declined: Sequence[Decline] = ()
 
-    @property
-    def groups(self) -> list[list[str]]:
-        """Layers that share a scale for which all of them are read first."""
-        return [] if self.weights else sibling_groups(self.plan.schemes, self.plan.configs)
-
-    def parts(self, layer: str) -> tuple[Part, ...]:
-        return self.origin.hub.layers[layer].parts
+    def solver(self) -> Solver:
+        """What chooses the scales of weights that are quantized here."""
+        groups = [] if self.weights else sibling_groups(self.plan.schemes, self.plan.configs)
+        parts = {name: layer.parts for name, layer in self.origin.hub.layers.items()}
+        return Solver(self.plan, groups, parts, self.origin.stored, self.steps, self.power_of_two)
 
 
 def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
@@ -80,7 +86,8 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        job = Job(origin, plan, chosen.metadata.name, chosen.calibration.power_of_two)
+        job = Job(origin, plan, chosen.metadata.name, make(chosen.steps), chosen.power_of_two)
+        job.solver().check()
         job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
         return job
     if source is None:
@@ -95,7 +102,7 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     noted = record_of(model)
     unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name in (UNREACHED, SITES)]
     plan.notices = [*origin.notices, *noted.notices, *unreached, *plan.notices, *weights.notices]
-    job = Job(origin, plan, noted.recipe, weights=weights)
+    job = Job(origin, plan, noted.recipe, weights=weights, declined=noted.declined)
     job.kv_scales = _kv_scales(job, weights)
     plan.kv_cache = bool(job.kv_scales)
     return job
@@ -113,8 +120,16 @@ def check_names(source: str, directory: Path, format: str, recipe: Recipe) -> Ch
     size = estimated_bytes(plan, origin, fmt)
     check_room({directory.resolve(): size}, CheckpointError)
     notices = [*origin.notices, *plan.all_notices, *notices_of(fmt, contents, shapes)]
-    layers = layers_of(plan, origin)
-    return CheckpointReport(format, recipe.metadata.name, *layers, contents.kv_cache, notices, [], size, 0.0)
+    return CheckpointReport(
+        **layers_of(plan, origin),
+        format=format,
+        recipe=recipe.metadata.name,
+        kv_cache=contents.kv_cache,
+        notices=notices,
+        files=[],
+        bytes=size,
+        seconds=0.0,
+    )
 
 
 def notices_of(fmt: CheckpointFormat, contents: Contents, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -122,10 +137,34 @@ def notices_of(fmt: CheckpointFormat, contents: Contents, shapes: Mapping[str, t
     return [*fmt.notices(contents, shapes), *server_notices(fmt.name, contents)]
 
 
-def layers_of(plan: Plan, origin: Origin) -> tuple[dict[str, str], list[str]]:
-    """(layer -> its scheme in words, the layers that stay as they are)."""
-    stays = [name for name in origin.hub.layers if name not in plan.schemes]
-    return {name: describe(scheme) for name, scheme in plan.schemes.items()}, stays
+def layers_of(plan: Plan, origin: Origin, declined: Sequence[Decline] = ()) -> dict[str, Any]:
+    """What the report says of the layers, and of those that stay as they are.
+
+    Args:
+        declined: what was, when the program was quantized.
+    """
+    layers = origin.hub.layers
+    stays = [name for name in layers if name not in plan.schemes]
+    reasons = {name: layers[name].stays or layers[name].refusal for name in stays}
+    kinds = {name: _kind(layer) for name, layer in layers.items()}
+    coverage = {}
+    for kind in KINDS:
+        found = [name for name in layers if kinds[name] == kind]
+        if found:
+            coverage[kind] = sum(name in plan.schemes for name in found), len(found)
+    return {
+        "quantized": {name: describe(scheme) for name, scheme in plan.schemes.items()},
+        "unquantized": {name: kinds[name] for name in stays},
+        "coverage": coverage,
+        "declined": [*declined, *(Decline(HUB, reason, name, ()) for name, reason in reasons.items() if reason)],
+    }
+
+
+def _kind(layer: Layer) -> str:
+    """What graphs call the layer, and the class of one that is no linear layer there."""
+    if any(part.expert is not None for part in layer.parts):
+        return "experts"
+    return layer.module_class.rpartition(".")[2] if layer.stays else "linear"
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, KvScales]:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from passes.formats import Format
+from passes.groups import parallel, siblings
 from passes.quantize.sites import idle_reduction
 from qcompile.checkpoint.formats import CheckpointFormat, Contents
-from qcompile.checkpoint.formats.merged import MERGED
 from qcompile.checkpoint.hub.adapters import MERGE
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.write.activations import K, KvScales, V, cache_scales, known_scale, uncovered
 from qcompile.checkpoint.write.codes import weight_like
 from qcompile.errors import CheckpointError, RecipeError
-from qcompile.layer import Scheme
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, check_quantizes, format_of, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
 from qcompile.scales import has_constant, is_calibrated
+from qcompile.schemes.scheme import Scheme
 
 _OUTPUT = "output_quantizer"
 HOW_TO_CALIBRATE = (
@@ -32,17 +31,8 @@ HOW_TO_CALIBRATE = (
     " --calibration"
 )
 
-# Linear layers of one module that read the same tensor. `quantize` sees it in the graph; here their names tell.
-_SIBLINGS = (
-    *MERGED,
-    ("q", "k", "v"),
-    ("wi_0", "wi_1"),
-    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-    ("in_proj_qkvz", "in_proj_ba"),
-)
 _OF_ADAPTER = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
 _ENTRY, _CONFIGS = 200, 1 << 20  # bytes of a tensor in the header and in the index; of other files, about
-_GROUP_OF = {name: group[0] for group in _SIBLINGS for name in group}
 
 
 @dataclass
@@ -100,7 +90,7 @@ def plan_recipe(recipe: Recipe, hub: Hub, *, calibrated: bool = False) -> Plan:
     plan = Plan(notices=[str(notice) for notice in resolution.notices])
     if not calibrated:
         _check_static(resolution.configs, hub)
-    power_of_two = recipe.calibration.power_of_two
+    power_of_two = recipe.power_of_two
     cached = cache_scales(resolution.configs, hub, power_of_two)
     plan.kv_cache = bool(cached)
     plan.kv_scales = {path: (k, v) for path, (k, v) in cached.items() if k is not None and v is not None}
@@ -206,12 +196,8 @@ def unwritten_notice(kind: str) -> str:
 
 def sibling_groups(layers: Iterable[str], configs: Mapping[str, QuantizerConfig]) -> list[list[str]]:
     """The layers of each scale: those with one (global) scale each that read the same tensor share it."""
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for name in layers:
-        parent, _, last = name.rpartition(".")
-        if configs[name].granularity != "per_channel" and has_constant(configs[name]):
-            groups[parent, _GROUP_OF.get(last, last), configs[name].format].append(name)
-    return list(groups.values())
+    single = [name for name in layers if configs[name].granularity != "per_channel" and has_constant(configs[name])]
+    return parallel(single, lambda name: siblings(name, configs[name].format))
 
 
 def contents_of(plan: Plan, hub: Hub) -> tuple[Contents, dict[str, tuple[int, int]]]:

@@ -6,23 +6,24 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from passes.constants import constant
-from passes.formats import FP8, get_format
+from passes.formats import FP8
 from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, BATCHED_LINEAR, QUANTIZE
 from passes.place.rotate import FACTOR
 from passes.program import unlift
-from passes.quantize.sites import linear_name
+from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.write.activations import KvScales
 from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
 from qcompile.process import alone
+from qcompile.schemes.scheme import Scheme
 
 
 @dataclass
@@ -64,10 +65,10 @@ def _read(gm: GraphModule, found: ProgramWeights) -> None:
         if str(node.target).startswith(FACTOR):
             refuse_rotation(module_path(next(iter(node.users))) or "the model", True)
     for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
-        if not is_call(node.args[1], DEQUANTIZE):
+        layer = QuantizedLayer.read(node)
+        if layer is None:
             continue
-        name = linear_name(node)
-        weight = _weight(gm, node, name)
+        name, weight = layer.name, _weight(gm, layer)
         found.layers[name] = _joined(name, found.layers[name], weight, found) if name in found.layers else weight
     for node in calls(gm.graph, SDPA, ATTENTION):
         found.fused = found.fused or node.target is ATTENTION
@@ -78,33 +79,29 @@ def _read(gm: GraphModule, found: ProgramWeights) -> None:
             found.kv_scales[module_path(node)] = k, v
 
 
-def _weight(gm: GraphModule, linear: Node, name: str) -> QuantizedWeight:
-    x, node = linear.args[:2]
-    assert isinstance(node, Node)
-    fmt = get_format(str(node.kwargs["format"]))
-    codes, (scale, global_scale) = constant(gm, node.args[0]), _scales(gm, node)
+def _weight(gm: GraphModule, layer: QuantizedLayer) -> QuantizedWeight:
+    fmt, x = layer.weight.format, layer.input
+    codes, (scale, global_scale) = constant(gm, layer.weight.codes), _scales(gm, layer.weight)
     if codes is None or scale is None:
-        raise CheckpointError(f"{name}: the codes or scales of its weight are computed when the program runs")
-    input_format, input_scale = None, None
-    if is_call(x, DEQUANTIZE):
-        assert isinstance(x, Node)
-        input_format = get_format(str(x.kwargs["format"]))
+        raise CheckpointError(f"{layer.name}: the codes or scales of its weight are computed when the program runs")
+    input_scale = None
+    if x is not None:
         own, above = _scales(gm, x)
         input_scale = own if above is None else above
-    scheme = Scheme(fmt, input_format, per_channel=not fmt.block and scale.ndim > 1 and scale.shape[-2] > 1)
+    per_channel = not fmt.block and scale.ndim > 1 and scale.shape[-2] > 1
+    scheme = Scheme(fmt, None if x is None else x.format, per_channel)
     if scheme.has_input_scale and input_scale is None:
         raise CheckpointError(
-            f"{name}: its input has a scale per tensor that is found at run time, which no format says"
+            f"{layer.name}: its input has a scale per tensor that is found at run time, which no format says"
         )
     return QuantizedWeight(scheme, codes, scale, global_scale, input_scale if scheme.has_input_scale else None)
 
 
-def _scales(gm: GraphModule, dequantize: Node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(scale, global scale) of a dequantize, each None if it is no constant; plain numbers come in fp32."""
-    scale = dequantize.args[1]
-    if isinstance(scale, Node) and is_call(scale, DEQUANTIZE):  # two levels
-        return constant(gm, scale.args[0]), _fp32(constant(gm, scale.args[1]))
-    return _fp32(constant(gm, scale)), None
+def _scales(gm: GraphModule, operand: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(scale, global scale) of an operand, each None if it is no constant; plain numbers come in fp32."""
+    if operand.block_scales is not None:
+        return constant(gm, operand.block_scales), _fp32(constant(gm, operand.global_scale))
+    return _fp32(constant(gm, operand.scale)), None
 
 
 def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -113,11 +110,14 @@ def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _static_scale(gm: GraphModule, operand: object) -> torch.Tensor | None:
     """The scale of an operand of an attention, if it is quantized to FP8 with a constant one."""
-    if not isinstance(operand, Node) or not is_call(operand, DEQUANTIZE) or operand.kwargs["format"] != FP8.name:
+    quantized = Operand.read(operand)
+    if quantized is None or quantized.format != FP8:
         return None
-    scale = _scales(gm, operand)[0] if is_call(operand.args[0], QUANTIZE) else None
+    scale = _scales(gm, quantized)[0] if is_call(quantized.codes, QUANTIZE) else None
     if scale is None or scale.numel() != 1:
-        raise CheckpointError(f"{module_path(operand)}: a key/value cache has one constant scale, and this has not")
+        raise CheckpointError(
+            f"{module_path(quantized.node)}: a key/value cache has one constant scale, and this has not"
+        )
     return scale.reshape(())
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
+from typing import Literal
+
+from qcompile.report.base import ModelReport
 
 
-@dataclass
-class CheckpointReport:
+class CheckpointReport(ModelReport):
     """What `save_checkpoint` wrote.
 
     Attributes:
         format, recipe: what was asked for; of a program, the recipe that it was quantized with.
         quantized: layer, as recipes name it -> its scheme in words. A fused weight of all experts counts once.
-        unquantized: the other layers with a weight matrix: heads, routers, embeddings, convolutions.
+        unquantized: the other layers with a weight matrix -> what they are: `linear`, `experts`, or the class of an
+            embedding, a convolution or the like.
+        coverage: `linear`, `experts` -> (how many are quantized, how many there are).
+        declined: layers that checkpoints hold in floating point, or that this one has to, with the reason; and what was
+            declined when a program was quantized.
         kv_cache: scales of an FP8 key/value cache are in it.
         notices: rules of the recipe that had no effect, and what was left out or carried over.
         files: names, in alphabetical order.
@@ -22,17 +25,9 @@ class CheckpointReport:
         seconds: it took.
     """
 
+    kind: Literal["checkpoint"] = "checkpoint"
     format: str
-    recipe: str
-    quantized: dict[str, str]
-    unquantized: list[str]
     kv_cache: bool
-    notices: list[str]
     files: list[str]
     bytes: int
     seconds: float
-    kind: str = field(default="checkpoint", init=False)
-
-    def to_json(self) -> str:
-        """The report as JSON text; `qcompile inspect` reads it back."""
-        return json.dumps(dataclasses.asdict(self), indent=2)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.export import ExportedProgram
 
 from qcompile.checkpoint.files.directory import carry_over, check_new, new_directory, write_configs
@@ -20,16 +18,17 @@ from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_calle
 from qcompile.checkpoint.hub.layout import Layer, Part
 from qcompile.checkpoint.hub.origin import Origin
 from qcompile.checkpoint.read.written import check_written
-from qcompile.checkpoint.write.codes import Advance, largest_magnitude, quantize_weight
+from qcompile.checkpoint.write.codes import Advance, quantize_weight
 from qcompile.checkpoint.write.job import Job, layers_of, notices_of, read_job
 from qcompile.checkpoint.write.plan import contents_of, estimated_bytes, parts_by_key
 from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
+from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
 from qcompile.layer import QuantizedWeight
 from qcompile.outputs import check_room
+from qcompile.progress import progress_bar
 from qcompile.recipe import Recipe
-from qcompile.scales import scale_of
 
 FormatName = Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"]
 
@@ -90,8 +89,16 @@ def save_checkpoint(
         notices = job.plan.all_notices + _write_rest(job.origin, chosen, contents, partial)
         check_written(partial, contents.schemes, job.origin.hub.unknown, job.origin.architecture)
         files = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
-    layers, seconds = layers_of(job.plan, job.origin), time.perf_counter() - start
-    return CheckpointReport(format, job.recipe, *layers, contents.kv_cache, notices, files, writer.bytes, seconds)
+    return CheckpointReport(
+        **layers_of(job.plan, job.origin, job.declined),
+        format=format,
+        recipe=job.recipe,
+        kv_cache=contents.kv_cache,
+        notices=notices,
+        files=files,
+        bytes=writer.bytes,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _check_ties(origin: Origin) -> None:
@@ -115,13 +122,13 @@ def _check_ties(origin: Origin) -> None:
 
 def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, advance: Advance) -> None:
     stored, parts = job.origin.stored, parts_by_key(job.plan, job.origin.hub)
-    scales = _shared_scales(job, advance)
+    solver = job.solver()
     for key, tensor in stored.items():
         if key in job.origin.hub.dropped:
             continue
         if key in parts:
             layer, part = parts[key]
-            writer.add(chosen.tensors(part.name, _quantized(job, layer, part, scales, advance)))
+            writer.add(chosen.tensors(part.name, _quantized(job, layer, part, solver, advance)))
         else:
             writer.add({key: tensor})
             advance(tensor.nbytes)
@@ -129,20 +136,7 @@ def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, adva
         writer.add(chosen.kv_tensors(attention, k_scale, v_scale))
 
 
-def _shared_scales(job: Job, advance: Advance) -> dict[str, torch.Tensor]:
-    """Layer -> the one (global) scale of its weight, from the largest magnitude in all that share it."""
-    found: dict[str, torch.Tensor] = {}
-    for group in job.groups:
-        keys = [part.key for name in group for part in job.parts(name)]
-        amax = torch.stack([largest_magnitude(job.origin.stored[key], advance) for key in keys]).amax()
-        scale = scale_of(amax, job.plan.configs[group[0]], job.power_of_two)
-        found.update(dict.fromkeys(group, scale))
-    return found
-
-
-def _quantized(
-    job: Job, layer: Layer, part: Part, scales: Mapping[str, torch.Tensor], advance: Advance
-) -> QuantizedWeight:
+def _quantized(job: Job, layer: Layer, part: Part, solver: Solver, advance: Advance) -> QuantizedWeight:
     tensor = job.origin.stored[part.key]
     if job.weights is not None:
         weight = slice_weight(job.weights.layers[layer.name], part)
@@ -154,8 +148,7 @@ def _quantized(
             )
         advance(tensor.nbytes)
         return weight
-    scheme, config = job.plan.schemes[layer.name], job.plan.configs[layer.name]
-    quantized = quantize_weight(tensor, scheme, config, job.power_of_two, scales.get(layer.name), advance)
+    quantized = quantize_weight(tensor, job.plan.schemes[layer.name], solver.quantizer(layer.name, part), advance)
     quantized.input_scale = job.plan.input_scales.get(layer.name)
     return quantized
 
@@ -180,11 +173,8 @@ def _write_rest(origin: Origin, chosen: CheckpointFormat, contents: Contents, pa
 
 @contextmanager
 def _bar(job: Job, show: bool) -> Iterator[Advance]:
-    """A progress bar over the bytes that are read."""
+    """A progress bar over the bytes that are done with."""
     stored = job.origin.stored
-    again = sum(stored[part.key].nbytes for group in job.groups for name in group for part in job.parts(name))
-    total = again + sum(tensor.nbytes for key, tensor in stored.items() if key not in job.origin.hub.dropped)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task("writing the checkpoint", total=total)
-        yield lambda count: bar.advance(task, count)
+    total = sum(tensor.nbytes for key, tensor in stored.items() if key not in job.origin.hub.dropped)
+    with progress_bar("writing the checkpoint", total, show, of_bytes=True) as bar:
+        yield bar.advance

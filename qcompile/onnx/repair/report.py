@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
+from typing import Literal
 
-from qcompile.onnx.verify import Check
+from qcompile.report.base import ReportBase
+from qcompile.report.check import Check
 
 
-@dataclass
-class RepairReport:
+class RepairReport(ReportBase):
     """What `qcompile.repair_onnx` did.
 
     Attributes:
@@ -34,6 +32,7 @@ class RepairReport:
         bytes: size on disk (of the old file, of the new one), external data included.
     """
 
+    kind: Literal["repair"] = "repair"
     changed: bool
     opset: tuple[int, int]
     ir_version: tuple[int, int]
@@ -50,11 +49,9 @@ class RepairReport:
     quantizers: dict[str, int]
     shapes: int
     kept: dict[str, int]
-    notices: list[str]
     checks: list[Check]
     bytes: tuple[int, int]
-    kind: str = field(default="repair", init=False)
 
-    def to_json(self) -> str:
-        """The report as JSON text; `qcompile inspect` reads it back."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from qcompile.compat.torch import PyTorchFileReader
 from qcompile.source.pt2.graph_json import check_graph, check_paths
 
 _GRAPH, _INPUTS = "models/model.json", "data/sample_inputs/model.pt"
@@ -52,7 +53,7 @@ def check_archive(path: Path) -> None:
 
 
 def _check(path: Path) -> None:
-    reader = torch._C.PyTorchFileReader(str(path))
+    reader = PyTorchFileReader(str(path))
     records = _records(reader, path)
     _check_whole(path, records)
     if foreign := [name for name in records if not _OF_TORCH.fullmatch(name)]:
@@ -124,7 +125,7 @@ def _check_sizes(meta: dict[str, Any], name: str, stored: int) -> None:
 def _check_pickle(data: bytes, what: str, kinds: Any) -> None:
     """Refuse an object that is more than tensors, numbers, strings and containers: unpickling others runs code."""
     try:
-        _records(torch._C.PyTorchFileReader(io.BytesIO(data)), io.BytesIO(data))
+        _records(PyTorchFileReader(io.BytesIO(data)), io.BytesIO(data))
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip, pickle and the classes of tensors each have their own
         name = _GLOBAL.search(str(error))

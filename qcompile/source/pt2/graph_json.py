@@ -62,6 +62,8 @@ def _strings(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, or with each value of its list."""
     if isinstance(tree, dict):
         for key, value in tree.items():
+            if key == "metadata" and isinstance(value, dict) and "custom" in value:
+                yield "custom", value["custom"]
             if key in _MAPS and isinstance(value, dict):
                 yield from _strings(list(value.values()))
                 continue
@@ -137,6 +139,16 @@ def _check_arguments(text: Any) -> None:
         _check_name(_text("the keyword", name))
 
 
+def _check_notes(text: Any) -> None:
+    """Of a node, which passes add theirs to: text of a JSON object."""
+    try:
+        notes = json.loads(_text("the notes", text))
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise ValueError(f"the notes {str(text)[:80]!r}")
+
+
 def _json(text: Any) -> Any:
     try:
         return json.loads(_text("the structure", text))
@@ -181,6 +193,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "guards_code": _checked(check_guard, "the guard"),
     "target": _check_operator,
     "as_operator": _check_operator,
+    "custom": _check_notes,
     "in_spec": _check_arguments,
     "out_spec": _check_tree,
     "as_custom_obj": _check_no_object,

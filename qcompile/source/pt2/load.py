@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.export.pt2_archive._package import load_pt2
 
 import passes.ir  # noqa: F401  # a saved program of ours holds these operators
+from qcompile.compat.torch import load_pt2
 from qcompile.errors import SourceError
 from qcompile.messages import first_line
 from qcompile.source.pt2.archive import UnsafeArchive, check_archive

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from passes.canonicalize.attention_operands import MoveQuantizersToAttention
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, declines, graph_of, only_call, rewrites
 
 
 class Packed(nn.Module):

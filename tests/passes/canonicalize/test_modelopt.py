@@ -19,7 +19,7 @@ from passes.graph import aten, calls, module_path
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynamic_quantize
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import count, graph_of, only_call, run
+from passes.testing import count, graph_of, only_call, run
 
 tensor_quant: Any = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
 

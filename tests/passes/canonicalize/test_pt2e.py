@@ -16,7 +16,7 @@ from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.errors import PassError
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from tests.passes.support import count, declines, graph_of, only_call, rewrites, run
+from passes.testing import count, declines, graph_of, only_call, rewrites, run
 
 OPS = torch.ops.quantized_decomposed
 UINT8, INT8 = (0, 255, torch.uint8), (-128, 127, torch.int8)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from passes.canonicalize.share import ShareQuantizers
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
 
 
 class Static(nn.Module):

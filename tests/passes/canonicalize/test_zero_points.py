@@ -14,7 +14,7 @@ from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.constants import ConstantRows
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 
 class Shifted(nn.Module):

@@ -10,7 +10,8 @@ from passes.errors import PassError
 from passes.fold.constants import FoldConstants
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, QUANTIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import insert
 
 LAYOUTS = {
     "transpose": lambda w: w.transpose(0, 1),

@@ -14,7 +14,7 @@ from passes.fold.fixed import FoldFixed
 from passes.graph import aten
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
 class Learned(nn.Module):

@@ -18,7 +18,8 @@ from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.legalize.attention import DecomposeAttention
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import insert
 
 S = torch.tensor(0.02)
 

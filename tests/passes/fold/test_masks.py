@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from passes.fold.masks import MAX_BYTES, FoldMasks
 from passes.graph import aten
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from tests.passes.support import insert
 
 
 class Biased(nn.Module):

@@ -15,7 +15,8 @@ from torch.testing import FileCheck
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8, Format
 from passes.ir import DEQUANTIZE, QUANTIZE
-from tests.passes.support import DYNAMIC, Mlp, count, declines, graph_of, insert, rewrites, run, scale_of
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import Mlp, insert, scale_of
 
 
 @pytest.mark.parametrize("fmt", [FP8, INT8], ids=lambda f: f.name)

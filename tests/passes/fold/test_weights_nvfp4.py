@@ -15,8 +15,9 @@ from passes.hadamard import hadamard
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.place.rotate import RotateLinears
 from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 from tests.nvfp4 import bits, oracle, unpacked
-from tests.passes.support import DYNAMIC, Mlp, count, declines, graph_of, insert, rewrites, run, scale_of
+from tests.passes.support import Mlp, insert, scale_of
 
 G = torch.tensor(0.0001)
 

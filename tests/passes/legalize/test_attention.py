@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,7 +20,9 @@ from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten
 from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.attention import DecomposeAttention, is_long_causal
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
+from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Attention, insert
 
 S = torch.tensor(0.02)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -50,6 +57,28 @@ def test_masks_are_added(kind: str) -> None:
     keep[..., 0] = True
     mask = keep if kind == "bool" else torch.randn(1, 1, 5, 5)
     rewrites(DecomposeAttention, fused(Attention(scale=1.0), x, mask), x, mask, **TOLERANCE)
+
+
+# Small enough that every product and sum is exact in float32, in whatever order it is added.
+halves = hnp.arrays(np.float32, (1, 6, 16), elements=st.sampled_from([-0.5, 0.0, 0.5]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_bit_is_that_of_the_operator(causal: bool) -> None:
+    gm = graph_of(Attention(4, 4, 2, scale=1.0, is_causal=causal), torch.randn(1, 6, 16), None)
+    insert(gm, dict.fromkeys("qkv", torch.tensor(0.5)))
+    sites = [site.consumer for site in find_sites(gm) if site.operand == "softmax"]
+    FuseAttentionQdq(dict.fromkeys(sites, torch.tensor(2.0**-9)))(gm)
+    written = copy.deepcopy(gm)
+    assert DecomposeAttention()(written).modified and count(gm, ATTENTION) == 1 and count(written, ATTENTION) == 0
+
+    @settings(max_examples=30)
+    @given(halves)
+    def compare(x: np.ndarray) -> None:
+        (expected,), (found,) = (run(graph, torch.from_numpy(x), None) for graph in (gm, written))
+        assert torch.equal(found, expected)
+
+    compare()
 
 
 class TwoAttentions(nn.Module):

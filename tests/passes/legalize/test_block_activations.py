@@ -14,8 +14,8 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 from tests.passes.blocks import block_graph, error, in_blocks
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
 @pytest.mark.parametrize("width", [256, 100])

@@ -19,7 +19,8 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, dynami
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import insert
 
 G = torch.tensor(0.0005)
 

@@ -18,9 +18,10 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, only_call, rewrites, run
 from tests.passes.blocks import INPUT, Array, block_graph, error, in_blocks
 from tests.passes.legalize.test_k_split import Experts, Shared
-from tests.passes.support import DYNAMIC, count, declines, insert, only_call, rewrites, run
+from tests.passes.support import insert
 
 # one scale for a row instead of one for each block: both are FP8, which has a step of 1/8
 TOLERANCE = {"rtol": 0.2, "atol": 0.2}

@@ -13,7 +13,7 @@ from passes.graph import aten, val
 from passes.legalize.boundary import ConvertBoundary
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.noops import RemoveNoOps
-from tests.passes.support import DYNAMIC, count, graph_of, run
+from passes.testing import DYNAMIC, count, graph_of, run
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 

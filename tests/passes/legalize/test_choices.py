@@ -9,7 +9,7 @@ from passes.graph import aten, calls, dtype
 from passes.legalize.choices import choices
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, graph_of, only_call, run
+from passes.testing import DYNAMIC, graph_of, only_call, run
 
 
 class Router(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from passes.graph import aten
 from passes.legalize.col2im import FoldToConvolution
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 

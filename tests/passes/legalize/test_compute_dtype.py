@@ -23,19 +23,8 @@ from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.normalize.noops import RemoveNoOps
 from passes.sdpa import SDPA
-from tests.passes.support import (
-    DYNAMIC,
-    Attention,
-    Mlp,
-    blank,
-    count,
-    declines,
-    graph_of,
-    insert,
-    only_call,
-    returns,
-    run,
-)
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, run
+from tests.passes.support import Attention, Mlp, insert
 
 HALF = (torch.float16, torch.bfloat16)
 LOWEST = torch.finfo(torch.float32).min

@@ -14,8 +14,9 @@ from passes.graph import aten, dtype
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.scales import RoundScales
+from passes.testing import DYNAMIC, declines, graph_of, run
 from tests.nvfp4 import oracle, rounded, unpacked
-from tests.passes.support import DYNAMIC, declines, graph_of, insert, run
+from tests.passes.support import insert
 
 G = torch.tensor(3e-9)  # float16 has nothing so small
 

@@ -16,7 +16,8 @@ from passes.ir import DYNAMIC_QUANTIZE
 from passes.legalize.flat_rows import FlattenRows
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from tests.passes.support import insert
 
 G = torch.tensor(0.0005)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from passes.graph import aten
 from passes.legalize.group_norm import SpellOutGroupNorm
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
 
 
 @settings(max_examples=15)

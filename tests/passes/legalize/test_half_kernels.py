@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from passes.graph import aten, calls
-from passes.legalize.half_kernels import WITHOUT_HALF, lacks_half_kernel, operator_name
-from tests.passes.support import blank
+from passes.legalize.half_kernels import WITHOUT_HALF, lacks_half_kernel
+from passes.testing import blank
+from passes.traits import operator_name
 
 HALF = (torch.float16, torch.bfloat16)
 Call = Callable[[Tensor], Any]

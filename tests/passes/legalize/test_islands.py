@@ -16,7 +16,8 @@ from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.scales import RoundScales
 from passes.normalize.complex import ComplexToReal
 from passes.normalize.noops import RemoveNoOps
-from tests.passes.support import count, declines, graph_of, insert, run
+from passes.testing import count, declines, graph_of, run
+from tests.passes.support import insert
 
 S = torch.tensor(0.02)
 

@@ -17,8 +17,8 @@ from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.legalize.k_split import K_SPLIT, SplitK
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 from tests.passes.blocks import INPUT, WEIGHT, block_graph, error, in_blocks, oracle
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 HALF = torch.float16

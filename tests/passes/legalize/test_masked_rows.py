@@ -18,7 +18,7 @@ from passes.fold.masks import FoldMasks
 from passes.graph import aten, calls
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.sdpa import HIDDEN, SDPA, fully_masked
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
 
 Q, KV = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
 SEEN = torch.rand(2, 1, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -22,9 +22,10 @@ from passes.legalize.measured_scales import MeasuredToConstant
 from passes.normalize.noops import RemoveNoOps
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from qcompile.layer import QuantizedLinear, QuantizedWeight, Scheme
+from passes.testing import DYNAMIC, count, graph_of, rewrites, run
+from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 from tests.passes.legalize.test_k_split import Experts
-from tests.passes.support import DYNAMIC, count, graph_of, rewrites, run
 
 
 class Readers(nn.Module):

@@ -17,7 +17,8 @@ from passes.normalize.spellings import PlainSpellings
 from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import Mlp, count, declines, graph_of, insert, rewrites, run
+from passes.testing import count, declines, graph_of, rewrites, run
+from tests.passes.support import Mlp, insert
 
 T, WIDTH, EXPERTS, TOP = 12, 8, 3, 2
 X = torch.randn(T, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from passes.graph import aten
 from passes.legalize.positions import positions
-from tests.passes.support import graph_of
+from passes.testing import graph_of
 
 T = torch.randn(3)
 

@@ -10,7 +10,7 @@ from passes.errors import PassError
 from passes.graph import aten
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.ranges import before_softmax
-from tests.passes.support import count, graph_of
+from passes.testing import count, graph_of
 
 HALF = (torch.float32, torch.float16)
 

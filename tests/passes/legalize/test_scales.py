@@ -16,7 +16,8 @@ from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.ir import DYNAMIC_QUANTIZE
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.scales import RoundScales, round_scale
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
+from tests.passes.support import Attention, insert
 
 
 def half_graph(scale: torch.Tensor, target: torch.dtype = torch.float16, operand: str = "input") -> GraphModule:

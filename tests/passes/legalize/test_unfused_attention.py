@@ -18,7 +18,8 @@ from passes.ir import ATTENTION, QUANTIZE
 from passes.legalize.attention import quantize_of
 from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, count, graph_of, insert, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, graph_of, only_call, rewrites, run
+from tests.passes.support import insert
 
 S = torch.tensor(0.02)
 

@@ -14,7 +14,8 @@ from passes.graph import aten, shape
 from passes.ir import ATTENTION
 from passes.legalize.attention import DecomposeAttention, is_long_causal
 from passes.legalize.value_width import PadHeadWidths
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import insert
 
 S = torch.tensor(0.02)
 

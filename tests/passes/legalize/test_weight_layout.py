@@ -14,7 +14,8 @@ from passes.formats import FP8, INT8, Format
 from passes.graph import aten
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.legalize.weight_layout import StoreWeightsTransposed
-from tests.passes.support import DYNAMIC, Mlp, count, declines, graph_of, insert, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Mlp, insert
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

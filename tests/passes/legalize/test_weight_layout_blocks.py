@@ -13,8 +13,9 @@ from passes.formats import FP8, INT8, NVFP4, Format
 from passes.graph import aten, calls, module_path, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dynamic_quantize
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.testing import DYNAMIC, count, graph_of, only_call, rewrites
 from tests.passes.blocks import block_graph
-from tests.passes.support import DYNAMIC, count, graph_of, insert, only_call, rewrites
+from tests.passes.support import insert
 
 G = torch.tensor(0.0005)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

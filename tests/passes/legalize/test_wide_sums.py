@@ -7,7 +7,7 @@ import torch
 
 from passes.graph import aten
 from passes.legalize.wide_sums import WideIndexedSums
-from tests.passes.support import blank, declines, returns, rewrites
+from passes.testing import blank, declines, returns, rewrites
 
 X, INDEX = torch.randn(4, 3), torch.tensor([1, 1, 1, 3])
 ROWS = torch.randn(4, 3)

@@ -22,7 +22,8 @@ from passes.lower.cpu.fp4_activations import RoundFp4Activations
 from passes.lower.fp4_weights import DecodeFp4Weights
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import insert
 
 G = torch.tensor(0.0005)
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)

@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from passes.formats import NVFP4
 from passes.ir import DYNAMIC_QUANTIZE
 from passes.lower.fp4_codes import SpellOutFp4Codes
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 from tests.nvfp4 import bits, oracle, unpacked
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
 class Quantize(nn.Module):

@@ -18,9 +18,10 @@ from passes.lower.device import Device
 from passes.lower.int_mm import LinearsToIntMm
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, rewrites, run
 from tests.passes.blocks import error
 from tests.passes.lower.cuda.support import AMPERE, emulated, quantized, trace
-from tests.passes.support import DYNAMIC, Mlp, count, declines, rewrites, run, scale_of
+from tests.passes.support import Mlp, scale_of
 
 __all__ = ["emulated"]
 

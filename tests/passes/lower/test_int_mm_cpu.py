@@ -22,7 +22,8 @@ from passes.lower.int_mm import LONGEST, LinearsToIntMm
 from passes.lower.kernels import kernels
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run, scale_of
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import scale_of
 
 to_int_mm = partial(LinearsToIntMm, Device("cpu"))
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import Emitter, aten, shape
 from passes.lower.rows import add_bias, as_rows, first_rows, like_input, pad_by, pad_rows
-from tests.passes.support import DYNAMIC, blank, count, graph_of, only_call, returns, run
+from passes.testing import DYNAMIC, blank, count, graph_of, only_call, returns, run
 
 
 @pytest.mark.parametrize("sizes", [(4, 8), (2, 3, 8), (2, 3, 4, 8), (8,)], ids=str)

@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 from passes.constants import add_constant, constant
 from passes.graph import Emitter, aten, dtype
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
-from passes.lower.operands import QuantizedLinear
 from passes.lower.scales import float32_scale, is_one_scale, is_row_scale, runs_along_k, scale_product, unscalable
-from tests.passes.support import blank, count, returns, run
+from passes.reading import QuantizedLayer
+from passes.testing import blank, count, returns, run
 
 SHAPES = [(), (1,), (1, 1), (5, 1), (2, 5, 1), (4,), (5, 4), (1, 4)]
 
@@ -28,7 +28,7 @@ def test_what_a_scale_is_for(sizes: tuple[int, ...]) -> None:
 
 def linear(
     scale: Tensor, weight_scale: Tensor, lead: tuple[int, ...] = (5,), experts: int | None = None
-) -> tuple[GraphModule, Emitter, QuantizedLinear]:
+) -> tuple[GraphModule, Emitter, QuantizedLayer]:
     codes, weight = torch.ones(*lead, 4), torch.ones(*([experts] if experts else []), 3, 4)
     gm, emit, (x,) = blank(codes.to(torch.float8_e4m3fn))
     options = {"format": "fp8", "dtype": torch.float32}
@@ -36,7 +36,7 @@ def linear(
     w = add_constant(gm, "w", weight.to(torch.float8_e4m3fn), emit.before)
     ws = add_constant(gm, "ws", weight_scale, emit.before)
     operands = emit(DEQUANTIZE, x, s, **options), emit(DEQUANTIZE, w, ws, **options)
-    found = QuantizedLinear.read(emit(BATCHED_LINEAR if experts else aten.linear.default, *operands))
+    found = QuantizedLayer.of_codes(emit(BATCHED_LINEAR if experts else aten.linear.default, *operands))
     assert found is not None
     return gm, emit, found
 
@@ -76,7 +76,7 @@ def test_a_product_of_codes_times_its_scales(scale: Tensor, weight_scale: Tensor
     gm, emit, found = linear(scale, weight_scale)
     product = add_constant(gm, "product", torch.randn(5, 3), emit.before)
     (got,) = run(
-        returns(gm, scale_product(gm, emit, found, product, found.scale)), torch.ones(5, 4).to(torch.float8_e4m3fn)
+        returns(gm, scale_product(gm, emit, found, product, found.x.scale)), torch.ones(5, 4).to(torch.float8_e4m3fn)
     )
     columns = weight_scale.float() if weight_scale.ndim == 0 else weight_scale.float().t()
     torch.testing.assert_close(got, gm.get_buffer("product") * scale * columns, rtol=1e-6, atol=0)
@@ -87,6 +87,6 @@ def test_experts_side_by_side(weight_scale: Tensor) -> None:
     gm, emit, found = linear(ONE, weight_scale, (1, 5), experts=2)
     product = add_constant(gm, "product", torch.randn(5, 6), emit.before)
     (got,) = run(
-        returns(gm, scale_product(gm, emit, found, product, found.scale)), torch.ones(1, 5, 4).to(torch.float8_e4m3fn)
+        returns(gm, scale_product(gm, emit, found, product, found.x.scale)), torch.ones(1, 5, 4).to(torch.float8_e4m3fn)
     )
     torch.testing.assert_close(got, gm.get_buffer("product") * ONE * weight_scale.expand(2, 3, 1).reshape(1, 6))

@@ -17,7 +17,7 @@ from passes.normalize.attention import NormalizeAttention
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 HALF = {"rtol": 2e-3, "atol": 2e-3}

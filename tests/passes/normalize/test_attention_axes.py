@@ -11,7 +11,7 @@ from torch.nn import functional
 from passes.graph import aten, is_call
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import DYNAMIC, blank, declines, graph_of, only_call, returns, rewrites
+from passes.testing import DYNAMIC, blank, declines, graph_of, only_call, returns, rewrites
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 S, T, D = 5, 7, 8

@@ -11,7 +11,7 @@ from torch.fx import Node
 from passes.errors import PassError
 from passes.graph import Emitter, aten, calls, module_path
 from passes.normalize.autocast import MaterializeAutocast
-from tests.passes.support import blank, count, declines, returns, run
+from passes.testing import blank, count, declines, returns, run
 
 HALF = torch.bfloat16
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from passes.graph import aten
-from passes.legalize.half_kernels import is_complex
 from passes.normalize.complex import ComplexToReal
 from passes.normalize.noops import RemoveNoOps
-from tests.passes.support import DYNAMIC, count, declines, graph_of, returns, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, returns, rewrites, run
+from passes.traits import is_complex
 
 ANGLES = torch.arange(6.0)[:, None] / 10 ** (torch.arange(4) / 4)[None]
 TABLE = torch.polar(torch.ones_like(ANGLES), ANGLES)

@@ -21,7 +21,7 @@ from passes.normalize.weight_names import layer_of, piece_of
 from passes.pipelines import NORMALIZE
 from passes.quantize.sites import find_sites, linear_name
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 
 
 class Parts(nn.Module):

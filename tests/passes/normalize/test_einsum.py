@@ -11,7 +11,7 @@ from passes.constants import add_constant
 from passes.graph import aten
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.linear import NormalizeLinear
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passes.graph import aten
 from passes.ir import BATCHED_LINEAR
 from passes.normalize.experts import NormalizeExperts
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 E, K, N = 3, 4, 6
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

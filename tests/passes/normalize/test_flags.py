@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from passes.base import run_pipeline
 from passes.graph import aten
 from passes.normalize.flags import BitsToLogic
-from tests.passes.support import count, graph_of, rewrites
+from passes.testing import count, graph_of, rewrites
 
 MASK = torch.randn(3, 4) > 0
 NUMBERS = torch.arange(12).reshape(3, 4)

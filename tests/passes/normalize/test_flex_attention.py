@@ -15,7 +15,7 @@ from passes.graph import argument, aten
 from passes.normalize.flex_attention import SpellOutFlexAttention
 from passes.pipelines import NORMALIZE
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

@@ -13,7 +13,7 @@ from passes.normalize.gqa import UnexpandGroupedQuery
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # another kernel may run
 

@@ -17,7 +17,7 @@ from torch.testing import FileCheck
 from passes.constants import add_constant
 from passes.graph import aten, module_path, shape
 from passes.normalize.linear import NormalizeLinear
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 PRODUCTS = (aten.mm.default, aten.matmul.default, aten.addmm.default)

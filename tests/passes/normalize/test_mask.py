@@ -18,7 +18,7 @@ from passes.normalize.mask import NormalizeAttentionMask
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # another kernel runs when the mask goes
 MIN = torch.finfo(torch.float32).min

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from passes.graph import aten
 from passes.normalize.masked_writes import MaskedWritesToWhere
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
 
 IDS = torch.tensor([[1, 4, 4, 2], [4, 3, 3, 4]])
 HIDDEN, FEATURES = torch.randn(2, 4, 6), torch.randn(4, 6)

@@ -19,7 +19,7 @@ from passes.normalize.noops import RemoveNoOps
 from passes.normalize.rms_norm import NormalizeRmsNorm
 from passes.normalize.views import ViewsToReshape
 from passes.sdpa import SDPA, Attention
-from tests.passes.support import count, graph_of, run
+from passes.testing import count, graph_of, run
 
 transformers = pytest.importorskip("transformers")
 

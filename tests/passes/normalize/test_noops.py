@@ -11,7 +11,7 @@ from torch.testing import FileCheck
 from passes.graph import aten
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
 
 
 class Apply(nn.Module):

@@ -13,7 +13,7 @@ from passes.graph import aten
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.normalize.patch_embedding import PatchEmbeddingToLinear
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from passes.graph import aten, calls, dtype, val
 from passes.normalize.promotion import WriteOutPromotion
-from tests.passes.support import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, returns, rewrites, run
 
 H, W, I = torch.randn(3, 4).half(), torch.randn(3, 4), torch.tensor([[1], [2], [5]])  # noqa: E741
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from passes.graph import aten
 from passes.normalize.noops import RemoveNoOps
 from passes.normalize.rms_norm import NormalizeRmsNorm
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 # One rounding less than written: half an ulp of the weighted value.
 ROUNDING = {

@@ -17,7 +17,7 @@ from passes.normalize.noops import RemoveNoOps
 from passes.normalize.routed_experts import RoutedExpertsToDense
 from passes.normalize.views import ViewsToReshape
 from passes.pipelines import NORMALIZE
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 transformers = pytest.importorskip("transformers")
 

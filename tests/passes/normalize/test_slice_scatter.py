@@ -11,7 +11,7 @@ from torch.testing import FileCheck
 
 from passes.graph import aten
 from passes.normalize.slice_scatter import ScattersToConcat
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
 
 
 class Fill(nn.Module):

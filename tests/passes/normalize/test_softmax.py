@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from passes.graph import aten
 from passes.normalize.softmax import NormalizeSoftmax
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from passes.graph import aten
 from passes.normalize.spellings import PlainSpellings
-from tests.passes.support import blank, count, declines, graph_of, returns, rewrites
+from passes.testing import blank, count, declines, graph_of, returns, rewrites
 
 X = torch.randn(3, 4)
 

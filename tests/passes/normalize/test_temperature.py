@@ -14,7 +14,7 @@ from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.temperature import TemperatureToQuery
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, declines, graph_of, only_call, rewrites
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 Form = Callable[[Tensor, Tensor, nn.Module], Tensor]

@@ -8,7 +8,8 @@ from torch.testing import FileCheck
 
 from passes.graph import Emitter, aten
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Attention
 
 
 class Viewed(nn.Module):

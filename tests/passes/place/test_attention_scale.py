@@ -14,7 +14,8 @@ from passes.place.attention_scale import PlaceAttentionScale, attention_scale
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Attention, insert
 
 S = torch.tensor(0.02)
 ALL = {"q": S, "k": S, "v": S}

@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 from passes.graph import argument, aten, calls
 from passes.normalize.views import ViewsToReshape
 from passes.place.head_bias import BiasPackedHeads
-from tests.passes.support import DYNAMIC, declines, graph_of, insert, rewrites, scale_of
+from passes.testing import DYNAMIC, declines, graph_of, rewrites
+from tests.passes.support import insert, scale_of
 
 
 class Heads(nn.Module):

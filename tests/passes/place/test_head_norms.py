@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from passes.graph import aten, calls
 from passes.ir import QUANTIZE
 from passes.place.head_norms import JoinHeadNorms
-from tests.passes.support import DYNAMIC, count, declines, graph_of, insert, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
+from tests.passes.support import insert
 
 HEADS = [4, 2, 2]
 WIDTH = 16

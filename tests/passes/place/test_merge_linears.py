@@ -19,7 +19,8 @@ from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site, find_sites
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, only_call, rewrites, run, scale_of
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from tests.passes.support import Attention, scale_of
 
 S = torch.tensor(0.02)
 # GEMMs of other sizes add up in another order

@@ -17,8 +17,9 @@ from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 from tests.passes.blocks import INPUT, WEIGHT, block_graph, error, oracle
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, rewrites, run
+from tests.passes.support import Attention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

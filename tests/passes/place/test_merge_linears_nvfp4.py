@@ -21,8 +21,9 @@ from passes.normalize.views import ViewsToReshape
 from passes.place.merge_linears import MergeParallelLinears
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 from tests.nvfp4 import bits, oracle, unpacked
-from tests.passes.support import DYNAMIC, Attention, count, declines, graph_of, insert, only_call, rewrites, run
+from tests.passes.support import Attention, insert
 
 G = torch.tensor(0.0001)
 # GEMMs of other sizes add up in another order

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from passes.graph import aten, calls, is_call
 from passes.normalize.views import ViewsToReshape
 from passes.place.packed_heads import SplitPackedHeads
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 
 class Packed(nn.Module):

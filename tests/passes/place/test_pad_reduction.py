@@ -13,7 +13,7 @@ from passes.constants import evaluate_constant, is_constant_expression
 from passes.graph import aten, calls, is_call, shape
 from passes.ir import BATCHED_LINEAR
 from passes.place.pad_reduction import PadReduction, padding
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 
 PAD = aten.constant_pad_nd.default
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -23,20 +23,8 @@ from passes.place.rotate import RotateLinears
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import (
-    DYNAMIC,
-    Mlp,
-    blank,
-    count,
-    declines,
-    export,
-    graph_of,
-    only_call,
-    returns,
-    rewrites,
-    run,
-    scale_of,
-)
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, rewrites, run
+from tests.passes.support import Mlp, export, scale_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -17,7 +17,8 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dequantize, quanti
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site, find_sites
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, Attention, Mlp, count, graph_of, insert, only_call, run
+from passes.testing import DYNAMIC, count, graph_of, only_call, run
+from tests.passes.support import Attention, Mlp, insert
 
 S = torch.tensor(0.02)
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,9 @@ from passes.graph import is_call
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site, find_sites
+from passes.testing import DYNAMIC, count, graph_of, only_call, run
 from tests.nvfp4 import global_scale, rounded
-from tests.passes.support import DYNAMIC, Mlp, count, graph_of, insert, only_call, run
+from tests.passes.support import Mlp, insert
 
 G = torch.tensor(0.0007)
 both = {"input": G, "weight": G}

@@ -11,7 +11,8 @@ from passes.ir import BATCHED_LINEAR
 from passes.normalize.linear import NormalizeLinear
 from passes.quantize.sites import find_sites, linear_name
 from passes.sdpa import SDPA
-from tests.passes.support import Attention, Mlp, graph_of, insert, only_call
+from passes.testing import graph_of, only_call
+from tests.passes.support import Attention, Mlp, insert
 
 
 def names(module: nn.Module, *args: Tensor) -> list[str]:

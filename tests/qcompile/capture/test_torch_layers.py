@@ -14,8 +14,8 @@ from passes.graph import argument, calls
 from passes.pipelines import NORMALIZE
 from passes.program import unlift
 from passes.sdpa import SDPA
+from passes.testing import DYNAMIC
 from qcompile.capture import capture
-from tests.passes.support import DYNAMIC
 
 WIDTH, LENGTH = 16, 8
 causal = nn.Transformer.generate_square_subsequent_mask

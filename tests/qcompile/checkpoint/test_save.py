@@ -15,8 +15,8 @@ from passes.ir import DEQUANTIZE
 from passes.program import unlift
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.save import save_checkpoint
-from qcompile.coverage import quantized_modules
 from qcompile.errors import RecipeError
+from qcompile.report.coverage import quantized_modules
 from tests.qcompile.checkpoint.models import batch, program, read, same, save, tiny
 
 SLOW = pytest.mark.slow  # a second or two each, and each kind of layer is in Qwen3-MoE
@@ -48,7 +48,11 @@ def test_directory_model_and_program_give_the_same_tensors(
     held = write(model, tmp_path / "held", format=format, recipe=recipe)
     quantized = write(made, tmp_path / "quantized", format=format, source=source)
     assert streamed.quantized == held.quantized == quantized.quantized and streamed.quantized
-    assert {"model.embed_tokens", "lm_head"} <= set(streamed.unquantized)
+    assert streamed.unquantized.items() >= {"model.embed_tokens": "Embedding", "lm_head": "linear"}.items()
+    assert streamed.coverage == held.coverage == quantized.coverage
+    assert sum(count for count, _ in streamed.coverage.values()) == len(streamed.quantized)
+    reasons = {decline.module: decline.reason for decline in streamed.declined}
+    assert "which checkpoints hold in floating point" in reasons["model.embed_tokens"] and "lm_head" not in reasons
 
     found = {name: read(tmp_path / name) for name in ("streamed", "held", "quantized")}
     for other in ("held", "quantized"):

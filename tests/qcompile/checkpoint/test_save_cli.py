@@ -1,4 +1,4 @@
-"""`qcompile export --to-checkpoint`: what it writes and shows, and which options it refuses."""
+"""`qcompile checkpoint`: what it writes and shows, and which options it refuses; and how it was spelled before."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*argv: str) -> int:
-    return main(["export", "llama", *argv])
+    return main(["checkpoint", "llama", *argv])
 
 
 def test_block_fp8_is_the_default(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--to-checkpoint", "out", "--report", "report.json", "--dry-run") == 0
+    assert run("-o", "out", "--report", "report.json", "--dry-run") == 0
     foreseen = capsys.readouterr().out
     assert "format fp8, recipe fp8_block" in foreseen and {path.name for path in here.iterdir()} == {"llama"}
-    assert run("--to-checkpoint", "out", "--report", "report.json") == 0
+    assert run("-o", "out", "--report", "report.json") == 0
     shown = capsys.readouterr()
     assert shown.out[shown.out.index("Layers") : shown.out.index("notice")] in foreseen
     assert "format fp8, recipe fp8_block" in shown.out and "fp8_128x128 weight" in shown.out
@@ -39,16 +39,16 @@ def test_block_fp8_is_the_default(here: Path, capsys: pytest.CaptureFixture[str]
     assert "model.layers.0.mlp.up_proj.weight_scale_inv" in read(here / "out")
     assert main(["inspect", "report.json"]) == 0
     assert "fp8_128x128 weight" in capsys.readouterr().out
-    assert run("--to-checkpoint", "out") == 2
+    assert run("-o", "out") == 2
     assert "out is not empty" in capsys.readouterr().err
 
 
 def test_static_recipes_are_calibrated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    request = ("--to-checkpoint", "out", "--format", "modelopt", "--recipe", "fp8")
+    request = ("-o", "out", "--format", "modelopt", "--recipe", "fp8")
     assert run(*request) == 2
-    assert "qcompile export llama " + " ".join((*request, "--calibration", "random")) in capsys.readouterr().err
+    assert "qcompile checkpoint llama " + " ".join((*request, "--calibration", "random")) in capsys.readouterr().err
     save_file({"input_ids": torch.randint(0, 96, (2, 40))}, here / "ids.safetensors")
-    assert run("--to-checkpoint", "out", "--recipe", "fp8", "--calibration", "ids.safetensors") == 2
+    assert run("-o", "out", "--recipe", "fp8", "--calibration", "ids.safetensors") == 2
     shown = capsys.readouterr().err
     assert "format fp8 cannot hold" in shown and "loading" not in shown  # said before the model is loaded
     assert run(*request, "--calibration", "ids.safetensors") == 0
@@ -62,8 +62,26 @@ def test_static_recipes_are_calibrated(here: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), "say what to write: --output FILE for an ONNX file, --to-checkpoint DIR"),
-        (("-o", "x.onnx", "--format", "fp8"), "--format is for a checkpoint"),
+        ((), "say what to write: --output DIR"),
+        (("-o", "out", "--opset", "21"), "Unknown option: --opset"),
+        (("-o", "out", "--format", "modelopt"), "say which with --recipe"),
+        (("-o", "out", "--format", "gguf"), "gguf"),
+        (("-o", "nowhere/out"), "there is no directory"),
+        (("-o", "out", "--samples", "3"), "--samples is for calibration data"),
+        (("-o", "out", "--batch", "0"), "--batch 0: a size is 1 or more"),
+    ],
+)
+def test_what_it_refuses(here: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str) -> None:
+    assert run(*argv) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name for path in here.iterdir()} == {"llama"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "say what to write: --output FILE; `qcompile checkpoint` writes a Hugging Face directory"),
+        (("-o", "x.onnx", "--format", "fp8"), "--format is for a checkpoint, which `qcompile checkpoint` writes"),
         (
             ("--to-checkpoint", "out", "--opset", "21", "--no-compare"),
             "--opset, --no-compare: not with --to-checkpoint",
@@ -76,20 +94,34 @@ def test_static_recipes_are_calibrated(here: Path, capsys: pytest.CaptureFixture
         (("--to-checkpoint", "nowhere/out"), "there is no directory"),
     ],
 )
-def test_what_does_not_go_together(
+def test_what_does_not_go_together_in_the_old_spelling(
     here: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
 ) -> None:
-    assert run(*argv) == 2
+    assert main(["export", "llama", *argv]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert {path.name for path in here.iterdir()} == {"llama"}
 
 
+@pytest.mark.parametrize("target", [("--to-checkpoint", "out"), ("--to-checkpoint=out",)])
+def test_the_old_spelling_works_and_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str], target: tuple[str, ...]
+) -> None:
+    assert main(["export", "llama", "--format", "fp8", *target, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    new = " ".join(target).replace("--to-checkpoint", "--output")
+    assert f"it is: qcompile checkpoint llama --format fp8 {new} --dry-run" in shown.err
+    assert "format fp8, recipe fp8_block" in shown.out
+
+
 def test_a_source_that_is_no_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "models:make", "--to-checkpoint", "out"]) == 2
+    assert main(["checkpoint", "models:make", "-o", "out"]) == 2
     assert "a checkpoint is made from a Hugging Face directory, and models:make is none" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_commands_teach_each_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["checkpoint", "--help"])
+    shown = capsys.readouterr().out
+    assert "-o ./llama-fp8" in shown and "compressed-tensors" in shown and "--opset" not in shown
     main(["export", "--help"])
     shown = capsys.readouterr().out
-    assert "--to-checkpoint ./llama-fp8 --format fp8" in shown and "compressed-tensors" in shown
+    assert "--to-checkpoint" not in shown and "--format" not in shown and "qcompile checkpoint" in shown

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.frontends.checkpoint import load_checkpoint
-from qcompile.layer import FP8_BLOCK, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4
+from qcompile.checkpoint.load import load_checkpoint
 from qcompile.recipe import list_recipes
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4
 from tests.passes.support import Attention
 from tests.qcompile.dynamo.support import assert_same, compiled
 

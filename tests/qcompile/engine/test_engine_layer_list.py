@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,17 +108,29 @@ def test_damaged_lines_lose_nothing(data: st.DataObject) -> None:
     start = data.draw(st.integers(len("Name: "), len(line)))
     stop = data.draw(st.integers(start, min(len(line), start + 60)))
     damaged = line[:start] + data.draw(JUNK) + line[stop:]
+    lose_nothing(index, damaged)
+
+
+def test_a_cut_that_leaves_a_name_at_the_start_of_a_line() -> None:
+    """What follows is an entry of its own: nobody can tell it from one."""
+    cut = LINES[2].index("Name: w")
+    lose_nothing(2, LINES[2][: cut - 2] + "\n" + LINES[2][cut:])
+
+
+def lose_nothing(index: int, damaged: str) -> None:
+    entries = re.split(r"\n(?=Name: )", damaged)
+    after = len(LINES) - index - 1
     layers = parse_layers(block(*LINES[:index], damaged, *LINES[index + 1 :]), profiles=2)
     known = [parse_layers(block(other))[0] for other in LINES]
     others = [layer.model_copy(update={"profile": 0}) for layer in layers]
-    assert others[:index] == known[:index] and others[len(others) - (len(LINES) - index - 1) :] == known[index + 1 :]
-    [hit] = layers[index : len(layers) - (len(LINES) - index - 1)]
-    if hit.type == "other":
-        assert hit.name == damaged.rstrip("\n")
-    else:
-        assert all(text in damaged for text in rest(hit))
-        assert sum(len(t) for t in (hit.inputs, hit.constants, hit.outputs)) >= damaged.count(" Dimensions: [")
-    assert Layer.model_validate_json(hit.model_dump_json()) == hit
+    assert others[:index] == known[:index] and others[len(others) - after :] == known[index + 1 :]
+    for entry, hit in zip(entries, layers[index : len(layers) - after], strict=True):
+        if hit.type == "other":
+            assert hit.name == entry.rstrip("\n")
+        else:
+            assert all(text in entry for text in rest(hit))
+            assert sum(len(t) for t in (hit.inputs, hit.constants, hit.outputs)) >= entry.count(" Dimensions: [")
+        assert Layer.model_validate_json(hit.model_dump_json()) == hit
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from qcompile.checkpoint.load import load_checkpoint
 from qcompile.errors import CheckpointError, SourceError
-from qcompile.frontends.checkpoint import load_checkpoint
-from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 from qcompile.source import load_source
 
 transformers = pytest.importorskip("transformers")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from qcompile.checkpoint.load import load_checkpoint
 from qcompile.checkpoint.write.save import save_checkpoint
-from qcompile.frontends.checkpoint import load_checkpoint
 from qcompile.layer import QuantizedLinear
 
 T = pytest.importorskip("transformers")

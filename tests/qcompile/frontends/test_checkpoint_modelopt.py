@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from passes.formats import NVFP4
-from qcompile.frontends.checkpoint import load_checkpoint
+from qcompile.checkpoint.load import load_checkpoint
 from qcompile.layer import QuantizedLinear
 
 pytest.importorskip("modelopt.torch.export")

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.layer import QuantizedWeight
+from qcompile.schemes.scheme import Scheme
 from tests.qcompile.checkpoint.formats.support import quantized
 
 _COMMON: dict[str, Any] = {

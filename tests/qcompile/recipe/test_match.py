@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.formats import MULTIPLIED
+from passes.capabilities import PRODUCTS
 from qcompile.errors import RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, format_of, load_recipe, resolve, unsupported
 from qcompile.recipe.globs import KINDS, alternatives, glob_matches, possible_kinds
@@ -333,7 +333,7 @@ def test_every_pair_that_a_kernel_takes_is_in_the_table() -> None:
         "int8_per_token": {"quantizer": X, "format": "int8", "granularity": "per_token", "dynamic": True},
         "nvfp4": {"quantizer": X, "format": "nvfp4"},
     }
-    allowed = {(weight.name, x.name) for weight, formats in MULTIPLIED.items() for x in formats}
+    allowed = {(product.weight.name, product.input.name) for product in PRODUCTS}
     assert {weight for weight, _ in allowed} == set(layers) and {x for _, x in allowed} == set(inputs)
     for weight, x in itertools.product(layers, inputs):
         both = recipe(layers[weight], inputs[x])

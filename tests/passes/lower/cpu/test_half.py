@@ -12,7 +12,8 @@ from passes.graph import aten, calls, dtype
 from passes.lower.cpu import half
 from passes.lower.cpu.half import PRODUCTS, WidenHalfProducts
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, Attention, Mlp, count, declines, graph_of, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites
+from tests.passes.support import Attention, Mlp
 
 HALF = {"rtol": 2e-3, "atol": 2e-3}
 

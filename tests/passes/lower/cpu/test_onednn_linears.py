@@ -21,7 +21,7 @@ from passes.lower.cpu.onednn_linears import OneDnnLinears
 from passes.lower.kernels import kernels
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes.support import DYNAMIC, count, declines, graph_of, rewrites, run
+from passes.testing import DYNAMIC, count, declines, graph_of, rewrites, run
 
 S = torch.tensor(0.01)
 NVFP4_GLOBAL = torch.tensor(0.0005)

@@ -27,7 +27,8 @@ from passes.place.attention_scale import PlaceAttentionScale
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.sdpa import SDPA
-from tests.passes.support import DYNAMIC, Mlp, graph_of, run
+from passes.testing import DYNAMIC, graph_of, run
+from tests.passes.support import Mlp
 
 REFERENCES: dict[Any, Callable[..., Any]] = {
     ir.QUANTIZE: ir.quantize,

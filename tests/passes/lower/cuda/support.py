@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 
+from passes import testing
 from passes.fold.weights import FoldWeights
 from passes.graph import aten
 from passes.lower.device import Device
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
-from tests.passes import support
 
 Array = npt.NDArray[Any]
 AMPERE, ADA, HOPPER, BLACKWELL = (Device("cuda", capability) for capability in ((8, 0), (8, 9), (9, 0), (10, 0)))
@@ -34,7 +34,7 @@ def quantized(
     module: nn.Module, *inputs: Tensor, weight: Quantizer | None, input: Quantizer | None, **options: Any
 ) -> GraphModule:
     """`module` with its linear layers quantized so, weights as codes."""
-    gm = support.graph_of(module, *inputs, **options)
+    gm = testing.graph_of(module, *inputs, **options)
     wanted = {"weight": weight, "input": input}
     chosen = {site: wanted.get(site.operand) for site in find_sites(gm)}
     InsertQdq({site: quantizer for site, quantizer in chosen.items() if quantizer is not None})(gm)
@@ -147,13 +147,13 @@ _PRODUCTS = {
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products of CUDA in `support.run`."""
+    """Products of CUDA in `passes.testing.run`."""
     original = Interpreter.call_function
 
     def call(self: Interpreter, target: Any, args: Any, kwargs: Any) -> Any:
         return original(self, _PRODUCTS.get(target, target), args, kwargs)
 
-    monkeypatch.setattr(support._CheckedInterpreter, "call_function", call)
+    monkeypatch.setattr(testing.CheckedInterpreter, "call_function", call)
     yield
 
 

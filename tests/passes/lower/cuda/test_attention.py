@@ -19,8 +19,9 @@ from passes.place.attention_scale import PlaceAttentionScale
 from passes.quantize.sites import find_sites
 from passes.sdpa import SDPA
 from passes.sdpa import Attention as Arguments
+from passes.testing import DYNAMIC, blank, count, declines, graph_of, only_call, returns, run
 from tests.passes.lower.cuda.support import trace
-from tests.passes.support import DYNAMIC, Attention, blank, count, declines, graph_of, insert, only_call, returns, run
+from tests.passes.support import Attention, insert
 
 S = torch.tensor(0.02)
 

@@ -17,9 +17,9 @@ from passes.lower.cuda.block_mm import BlockLinearsToScaledMm
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, only_call, rewrites, run
 from tests.passes.blocks import INPUT, WEIGHT, error, oracle
 from tests.passes.lower.cuda.support import ADA, BLACKWELL, HOPPER, emulated, quantized, trace
-from tests.passes.support import DYNAMIC, count, declines, only_call, rewrites, run
 
 __all__ = ["emulated"]
 

@@ -15,9 +15,9 @@ from passes.lower.cuda.experts import ExpertsToScaledMm
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, rewrites, run
 from tests.passes.blocks import error
 from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
-from tests.passes.support import DYNAMIC, count, declines, rewrites, run
 
 __all__ = ["emulated"]
 

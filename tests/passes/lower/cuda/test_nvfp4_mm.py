@@ -19,10 +19,10 @@ from passes.lower.cuda.nvfp4_mm import Nvfp4LinearsToScaledMm, in_tiles
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, only_call, rewrites, run
 from tests.nvfp4 import global_scale, rounded
 from tests.passes.blocks import error
 from tests.passes.lower.cuda.support import BLACKWELL, HOPPER, emulated, quantized, trace
-from tests.passes.support import DYNAMIC, count, declines, only_call, rewrites, run
 
 __all__ = ["emulated"]
 

@@ -20,9 +20,10 @@ from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.normalize.views import ViewsToReshape
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, run
 from tests.passes.blocks import INPUT, WEIGHT, error
 from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, quantized, trace
-from tests.passes.support import DYNAMIC, Attention, count, insert, run
+from tests.passes.support import Attention, insert
 
 __all__ = ["emulated"]
 

@@ -19,9 +19,10 @@ from passes.lower.cuda.scaled_mm import LinearsToScaledMm
 from passes.lower.device import Device
 from passes.lower.kernels import kernels
 from passes.quantize.insert import Quantizer
+from passes.testing import DYNAMIC, count, declines, only_call, rewrites, run
 from tests.passes.blocks import error
 from tests.passes.lower.cuda.support import ADA, AMPERE, BLACKWELL, HOPPER, emulated, fp8, quantized, trace
-from tests.passes.support import DYNAMIC, Mlp, count, declines, only_call, rewrites, run, scale_of
+from tests.passes.support import Mlp, scale_of
 
 __all__ = ["emulated"]
 

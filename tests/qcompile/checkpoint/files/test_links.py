@@ -13,8 +13,8 @@ import transformers
 
 from qcompile.checkpoint.files.directory import carry_over
 from qcompile.checkpoint.files.headers import open_directory
+from qcompile.checkpoint.load import load_checkpoint
 from qcompile.errors import CalibrationError, CheckpointError, QCompileError, SourceError
-from qcompile.frontends.checkpoint import load_checkpoint
 from qcompile.source.load import load_source
 from qcompile.source.preprocessing import TEXT, load_preprocessor
 

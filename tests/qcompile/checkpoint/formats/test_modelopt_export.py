@@ -15,7 +15,7 @@ import torch
 
 from passes.ir import dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, Contents, SchemeReader, reader_of
-from qcompile.layer import FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import BLOCK_WEIGHT_ONLY, NVFP4_WEIGHT_ONLY, assert_same_bits
 
 pytest.importorskip("modelopt.torch.export")

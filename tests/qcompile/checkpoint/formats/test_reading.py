@@ -15,7 +15,7 @@ from passes.ir import dequantize
 from qcompile.checkpoint.formats import FORMATS, Contents, reader_of
 from qcompile.checkpoint.formats.scheme_args import group_of
 from qcompile.errors import CheckpointError
-from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import (
     assert_same_bits,
     quantized,

@@ -10,7 +10,7 @@ import torch
 from passes.formats import FP8, FP8_128X128, INT8, NVFP4
 from qcompile.checkpoint.formats import FORMATS, Contents, format_called
 from qcompile.errors import CheckpointError
-from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import BLOCK_WEIGHT_ONLY
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"

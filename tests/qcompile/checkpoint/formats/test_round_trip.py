@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from passes.formats import FP8_128X128
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import FP8_BLOCK, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import (
     HELD,
     PAIRS,

@@ -9,7 +9,7 @@ import pytest
 from passes.formats import FP8_128X128, INT8, NVFP4
 from qcompile.checkpoint.formats import FORMATS, Contents
 from qcompile.checkpoint.formats.servers import EDGE, LIMITS, SGLANG, VLLM, server_notices
-from qcompile.layer import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 
 PAGE = Path(__file__).parents[4] / "docs/checkpoints.md"
 DENSE, OTHER = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"

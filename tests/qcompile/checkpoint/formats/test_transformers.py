@@ -15,15 +15,8 @@ import torch
 
 from passes.ir import dequantize
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import (
-    FP8_BLOCK,
-    FP8_CHANNEL_TOKEN,
-    FP8_TENSOR,
-    INT8_CHANNEL_TOKEN,
-    NVFP4_W4A4,
-    QuantizedWeight,
-    Scheme,
-)
+from qcompile.layer import QuantizedWeight
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import quantized
 
 transformers = pytest.importorskip("transformers")

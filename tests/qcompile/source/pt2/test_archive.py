@@ -133,6 +133,7 @@ CHANGED: dict[str, tuple[str, Callable[[Any], None], str]] = {
         structured({"default_factory_module": "made_here", "default_factory_name": "Kind", "dict_context": []}),
         "a defaultdict of 'Kind'",
     ),
+    "notes": (GRAPH, node(metadata={"custom": "5"}), "the notes .5."),
     "no signature": (GRAPH, called(lambda calls: calls.clear()), "it does not say how it is called"),
     "other results": (GRAPH, structured("[]"), "its inputs or results are not those of its graph"),
     "pickled weight": (WEIGHTS, weight(use_pickle=True, path_name="weight_9"), r"an object of '_?io\.open'"),

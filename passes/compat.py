@@ -1,0 +1,131 @@
+"""Private names of torch that passes use. What stands here is looked up when it is asked for, and has a probe.
+
+Used without a detour are `torch.utils._pytree`, `torch._ops.OpOverload` and `HigherOrderOperator` with their `_schema`,
+and operators whose names begin so, such as `aten._to_copy`: every graph of torch.export is made of these, and saved
+programs name them, so that torch cannot take them back without a word. They are probed all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from passes.private import Private, lazily
+
+if TYPE_CHECKING:
+    import torch
+    from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
+    from torch._guards import detect_fake_mode as detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+
+_FAKE = "torch._subclasses.fake_tensor"
+_VALUES = "every pass, which gives values to new nodes,"
+
+_NAMES = {
+    "FakeTensor": Private(_FAKE, "FakeTensor", _VALUES),
+    "FakeTensorMode": Private(_FAKE, "FakeTensorMode", _VALUES, lambda mode: bool(_is_fake(mode))),
+    "detect_fake_mode": Private("torch._guards", "detect_fake_mode", _VALUES, lambda detect: detect([]) is None),
+    "enable_python_dispatcher": Private("torch._dispatch.python", "enable_python_dispatcher", _VALUES),
+}
+__getattr__, __dir__ = lazily(__name__, _NAMES)
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN."""
+    import torch
+
+    return bool(torch._C._has_mkldnn)
+
+
+def cpu_has_vnni() -> bool:
+    """Whether this CPU adds up four products of bytes at once, and oneDNN has them."""
+    import torch
+
+    return has_onednn() and bool(torch.cpu._is_vnni_supported())
+
+
+def cpu_has_float16() -> bool:
+    """Whether this CPU multiplies float16, and oneDNN has that."""
+    import torch
+
+    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for two tensors in one memory, fake ones, too, whose addresses are all 0."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def in_forward_mode() -> bool:
+    """Whether a derivative is taken in forward mode."""
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0
+
+
+def below_autograd(keys: Any) -> Any:
+    """The dispatch keys among `keys` that come after those of autograd."""
+    import torch
+
+    return keys & torch._C._after_autograd_keyset
+
+
+def probes() -> Iterator[Private]:
+    """Every private name of torch that this package uses."""
+    yield from _NAMES.values()
+    yield Private("torch.cpu", "_is_vnni_supported", "INT8 on a CPU", lambda asks: isinstance(asks(), bool))
+    yield Private("torch", "UntypedStorage._cdata", "the merge of heads that lie side by side", _tells_memory)
+    yield Private("torch.autograd", "forward_ad._current_level", "the refusal of gradients", lambda level: level == -1)
+    yield Private("torch._C", "_after_autograd_keyset", "the refusal of gradients", _knows_cpu)
+    yield Private("torch.utils._pytree", "tree_map_only", "every pass", lambda tree: tree(int, str, [1]) == ["1"])
+    yield Private("torch._ops", "HigherOrderOperator", "passes in graphs with branches")
+    for name, arguments in _OPERATORS.items():
+        yield Private("torch", f"ops.{name}.default", "a lowering of products", _takes(arguments))
+    yield Private("torch._C", "_has_mkldnn", "products on a CPU", lambda flag: isinstance(flag, bool))
+    if has_onednn():
+        for name, arguments in _ONEDNN.items():
+            yield Private("torch", f"ops.mkldnn.{name}", "products on a CPU", _takes(arguments))
+
+
+_OPERATORS = {
+    "aten._int_mm": ("self", "mat2"),
+    "aten._scaled_mm": ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum"),
+    "aten._scaled_grouped_mm": ("self", "mat2", "scale_a", "scale_b", "offs"),
+    "aten._to_copy": ("self", "dtype"),
+    "aten._safe_softmax": ("self", "dim", "dtype"),
+    "aten._unsafe_view": ("self", "size"),
+}
+"""Operator -> the arguments that it begins with."""
+
+_ONEDNN = {"_is_mkldnn_fp16_supported": (), "_linear_pointwise": ("X", "W", "B", "attr", "scalars", "algorithm")}
+
+
+def _takes(arguments: tuple[str, ...]) -> Callable[[Any], bool]:
+    def check(operator: Any) -> bool:
+        overload = getattr(operator, "default", operator)
+        return tuple(a.name for a in overload._schema.arguments[: len(arguments)]) == arguments
+
+    return check
+
+
+def _is_fake(mode_class: Any) -> bool:
+    """Whether a product of fake tensors is fake, and of the right shape."""
+    import torch
+
+    with mode_class():
+        product = torch.empty(2, 3) @ torch.empty(3, 5)
+    return type(product).__name__ == "FakeTensor" and product.shape == (2, 5)
+
+
+def _tells_memory(_: Any) -> bool:
+    import torch
+
+    one, other = torch.empty(4), torch.empty(4)
+    return storage_id(one) == storage_id(one[1:]) != storage_id(other)
+
+
+def _knows_cpu(keys: Any) -> bool:
+    import torch
+
+    return bool(keys.has(torch._C.DispatchKey.CPU)) and not keys.has(torch._C.DispatchKey.AutogradCPU)

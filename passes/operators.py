@@ -1,0 +1,133 @@
+"""What can be quantized: operator -> its kind, operands and axis of channels; and what has a weight and cannot be.
+
+Sites, reports and checks read this table. An operator more is a row more: `find_sites` has its operands then, recipes
+name them, `InsertQdq` quantizes them, and reports count its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Node
+
+from passes.graph import aten, shape
+from passes.ir import BATCHED_LINEAR
+from passes.sdpa import SDPA
+
+__all__ = ["NORMS", "OPERATORS", "SUFFIXES", "Operator", "counted_kinds", "of_kind", "operator_of", "quantizable"]
+
+SUFFIXES = {
+    "input": "input_quantizer",
+    "weight": "weight_quantizer",
+    "output": "output_quantizer",
+    "q": "q_bmm_quantizer",
+    "k": "k_bmm_quantizer",
+    "v": "v_bmm_quantizer",
+    "softmax": "softmax_bmm_quantizer",
+}
+"""Operand -> the last part of its quantizer's name."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What of an operator can be quantized.
+
+    Attributes:
+        kind: what reports call its layers.
+        operands: those with a quantizer -> which argument each is; None for a result, or something inside of it.
+        counted: `coverage` counts its layers: each is quantized or listed as not quantized.
+        channel_axis: of the weight, along which a scale for each channel runs; asked of the call where that decides.
+        groups: how many axes of the weight before those of a channel number independent weights: 1 for experts.
+        refusal: why its weight is quantized by nothing; empty for what can be.
+        listed: reports list what is refused.
+    """
+
+    kind: str
+    operands: Mapping[str, int | None] = field(default_factory=dict)
+    counted: bool = False
+    channel_axis: int | Callable[[Node], int] = -2
+    groups: int = 0
+    refusal: str = ""
+    listed: bool = True
+
+    def weight(self, call: Node) -> Node | None:
+        """The weight of a `call` of the operator, which `operands` has a place for; None for one without."""
+        index = self.operands.get("weight")
+        found = None if index is None else call.args[index]
+        return found if isinstance(found, Node) else None
+
+    def reduction(self, call: Node) -> int | None:
+        """How many products are added for an element of the result of `call`; None if it has no weight of known size.
+
+        A scale of the weight for each channel is one number for so many elements.
+        """
+        weight = self.weight(call)
+        if weight is None:
+            return None
+        axis = self.channel_axis if isinstance(self.channel_axis, int) else self.channel_axis(call)
+        sizes = list(shape(weight))
+        channel = axis % len(sizes)
+        count = 1
+        for index, size in enumerate(sizes):
+            if index >= self.groups and index != channel:
+                if not isinstance(size, int):
+                    return None
+                count *= size
+        return count
+
+
+_LAYER: Mapping[str, int | None] = {"input": 0, "weight": 1, "output": None}
+_NORM = Operator("norm", {"output": None})
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+_STATES = "the products of one step wait for those of the step before, in half precision"
+_TABLE = "rows are looked up and not multiplied"
+_SPELLED = "it is multiplied in a form that has no quantizers"
+_CONVOLUTION = "no pass quantizes convolutions"
+
+
+def _overloads(*packets: OpOverloadPacket) -> list[OpOverload]:
+    return [getattr(packet, name) for packet in packets for name in packet.overloads()]  # type: ignore[no-untyped-call]
+
+
+_RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+_CELLS = (aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)
+_PRODUCTS = (aten.bmm, aten.baddbmm, aten.matmul, aten.mm, aten.addmm, aten.einsum)
+_TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+_CONVOLUTIONS = (aten.convolution, aten.conv1d, aten.conv2d, aten.conv3d, *_TRANSPOSED)
+
+OPERATORS: dict[Any, Operator] = {
+    aten.linear.default: Operator("linear", _LAYER, counted=True),
+    BATCHED_LINEAR: Operator("experts", _LAYER, counted=True, groups=1),
+    SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
+    **dict.fromkeys(NORMS, _NORM),
+    **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
+    **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),
+    **dict.fromkeys(_overloads(aten.bilinear), Operator("bilinear", refusal=_SPELLED, listed=False)),
+    **dict.fromkeys(_overloads(aten.embedding), Operator("embedding", refusal=_TABLE, listed=False)),
+    **dict.fromkeys(_overloads(*_CONVOLUTIONS), Operator("convolution", refusal=_CONVOLUTION, listed=False)),
+}
+"""Overload -> what of it can be quantized; of what is in a normalized graph, those of which a weight can be."""
+
+
+def operator_of(node: Node) -> Operator | None:
+    """The row of what `node` calls, if there is one."""
+    return OPERATORS.get(node.target) if node.op == "call_function" else None
+
+
+def quantizable() -> list[Callable[..., Any]]:
+    """The overloads of which something can be quantized."""
+    return [target for target, row in OPERATORS.items() if not row.refusal]
+
+
+def of_kind(*kinds: str) -> list[Callable[..., Any]]:
+    """The overloads of these kinds."""
+    return [target for target, row in OPERATORS.items() if row.kind in kinds]
+
+
+def counted_kinds() -> tuple[str, ...]:
+    """The kinds that `coverage` counts, in the order of the table."""
+    return tuple(dict.fromkeys(row.kind for row in OPERATORS.values() if row.counted))

@@ -1,0 +1,212 @@
+"""What a calibration algorithm is, and what it sees.
+
+A recipe has steps, each of them an algorithm with its settings. The driver (`qcompile.quantization.solve`) runs them:
+
+    for step in steps:
+        seen = observe(view, step.watch(view), batches)
+        run(step.edits(view, seen))
+        quantizers |= step.solve(view, seen)
+
+and what none of them solved gets the scale of `max`. A step that watches nothing needs no data, and so it works on the
+weights of a directory, too, where there is no graph: `save_checkpoint` shows it views of a few tensors at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.formats import Format
+from passes.places import Pipeline
+from passes.quantize.insert import Quantizer
+from passes.quantize.sites import Site
+from qcompile.algorithms import algorithm_called
+from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.statistics import Largest, Statistic
+from qcompile.errors import CalibrationError
+from qcompile.scales import has_constant, scale_of
+from qcompile.schemes.config import QuantizerConfig, format_of
+
+Seen = Mapping[Node, Statistic]
+"""What was kept of the nodes that an algorithm watched."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand(ABC):
+    """A tensor that the recipe quantizes: a weight, or an activation whose constant scale calibration has to find.
+
+    Attributes:
+        name: of the quantizer, `layers.0.q_proj.weight_quantizer`.
+        kind: `weight`, `input`, `output`, `q`, `k` or `v`.
+        config: what the recipe says of it.
+    """
+
+    name: str
+    kind: str
+    config: QuantizerConfig
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.config)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each row of a weight has a scale of its own."""
+        return self.config.granularity == "per_channel"
+
+    @property
+    def site(self) -> Site:
+        """Where it is in the graph. Raises CalibrationError where there is none, as in a directory of weights."""
+        raise CalibrationError(f"{self.name}: there is no graph here, and so no data")
+
+    @property
+    def node(self) -> Node:
+        """What `watch` asks for to see this tensor. Raises CalibrationError as `site` does."""
+        return self.site.tensor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of a weight: `[N, K]`, of experts `[E, N, K]`."""
+
+    @abstractmethod
+    def rows(self, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A weight some rows of its first axis at a time: (which, values). `multiple` rows belong together."""
+
+    @abstractmethod
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        """`scale`, for a tensor or for channels, as the program will have it: rounded to the dtype that it computes in.
+        Codes have to be chosen with that; scales of blocks stay as they are."""
+
+    def amax(self) -> torch.Tensor:
+        """Largest magnitude of a weight, fp32: in each row `[..., N, 1]` if channels have scales, else a scalar.
+
+        Raises CalibrationError for a NaN or an infinity.
+        """
+        parts = []
+        for _, values in self.rows():
+            low, high = torch.aminmax(values, dim=-1, keepdim=True) if self.per_channel else torch.aminmax(values)
+            parts.append(torch.maximum(-low, high).float())
+        found = torch.cat(parts) if self.per_channel else torch.stack(parts).amax()
+        if not bool(torch.isfinite(found).all()):  # aminmax carries a NaN on
+            raise CalibrationError(f"{self.name}: the weight holds NaN or infinity")
+        return found
+
+
+@dataclass
+class View:
+    """What an algorithm sees of a model.
+
+    Attributes:
+        operands: everything that is quantized with a scale that has to be found.
+        groups: weights whose (global) scales must agree, so that they can be merged and any server can load them as
+            one: q, k and v of an attention, gate and up of an MLP. A weight that shares with none is in none.
+        quantizers: what earlier steps chose.
+        gm: the graph; None for weights of a directory.
+    """
+
+    operands: Sequence[Operand]
+    groups: Sequence[Sequence[Operand]] = ()
+    quantizers: Mapping[Operand, Quantizer] = field(default_factory=dict)
+    gm: GraphModule | None = None
+    _amax: dict[Operand, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> list[Operand]:
+        return [operand for operand in self.operands if operand.kind == "weight"]
+
+    @property
+    def activations(self) -> list[Operand]:
+        """Those with a constant scale, if only a global one, that has to be found."""
+        return [operand for operand in self.operands if operand.kind != "weight"]
+
+    def group(self, operand: Operand) -> Sequence[Operand]:
+        """The weights that share a scale with `operand`, itself among them."""
+        return next((group for group in self.groups if operand in group), (operand,))
+
+    def amax(self, weight: Operand) -> torch.Tensor:
+        """`weight.amax()`, the largest of all where weights share a scale; read once."""
+        for member in self.group(weight):
+            if member not in self._amax:
+                self._amax[member] = member.amax()
+        own = self._amax[weight]
+        if weight.per_channel or len(self.group(weight)) == 1:
+            return own
+        return torch.stack([self._amax[member] for member in self.group(weight)]).amax()
+
+    def of(self, operands: Sequence[Operand], quantizers: Mapping[Operand, Quantizer]) -> View:
+        """The part of this view that has `operands`, for a step behind others."""
+        return View(operands, self.groups, quantizers, self.gm, self._amax)
+
+
+_Settings = TypeVar("_Settings", bound=Settings)
+
+
+class Algorithm(Generic[_Settings]):
+    """One step of a recipe's calibration. A subclass says what differs from doing nothing.
+
+    Attributes:
+        model: the pydantic model of its settings, whose `algorithm` is its name in recipes.
+        settings: what the recipe says.
+    """
+
+    model: ClassVar[type[Settings]]
+
+    def __init__(self, settings: _Settings) -> None:
+        self.settings = settings
+
+    def watch(self, view: View) -> dict[Node, Statistic]:
+        """What to keep of which tensors over all batches: `{operand.node: Largest()}`. Nothing needs no data."""
+        return {}
+
+    def edits(self, view: View, seen: Seen) -> Pipeline:
+        """Passes that change the graph. They keep the nodes of linear layers and attentions, whose operands may change;
+        afterwards data runs through the graph anew, and no step before has chosen anything."""
+        return Pipeline()
+
+    def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
+        """Scales, and for weights codes. What is left out stays what steps before made of it."""
+        return {}
+
+
+def quantizer(operand: Operand, amax: torch.Tensor, power_of_two: bool) -> Quantizer:
+    """The quantizer whose largest number is `amax`; blocks measure their own scales."""
+    if not has_constant(operand.config):
+        return Quantizer(operand.format, None)
+    return Quantizer(operand.format, scale_of(amax, operand.config, power_of_two), amax=amax)
+
+
+def ranges(
+    view: View, seen: Seen, choose: Callable[[Operand, Largest], torch.Tensor] = lambda operand, largest: largest.value
+) -> dict[Operand, torch.Tensor]:
+    """Activation -> its range, less those that calibration never reached, or only with zeros.
+
+    A layer that is called in two branches of which data took one has its range in the other, too.
+
+    Args:
+        choose: the range, from what was kept of an operand that has one.
+
+    Raises:
+        CalibrationError: there is a NaN or an infinity in one.
+    """
+    found: dict[Operand, torch.Tensor] = {}
+    of_layer: dict[str, torch.Tensor] = {}
+    for operand in view.activations:
+        largest = seen[operand.node]
+        assert isinstance(largest, Largest)
+        if not bool(torch.isfinite(largest.value)):
+            raise CalibrationError(f"{operand.name}: calibration found {float(largest.value)} in {operand.node.name}")
+        found[operand] = choose(operand, largest) if float(largest.value) else largest.value
+        of_layer[operand.name] = torch.maximum(of_layer.get(operand.name, found[operand]), found[operand])
+    found = {operand: value if float(value) else of_layer[operand.name] for operand, value in found.items()}
+    return {operand: value for operand, value in found.items() if float(value)}
+
+
+def make(settings: Sequence[Settings]) -> tuple[Algorithm[Any], ...]:
+    """The steps of a recipe, ready to run."""
+    return tuple(algorithm_called(step.algorithm)(step) for step in settings)

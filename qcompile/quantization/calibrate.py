@@ -1,0 +1,47 @@
+"""`qcompile.calibrate`: the ranges that `quantize` needs, for a model that is quantized later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompile.capture import capture
+from qcompile.process import alone
+from qcompile.quantization.plan import planned
+from qcompile.quantization.run import calibrated_state
+from qcompile.quantized import refuse_quantized
+from qcompile.recipe import Recipe, load_recipe
+
+
+def calibrate(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe | Mapping[str, Any] = "fp8",
+    calibration: Iterable[Any],
+    dynamic_shapes: Any = None,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """The ranges of activations that `recipe` gives constant scales to, for a model that is quantized later.
+
+    Args: as of `quantize`.
+
+    Returns:
+        Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar; and for each
+        attention whose mask hid every key from some query, `layers.0.self_attn.fully_masked` -> True. It is the
+        `calibration` of `quantize`, of any model with these modules, and that of `torch.compile(backend="qcompile")`;
+        `torch.save` and safetensors keep it.
+
+    Raises:
+        CaptureError, RecipeError, CalibrationError: each names what is wrong and where.
+    """
+    chosen_recipe = load_recipe(recipe)
+    refuse_quantized(model)
+    with alone():
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return calibrated_state(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, progress)

@@ -1,0 +1,160 @@
+"""The one plan-and-run: from a captured program, or a graph of Dynamo's, to one with codes.
+
+    capture -> plan (`plan.py`) -> scales -> `carry_out` -> program, with a record for the reports
+
+`quantize`, `calibrate`, `import_quantized` and the back end of torch.compile differ in where the graph and the ranges
+of its activations come from, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from passes.base import PassLog
+from passes.dependence import input_dependence
+from passes.errors import PassError
+from passes.graph import val
+from passes.pipelines import quantize_pipeline
+from passes.places import OwnPasses
+from passes.program import lift, unlift
+from passes.quantize.insert import Quantizer
+from passes.quantize.sites import Site
+from qcompile.capture.dimensions import noted_dimensions
+from qcompile.messages import some
+from qcompile.process import alone
+from qcompile.quantization.dtypes import compute_dtype, model_dtype
+from qcompile.quantization.plan import Plan, Planner, Work
+from qcompile.quantization.solve import Calibration, Data, Solution, solve
+from qcompile.quantization.state import largest_by_name, mask_state
+from qcompile.quantized import is_finished
+from qcompile.recipe import QuantizerConfig, format_of
+from qcompile.report.record import QuantizeRecord, record
+from qcompile.scales import has_constant, scale_of
+
+logger = logging.getLogger("qcompile")
+
+
+def quantized_program(
+    program: ExportedProgram,
+    planner: Planner,
+    calibration: Calibration,
+    dtype: torch.dtype | None,
+    progress: bool,
+    own: OwnPasses,
+) -> ExportedProgram:
+    """`program` with the quantizers that `planner` wants, computing in `dtype`, and a record of what was done.
+
+    Args:
+        own: passes of the user's.
+    """
+    with alone():
+        work = Work(unlift(program), PassLog(own=own))
+        needed = input_dependence(work.gm)
+        plan = planner(work)
+    source = model_dtype(work.gm)
+    target = compute_dtype(dtype, source)
+    found = solve(work, plan, Data(calibration, program, progress=progress), (source, target))
+    with alone():
+        carry_out(work, plan, found, source, target)
+        own.check_placed()
+        _check_dependence(needed, input_dependence(work.gm))
+        quantized = lift(work.gm, program)
+    if not is_finished(quantized):
+        _tell_nothing(work.log)
+    notices = [*map(str, plan.notices), *found.notices, *work.log.notices]
+    seen = found.headroom, found.source, noted_dimensions(program)
+    record(quantized, QuantizeRecord(plan.name, work.log.fired, work.log.declined, notices, *seen))
+    return quantized
+
+
+def calibrated_state(
+    program: ExportedProgram, planner: Planner, batches: Iterable[Any], progress: bool
+) -> dict[str, torch.Tensor]:
+    """The ranges of what `planner` gives constant scales to, as `qcompile.calibrate` returns them."""
+    with alone():
+        work = Work(unlift(program))
+        plan = planner(work)
+    same = (torch.float32, torch.float32)  # what the result will compute in is not known
+    found = solve(work, plan.activations, Data(batches, program, progress=progress), same)
+    for notice in found.notices:
+        logger.warning("%s", notice)
+    known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]
+    amax = {s: _amax(found.quantizers[s]) if s in found.quantizers else torch.zeros(()) for s in known}
+    return largest_by_name(amax) | mask_state(found.fully_masked)
+
+
+def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tensor] | None, how: str) -> list[str]:
+    """Do what `planner` wants with a graph that no program was captured of; it computes in the dtype that it has.
+
+    Args:
+        state: what `qcompile.calibrate` returned. how: what to do where there is none and one is needed.
+
+    Returns notices for the user.
+    """
+    plan, dtype = planner(work), model_dtype(work.gm)
+    found = solve(work, plan, Data(state, how=how), (dtype, dtype))
+    carry_out(work, plan, found, dtype, dtype)
+    return [*map(str, plan.notices), *work.log.notices]
+
+
+def carry_out(work: Work, plan: Plan, found: Solution, source: torch.dtype, target: torch.dtype) -> None:
+    """Let the passes do on the graph what `plan` wants, with the scales and codes that were found.
+
+    Args:
+        source: the dtype that the model computes in. target: the one that the result computes in.
+    """
+    plan = plan.without(found.unreached, work.log)
+    _tell_small_weights(work, plan, found.weights, target)
+    known = {site: found.quantizers.get(site) or _told(plan, site, config) for site, config in plan.configs.items()}
+    placed = {site: quantizer.to(val(site.tensor).device) for site, quantizer in known.items()}
+    softmax = {s.consumer: q.scale for s, q in placed.items() if s.operand == "softmax" and q.scale is not None}
+    quantizers = {site: quantizer for site, quantizer in placed.items() if site.operand != "softmax"}
+    masked = found.fully_masked
+    work.run(quantize_pipeline(quantizers, None if plan.fuses else softmax, source, target, masked))
+
+
+def _told(plan: Plan, site: Site, config: QuantizerConfig) -> Quantizer:
+    """What needs no calibration: a scale of run time, or a range that the recipe says or that is known."""
+    if not has_constant(config):
+        return Quantizer(format_of(config), None)
+    largest = torch.tensor(config.constant_amax or 1.0, dtype=torch.float32)  # probabilities are at most 1
+    return Quantizer(format_of(config), scale_of(largest, config, plan.power_of_two))
+
+
+def _amax(quantizer: Quantizer) -> torch.Tensor:
+    """What an activation's scale is for."""
+    if quantizer.amax is not None:
+        return quantizer.amax
+    assert quantizer.scale is not None
+    return quantizer.scale.float() * quantizer.format.global_max
+
+
+def _check_dependence(needed: list[set[str]], found: list[set[str]]) -> None:
+    """No output may have lost an input on the way, baked into a constant or cut off by a rewrite."""
+    for index, lost in enumerate(before - after for before, after in zip(needed, found, strict=True)):
+        if lost:
+            raise PassError(f"output {index} no longer depends on {', '.join(sorted(lost))}: a pass cut it off")
+
+
+def _tell_nothing(log: PassLog) -> None:
+    """A recipe that named layers, all of which were declined: the program is valid, and none of it quantized."""
+    reasons = dict.fromkeys(f"{decline.module or 'the root'}: {decline.reason}" for decline in log.declined)
+    told = f"nothing of this model is quantized, as everything that the recipe names was declined: {some([*reasons])}"
+    log.notices.append(told)
+    logger.warning("%s", told)
+
+
+def _tell_small_weights(work: Work, plan: Plan, amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
+    """A weight of which the compute dtype keeps few digits, or none, if its format does not say so by its scale."""
+    least = torch.finfo(target).smallest_normal
+    small = {s.name: float(amax[s].max()) for s in plan.configs if s.operand == "weight" and 0 < amax[s].max() < least}
+    if small:
+        told = some([f"{name} ({largest:.3g})" for name, largest in small.items()])
+        work.log.notices.append(
+            f"the largest weight is below the normal numbers of {target} in {told}: digits are lost"
+        )

@@ -1,0 +1,236 @@
+"""Scales and codes of a planned graph: the steps of its recipe, one after another, then `max` for what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from passes.errors import PassError
+from passes.legalize.ranges import beyond
+from passes.quantize.insert import Quantizer
+from passes.quantize.sites import Site
+from qcompile.algorithms.base import Algorithm, Operand, View
+from qcompile.algorithms.max import Max
+from qcompile.algorithms.settings import MaxSettings
+from qcompile.algorithms.statistics import Largest, Statistic
+from qcompile.batch_forms import calibration_form
+from qcompile.errors import CalibrationError, RecipeError
+from qcompile.headroom import Headroom
+from qcompile.messages import some
+from qcompile.quantization.plan import Plan, Work
+from qcompile.quantization.seen import Observation
+from qcompile.quantization.state import is_state, known_amax, known_masks
+from qcompile.quantization.view import graph_view
+from qcompile.recipe import format_of
+from qcompile.scales import is_calibrated, scale_of
+
+NEVER = "calibration never reached it"
+ZEROS = "it was zero in all of calibration"
+
+Calibration = Iterable[Any] | Mapping[str, torch.Tensor] | None
+"""Batches, what `qcompile.calibrate` returned, or nothing."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What there is to calibrate with.
+
+    Attributes:
+        calibration: batches, a state, or nothing.
+        program: what batches are run through; None where there can be a state only.
+        how: what to do where activations have constant scales and there is nothing. progress: show a bar.
+    """
+
+    calibration: Calibration
+    program: ExportedProgram | None = None
+    how: str = ""
+    progress: bool = False
+
+
+@dataclass
+class Solution:
+    """What calibration found.
+
+    Attributes:
+        quantizers: of weights, and of activations with a constant scale that calibration found.
+        unreached: activations that have no range -> why.
+        weights: largest magnitude of each weight, of all that share a scale.
+        headroom: how near the tensors came to the end of the compute dtype; empty without data.
+        notices: what the user should know of the data, or of the lack of it.
+        fully_masked: the attentions whose mask hid every key from some query.
+        source: what ranges were found on, for metadata.
+    """
+
+    quantizers: dict[Site, Quantizer] = field(default_factory=dict)
+    unreached: dict[Site, str] = field(default_factory=dict)
+    weights: dict[Site, torch.Tensor] = field(default_factory=dict)
+    headroom: list[Headroom] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    fully_masked: set[Node] = field(default_factory=set)
+    source: str = ""
+
+
+def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution:
+    """Run the steps of `plan`.
+
+    Args:
+        dtypes: that of the model, and that of the program.
+
+    Raises:
+        CalibrationError: data is missing or does not fit, a tensor has no finite range, or one leaves the compute
+            dtype. PassError: a weight does.
+    """
+    source, target = dtypes
+    static = [s for s, c in plan.configs.items() if s.operand not in ("weight", "softmax") and is_calibrated(c)]
+    weights = [site for site in plan.configs if site.operand == "weight"]
+    calibration, state = data.calibration, None
+    if is_state(calibration):
+        state, calibration = calibration, None
+    asked = [*weights, *(static if state is None else ())]
+    view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target)
+    found = Solution(weights={operand.site: view.amax(operand) for operand in view.weights})
+    _check_range(found.weights, target)
+    observation = None
+    if state is not None:
+        _take_state(found, work, plan, static, state, dtypes)
+    elif calibration is not None:
+        assert data.program is not None
+        again = len(plan.steps) > 1 or any(type(step).edits is not Algorithm.edits for step in plan.steps)
+        observation = Observation(work.gm, data.program, calibration, dtypes, again=again, progress=data.progress)
+    elif static:
+        raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
+    quantizers, seen = _run_steps(work, plan, view, observation)
+    if seen is not view:
+        found.weights = {operand.site: seen.amax(operand) for operand in view.weights}
+    found.quantizers |= {operand.site: chosen for operand, chosen in quantizers.items()}
+    if observation is not None:
+        _take_observation(found, view, quantizers, observation, target)
+    else:
+        found.notices += _unknown_ranges(source, target)
+    return found
+
+
+def _run_steps(
+    work: Work, plan: Plan, view: View, observation: Observation | None
+) -> tuple[dict[Operand, Quantizer], View]:
+    """What the steps chose, and the graph as it is after their edits."""
+    quantizers: dict[Operand, Quantizer] = {}
+    rest = Max(MaxSettings(power_of_two=plan.power_of_two))
+    for index, step in enumerate((*plan.steps, rest)):
+        wanted = [operand for operand in view.operands if operand not in quantizers] if step is rest else view.operands
+        part = view.of(wanted, quantizers)
+        watched = step.watch(part)
+        seen = _observed(step, watched, view, observation)
+        if pipeline := step.edits(part, seen):
+            if quantizers:
+                raise RecipeError(
+                    f"calibration[{index}]: {step.settings.algorithm} changes the graph that the steps before it have"
+                    " chosen scales for: put it in front of them"
+                )
+            if work.run(pipeline):
+                view = View(view.operands, view.groups, gm=work.gm)
+                if observation is not None:
+                    observation.forget()
+                part = view
+        quantizers |= step.solve(part, seen)
+    return quantizers, view
+
+
+def _observed(
+    step: Algorithm[Any], watched: Mapping[Node, Statistic], view: View, observation: Observation | None
+) -> Mapping[Node, Statistic]:
+    if observation is not None:
+        # what no step takes gets the scale of `max`: its range is seen on the same walk
+        return observation.of(watched, {operand.node: Largest() for operand in view.activations})
+    if watched:
+        raise CalibrationError(
+            f"the recipe's algorithm {step.settings.algorithm} needs calibration data: batches of inputs, which no"
+            " calibrated state stands for"
+        )
+    return {}
+
+
+def _take_observation(
+    found: Solution,
+    view: View,
+    quantizers: Mapping[Operand, Quantizer],
+    observation: Observation,
+    target: torch.dtype,
+) -> None:
+    watch = observation.watch
+    assert watch is not None
+    if observation.samples is None:
+        found.notices.append(f"calibration data is not used: the recipe needs none, and no range ends in {target}")
+        return
+    left = [operand for operand in view.activations if operand not in quantizers]
+    for operand, largest in zip(left, _largest(observation, left), strict=True):
+        found.unreached[operand.site] = ZEROS if largest.reached else NEVER
+    notices = observation.notices
+    if not watch.statistics:
+        notices = [
+            "calibration data is used to see what masks hide, and for nothing else: the recipe needs none, and no range"
+            f" ends in {target}"
+        ]
+    found.headroom, found.fully_masked = watch.headroom(), watch.fully_masked
+    found.notices += [*watch.check(), *notices]
+    found.source = f"{observation.samples} sample{'s' * (observation.samples != 1)}"
+
+
+def _largest(observation: Observation, operands: list[Operand]) -> list[Largest]:
+    wanted: dict[Node, Statistic] = {operand.node: Largest() for operand in operands}
+    kept = observation.of(wanted, {})
+    return [largest for operand in operands if isinstance(largest := kept[operand.node], Largest)]
+
+
+def _take_state(
+    found: Solution,
+    work: Work,
+    plan: Plan,
+    static: list[Site],
+    state: Mapping[str, torch.Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """The ranges of what `qcompile.calibrate` returned."""
+    amax, found.unreached = known_amax(static, state)
+    source, target = dtypes
+    limit = torch.finfo(target).max
+    if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
+        raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
+    for site, value in amax.items():
+        if float(value):
+            config = plan.configs[site]
+            scale = scale_of(value, config, plan.power_of_two)
+            found.quantizers[site] = Quantizer(format_of(config), scale, amax=value)
+    found.fully_masked, found.source = known_masks(work.gm, state), "given ranges"
+
+
+def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
+    """A weight that is infinite in the compute dtype would be dequantized to that without a word."""
+    for site, value in weights.items():
+        if (largest := float(value.max())) > torch.finfo(target).max:
+            raise PassError(f"{site.name}: the largest weight is {largest:.3g}, and {beyond(target)}")
+
+
+def _how(data: Data) -> str:
+    """How to give what is missing."""
+    if data.program is None:
+        return f": {data.how}"
+    return (
+        ", which need calibration data: use a recipe with dynamic activations such as fp8_per_channel_per_token, or"
+        " give batches in the form of the example inputs, many of them in the place of this one:\n "
+        f" {calibration_form(data.program)}"
+    )
+
+
+def _unknown_ranges(source: torch.dtype, target: torch.dtype) -> list[str]:
+    if target is not torch.float16 or source is target:
+        return []
+    return [
+        f"no calibration data: whether every tensor stays below {torch.finfo(target).max:.5g}, where {target} ends, is"
+        " not known"
+    ]

@@ -1,0 +1,157 @@
+"""Which linear layers, experts and attentions of a program are quantized, and what stayed in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from passes.base import Decline
+from passes.constants import LAYOUT, constant
+from passes.graph import aten, calls, is_call, module_path
+from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.normalize.attention import NormalizeAttention
+from passes.normalize.routing import is_grouped
+from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind
+from passes.place.rotate import FACTOR
+from passes.quantize.sites import linear_name
+from passes.reading import QuantizedLayer
+from passes.sdpa import SDPA
+from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
+
+KINDS = counted_kinds()
+_LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
+_PRODUCTS = set(of_kind("product"))
+_GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What of a graph is quantized, as reports have it: `quantized_modules`, and their `coverage`."""
+
+    quantized: dict[str, str]
+    unquantized: dict[str, str]
+    coverage: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
+        quantized, unquantized = quantized_modules(gm, declined)
+        return cls(quantized, unquantized, coverage(gm, unquantized))
+
+
+def quantized_modules(gm: GraphModule, declined: Iterable[Decline] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """(path -> format of what is quantized, path -> kind of what is not) in a quantized program, by module path.
+
+    Args:
+        declined: what passes left, among it attentions that are written in a way that no site could be found for.
+    """
+    found = list(_modules(gm))
+    quantized = {path: fmt for _, path, fmt in found if fmt is not None}
+    left = {path: kind for kind, path, fmt in found if fmt is None}
+    for decline in declined:
+        if decline.pass_name == NormalizeAttention.__name__:
+            left.setdefault(decline.module, "attention")
+    return quantized, left
+
+
+def coverage(gm: GraphModule, unquantized: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many are quantized, how many there are), for the kinds that the program has.
+
+    Args:
+        unquantized: path -> kind of what is not, which may hold attentions that no pass found in `gm`.
+    """
+    quantized = {(kind, path) for kind, path, fmt in _modules(gm) if fmt is not None}
+    counts = {kind: sum(k == kind for k, _ in quantized) for kind in KINDS}
+    left = {kind: sum(k == kind for k in unquantized.values()) for kind in KINDS}
+    return {kind: (counts[kind], counts[kind] + left[kind]) for kind in KINDS if counts[kind] + left[kind]}
+
+
+def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
+    """(kind, path) of each layer that `coverage` counts -> whether it is quantized."""
+    found: dict[tuple[str, str], bool] = {}
+    for kind, path, fmt in _modules(gm):
+        if kind in KINDS:
+            found[kind, path] = fmt is not None or found.get((kind, path), False)
+    return found
+
+
+def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
+    """(kind, path, format or None) of each linear layer, mixture of experts, attention, recurrent layer, and quantized
+    norm."""
+    for part in graphs(gm):
+        yield from _modules_of(part)
+
+
+def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
+    for node in calls(gm.graph, *_LAYERS, SDPA, ATTENTION, *NORMS):
+        if node.target is ATTENTION:
+            yield "attention", module_path(node), str(node.kwargs["format"])
+        elif node.target is SDPA:
+            yield "attention", module_path(node), None
+        elif node.target in NORMS:
+            if (fmt := _output_format(node)) is not None:
+                yield "norm", module_path(node), fmt
+        else:
+            yield OPERATORS[node.target].kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *of_kind("recurrent")):
+        yield "recurrent", module_path(node), None
+    for kind, name in (*_loose_weights(gm), *_unseen_layers(gm)):
+        yield kind, name, None
+
+
+def _unseen_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
+    """(kind, name) of the layers in graphs that no pass works on, which are called as the module that holds them."""
+    for call in subgraph_calls(gm.graph):
+        if operator_name(call) == "flex_attention":
+            yield "attention", module_path(call)
+        for part in () if is_worked_on(call) else inner(gm, call):
+            for node in calls(part.graph, *_LAYERS, SDPA):
+                yield OPERATORS[node.target].kind, module_path(call)
+
+
+def _linear_format(node: Node) -> str | None:
+    """`fp8` with a quantized weight and input, `fp8_weight_only` with the weight alone, None without."""
+    layer = QuantizedLayer.read(node)
+    if layer is None:
+        return None
+    return layer.weight.format.name if layer.input is not None else f"{layer.weight.format.name}_weight_only"
+
+
+def _output_format(node: Node) -> str | None:
+    """Format that every consumer of a norm's output reads it in, or None."""
+    quantizes = [user for user in node.users if is_call(user, QUANTIZE, DYNAMIC_QUANTIZE)]
+    return str(quantizes[0].kwargs["format"]) if quantizes and len(quantizes) == len(node.users) else None
+
+
+def _loose_weights(gm: GraphModule) -> list[tuple[str, str]]:
+    """(kind, name) of floating-point weights that are multiplied in a form that has no quantizers.
+
+    A weight with two axes counts if it is a parameter: tables of angles and the like are not.
+    """
+    found: dict[str, str] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = constant(gm, node)
+        if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or tensor.itemsize == 1:
+            continue
+        is_weight = isinstance(tensor, torch.nn.Parameter) if tensor.ndim == 2 else tensor.shape[0] > 1
+        is_weight = is_weight and not str(node.target).startswith(FACTOR)
+        if is_weight and _is_multiplied(node):
+            found[str(node.target)] = "linear" if tensor.ndim == 2 else "experts"
+    return [(kind, name) for name, kind in found.items()]
+
+
+def _is_multiplied(weight: Node) -> bool:
+    """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer."""
+    for user in weight.users:
+        if is_call(user, *_PRODUCTS) or is_grouped(user):
+            return True
+        source = user.args[0] if is_call(user, *LAYOUT, *_GATHERS) else None
+        if weight in (source, *_listed(source)) and _is_multiplied(user):
+            return True
+    return False
+
+
+def _listed(argument: object) -> tuple[object, ...]:
+    return tuple(argument) if isinstance(argument, (list, tuple)) else ()

@@ -1,0 +1,60 @@
+"""The report of an export: what was quantized, what was left and why, and which checks the file passed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, field_validator
+
+from qcompile.report.base import ModelReport
+from qcompile.report.check import Check
+from qcompile.report.comparison import Comparison
+from qcompile.report.headroom import Headroom
+
+
+class Report(ModelReport):
+    """What an export did.
+
+    Attributes:
+        target, opset, recipe: what was asked for.
+        ops: ONNX operator type -> count, most frequent first.
+        quantized: module path -> format, for linear layers, experts, attentions and norms with a quantized output.
+        unquantized: module path -> what it is (`linear`, `experts`, `attention` or `recurrent`, an LSTM, GRU or RNN) if
+            it stayed in floating point.
+        coverage: `linear`, `experts`, `attention` -> (how many are quantized, how many there are). A fused weight of
+            all experts counts once.
+        declined: places that a pass looked at and left, with the reason.
+        fired: pass -> number of rewrites.
+        notices: rules of the recipe that had no effect on this model, or that say why they are there; gaps in the
+            calibration data, and numbers that the compute dtype holds badly.
+        checks: the verifier's verdicts.
+        comparison: layer by layer against the program, if a batch was given.
+        bytes: size on disk, external data included.
+        headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
+            the compute dtype is, the nearest first; empty without calibration data.
+
+    What `quantize` noted on the program is in it also for a program that was saved and loaded.
+    """
+
+    kind: Literal["export"] = "export"
+    target: str
+    opset: int
+    ops: dict[str, int]
+    fired: dict[str, int]
+    checks: list[Check]
+    bytes: int
+    comparison: Comparison | None = None
+    headroom: list[Headroom] = Field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @field_serializer("comparison")
+    def _listed(self, comparison: Comparison | None) -> list[dict[str, object]] | None:
+        return comparison.to_json() if comparison is not None else None
+
+    @field_validator("comparison", mode="before")
+    @classmethod
+    def _of_list(cls, found: Any) -> Any:
+        return {"differences": found} if isinstance(found, list) else found

@@ -1,0 +1,224 @@
+"""Reports as tables: what was quantized, what was left and why, the checks, and the engine's kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qcompile.messages import visible
+
+_ROWS = 20
+_SHIPPED = "qcompile/recipe/builtin/"
+
+
+def table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
+    """An empty table; the columns in `numbers` are set flush right."""
+    result = Table(title=plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        result.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return result
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Text as it is: names of modules and files may hold what rich takes for markup, and what terminals obey."""
+    return Text(visible(str(text)), style)
+
+
+def add(to: Table, *cells: object) -> None:
+    """A row of plain text."""
+    to.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in cells))
+
+
+def show_rows(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table of at most `_ROWS` rows, nothing if there are none."""
+    if not rows:
+        return
+    found = table(f"{title} ({len(rows)})", *columns)
+    for row in rows[:_ROWS]:
+        add(found, *row)
+    if len(rows) > _ROWS:
+        add(found, f"... and {len(rows) - _ROWS} more", *("" for _ in columns[1:]))
+    console.print(found)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def verdict(passed: bool) -> Text:
+    return Text("passed", style="green") if passed else Text("FAILED", style="bold red")
+
+
+def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
+    """How many layers are quantized, in which formats, and which are not."""
+    coverage = table("Coverage", "", "modules", numbers=("modules",))
+    for kind, (count, total) in report["coverage"].items():
+        add(coverage, f"{kind}, quantized", f"{count} of {total}")
+    for form, count in Counter(report["quantized"].values()).most_common():
+        add(coverage, f"in {form}", count)
+    console.print(coverage)
+    show_rows(console, "Not quantized", ("module", "what"), list(report["unquantized"].items()))
+
+
+def show_export(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
+    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report[key])
+    console.print(plain(f"ONNX file: {size(report['bytes'])}; {head}", "bold"))
+    show_coverage(console, report)
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+    show_headroom(console, report["headroom"])
+    show_checks(console, report["checks"])
+    if report["comparison"]:
+        show_comparison(console, report["comparison"])
+
+
+def show_program(console: Console, report: Mapping[str, Any]) -> None:
+    """What `quantize` made, as `ProgramReport.to_json` writes it."""
+    calibrated = report["calibration"] and f"calibrated on {report['calibration']}"
+    dynamic = ", ".join(report["dimensions"]) and f"dynamic: {', '.join(report['dimensions'])}"
+    recipe = report["recipe"] and f"recipe {report['recipe']}"
+    head = "; ".join(filter(None, (size(report["bytes"]), recipe, calibrated, dynamic)))
+    console.print(plain(f"Program: {head}", "bold"))
+    show_coverage(console, report)
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+    show_headroom(console, report["headroom"])
+
+
+def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
+    """The tensors that came nearest to the end of the compute dtype in calibration."""
+    if not headroom:
+        return
+    found = table(
+        f"Headroom in calibration: least {min(shown, len(headroom))} of {len(headroom)} tensors",
+        *("module", "tensor", "largest", "dtype holds"),
+        numbers=("largest", "dtype holds"),
+    )
+    for entry in headroom[:shown]:
+        add(found, entry["module"], entry["tensor"], f"{entry['amax']:.3g}", f"{entry['factor']:.3g} x")
+    console.print(found)
+
+
+def show_checkpoint(console: Console, report: Mapping[str, Any], directory: object = "") -> None:
+    """The report of `qcompile.save_checkpoint`, as `CheckpointReport.to_json` writes it."""
+    head = f"Checkpoint {directory}".rstrip() + f": {size(report['bytes'])}"
+    head += f" in {len(report['files'])} files" if report["files"] else ", about"
+    recipe = f", recipe {report['recipe']}" if report["recipe"] else ""
+    seconds = f", {report['seconds']:.1f} s" if report["seconds"] else ""
+    console.print(plain(f"{head}; format {report['format']}{recipe}{seconds}", "bold"))
+    coverage = table("Layers", "", "layers", numbers=("layers",))
+    for kind, (count, total) in report["coverage"].items():
+        add(coverage, f"{kind}, quantized", f"{count} of {total}")
+    for scheme, count in Counter(report["quantized"].values()).most_common():
+        add(coverage, scheme, count)
+    if report["kv_cache"]:
+        add(coverage, "key/value cache in FP8", "")
+    add(coverage, "not quantized", len(report["unquantized"]))
+    console.print(coverage)
+    show_rows(console, "Not quantized", ("layer", "what"), list(report["unquantized"].items()))
+    show_declines(console, report["declined"])
+    show_notices(console, report["notices"])
+
+
+def show_declines(console: Console, declined: Sequence[Mapping[str, Any]]) -> None:
+    """What passes left as it was, one row for each reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for decline in declined:
+        places.setdefault((decline["pass_name"], decline["reason"]), []).append(decline["module"])
+    rows = [(name, reason, len(found), _some(found)) for (name, reason), found in places.items()]
+    show_rows(console, "Declined", ("pass", "reason", "places", "modules"), rows)
+
+
+def _some(modules: Sequence[str], shown: int = 2) -> str:
+    names = list(dict.fromkeys(module or "the root" for module in modules))
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+_IDLE = ("matches nothing in this model", "is wholly overridden by")
+
+
+def show_notices(console: Console, notices: Sequence[str]) -> None:
+    """One line each; but a shipped recipe names the heads of many models, and most of them are not in this one."""
+    idle = [n for n in notices if n.startswith(_SHIPPED) and any(reason in n for reason in _IDLE)]
+    for notice in notices:
+        if notice not in idle:
+            console.print(plain(f"notice: {notice}", "yellow"), soft_wrap=True)
+    if idle:
+        console.print(plain(f"{len(idle)} rules of the shipped recipe have no effect on this model", "dim"))
+
+
+def show_checks(console: Console, checks: Sequence[Mapping[str, Any]]) -> None:
+    found = table("Checks of the file", "check", "", "detail")
+    for check in checks:
+        add(found, check["name"], verdict(check["passed"]), check["detail"])
+    console.print(found)
+
+
+def show_comparison(console: Console, comparison: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
+    """The layers of the file that are furthest from the program, each run on the program's own values."""
+
+    def badness(entry: Mapping[str, Any]) -> float:
+        bad = entry["problem"] or entry["nonfinite_unequal"]
+        return float("inf") if bad else float(entry["relative_l2"])
+
+    worst = sorted(comparison, key=badness, reverse=True)[:shown]
+    found = table(
+        f"File against the program, layer by layer: worst {len(worst)} of {len(comparison)}",
+        *("module", "tensor", "relative error", "largest error", "codes that differ", "problem"),
+        numbers=("relative error", "largest error", "codes that differ"),
+    )
+    for entry in worst:
+        codes = "" if entry["unequal"] is None else f"{entry['unequal']:.2%}"
+        problem = entry["problem"] or (f"{entry['nonfinite_unequal']} not finite" if entry["nonfinite_unequal"] else "")
+        errors = f"{float(entry['relative_l2']):.2e}", f"{float(entry['max_abs']):.2e}"
+        add(found, entry["module"], entry["name"], *errors, codes, problem)
+    console.print(found)
+
+
+def show_engine(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.build_engine`, as `EngineReport.to_json` writes it."""
+    attention = report["attention"]
+    found = table(f"Engine for {report['target']} ({report['builder']})", "", "")
+    add(found, "size, build time", f"{size(report['bytes'])}, {report['seconds']:.1f} s")
+    add(found, "kernels", report["kernels"])
+    add(found, "attentions", f"{attention['total']}: {attention['fused']} fused, {attention['fp8']} of them in FP8")
+    for kind in ("gemms", "convolutions"):
+        counts = ", ".join(f"{count} {precision}" for precision, count in report[kind].items() if count)
+        add(found, kind, counts or "none")
+    console.print(found)
+    show_rows(
+        console, "Not in low precision", ("kind", "module", "why"), [tuple(gap) for gap in report["not_low_precision"]]
+    )
+    show_notices(console, report["notices"])
+
+
+def show_explanation(console: Console, report: Mapping[str, Any]) -> None:
+    """What `qcompile.explain` tells, as `Explanation.to_json` writes it."""
+    for index, graph in enumerate(report["graphs"]):
+        show_graph(console, graph, f"Graph {index}: ")
+    show_rows(console, "In no graph, unquantized", ("module", "why"), list(report["left"].items()))
+
+
+def show_graph(console: Console, graph: Mapping[str, Any], name: str = "") -> None:
+    """One graph that was compiled, as `CompileReport.to_json` writes it."""
+    recipe = graph["recipe"] and f"recipe {graph['recipe']}"
+    head = ", ".join(filter(None, (recipe, f"target {graph['target']}", graph["device"])))
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph["seconds"].items())
+    console.print(plain(f"{name}{head}; weights {size(graph['weight_bytes'])}; {times}", "bold"))
+    show_coverage(console, graph)
+    show_rows(console, "Kernels", ("runs as", "layers"), Counter(graph["kernels"].values()).most_common())
+    show_rows(console, "In the model's own precision", ("module", "why"), list(graph["dropped"].items()))
+    show_declines(console, graph["declined"])
+    show_notices(console, graph["notices"])

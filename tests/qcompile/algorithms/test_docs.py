@@ -1,0 +1,32 @@
+"""The algorithm that docs/algorithms.md shows how to write does what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile.algorithms import ALGORITHMS
+
+PAGE = Path(__file__).parents[3] / "docs" / "algorithms.md"
+
+
+def test_the_example_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setitem(ALGORITHMS, "percentile", "")
+    exec(compile(code, str(PAGE), "exec", dont_inherit=True), {"__name__": "example"})
+    model, x = nn.Linear(64, 64, bias=False).eval(), torch.randn(2, 64)
+    recipe = qcompile.load_recipe("fp8_gemm", ["calibration={algorithm: percentile, percent: 90}"])
+    program = qcompile.quantize(model, (x,), recipe=recipe, calibration=[x], dtype=torch.float32, progress=False)
+    scale = torch.quantile(model.weight.detach().abs().flatten(), 0.9) / 448
+    torch.testing.assert_close(program.state_dict["weight_scale"], scale)
+
+
+def test_the_page_names_every_algorithm_and_its_recipes_load() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in ALGORITHMS)
