@@ -16,7 +16,7 @@ from passes.graph import aten
 from passes.normalize.batch_norm import FoldBatchNorm
 from passes.normalize.convolution import NormalizeConvolution
 from passes.normalize.views import ViewsToReshape
-from tests.passes.support import count, declines, graph_of, rewrites
+from passes.testing import count, declines, graph_of, rewrites
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 NORM = aten._native_batch_norm_legit_no_training.default

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from passes.graph import aten
 from passes.normalize.convolution import NormalizeConvolution
-from tests.passes.support import DYNAMIC, count, declines, graph_of, only_call, rewrites
+from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
