@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 
 __all__ = [
+    "CONVOLUTIONS",
     "FUSED_ATTENTION",
     "HOPPER",
     "PRODUCTS",
     "UNITS",
     "Capability",
+    "Convolutions",
     "FusedAttention",
     "Product",
     "Units",
@@ -175,3 +177,40 @@ FUSED_ATTENTION: Mapping[str, FusedAttention] = {
     "int8": FusedAttention("INT8", 2, 1, 512, (16, 32, 64), ("float16", "bfloat16", "float32")),
 }
 """Format -> what is fused in it; others are not."""
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """Which convolutions TensorRT computes on codes of one format.
+
+    Others it runs in half precision, and keeps the quantizers round them: more kernels than without. Observed with the
+    builder of TensorRT-RTX 1.7.1, for one to three dimensions, strided, dilated and grouped alike, with one scale for
+    the input and one, or one for each channel, for the weight. None is transposed.
+
+    Attributes:
+        name: of the format, in a sentence.
+        most_taps: the largest kernel, in elements of one channel.
+        depthwise: the least target, as in sm120, that takes larger kernels where each channel has one of its own.
+    """
+
+    name: str
+    most_taps: float
+    depthwise: int
+
+    def unfit(self, taps: int, depthwise: bool, target: int | None = None) -> str | None:
+        """Why a convolution with that many taps has no kernel on `target`, or on any; None for one that has."""
+        if taps <= self.most_taps or (depthwise and (target is None or target >= self.depthwise)):
+            return None
+        where = f", or depthwise for sm{self.depthwise} or newer" if depthwise else ""
+        formats = [other.name for other in CONVOLUTIONS.values() if taps <= other.most_taps]
+        return (
+            f"its kernel has {taps} taps, and {self.name} convolutions have at most {self.most_taps}{where};"
+            f" {' and '.join(formats)} runs it"
+        )
+
+
+CONVOLUTIONS: Mapping[str, Convolutions] = {
+    "fp8": Convolutions("FP8", 32, 120),
+    "int8": Convolutions("INT8", math.inf, 0),
+}
+"""Format -> what convolves it; others do not, with scales of blocks or tokens neither."""

@@ -56,8 +56,13 @@ class Operand(ABC):
 
     @property
     def per_channel(self) -> bool:
-        """Whether each row of a weight has a scale of its own."""
+        """Whether each channel of a weight has a scale of its own."""
         return self.config.granularity == "per_channel"
+
+    @property
+    def reduced_axes(self) -> tuple[int, ...]:
+        """The axes of a weight along which the scale of a channel is one number: the last, but of a convolution."""
+        return (-1,)
 
     @property
     def site(self) -> Site:
@@ -72,7 +77,7 @@ class Operand(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of a weight: `[N, K]`, of experts `[E, N, K]`."""
+        """Of a weight: `[N, K]`, of experts `[E, N, K]`, of a convolution `[N, C, ...]`."""
 
     @abstractmethod
     def rows(self, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -84,13 +89,19 @@ class Operand(ABC):
         Codes have to be chosen with that; scales of blocks stay as they are."""
 
     def amax(self) -> torch.Tensor:
-        """Largest magnitude of a weight, fp32: in each row `[..., N, 1]` if channels have scales, else a scalar.
+        """Largest magnitude of a weight, fp32: of each channel `[..., N, 1]` if these have scales, else a scalar; of a
+        convolution `[N, 1, ...]`.
 
         Raises CalibrationError for a NaN or an infinity.
         """
         parts = []
         for _, values in self.rows():
-            low, high = torch.aminmax(values, dim=-1, keepdim=True) if self.per_channel else torch.aminmax(values)
+            if not self.per_channel:
+                low, high = torch.aminmax(values)
+            elif len(self.reduced_axes) == 1:
+                low, high = torch.aminmax(values, dim=self.reduced_axes[0], keepdim=True)
+            else:
+                low, high = values.amin(self.reduced_axes, keepdim=True), values.amax(self.reduced_axes, keepdim=True)
             parts.append(torch.maximum(-low, high).float())
         found = torch.cat(parts) if self.per_channel else torch.stack(parts).amax()
         if not bool(torch.isfinite(found).all()):  # aminmax carries a NaN on

@@ -337,6 +337,7 @@ def _report(
         ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph.all_nodes()).most_common()),
         quantized=modules.quantized,
         unquantized=modules.unquantized,
+        reasons=modules.reasons,
         coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
         fired=dict(Counter(record.fired) + log.fired),

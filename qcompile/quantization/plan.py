@@ -22,6 +22,7 @@ from passes.subgraphs import graphs
 from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
 from qcompile.messages import some
+from qcompile.quantization.convolutions import unfit
 from qcompile.quantization.edges import check_edges
 from qcompile.quantized import refuse_quantized_graph
 from qcompile.recipe import (
@@ -158,7 +159,10 @@ def quantized_elsewhere(work: Work, *, queries: bool = False, fuses: bool = True
 def _useful(work: Work, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, QuantizerConfig]:
     """`configs` less what gives the same at every call, which back ends store, and layers that would gain nothing."""
     fixed = {node for part in graphs(work.gm) for node in fixed_nodes(part)}
-    reasons = {site: "no user input reaches it" if site.consumer in fixed else site.idle for site in configs}
+    reasons = {
+        site: "no user input reaches it" if site.consumer in fixed else site.idle or unfit(site, config)
+        for site, config in configs.items()
+    }
     left = {site.consumer: (site.module, reason) for site, reason in reasons.items() if reason}
     for node, (module, reason) in left.items():
         work.log.declined.append(Decline(SITES, f"not quantized: {reason}", module, (node.name,)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qcompile
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import find_sites
+from passes.testing import graph_of
 from qcompile.algorithms.base import Operand
 from qcompile.algorithms.max import Max
 from qcompile.algorithms.mse import Mse, MseSettings
@@ -24,7 +25,6 @@ from qcompile.algorithms.statistics import Histogram
 from qcompile.errors import CalibrationError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import MaxSettings, QuantizerConfig
-from tests.passes.support import graph_of
 
 Array = np.ndarray
 CONFIGS = {
