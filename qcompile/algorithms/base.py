@@ -26,10 +26,10 @@ from passes.places import Pipeline
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms import algorithm_called
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.errors import CalibrationError
-from qcompile.scales import has_constant, scale_of
 from qcompile.schemes.config import QuantizerConfig, format_of
 
 Seen = Mapping[Node, Statistic]

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from passes.graph import ancestors, aten, val
 from passes.subgraphs import held, is_worked_on, subgraph_calls
 from qcompile.algorithms.statistics import Statistic
-from qcompile.batch_notices import BatchLog
-from qcompile.batches import flatten_batch, kind_of, pieces
+from qcompile.capture.batch_notices import BatchLog
+from qcompile.capture.batches import flatten_batch, kind_of, pieces
 from qcompile.errors import CalibrationError
 from qcompile.progress import progress_bar
 

@@ -24,17 +24,17 @@ from passes.places import OwnPasses
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.capture.dimensions import noted_dimensions
+from qcompile.frontends.quantized import is_finished
 from qcompile.messages import some
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype, model_dtype
 from qcompile.quantization.plan import Plan, Planner, Work
 from qcompile.quantization.solve import Calibration, Data, Solution, solve
 from qcompile.quantization.state import largest_by_name, mask_state
-from qcompile.quantized import is_finished
 from qcompile.recipe import QuantizerConfig, format_of
 from qcompile.report.record import QuantizeRecord, record
-from qcompile.scales import has_constant, scale_of
 
 logger = logging.getLogger("qcompile")
 

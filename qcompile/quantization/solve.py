@@ -16,18 +16,18 @@ from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
+from qcompile.algorithms.scales import is_calibrated, scale_of
 from qcompile.algorithms.settings import MaxSettings
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.batch_forms import calibration_form
+from qcompile.capture.batch_forms import calibration_form
 from qcompile.errors import CalibrationError, RecipeError
-from qcompile.headroom import Headroom
 from qcompile.messages import some
+from qcompile.quantization.headroom import Headroom
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
-from qcompile.scales import is_calibrated, scale_of
 
 NEVER = "calibration never reached it"
 ZEROS = "it was zero in all of calibration"

@@ -32,8 +32,8 @@ from qcompile.checkpoint.write.program import ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
+from qcompile.frontends.quantized import refuse_quantized
 from qcompile.outputs import check_room
-from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.report.coverage import KINDS
 from qcompile.report.record import SITES, UNREACHED, record_of

@@ -84,7 +84,8 @@ def test_overrides_reach_into_steps() -> None:
 def test_a_recipe_with_max_loads_no_algorithm() -> None:
     code = (
         "import sys, qcompile.recipe as r; r.load_recipe('nvfp4'); r.list_recipes();"
-        "assert not [m for m in sys.modules if m.startswith('qcompile.algorithms.')], sys.modules;"
+        "found = [m for m in sys.modules if m.startswith('qcompile.algorithms.')];"
+        "assert found == ['qcompile.algorithms.settings'] and 'torch' not in sys.modules, found;"
         "r.load_recipe('nvfp4', ['calibration.algorithm=mse']); assert 'qcompile.algorithms.mse' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
