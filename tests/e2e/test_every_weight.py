@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 pytest.importorskip("diffusers", reason="some of the models are diffusers': pip install diffusers")
 pytest.importorskip("transformers", reason="some of the models are Hugging Face's: pip install transformers")
 
-import qcompile
 from benchmarks.convolution_zoo import MODELS
 from benchmarks.models import Example
 from benchmarks.stored import parts_of
