@@ -68,7 +68,7 @@ def test_what_no_operator_has() -> None:
 
 
 def test_convolutions_by_the_size_of_their_kernels() -> None:
-    """As the builder's layer lists have it: FP8 of 32 elements, one depthwise kernel more on SM120; INT8 of any size."""
+    """By the layer lists: FP8 of 32 elements, one depthwise kernel more on SM120; INT8 of any size."""
     assert set(CONVOLUTIONS) == {"fp8", "int8"}
     fp8, int8 = CONVOLUTIONS["fp8"], CONVOLUTIONS["int8"]
     assert fp8.unfit((4, 8), False) is fp8.unfit((3, 3, 3), True, 89) is int8.unfit((31, 31), False) is None
