@@ -13,9 +13,9 @@ from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.subgraphs import all_calls
 from qcompile.engine.capability import lacking
 from qcompile.errors import EngineError
-from qcompile.layer import QuantizedLinear
 from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats
+from qcompile.schemes.layer import QuantizedLinear
 
 
 def check_recipe_target(recipe: Recipe, target: int, dtype: torch.dtype | None = None) -> None:

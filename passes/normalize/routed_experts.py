@@ -41,12 +41,15 @@ class RoutedExpertsToDense(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
+        rewritten = False
         for total in calls(gm.graph, aten.sum.dim_IntList):
             mixture = _read(total)
             if mixture is not None:
                 _rewrite(mixture)
                 self.fire()
-        gm.graph.eliminate_dead_code()
+                rewritten = True
+        if rewritten:
+            gm.graph.eliminate_dead_code()  # so that what is left is what was not rewritten
         for node in routed_products(gm.graph):
             self.decline(
                 "these experts are gathered or grouped by token in a form that cannot be made dense, and stay in"

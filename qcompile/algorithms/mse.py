@@ -15,9 +15,9 @@ from passes.formats import Format
 from passes.ir import block_amax, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
-from qcompile.scales import has_constant, scale_of
 
 _PIECE = 1 << 16  # elements that are tried at once: larger intermediates leave the caches
 
@@ -33,8 +33,8 @@ class MseSettings(Settings):
     largest: Annotated[float, Field(ge=1, le=4, allow_inf_nan=False, strict=False)] = 1.75
     """The largest scale of a weight that is tried: a block whose largest number becomes 4 and not 6 may lose less."""
     candidates: Annotated[int, Field(ge=2, le=1000)] = 32
-    """How many scales of a weight are tried, beside that of `max`. The scales of nvfp4's blocks are e4m3 numbers, of
-    which all in the range are."""
+    """How many scales of a weight are tried, beside that of `max`, and four times as many ranges of an activation. The
+    scales of nvfp4's blocks are e4m3 numbers, of which all in the range are."""
     smallest_range: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=False)] = 0.05
     """The least range of an activation that is tried, as a part of the largest magnitude that was seen; 1 leaves them
     to `max`."""
@@ -169,7 +169,8 @@ class Mse(Algorithm[MseSettings]):
             base = scale_of(largest, operand.config, True) * operand.format.global_max
             tried = torch.stack([base * 2.0**-e for e in exponents if 2.0**-e >= own.smallest_range])
         else:
-            factors = torch.logspace(0, 1, own.candidates + 1, own.smallest_range, dtype=torch.float64)
+            # finer than for weights: a histogram is small
+            factors = torch.logspace(0, 1, 4 * own.candidates + 1, own.smallest_range, dtype=torch.float64)
             tried = (largest.double() * factors).float()
             tried[0] = largest
         filled = seen.counts.nonzero().flatten()

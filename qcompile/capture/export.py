@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from passes.program import drop_idle_writes, separated, written_tensors
 from passes.subgraphs import operator_name, subgraph_calls
 from qcompile.capture.dimensions import note_dimensions
+from qcompile.capture.experts import dense_experts
 from qcompile.capture.inference import for_inference
 from qcompile.capture.inputs import own_copies, shapes_by_input
 from qcompile.capture.reasons import reason, without_graphs
@@ -20,7 +21,6 @@ from qcompile.capture.suspects import check_inference, check_inputs
 from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
-from qcompile.experts import dense_experts
 from qcompile.process import alone
 
 

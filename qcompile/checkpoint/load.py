@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qcompile import experts
+from qcompile.capture import experts
 from qcompile.checkpoint.files.tensors import FLOATS
 from qcompile.checkpoint.formats import reader_of
 from qcompile.checkpoint.hub.config import (
@@ -48,8 +48,8 @@ def load_checkpoint(directory: str | Path) -> torch.nn.Module:
     """The model of a directory in one of the formats `fp8`, `modelopt` and `compressed-tensors`, on the CPU.
 
     Its quantized layers are `QuantizedLinear` with the codes and scales of the files; the experts of a mixture run as
-    `qcompile.experts` has it, and FP8 key/value caches are quantized and dequantized in front of the attention. The
-    rest is as `from_pretrained` loads it. `qcompile.import_quantized` makes a program of it.
+    `qcompile.capture.experts` has it, and FP8 key/value caches are quantized and dequantized in front of the attention.
+    The rest is as `from_pretrained` loads it. `qcompile.import_quantized` makes a program of it.
 
     Args:
         directory: with config.json and safetensors. Only local files are read, and no code of the directory is run.

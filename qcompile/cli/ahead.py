@@ -14,10 +14,10 @@ from qcompile.engine.backend import find_backend
 from qcompile.engine.profiles import checked_profiles
 from qcompile.engine.report import check_keys
 from qcompile.errors import CalibrationError, EngineError
+from qcompile.frontends.quantized import is_quantized
 from qcompile.onnx.export import OPSETS
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
-from qcompile.quantized import is_quantized
 from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats, calibrates
 from qcompile.remedy import with_remedy

@@ -16,7 +16,7 @@ from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.files import replaced
-from qcompile.quantized import is_finished
+from qcompile.frontends.quantized import is_finished
 from qcompile.remedy import with_remedy
 from qcompile.source import MADE_UP, Data, Source
 

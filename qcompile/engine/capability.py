@@ -20,8 +20,8 @@ def lacking(format: str, target: int) -> str | None:
     if format == "bfloat16":
         instead = "compute in float16"
     else:
-        fp8 = UNITS["fp8"].tensorrt
-        instead = f"quantize with the recipe {'fp8' if fp8 is not None and target >= fp8 else 'int8'}"
+        has_fp8 = format != "fp8" and lacking("fp8", target) is None
+        instead = f"quantize with the recipe {'fp8' if has_fp8 else 'int8'}"
     return (
         f"sm{target} has no {units.name} arithmetic: build for {units.targets}, or {instead} for this target "
         f"({units.name} needs sm{units.tensorrt} or newer)"

@@ -10,7 +10,7 @@ import torch
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.errors import CaptureError
-from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 __all__ = ["capture_ready", "is_quantized", "is_subclass", "layer_of"]

@@ -14,11 +14,11 @@ from torch.fx import Node
 from passes.dependence import input_dependence
 from passes.program import unlift
 from passes.traits import is_complex
-from qcompile import signature
+from qcompile.capture import signature
+from qcompile.capture.signature import interface_problem, tensor_inputs
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.process import alone
-from qcompile.signature import interface_problem, tensor_inputs
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 

@@ -20,13 +20,13 @@ from passes.ir import ATTENTION, QUANTIZE
 from passes.operators import NORMS
 from passes.program import unlift
 from passes.sdpa import SDPA
-from qcompile.batches import flatten_batch
+from qcompile.capture.batches import flatten_batch
+from qcompile.capture.signature import tensor_inputs
 from qcompile.onnx.compare import Comparison, Segment, compare, run_onnx_layers
 from qcompile.onnx.fp4 import as_bytes
 from qcompile.onnx.names import NAME_SCOPES, path_of_scopes
 from qcompile.onnx.view import Array
 from qcompile.process import alone
-from qcompile.signature import tensor_inputs
 
 # A layer ends at one of these: what lies between two of them is compared as a whole.
 # Transcendental functions are ends: the erf of two runtimes differs in its last bit, and some codes behind it with it.

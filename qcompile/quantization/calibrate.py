@@ -10,10 +10,10 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.capture import capture
+from qcompile.frontends.quantized import refuse_quantized
 from qcompile.process import alone
 from qcompile.quantization.plan import planned
 from qcompile.quantization.run import calibrated_state
-from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
 
 

@@ -21,10 +21,10 @@ from passes.reading import Operand
 from passes.subgraphs import graphs
 from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
+from qcompile.frontends.quantized import refuse_quantized_graph
 from qcompile.messages import some
 from qcompile.quantization.convolutions import idle, unfit
 from qcompile.quantization.edges import check_edges
-from qcompile.quantized import refuse_quantized_graph
 from qcompile.recipe import (
     QuantizerConfig,
     QuantizerName,

@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 from passes.pipelines import route
 from passes.places import OwnPasses, Placed
 from qcompile.capture import capture
+from qcompile.frontends.quantized import refuse_quantized
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype
 from qcompile.quantization.plan import planned
 from qcompile.quantization.run import quantized_program
-from qcompile.quantized import refuse_quantized
 from qcompile.recipe import Recipe, load_recipe
 
 

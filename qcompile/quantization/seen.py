@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from qcompile.algorithms.observe import observe
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.headroom import Watch
 from qcompile.process import alone
+from qcompile.quantization.headroom import Watch
 
 
 class Observation:

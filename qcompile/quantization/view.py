@@ -15,8 +15,8 @@ from passes.legalize.scales import round_scale
 from passes.quantize.sites import Site
 from passes.subgraphs import owner
 from qcompile.algorithms.base import Operand, View
+from qcompile.algorithms.scales import has_constant
 from qcompile.recipe import QuantizerConfig
-from qcompile.scales import has_constant
 
 
 @dataclass(frozen=True, eq=False)

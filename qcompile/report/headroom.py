@@ -1,4 +1,4 @@
-"""How near one tensor came to the end of the compute dtype; `qcompile.headroom` watches for it in calibration."""
+"""How near one tensor came to the end of the compute dtype, as `qcompile.quantization.headroom` sees it."""
 
 from __future__ import annotations
 

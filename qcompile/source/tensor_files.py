@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from qcompile.capture.plain_tensors import unusable
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
-from qcompile.plain_tensors import unusable
 from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.data import Data, batch_size, fitting, tensor_inputs
 from qcompile.source.model import Source

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from qcompile.capture.plain_tensors import MOST_FACTOR, MOST_UNPACKED, unusable
 from qcompile.errors import CalibrationError
 from qcompile.messages import first_line, value
-from qcompile.plain_tensors import MOST_FACTOR, MOST_UNPACKED, unusable
 
 
 def read_tensors(path: Path) -> Any:

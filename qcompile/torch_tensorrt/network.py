@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 
 from passes.graph import val
 from passes.program import unlift
+from qcompile.capture.signature import interface_problem, output_names, tensor_inputs
 from qcompile.errors import EngineError
 from qcompile.process import alone
-from qcompile.signature import interface_problem, output_names, tensor_inputs
 from qcompile.torch_tensorrt.environment import require_torch_tensorrt, tensorrt_package
 from qcompile.torch_tensorrt.lower import BlockFp8, lower
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from qcompile.record import record_of
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._higher_order_ops.associative_scan import associative_scan
@@ -21,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import qcompile
+from qcompile.report.record import record_of
 from tests.qcompile.test_subgraphs import Holder, cond, loop, steps
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, NVFP4
 from passes.graph import aten, calls
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from qcompile.errors import CaptureError
-from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 

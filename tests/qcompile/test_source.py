@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 import qcompile
 from qcompile.errors import CalibrationError, CheckpointError, SourceError
-from qcompile.quantized import is_quantized
+from qcompile.frontends.quantized import is_quantized
 from qcompile.remedy import remedy_of
 from qcompile.source import Source, load_source, open_calibration, parse_inputs, with_dynamic_shapes
 
@@ -201,7 +201,7 @@ def test_quantized_program_of_a_transformers_model(tmp_path: Path) -> None:
     program = qcompile.quantize(model, (torch.randn(1, 3, 32, 32),), recipe="fp8_per_channel_per_token", progress=False)
     torch.export.save(program, path)
     code = (
-        "from qcompile.quantized import is_quantized; from qcompile.source import load_source; "
+        "from qcompile.frontends.quantized import is_quantized; from qcompile.source import load_source; "
         f"s = load_source({str(path)!r}); print(is_quantized(s.model), s.dims)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 Get = Callable[[str], torch.Tensor]

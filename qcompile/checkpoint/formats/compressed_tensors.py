@@ -28,7 +28,7 @@ from qcompile.checkpoint.formats.compressed_tensors_reader import MIXED, Compres
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, WEIGHTS, group_of, inputs_with
 from qcompile.checkpoint.formats.skip import skipped_names
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 

@@ -15,8 +15,8 @@ from qcompile.checkpoint.formats.regexes import Clock
 from qcompile.checkpoint.formats.scheme_args import COMPRESSORS, KV_CACHE, scheme_of
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 MIXED = "mixed-precision"

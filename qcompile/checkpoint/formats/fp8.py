@@ -23,8 +23,8 @@ from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.skip import is_skipped, skipped_names
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, Scheme
 
 _BLOCK = [128, 128]

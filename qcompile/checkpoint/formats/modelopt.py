@@ -27,8 +27,8 @@ from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.messages import some
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, Scheme
 
 # Servers tell the tool by this name and pick their reader by it; the version is the one whose export this follows.

@@ -14,8 +14,8 @@ from qcompile.checkpoint.formats.fields import mapping, names
 from qcompile.checkpoint.formats.skip import is_skipped
 from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.messages import cut, value
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 
 MIXED = "MIXED_PRECISION"

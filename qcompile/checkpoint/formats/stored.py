@@ -15,7 +15,7 @@ from passes.formats import Format
 from qcompile.checkpoint.files.tensors import FLOATS
 from qcompile.checkpoint.formats.base import Get
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 # Tools store scales in float32 or in the dtype of the model; e8m0 holds powers of two, so float32 has all of them.

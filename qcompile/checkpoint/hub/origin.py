@@ -32,7 +32,7 @@ from qcompile.checkpoint.hub.state import plain_state
 from qcompile.checkpoint.hub.wrappers import architecture_of, plain_names, without_wrappers
 from qcompile.compat.transformers import never_saved
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear
+from qcompile.schemes.layer import QuantizedLinear
 
 _ADAPTER = "adapter_config.json"
 

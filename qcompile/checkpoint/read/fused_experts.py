@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 logger = logging.getLogger("qcompile")

@@ -16,7 +16,7 @@ from qcompile.checkpoint.read.kv_cache import Scales, read_kv_scales
 from qcompile.checkpoint.read.store import TensorStore
 from qcompile.compat.transformers import is_initialized, kept_in_float32
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from passes.formats import FP8
+from qcompile.algorithms.scales import scale_of
 from qcompile.checkpoint.hub.layout import Hub
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, format_of
 from qcompile.recipe.globs import ATTENTION
-from qcompile.scales import scale_of
 
 K, V = ATTENTION[1:3]
 KvScales = tuple[torch.Tensor, torch.Tensor]

@@ -11,7 +11,7 @@ from passes.formats import Format
 from passes.quantize.insert import Quantizer, check_chosen
 from qcompile.checkpoint.files.tensors import FLOATS, Stored
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight, Scheme
+from qcompile.schemes.layer import QuantizedWeight, Scheme
 
 _CHUNK = 1 << 20  # elements; intermediates of four times as many leave the caches, and NVFP4 takes twice the time
 Advance = Callable[[int], None]

@@ -11,6 +11,7 @@ import torch
 from passes.formats import Format
 from passes.groups import parallel, siblings
 from passes.quantize.sites import idle_reduction
+from qcompile.algorithms.scales import has_constant, is_calibrated
 from qcompile.checkpoint.formats import CheckpointFormat, Contents
 from qcompile.checkpoint.hub.adapters import MERGE
 from qcompile.checkpoint.hub.layout import Hub, Layer, Part
@@ -21,7 +22,6 @@ from qcompile.errors import CheckpointError, RecipeError
 from qcompile.messages import some
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, check_quantizes, format_of, resolve, unsupported
 from qcompile.recipe.globs import ATTENTION, INPUT, WEIGHT
-from qcompile.scales import has_constant, is_calibrated
 from qcompile.schemes.scheme import Scheme
 
 _OUTPUT = "output_quantizer"

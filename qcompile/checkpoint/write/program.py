@@ -21,8 +21,8 @@ from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.write.activations import KvScales
 from qcompile.checkpoint.write.plan import refuse_rotation
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.process import alone
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 

@@ -25,10 +25,10 @@ from qcompile.checkpoint.write.program import slice_weight
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
-from qcompile.layer import QuantizedWeight
 from qcompile.outputs import check_room
 from qcompile.progress import progress_bar
 from qcompile.recipe import Recipe
+from qcompile.schemes.layer import QuantizedWeight
 
 FormatName = Literal["fp8", "modelopt", "modelopt_mixed", "compressed-tensors"]
 

@@ -23,7 +23,7 @@ from passes.normalize.noops import RemoveNoOps
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.testing import DYNAMIC, count, graph_of, rewrites, run
-from qcompile.layer import QuantizedLinear, QuantizedWeight
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 from tests.passes.legalize.test_k_split import Experts
 

@@ -96,6 +96,7 @@ def codes_of(program: Any) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", WEIGHT_ONLY)
 def test_codes_arrive_in_the_program_under_the_names_of_others(kind: str, dtype: torch.dtype) -> None:
@@ -129,6 +130,7 @@ def test_codes_arrive_in_the_onnx_file_and_run_there(tmp_path: Path) -> None:
     assert codes and all(any(np.array_equal(c, h) or np.array_equal(c.T, h) for h in held) for c in codes.values())
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
 def test_codes_arrive_in_checkpoints_of_programs_and_of_directories(tmp_path: Path, kind: str) -> None:
     model = tiny("llama")

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from qcompile.record import record_of
 from torch import Tensor, nn
 
 import qcompile
@@ -25,6 +24,7 @@ from qcompile.algorithms.statistics import Histogram
 from qcompile.errors import CalibrationError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import MaxSettings, QuantizerConfig
+from qcompile.report.record import record_of
 
 Array = np.ndarray
 CONFIGS = {

@@ -29,6 +29,7 @@ def mse(name: str) -> qcompile.Recipe:
     return qcompile.load_recipe(name, ["calibration={algorithm: mse, candidates: 12}"])
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("name", ["int8", "fp8_gemm", "nvfp4"])
 def test_the_compiled_model_and_the_file_have_the_codes_of_the_program(name: str, tmp_path: Path) -> None:
     model, recipe = Net().eval(), mse(name)
@@ -47,6 +48,7 @@ def test_the_compiled_model_and_the_file_have_the_codes_of_the_program(name: str
         np.testing.assert_allclose(found, program.module()(X).detach().numpy(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize(
     ("name", "format"),
     [

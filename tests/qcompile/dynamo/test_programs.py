@@ -126,7 +126,7 @@ def test_a_checkpoint_computes_what_its_imported_program_does(kind: str, fmt: st
         for name, buffer in model.named_buffers():
             if name.endswith("input_scale"):
                 buffer.mul_(0.5)
-        layer = next(m for m in model.modules() if isinstance(m, qcompile.layer.QuantizedLinear))
+        layer = next(m for m in model.modules() if isinstance(m, qcompile.schemes.layer.QuantizedLinear))
         layer.weight = nn.Parameter(layer.codes.flip(0), requires_grad=False)
         assert not torch.equal(run(input_ids=IDS).logits, want)
         assert_same(run(input_ids=IDS).logits, model(input_ids=IDS).logits)

@@ -13,8 +13,8 @@ import torch
 from qcompile.capture import capture
 from qcompile.checkpoint.load import is_quantized_checkpoint, load_checkpoint
 from qcompile.checkpoint.read.fused_experts import StackedLinears
-from qcompile.layer import QuantizedLinear, QuantizedWeight
-from qcompile.quantized import is_quantized
+from qcompile.frontends.quantized import is_quantized
+from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 from qcompile.source import load_source
 

@@ -16,7 +16,7 @@ import torch
 
 from qcompile.checkpoint.load import load_checkpoint
 from qcompile.checkpoint.write.save import save_checkpoint
-from qcompile.layer import QuantizedLinear
+from qcompile.schemes.layer import QuantizedLinear
 
 T = pytest.importorskip("transformers")
 SLOW = pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from passes.formats import NVFP4
 from qcompile.checkpoint.load import load_checkpoint
-from qcompile.layer import QuantizedLinear
+from qcompile.schemes.layer import QuantizedLinear
 
 pytest.importorskip("modelopt.torch.export")
 pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from passes.graph import calls
 from passes.ir import DYNAMIC_QUANTIZE
 from qcompile.errors import CaptureError
 from qcompile.frontends import torchao
-from qcompile.layer import QuantizedLinear
+from qcompile.schemes.layer import QuantizedLinear
 from qcompile.schemes.scheme import Scheme
 from tests.qcompile.frontends.support import scales_rows_on_cpu
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 from tests.qcompile.checkpoint.formats.support import quantized
 

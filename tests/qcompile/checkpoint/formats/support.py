@@ -12,7 +12,7 @@ import torch
 from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4
 from passes.ir import block_amax, dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, CheckpointFormat, Contents, SchemeReader
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 
 BLOCK_WEIGHT_ONLY = Scheme(FP8_128X128)

@@ -9,7 +9,7 @@ import torch
 
 from passes.ir import dequantize
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_TENSOR, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import HELD, quantized, reader_for, reader_of_config
 

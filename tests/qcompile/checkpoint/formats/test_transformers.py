@@ -15,7 +15,7 @@ import torch
 
 from passes.ir import dequantize
 from qcompile.checkpoint.formats import FORMATS, Contents
-from qcompile.layer import QuantizedWeight
+from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 from tests.qcompile.checkpoint.formats.support import quantized
 

@@ -11,8 +11,8 @@ from torch import nn
 from passes.graph import calls
 from passes.ir import BATCHED_LINEAR
 from qcompile.capture import capture
+from qcompile.capture.experts import NAME, dense_experts, dense_experts_forward
 from qcompile.errors import CaptureError
-from qcompile.experts import NAME, dense_experts, dense_experts_forward
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.subgraphs import all_calls, all_nodes
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, pt2e, torchao
-from qcompile.layer import QuantizedLinear
+from qcompile.schemes.layer import QuantizedLinear
 
 __all__ = ["Quantized", "is_finished", "is_quantized", "quantized_by", "refuse_quantized", "refuse_quantized_graph"]
 

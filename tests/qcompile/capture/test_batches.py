@@ -15,8 +15,8 @@ from passes.graph import aten, calls
 from passes.program import unlift
 from qcompile.algorithms.observe import observe
 from qcompile.algorithms.statistics import Statistic
-from qcompile.batches import flatten_batch, pieces
 from qcompile.capture import capture
+from qcompile.capture.batches import flatten_batch, pieces
 from qcompile.errors import CalibrationError
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.recipe import QuantizerConfig
-from qcompile.scales import has_constant, scale_of
 
 FP8 = QuantizerConfig("fp8", "per_tensor", (), dynamic=False)
 NVFP4 = QuantizerConfig("nvfp4", "per_block", (1, 16), dynamic=True)

@@ -13,11 +13,11 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from passes.graph import dtype, shape, val
-from qcompile.batch_forms import dynamic_shapes_for, rearranged
+from qcompile.capture.batch_forms import dynamic_shapes_for, rearranged
 from qcompile.capture.inputs import laid_out
+from qcompile.capture.plain_tensors import unusable
 from qcompile.errors import CalibrationError
 from qcompile.messages import cut
-from qcompile.plain_tensors import unusable
 
 
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:

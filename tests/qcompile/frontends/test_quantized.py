@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.errors import QCompileError
-from qcompile.quantized import is_quantized, quantized_by
+from qcompile.frontends.quantized import is_quantized, quantized_by
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qcompile.signature import output_names
+from qcompile.capture.signature import output_names
 
 
 class Keyless(OrderedDict[str, Any]):

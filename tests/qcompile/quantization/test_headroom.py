@@ -18,7 +18,7 @@ from passes.graph import aten
 from passes.testing import graph_of
 from qcompile.algorithms.statistics import LargestBeforeSoftmax, LargestScore
 from qcompile.errors import CalibrationError, PassError
-from qcompile.headroom import Watch
+from qcompile.quantization.headroom import Watch
 from qcompile.report.record import record_of
 
 X = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
