@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from passes.capabilities import CONVOLUTIONS
-from passes.graph import shape
+from passes.graph import argument, shape
 from passes.quantize.sites import Site
+from passes.roofline import LEAST_GAIN, Roofline
 from qcompile.schemes.config import QuantizerConfig, format_of
 
-__all__ = ["unfit"]
+__all__ = ["idle", "unfit"]
 
 
 def unfit(site: Site, config: QuantizerConfig) -> str | None:
@@ -27,6 +30,29 @@ def unfit(site: Site, config: QuantizerConfig) -> str | None:
     weight = site.operator.weight(site.consumer)
     assert weight is not None
     out, per_group, *kernel = shape(weight)
-    _, stride, _, dilation, _, _, groups = site.consumer.args[2:]
-    plain_depthwise = per_group == 1 and groups == out and {*stride, *dilation} == {1}  # type: ignore[misc]
-    return CONVOLUTIONS[fmt.name].unfit(kernel, plain_depthwise)
+    stride, dilation, groups = (argument(site.consumer, name) for name in ("stride", "dilation", "groups"))
+    plain_depthwise = per_group == 1 and groups == out and {*stride, *dilation} == {1}
+    return CONVOLUTIONS[fmt.name].unfit(kernel, bool(plain_depthwise))
+
+
+def idle(configs: Mapping[Site, QuantizerConfig], which: str) -> dict[Site, str]:
+    """The quantizers of convolutions that `convolutions: {which}` of a recipe leaves out -> why.
+
+    Args:
+        which: `all`, `where_it_pays` or `none`.
+    """
+    convolutions = {site: config for site, config in configs.items() if site.operator.kind == "convolution"}
+    if which == "none":
+        return dict.fromkeys(convolutions, "the recipe has `convolutions: none`")
+    found: dict[Site, str] = {}
+    for site, config in convolutions.items() if which == "where_it_pays" else ():
+        if site.operand != "weight":
+            continue
+        roofline, per_channel = Roofline.of(site.consumer), config.granularity == "per_channel"
+        if roofline.gain(per_channel) < LEAST_GAIN:
+            found[site] = (
+                f"it would not pay: {2 * roofline.products:.3g} operations, {roofline.intensity:.3g} for each byte, by"
+                f" the roofline {roofline.gain(per_channel):.2f} times as fast as in half precision, with the kernel"
+                " that quantizes its input; `convolutions: all` has it quantized"
+            )
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Discriminator,
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from qcompile.algorithms import ALGORITHMS
+from qcompile.algorithms import ALGORITHMS, find_installed
 from qcompile.algorithms.settings import MaxSettings, Settings
 from qcompile.recipe.rule import Location, Rule, wrong
 from qcompile.recipe.steps import asked, calibration_type, settings_of
@@ -84,6 +84,11 @@ class _Header(Strict):
     """How scales are found: an algorithm with its settings, or a list of them, each of which sees what those before it
     chose."""
 
+    convolutions: Literal["all", "where_it_pays", "none"] = "all"
+    """Which of the convolutions that the rules name are quantized: `where_it_pays` leaves those to half precision whose
+    arithmetic, by the roofline of a GPU, saves less than the kernel that quantizes their input costs. The report has
+    the numbers."""
+
     @property
     def steps(self) -> tuple[Settings, ...]:
         """The algorithms of `calibration`, in order."""
@@ -91,8 +96,14 @@ class _Header(Strict):
 
     @property
     def power_of_two(self) -> bool:
-        """Whether a scale that the recipe itself gives is rounded up to a power of two, as a step has its own."""
-        return any(step.power_of_two for step in self.steps)
+        """Whether constant scales are rounded up to a power of two; all steps agree in it."""
+        return self.steps[0].power_of_two
+
+    @model_validator(mode="after")
+    def _steps_agree(self) -> Self:
+        if len({step.power_of_two for step in self.steps}) > 1:  # a saved range does not tell which of them chose it
+            raise wrong(("calibration",), "`power_of_two` is for all steps or for none: say it in each")
+        return self
 
 
 class RecipeFile(_Header):
@@ -135,6 +146,7 @@ class Recipe(_Header):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        find_installed()
         return handler(recipe_file(ALGORITHMS).__pydantic_core_schema__)
 
     def located(self, places: Sequence[Location]) -> Recipe:
