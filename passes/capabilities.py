@@ -6,7 +6,7 @@ What no row lists is multiplied by nothing: a format is never taken for one that
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
@@ -190,27 +190,34 @@ class Convolutions:
     Attributes:
         name: of the format, in a sentence.
         most_taps: the largest kernel, in elements of one channel.
-        depthwise: the least target, as in sm120, that takes larger kernels where each channel has one of its own.
+        depthwise: a larger kernel that is taken, and the least target that does (as in sm120), where each channel has
+            one of its own and strides and dilations are 1.
     """
 
     name: str
     most_taps: float
-    depthwise: int
+    depthwise: tuple[tuple[int, ...], int] | None = None
 
-    def unfit(self, taps: int, depthwise: bool, target: int | None = None) -> str | None:
-        """Why a convolution with that many taps has no kernel on `target`, or on any; None for one that has."""
-        if taps <= self.most_taps or (depthwise and (target is None or target >= self.depthwise)):
+    def unfit(self, kernel: Sequence[int], plain_depthwise: bool, target: int | None = None) -> str | None:
+        """Why a convolution with a `kernel` of that size has none on `target`, or on any; None for one that has."""
+        taps, where = math.prod(kernel), ""
+        if taps <= self.most_taps:
             return None
-        where = f", or depthwise for sm{self.depthwise} or newer" if depthwise else ""
-        formats = [other.name for other in CONVOLUTIONS.values() if taps <= other.most_taps]
+        if plain_depthwise and self.depthwise is not None and self.depthwise[0] == tuple(kernel):
+            least = self.depthwise[1]
+            if target is None or target >= least:
+                return None
+            where = f", but for this one on sm{least} or newer"
+        others = " or ".join(other.name for other in CONVOLUTIONS.values() if taps <= other.most_taps)
+        size = "x".join(map(str, kernel))
         return (
-            f"its kernel has {taps} taps, and {self.name} convolutions have at most {self.most_taps}{where};"
-            f" {' and '.join(formats)} runs it"
+            f"{self.name} convolutions have kernels of at most {self.most_taps} elements{where}, and this one has"
+            f" {size}: give it {others}"
         )
 
 
 CONVOLUTIONS: Mapping[str, Convolutions] = {
-    "fp8": Convolutions("FP8", 32, 120),
-    "int8": Convolutions("INT8", math.inf, 0),
+    "fp8": Convolutions("FP8", 32, ((7, 7), 120)),
+    "int8": Convolutions("INT8", math.inf),
 }
 """Format -> what convolves it; others do not, with scales of blocks or tokens neither."""

@@ -26,5 +26,7 @@ def unfit(site: Site, config: QuantizerConfig) -> str | None:
         return f"`rotate`{where} is for linear layers: give convolutions a rule without it"
     weight = site.operator.weight(site.consumer)
     assert weight is not None
-    taps = shape(weight)[2:].numel()
-    return CONVOLUTIONS[fmt.name].unfit(taps, depthwise=shape(weight)[1] == 1)
+    out, per_group, *kernel = shape(weight)
+    _, stride, _, dilation, _, _, groups = site.consumer.args[2:]
+    plain_depthwise = per_group == 1 and groups == out and {*stride, *dilation} == {1}  # type: ignore[misc]
+    return CONVOLUTIONS[fmt.name].unfit(kernel, plain_depthwise)

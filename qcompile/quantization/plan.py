@@ -121,7 +121,7 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
     refuse_quantized_graph(work.gm)
     work.run(NORMALIZE)
     sites = find_sites(work.gm)
-    names = [QuantizerName(site.name, site.module_class) for site in sites]
+    names = [QuantizerName(site.name, site.module_class, site.operator.kind) for site in sites]
     resolution = resolve(recipe, names)
     if whole:
         check_quantizes(recipe, names, resolution)
