@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from passes.capabilities import CONVOLUTIONS
-from passes.graph import shape
+from passes.legalize.unfit_convolutions import unfit_convolution
 from passes.quantize.sites import Site
 from qcompile.schemes.config import QuantizerConfig, format_of
 
@@ -24,9 +24,4 @@ def unfit(site: Site, config: QuantizerConfig) -> str | None:
         )
     if config.rotate:
         return f"`rotate`{where} is for linear layers: give convolutions a rule without it"
-    weight = site.operator.weight(site.consumer)
-    assert weight is not None
-    out, per_group, *kernel = shape(weight)
-    _, stride, _, dilation, _, _, groups = site.consumer.args[2:]
-    plain_depthwise = per_group == 1 and groups == out and {*stride, *dilation} == {1}  # type: ignore[misc]
-    return CONVOLUTIONS[fmt.name].unfit(kernel, plain_depthwise)
+    return unfit_convolution(site.consumer, fmt)
