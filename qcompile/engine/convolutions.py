@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 
 from passes.capabilities import CONVOLUTIONS
@@ -9,12 +11,12 @@ from qcompile.engine.graph import OnnxGraph
 
 __all__ = ["obstacle"]
 
-_FORMATS = {onnx.TensorProto.FLOAT8E4M3FN: "fp8", onnx.TensorProto.INT8: "int8"}
+_FORMATS: Mapping[int | None, str] = {onnx.TensorProto.FLOAT8E4M3FN: "fp8", onnx.TensorProto.INT8: "int8"}
 
 
 def obstacle(graph: OnnxGraph, conv: onnx.NodeProto) -> str:
     """Why some target or all lack a kernel for `conv`, by codes and size of its weight; empty where none is known."""
-    fmt = CONVOLUTIONS.get(_FORMATS.get(graph.code_type(conv.input[1]) or 0, ""))
+    fmt = CONVOLUTIONS.get(_FORMATS.get(graph.code_type(conv.input[1]), ""))
     dims = graph.code_dims(conv.input[1])
     if fmt is None or len(dims) < 3:
         return ""

@@ -156,3 +156,22 @@ def test_scales_of_blocks_and_tokens_are_none_for_a_convolution() -> None:
         report = ProgramReport.of(program)
         assert report.coverage == {"linear": (1, 1), "convolution": (0, 1)}
         assert "no target convolves" in report.reasons["0"] and "(rules[" in report.reasons["0"]
+
+
+def test_a_recipe_says_which_convolutions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 3)).eval()
+    x = image(8, 28, 28)
+    listed = {}
+    for which in ("all", "where_it_pays", "none"):
+        rules = recipe("fp8") | {"convolutions": which}
+        rules["rules"] = [*rules["rules"], {"quantizer": "*.output_quantizer", "format": "fp8"}]
+        if which == "none":  # of a model that has something else
+            model.append(nn.Flatten()).append(nn.Linear(256 * 24 * 24, 8))
+        report = ProgramReport.of(qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False))
+        listed[which] = report.coverage["convolution"]
+        if which != "all":
+            assert report.unquantized["0"] == "convolution" and which in report.reasons["0"] + "where_it_pays"
+        if which == "where_it_pays":
+            assert "times as fast as in half precision" in report.reasons["0"]
+    assert listed == {"all": (2, 2), "where_it_pays": (1, 2), "none": (0, 2)}
