@@ -27,10 +27,9 @@ class QuantizedConvolution(QuantizedLinear):
     def __init__(self, weight: QuantizedWeight, like: Any) -> None:
         super().__init__(weight, None if like.bias is None else like.bias.detach(), like.weight.dtype)
         self.options = (like.stride, like.padding, like.dilation, like.groups)
-        self.mode, self.around = like.padding_mode, [0, 0]
+        self.mode, self.around = like.padding_mode, _around(like)
         if self.mode != "zeros":  # then torch pads first, and the convolution does not
             self.options = (like.stride, 0, like.dilation, like.groups)
-            self.around = list(like._reversed_padding_repeated_twice)
         self.convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self.codes.ndim - 3]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,6 +37,18 @@ class QuantizedConvolution(QuantizedLinear):
         if self.mode != "zeros":
             x = nn.functional.pad(x, self.around, mode=self.mode)
         return self.convolve(self._quantized(x), self._dequantized(x.dtype), self.bias, *self.options)
+
+
+def _around(like: Any) -> list[int]:
+    """How many elements stand before and behind each axis, the last first, as `pad` wants it."""
+    sizes: list[int] = []
+    for axis in reversed(range(len(like.kernel_size))):
+        if isinstance(like.padding, str):
+            total = like.dilation[axis] * (like.kernel_size[axis] - 1) if like.padding == "same" else 0
+            sizes += [total // 2, total - total // 2]
+        else:
+            sizes += [like.padding[axis]] * 2
+    return sizes
 
 
 def convolution_of(layer: Any, name: str) -> QuantizedConvolution:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import qcompile
 from passes.graph import aten, calls
 from passes.ir import DEQUANTIZE
+from qcompile.errors import CaptureError
 from qcompile.report.program import ProgramReport
 from tests.qcompile.frontends.resnet import IMAGES, LAYERS, recipe, resnet
 
@@ -103,6 +104,36 @@ def test_convolutions_of_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.quantized == dict.fromkeys(LAYERS[1:], "fp8")
     assert report.unquantized == {"stem": "convolution"}  # torchao leaves three channels as they are
     assert isinstance(model.block.first, nn.Conv2d) and type(model.block.first) is nn.Conv2d
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_padding_of_torchao(padding: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization.granularity import PerTensor
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda *_: None)
+    config = quant_api.Float8DynamicActivationFloat8WeightConfig(granularity=PerTensor())
+    torch.manual_seed(0)
+    x, model = torch.randn(1, 16, 6, 6), nn.Sequential(nn.Conv2d(16, 16, (3, 2), padding=padding, padding_mode=mode))
+    judge = copy.deepcopy(model)
+    quant_api.quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Conv2d))
+    judge[0].weight = nn.Parameter(model[0].weight.dequantize())
+    want = judge(type(model[0].weight.data).from_hp(x, granularity=PerTensor()).dequantize())
+    program = qcompile.import_quantized(model, (x,), dtype=torch.float32, progress=False)
+    torch.testing.assert_close(program.module()(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["Float8WeightOnlyConfig", "Int8WeightOnlyConfig"])
+def test_other_weights_of_torchao_are_refused_by_name(config: str) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3)).eval()
+    try:
+        quant_api.quantize_(
+            model, getattr(quant_api, config)(), filter_fn=lambda module, _: isinstance(module, nn.Conv2d)
+        )
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError):
+        pytest.skip("this torchao does not quantize convolutions so")
+    with pytest.raises(CaptureError, match="0: a convolution"):
+        qcompile.import_quantized(model, (torch.randn(1, 16, 6, 6),))
 
 
 CASES = {
