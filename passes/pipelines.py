@@ -16,7 +16,9 @@ import torch
 from torch.fx import Node
 
 from passes.canonicalize.attention_operands import MoveQuantizersToAttention
+from passes.canonicalize.batch_norm import FoldBatchNormIntoScales
 from passes.canonicalize.modelopt import ModeloptToQdq
+from passes.canonicalize.padding import PadBeforeQuantizers
 from passes.canonicalize.pt2e import Pt2eToQdq
 from passes.canonicalize.share import ShareQuantizers
 from passes.canonicalize.zero_points import MoveZeroPoints
@@ -40,6 +42,7 @@ from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
+from passes.legalize.unfit_convolutions import LeaveUnfitConvolutions
 from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
@@ -119,7 +122,10 @@ DYNAMO = Pipeline(MaterializeAutocast)
 CANONICALIZE = Pipeline(
     ModeloptToQdq,
     Pt2eToQdq,
+    NormalizeConvolution,
+    FoldBatchNormIntoScales,
     *NORMALIZE,
+    PadBeforeQuantizers,
     MoveZeroPoints,
     MoveQuantizersToAttention,
     ShareQuantizers,
@@ -165,8 +171,8 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS = Pipeline(LeaveUnfusedAttention)
-"""In front of all others for TensorRT: what it has no kernel for stays in floating point."""
+TENSORRT_KERNELS = Pipeline(LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True))
+"""In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
 TENSORRT = Pipeline(
     partial(BlocksToPerChannel, everywhere=False),

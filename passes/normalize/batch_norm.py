@@ -20,15 +20,15 @@ from passes.evaluation import computable_nodes, evaluate
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, shape
 from passes.normalize.weight_names import Names, layer_of
 
-__all__ = ["FoldBatchNorm"]
+__all__ = ["NORMS", "Affine", "FoldBatchNorm", "affine_of", "skip_norm"]
 
-_NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
+NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
 _POINTWISE = (aten.mul.Tensor, aten.add.Tensor)
 _COMPUTED = "the weight or bias of the layer beside it is computed at run time, or quantized already"
 
 
 @dataclass(frozen=True)
-class _Affine:
+class Affine:
     """`x * factor + shift` along the channels, each float64 `[C]`."""
 
     factor: torch.Tensor
@@ -61,7 +61,7 @@ class _Layer:
         known = values.new_zeros(channels) if bias is None else evaluate_constant(gm, bias).double()
         return cls(values, known, groups, transposed)
 
-    def before(self, norm: _Affine) -> _Layer:
+    def before(self, norm: Affine) -> _Layer:
         """The layer that gives what `norm` makes of this one's results."""
         split = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
         channels = (self.groups, 1, -1) if self.transposed else (self.groups, -1, 1)
@@ -70,7 +70,7 @@ class _Layer:
             (split * factor).flatten(0, 1), self.bias * norm.factor + norm.shift, self.groups, self.transposed
         )
 
-    def behind(self, norm: _Affine) -> _Layer:
+    def behind(self, norm: Affine) -> _Layer:
         """The layer that makes of the input of `norm` what this one makes of its results."""
         outputs, inputs = self.weight.shape[:2]
         split = self.weight.reshape(self.groups, outputs // self.groups, inputs, -1)
@@ -106,10 +106,15 @@ class FoldBatchNorm(Pass):
     Why: a quantizer then sees what the network multiplies with, and each norm is a kernel less.
     """
 
+    def __init__(self, *, again: bool = False) -> None:
+        """`again`: what is declined was declined before, and is not told a second time."""
+        super().__init__()
+        self.again = again
+
     def rewrite(self, gm: GraphModule) -> None:
         folded: dict[Node, _Layer] = {}
-        for node in calls(gm.graph, *_NORMS):
-            if (norm := _of_norm(gm, node)) is not None:
+        for node in calls(gm.graph, *NORMS):
+            if (norm := affine_of(gm, node)) is not None:
                 self._fold(gm, node, norm, folded)
         if any(_convolution_of(node) is not None for node in calls(gm.graph, *_POINTWISE)):
             constants = computable_nodes(gm)
@@ -121,7 +126,7 @@ class FoldBatchNorm(Pass):
                     self.fire()
         _store(gm, folded)
 
-    def _fold(self, gm: GraphModule, node: Node, norm: _Affine, folded: dict[Node, _Layer]) -> None:
+    def _fold(self, gm: GraphModule, node: Node, norm: Affine, folded: dict[Node, _Layer]) -> None:
         source = node.args[0]
         assert isinstance(source, Node)
         results = _results(node)
@@ -129,18 +134,13 @@ class FoldBatchNorm(Pass):
         if reason is not None:
             behind = self._behind(gm, results, norm, folded)
             if behind is not None:
-                if told := behind or reason:
+                if (told := behind or reason) and not self.again:
                     self.decline(told, node)
                 return
-        for result in results:
-            _skip(result, source)
-        if node not in results:  # nor do the statistics beside them count as readers
-            for unread in (*node.users, node):
-                if not unread.users:
-                    unread.graph.erase_node(unread)
+        skip_norm(node)
         self.fire()
 
-    def _before(self, gm: GraphModule, layer: Node, norm: _Affine, folded: dict[Node, _Layer]) -> str | None:
+    def _before(self, gm: GraphModule, layer: Node, norm: Affine, folded: dict[Node, _Layer]) -> str | None:
         """Fold `norm` into `layer`, whose results it reads; why not, or None."""
         if only_user(layer) is None:
             return "the layer before it has another reader, which wants its values as they are"
@@ -149,7 +149,7 @@ class FoldBatchNorm(Pass):
             return _COMPUTED
         return _keep({layer: known.before(norm)}, folded)
 
-    def _behind(self, gm: GraphModule, results: list[Node], norm: _Affine, folded: dict[Node, _Layer]) -> str | None:
+    def _behind(self, gm: GraphModule, results: list[Node], norm: Affine, folded: dict[Node, _Layer]) -> str | None:
         """Fold `norm` into every layer that reads it; why not, or None; "" where there is another reader."""
         readers = [user for result in results for user in result.users]
         if not readers or not all(_takes(reader, results) for reader in readers):
@@ -180,6 +180,18 @@ def _skip(node: Node, source: Node) -> None:
     node.graph.erase_node(node)
 
 
+def skip_norm(norm: Node) -> None:
+    """What reads `norm` reads its input, which it does not count as a reader any more."""
+    source, results = norm.args[0], _results(norm)
+    assert isinstance(source, Node)
+    for result in results:
+        _skip(result, source)
+    if norm not in results:  # nor do the statistics beside them count as readers
+        for unread in (*norm.users, norm):
+            if not unread.users:
+                unread.graph.erase_node(unread)
+
+
 def _results(norm: Node) -> list[Node]:
     """The normalized tensor: of an operator with several results the first."""
     return [norm] if norm.target is aten.batch_norm.default else [user for user in norm.users if user.args[1] == 0]
@@ -204,7 +216,7 @@ def _convolution_of(node: Node) -> Node | None:
     return next((n for n in node.all_input_nodes if is_call(n, aten.convolution.default)), None)
 
 
-def _of_norm(gm: GraphModule, node: Node) -> _Affine | None:
+def affine_of(gm: GraphModule, node: Node) -> Affine | None:
     """None for a norm whose numbers are not constant."""
     if node.target is aten.batch_norm.default and argument(node, "training"):
         return None
@@ -215,10 +227,10 @@ def _of_norm(gm: GraphModule, node: Node) -> _Affine | None:
     assert mean is not None and var is not None
     factor = (var + argument(node, "eps")).rsqrt()
     factor = factor if weight is None else factor * weight
-    return _Affine(factor, -mean * factor if bias is None else bias - mean * factor)
+    return Affine(factor, -mean * factor if bias is None else bias - mean * factor)
 
 
-def _of_pointwise(gm: GraphModule, node: Node, source: Node, constants: Mapping[Node, None]) -> _Affine | None:
+def _of_pointwise(gm: GraphModule, node: Node, source: Node, constants: Mapping[Node, None]) -> Affine | None:
     """What a product or sum of `source` with a constant for each channel does."""
     others = [operand for operand in node.args if operand is not source]
     if node.kwargs or len(others) != 1 or others[0] not in constants:
@@ -230,8 +242,8 @@ def _of_pointwise(gm: GraphModule, node: Node, source: Node, constants: Mapping[
         return None
     values = evaluate(gm, constants, [other])[other].double().flatten()
     if is_call(node, aten.mul.Tensor):
-        return _Affine(values, torch.zeros_like(values))
-    return _Affine(torch.ones_like(values), values)
+        return Affine(values, torch.zeros_like(values))
+    return Affine(torch.ones_like(values), values)
 
 
 def _store(gm: GraphModule, folded: Mapping[Node, _Layer]) -> None:

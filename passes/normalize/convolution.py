@@ -10,10 +10,9 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, argument, aten, calls, shape
 
-__all__ = ["NormalizeConvolution"]
+__all__ = ["SPELLINGS", "NormalizeConvolution"]
 
-# Operator -> whether it is transposed.
-_SPELLINGS = {
+SPELLINGS = {
     aten.conv1d.default: False,
     aten.conv2d.default: False,
     aten.conv3d.default: False,
@@ -26,6 +25,7 @@ _SPELLINGS = {
     aten._convolution.default: None,  # these say it
     aten.convolution.default: None,
 }
+"""Operator -> whether it is transposed."""
 
 
 class NormalizeConvolution(Pass):
@@ -48,7 +48,7 @@ class NormalizeConvolution(Pass):
     """
 
     def rewrite(self, gm: GraphModule) -> None:
-        for node in calls(gm.graph, *_SPELLINGS):
+        for node in calls(gm.graph, *SPELLINGS):
             if not _is_neutral(node):
                 self._rewrite(node)
                 self.fire()
@@ -79,7 +79,7 @@ class NormalizeConvolution(Pass):
 
 
 def _is_transposed(node: Node) -> bool:
-    known = _SPELLINGS[node.target]  # type: ignore[index]
+    known = SPELLINGS[node.target]  # type: ignore[index]
     return bool(argument(node, "transposed")) if known is None else known
 
 

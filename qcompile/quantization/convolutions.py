@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from passes.capabilities import CONVOLUTIONS
-from passes.graph import argument, shape
+from passes.legalize.unfit_convolutions import unfit_convolution
 from passes.quantize.sites import Site
 from passes.roofline import LEAST_GAIN, Roofline
 from qcompile.schemes.config import QuantizerConfig, format_of
@@ -27,12 +27,7 @@ def unfit(site: Site, config: QuantizerConfig) -> str | None:
         )
     if config.rotate:
         return f"`rotate`{where} is for linear layers: give convolutions a rule without it"
-    weight = site.operator.weight(site.consumer)
-    assert weight is not None
-    out, per_group, *kernel = shape(weight)
-    stride, dilation, groups = (argument(site.consumer, name) for name in ("stride", "dilation", "groups"))
-    plain_depthwise = per_group == 1 and groups == out and {*stride, *dilation} == {1}
-    return CONVOLUTIONS[fmt.name].unfit(kernel, bool(plain_depthwise))
+    return unfit_convolution(site.consumer, fmt)
 
 
 def idle(configs: Mapping[Site, QuantizerConfig], which: str) -> dict[Site, str]:

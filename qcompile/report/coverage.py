@@ -12,7 +12,7 @@ from passes.base import Decline
 from passes.constants import LAYOUT, constant
 from passes.dependence import fixed_nodes
 from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
 from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind, operator_of, refusals
@@ -123,7 +123,10 @@ def _refused(gm: GraphModule, node: Node) -> str | None:
     """
     if node.target in _RECURRENT:
         return module_path(node)
-    weights = [n for n in node.all_input_nodes if isinstance(t := constant(gm, n), torch.nn.Parameter) and t.ndim > 1]
+    inputs = [n.args[0] if is_call(n, DEQUANTIZE) else n for n in node.all_input_nodes]  # codes of other tools
+    weights = [
+        n for n in inputs if isinstance(n, Node) and isinstance(t := constant(gm, n), torch.nn.Parameter) and t.ndim > 1
+    ]
     if not weights:
         return None
     tied = sum(len(n.users) for n in gm.graph.find_nodes(op="get_attr") if n.target == weights[0].target) > 1
