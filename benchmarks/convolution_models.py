@@ -35,6 +35,7 @@ app = cyclopts.App(help=__doc__)
 
 RECIPES, TARGET = ("fp8", "int8"), "sm89"
 ALL = ("convolutions=all",)
+_OTHER_TARGETS = "but for this one on sm"  # quantized, as some target has a kernel: a build for another one says so
 MOST_UNEQUAL = 1e-5  # of the codes
 
 
@@ -135,7 +136,7 @@ def _build(example: Example, row: Row, folder: Path) -> None:
     built = qcompile.build_engine(path, target=TARGET, progress=False)
     row.kernels, row.convolutions = built.kernels, {k: n for k, n in built.convolutions.items() if n}
     row.attention = built.attention.low_precision, built.attention.total
-    row.claimed = differences(report, built)
+    row.claimed = [claim for claim in differences(report, built) if _OTHER_TARGETS not in claim]
     export_unquantized(example, torch.float16, half)
     row.half_kernels = qcompile.build_engine(half, target=TARGET, progress=False).kernels
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -37,14 +37,17 @@ class Affine:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution or linear layer: `weight` `[out, in / groups, ...]`, transposed `[in, out / groups, ...]`, and
-    `bias` `[out]`, in float64.
+    """A convolution or linear layer, its norms beside it: float64 numbers for the channels, as `weight` is large.
 
-    They are kept so until all folds are made.
+    Attributes:
+        stored: the weight as it was, `[out, in / groups, ...]`, transposed `[in, out / groups, ...]`.
+        bias: `[out]`. outer, inner: factors that the weight of each output and input has by now, `[out]` and `[in]`.
     """
 
-    weight: torch.Tensor
+    stored: torch.Tensor
     bias: torch.Tensor
+    outer: torch.Tensor
+    inner: torch.Tensor
     groups: int = 1
     transposed: bool = False
 
@@ -54,29 +57,33 @@ class _Layer:
         weight, bias = argument(node, "weight"), argument(node, "bias")
         if not is_constant_expression(weight) or not (bias is None or is_constant_expression(bias)):
             return None
-        values = evaluate_constant(gm, weight).double()
+        values = evaluate_constant(gm, weight)
         is_convolution = is_call(node, aten.convolution.default)
         groups, transposed = (argument(node, "groups"), argument(node, "transposed")) if is_convolution else (1, False)
-        channels = values.shape[1] * groups if transposed else values.shape[0]
-        known = values.new_zeros(channels) if bias is None else evaluate_constant(gm, bias).double()
-        return cls(values, known, groups, transposed)
+        first, second = values.shape[:2]
+        outputs, inputs = (second * groups, first) if transposed else (first, second * groups)
+        outer = torch.ones(outputs, dtype=torch.float64, device=values.device)
+        known = torch.zeros_like(outer) if bias is None else evaluate_constant(gm, bias).double()
+        return cls(values, known, outer, outer.new_ones(inputs), groups, transposed)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as it is by now, in float64: made anew, and as short-lived as the reader lets it be."""
+        outer, inner = self.outer.reshape(self.groups, -1), self.inner.reshape(self.groups, -1)
+        factors = inner[:, :, None] * outer[:, None] if self.transposed else outer[:, :, None] * inner[:, None]
+        rest = [1] * (self.stored.ndim - 2)
+        return self.stored.double() * factors.reshape(*self.stored.shape[:2], *rest)
 
     def before(self, norm: Affine) -> _Layer:
         """The layer that gives what `norm` makes of this one's results."""
-        split = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
-        channels = (self.groups, 1, -1) if self.transposed else (self.groups, -1, 1)
-        factor = norm.factor.reshape(*channels, *[1] * (split.ndim - 3))
-        return _Layer(
-            (split * factor).flatten(0, 1), self.bias * norm.factor + norm.shift, self.groups, self.transposed
-        )
+        return replace(self, bias=self.bias * norm.factor + norm.shift, outer=self.outer * norm.factor)
 
     def behind(self, norm: Affine) -> _Layer:
-        """The layer that makes of the input of `norm` what this one makes of its results."""
-        outputs, inputs = self.weight.shape[:2]
+        """The layer that makes of the input of `norm` what this one makes of its results; not for transposed ones."""
+        outputs, inputs = self.stored.shape[:2]
         split = self.weight.reshape(self.groups, outputs // self.groups, inputs, -1)
-        factor, shift = (part.reshape(self.groups, 1, -1, 1) for part in (norm.factor, norm.shift))
-        added = (split * shift).sum((-1, -2)).flatten()
-        return _Layer((split * factor).reshape(self.weight.shape), self.bias + added, self.groups)
+        added = (split.sum(-1) * norm.shift.reshape(self.groups, 1, -1)).sum(-1).flatten()
+        return replace(self, bias=self.bias + added, inner=self.inner * norm.factor)
 
     def leaves(self, kind: torch.dtype) -> bool:
         """Whether a number of it is beyond `kind`."""
