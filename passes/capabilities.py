@@ -6,17 +6,19 @@ What no row lists is multiplied by nothing: a format is never taken for one that
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 
 __all__ = [
+    "CONVOLUTIONS",
     "FUSED_ATTENTION",
     "HOPPER",
     "PRODUCTS",
     "UNITS",
     "Capability",
+    "Convolutions",
     "FusedAttention",
     "Product",
     "Units",
@@ -175,3 +177,47 @@ FUSED_ATTENTION: Mapping[str, FusedAttention] = {
     "int8": FusedAttention("INT8", 2, 1, 512, (16, 32, 64), ("float16", "bfloat16", "float32")),
 }
 """Format -> what is fused in it; others are not."""
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """Which convolutions TensorRT computes on codes of one format.
+
+    Others it runs in half precision, and keeps the quantizers round them: more kernels than without. Observed with the
+    builder of TensorRT-RTX 1.7.1, for one to three dimensions, strided, dilated and grouped alike, with one scale for
+    the input and one, or one for each channel, for the weight. None is transposed.
+
+    Attributes:
+        name: of the format, in a sentence.
+        most_taps: the largest kernel, in elements of one channel.
+        depthwise: a larger kernel that is taken, and the least target that does (as in sm120), where each channel has
+            one of its own and strides and dilations are 1.
+    """
+
+    name: str
+    most_taps: float
+    depthwise: tuple[tuple[int, ...], int] | None = None
+
+    def unfit(self, kernel: Sequence[int], plain_depthwise: bool, target: int | None = None) -> str | None:
+        """Why a convolution with a `kernel` of that size has none on `target`, or on any; None for one that has."""
+        taps, where = math.prod(kernel), ""
+        if taps <= self.most_taps:
+            return None
+        if plain_depthwise and self.depthwise is not None and self.depthwise[0] == tuple(kernel):
+            least = self.depthwise[1]
+            if target is None or target >= least:
+                return None
+            where = f", but for this one on sm{least} or newer"
+        others = " or ".join(other.name for other in CONVOLUTIONS.values() if taps <= other.most_taps)
+        size = "x".join(map(str, kernel))
+        return (
+            f"{self.name} convolutions have kernels of at most {self.most_taps} elements{where}, and this one has"
+            f" {size}: give it {others}"
+        )
+
+
+CONVOLUTIONS: Mapping[str, Convolutions] = {
+    "fp8": Convolutions("FP8", 32, ((7, 7), 120)),
+    "int8": Convolutions("INT8", math.inf),
+}
+"""Format -> what convolves it; others do not, with scales of blocks or tokens neither."""

@@ -97,6 +97,8 @@ def probes() -> Iterator[Private]:
     if has_onednn():
         for name, arguments in _ONEDNN.items():
             yield Private("torch", f"ops.mkldnn.{name}", "products on a CPU", _takes(arguments))
+        for name, arguments in _ONEDNN_CODES.items():
+            yield Private("torch", f"ops.onednn.{name}", "INT8 convolutions on a CPU", _takes(arguments))
 
 
 _OPERATORS = {
@@ -110,6 +112,13 @@ _OPERATORS = {
 """Operator -> the arguments that it begins with."""
 
 _ONEDNN = {"_is_mkldnn_fp16_supported": (), "_linear_pointwise": ("X", "W", "B", "attr", "scalars", "algorithm")}
+
+_POINTWISE = ("qx", "x_scale", "x_zero_point", "qw", "w_scale", "w_zero_point", "bias", "stride", "padding", "dilation")
+_ONEDNN_CODES = {
+    "qconv_prepack": ("weight", "w_scales", "x_scale", "x_zp", "stride", "padding", "dilation", "groups"),
+    "qconv2d_pointwise": _POINTWISE,
+    "qconv3d_pointwise": _POINTWISE,
+}
 
 
 def _takes(arguments: tuple[str, ...]) -> Callable[[Any], bool]:

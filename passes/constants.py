@@ -6,7 +6,7 @@ A constant expression is a constant behind operators that only rearrange, cast o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -77,7 +77,7 @@ def replace_with_constant(gm: GraphModule, node: Node, tensor: torch.Tensor) -> 
     """
     roots = root_constants(node)
     name = _joint_name(list(dict.fromkeys(str(root.target) for root in roots)))
-    if len(roots) == 1 and not _is_read_elsewhere(gm, name, node):
+    if len(roots) == 1 and not is_read_beside(gm, name, {node}):
         delete_constant(gm, name)
     node.replace_all_uses_with(add_constant(gm, name, torch.nn.Parameter(tensor, requires_grad=False), node))
     gm.graph.erase_node(node)
@@ -98,12 +98,12 @@ def delete_constant(gm: GraphModule, name: str) -> None:
     delattr(gm.get_submodule(owner), leaf)
 
 
-def _is_read_elsewhere(gm: GraphModule, name: str, node: Node) -> bool:
-    """Whether anything but the path to `node` reads the constant `name`."""
+def is_read_beside(gm: GraphModule, name: str, nodes: Collection[Node]) -> bool:
+    """Whether anything but the paths to `nodes` reads the constant `name`."""
     pending = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
     while pending:
         for user in pending.pop().users:
-            if user is node:
+            if user in nodes:
                 continue
             if not is_constant_expression(user):
                 return True

@@ -17,7 +17,18 @@ from passes.graph import aten, shape
 from passes.ir import BATCHED_LINEAR
 from passes.sdpa import SDPA
 
-__all__ = ["NORMS", "OPERATORS", "SUFFIXES", "Operator", "counted_kinds", "of_kind", "operator_of", "quantizable"]
+__all__ = [
+    "NORMS",
+    "OPERATORS",
+    "SUFFIXES",
+    "TRANSPOSED",
+    "Operator",
+    "counted_kinds",
+    "of_kind",
+    "operator_of",
+    "quantizable",
+    "refusals",
+]
 
 SUFFIXES = {
     "input": "input_quantizer",
@@ -41,8 +52,10 @@ class Operator:
         counted: `coverage` counts its layers: each is quantized or listed as not quantized.
         channel_axis: of the weight, along which a scale for each channel runs; asked of the call where that decides.
         groups: how many axes of the weight before those of a channel number independent weights: 1 for experts.
+        gemm: products are summed over the last axis of input and weight: scales can be those of tokens and blocks,
+            layers can be merged, and products over few elements gain nothing.
         refusal: why its weight is quantized by nothing; empty for what can be.
-        listed: reports list what is refused.
+        instead: another row for some calls of the operator; None for the others.
     """
 
     kind: str
@@ -50,8 +63,9 @@ class Operator:
     counted: bool = False
     channel_axis: int | Callable[[Node], int] = -2
     groups: int = 0
+    gemm: bool = True
     refusal: str = ""
-    listed: bool = True
+    instead: Callable[[Node], Operator | None] | None = None
 
     def weight(self, call: Node) -> Node | None:
         """The weight of a `call` of the operator, which `operands` has a place for; None for one without."""
@@ -67,16 +81,21 @@ class Operator:
         weight = self.weight(call)
         if weight is None:
             return None
-        axis = self.channel_axis if isinstance(self.channel_axis, int) else self.channel_axis(call)
-        sizes = list(shape(weight))
-        channel = axis % len(sizes)
         count = 1
-        for index, size in enumerate(sizes):
-            if index >= self.groups and index != channel:
-                if not isinstance(size, int):
-                    return None
-                count *= size
+        for axis in self.reduced_axes(call):
+            size = shape(weight)[axis]
+            if not isinstance(size, int):
+                return None
+            count *= size
         return count
+
+    def reduced_axes(self, call: Node) -> tuple[int, ...]:
+        """The axes of the weight of `call` along which a scale for each channel is one number."""
+        weight = self.weight(call)
+        assert weight is not None, f"{call} has no weight"
+        rank = len(shape(weight))
+        axis = self.channel_axis if isinstance(self.channel_axis, int) else self.channel_axis(call)
+        return tuple(index for index in range(self.groups, rank) if index != axis % rank)
 
 
 _LAYER: Mapping[str, int | None] = {"input": 0, "weight": 1, "output": None}
@@ -86,7 +105,7 @@ NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _STATES = "the products of one step wait for those of the step before, in half precision"
 _TABLE = "rows are looked up and not multiplied"
 _SPELLED = "it is multiplied in a form that has no quantizers"
-_CONVOLUTION = "no pass quantizes convolutions"
+_SPREADS = "no target has a kernel for transposed convolutions on codes: TensorRT runs them in half precision"
 
 
 def _overloads(*packets: OpOverloadPacket) -> list[OpOverload]:
@@ -96,26 +115,36 @@ def _overloads(*packets: OpOverloadPacket) -> list[OpOverload]:
 _RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 _CELLS = (aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)
 _PRODUCTS = (aten.bmm, aten.baddbmm, aten.matmul, aten.mm, aten.addmm, aten.einsum)
-_TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-_CONVOLUTIONS = (aten.convolution, aten.conv1d, aten.conv2d, aten.conv3d, *_TRANSPOSED)
+_EMBEDDINGS = (aten.embedding, aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only)
+
+TRANSPOSED = Operator("transposed_convolution", refusal=_SPREADS)
+CONVOLUTION = Operator(
+    "convolution",
+    _LAYER,
+    counted=True,
+    channel_axis=0,
+    gemm=False,
+    instead=lambda call: TRANSPOSED if call.args[6] else None,
+)
 
 OPERATORS: dict[Any, Operator] = {
     aten.linear.default: Operator("linear", _LAYER, counted=True),
     BATCHED_LINEAR: Operator("experts", _LAYER, counted=True, groups=1),
+    aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),
-    **dict.fromkeys(_overloads(aten.bilinear), Operator("bilinear", refusal=_SPELLED, listed=False)),
-    **dict.fromkeys(_overloads(aten.embedding), Operator("embedding", refusal=_TABLE, listed=False)),
-    **dict.fromkeys(_overloads(*_CONVOLUTIONS), Operator("convolution", refusal=_CONVOLUTION, listed=False)),
+    **dict.fromkeys(_overloads(aten.bilinear), Operator("bilinear", refusal=_SPELLED)),
+    **dict.fromkeys(_overloads(*_EMBEDDINGS), Operator("embedding", refusal=_TABLE)),
 }
 """Overload -> what of it can be quantized; of what is in a normalized graph, those of which a weight can be."""
 
 
 def operator_of(node: Node) -> Operator | None:
-    """The row of what `node` calls, if there is one."""
-    return OPERATORS.get(node.target) if node.op == "call_function" else None
+    """The row of what `node` calls, if there is one: of a transposed convolution another than of a convolution."""
+    row = OPERATORS.get(node.target) if node.op == "call_function" else None
+    return row if row is None or row.instead is None else row.instead(node) or row
 
 
 def quantizable() -> list[Callable[..., Any]]:
@@ -131,3 +160,9 @@ def of_kind(*kinds: str) -> list[Callable[..., Any]]:
 def counted_kinds() -> tuple[str, ...]:
     """The kinds that `coverage` counts, in the order of the table."""
     return tuple(dict.fromkeys(row.kind for row in OPERATORS.values() if row.counted))
+
+
+def refusals() -> dict[str, str]:
+    """Kind -> why its weights are quantized by nothing."""
+    rows = (row for found in OPERATORS.values() for row in (found, TRANSPOSED))
+    return {row.kind: row.refusal for row in rows if row.refusal}

@@ -16,7 +16,9 @@ import torch
 from torch.fx import Node
 
 from passes.canonicalize.attention_operands import MoveQuantizersToAttention
+from passes.canonicalize.batch_norm import FoldBatchNormIntoScales
 from passes.canonicalize.modelopt import ModeloptToQdq
+from passes.canonicalize.padding import PadBeforeQuantizers
 from passes.canonicalize.pt2e import Pt2eToQdq
 from passes.canonicalize.share import ShareQuantizers
 from passes.canonicalize.zero_points import MoveZeroPoints
@@ -40,6 +42,7 @@ from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
+from passes.legalize.unfit_convolutions import LeaveUnfitConvolutions
 from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
@@ -50,8 +53,10 @@ from passes.lower.device import Device
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.attention_axes import AttentionToFourAxes
 from passes.normalize.autocast import MaterializeAutocast
+from passes.normalize.batch_norm import FoldBatchNorm
 from passes.normalize.complex import ComplexToReal
 from passes.normalize.computed_weights import ComputedWeightsToConstants
+from passes.normalize.convolution import NormalizeConvolution
 from passes.normalize.einsum import NormalizeEinsum
 from passes.normalize.experts import NormalizeExperts
 from passes.normalize.flags import BitsToLogic
@@ -91,11 +96,13 @@ NORMALIZE = Pipeline(
     BitsToLogic,
     MaskedWritesToWhere,
     ScattersToConcat,
+    NormalizeConvolution,
     ComputedWeightsToConstants,
     NormalizeEinsum,
     RoutedExpertsToDense,
     NormalizeExperts,
     NormalizeLinear,
+    FoldBatchNorm,
     PatchEmbeddingToLinear,
     NormalizeRmsNorm,
     NormalizeSoftmax,
@@ -120,7 +127,10 @@ CANONICALIZE = Pipeline(
     ModeloptToQdq,
     Pt2eToQdq,
     *RESTORE,
+    NormalizeConvolution,
+    FoldBatchNormIntoScales,
     *NORMALIZE,
+    PadBeforeQuantizers,
     MoveZeroPoints,
     MoveQuantizersToAttention,
     ShareQuantizers,
@@ -166,8 +176,10 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS = Pipeline(*RESTORE, LeaveUnfusedAttention)
-"""In front of all others for TensorRT: what it has no kernel for stays in floating point."""
+TENSORRT_KERNELS = Pipeline(
+    *RESTORE, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
+)
+"""In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
 TENSORRT = Pipeline(
     partial(BlocksToPerChannel, everywhere=False),

@@ -23,12 +23,14 @@ from passes.errors import PassError
 from passes.formats import INT8, INT8_PER_TOKEN, Format
 from passes.graph import Emitter, argument, aten, dtype, is_call, module_path, name_in_module, place_of, shape
 from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.normalize.convolution import SPELLINGS
 from passes.pairs import checked, measured_pair
 from passes.subgraphs import all_nodes
 
 _SPACE = "quantized_decomposed"
 _SHIFTS = {torch.int8: 0, torch.uint8: 128}
 _MEASURED = {"choose_qparams_symmetric": INT8, "choose_qparams_per_token": INT8_PER_TOKEN}
+_LAYERS = (aten.linear.default, *SPELLINGS)  # before they are normalized
 _PAIRED = ("per_tensor", "per_channel", "per_token")
 
 
@@ -109,7 +111,7 @@ class Pt2eToQdq(Pass):
         affine = _affine(gm, node)
         stored = constant(gm, codes)
         reader = _reader(node)
-        is_weight = is_call(reader, aten.linear.default) and reader.args[1] is node
+        is_weight = is_call(reader, *_LAYERS) and reader.args[1] is node
         name = name_in_module(reader, "weight" if is_weight else "input")
         if stored is not None:
             shift = _SHIFTS[argument(node, "dtype")]

@@ -20,7 +20,7 @@ __all__ = ["FoldFixed"]
 MAX_BYTES = 256 << 20  # of one result
 _PRODUCTS = (
     *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default),
-    *(aten.baddbmm.default, aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.baddbmm.default, aten.convolution.default),
     *(SDPA, ATTENTION, BATCHED_LINEAR),
 )
 

@@ -8,13 +8,13 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.constants import add_constant, constant
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, get_format
-from passes.graph import Emitter, aten, calls, dtype, is_call, name_in_module, shape
+from passes.graph import Emitter, argument, aten, calls, dtype, is_call, name_in_module, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, least_amax
 from passes.pairs import constant_pair, measured_by
 
 # What is measured -> the format with the constant scale that takes its place.
 _CONSTANT = {FP8_PER_TOKEN: FP8, INT8_PER_TOKEN: INT8, FP8: FP8, INT8: INT8, NVFP4: NVFP4}
-_LINEARS = (aten.linear.default, BATCHED_LINEAR)
+_LAYERS = (aten.linear.default, BATCHED_LINEAR, aten.convolution.default)
 
 
 class MeasuredToConstant(Pass):
@@ -33,9 +33,9 @@ class MeasuredToConstant(Pass):
         z = avg_pool1d(mul(dequantize(quantize(div(x, a), 1/448), 1/448), a), 2)
 
     The same for one scale for the tensor, with a scalar `a`: FP8, INT8 (1/127), and the global scale of NVFP4 where
-    that is computed at run time, which becomes 1/2688.
+    that is computed at run time, which becomes 1/2688. So a convolution is rewritten, too.
 
-    Requires: weights in their linear layers (before `StoreWeightsTransposed`).
+    Requires: weights in their layers (before `StoreWeightsTransposed`).
     Ensures: the same codes up to the rounding of `x / a` in the compute dtype.
     Declines when: never.
     Why: TensorRT has no FP8 GEMM with a scale that is computed at run time, and this form is one, in three kernels that
@@ -63,12 +63,12 @@ class MeasuredToConstant(Pass):
         scaled = emit(aten.div.Tensor, x, amax)
         scale = torch.tensor(1 / static.global_max, dtype=torch.float32 if static.scale else dtype(x))
         source = constant_pair(gm, scaled, scale, static, name_in_module(dynamic, "input_scale"), emit)
-        linears = [user for user in node.users if is_call(user, *_LINEARS) and user.args[1] is not node]
-        if len(linears) < len(node.users):
+        layers = [user for user in node.users if _commutes(user, node, amax)]
+        if len(layers) < len(node.users):
             values = emit(aten.mul.Tensor, source, amax)
-            node.replace_all_uses_with(values, delete_user_cb=lambda user: user not in linears)
-        for linear in linears:
-            _multiply_after(linear, source, amax)
+            node.replace_all_uses_with(values, delete_user_cb=lambda user: user not in layers)
+        for layer in layers:
+            _multiply_after(layer, source, amax)
 
 
 def _measured(gm: GraphModule, node: Node) -> Node | None:
@@ -79,14 +79,24 @@ def _measured(gm: GraphModule, node: Node) -> Node | None:
     return dynamic if constant(gm, dynamic.args[1]) is None else None
 
 
-def _multiply_after(linear: Node, source: Node, amax: Node) -> None:
-    """Let `linear` read `source`, and multiply its product by `amax` before the bias is added."""
-    after = Emitter(linear)
-    assert callable(linear.target)
-    result = after(aten.mul.Tensor, after(linear.target, source, linear.args[1]), amax)
-    if len(linear.args) > 2 and linear.args[2] is not None:
-        bias = linear.args[2]
-        if linear.target is BATCHED_LINEAR:  # [E, N], for [E, M, N]
+def _commutes(layer: Node, x: Node, amax: Node) -> bool:
+    """Whether `layer` makes of `x * amax` what it makes of `x`, times `amax`: a convolution adds over tokens."""
+    if not is_call(layer, *_LAYERS) or layer.args[1] is x:
+        return False
+    return not is_call(layer, aten.convolution.default) or not shape(amax)
+
+
+def _multiply_after(layer: Node, source: Node, amax: Node) -> None:
+    """Let `layer` read `source`, and multiply its product by `amax` before the bias is added."""
+    after = Emitter(layer)
+    assert callable(layer.target)
+    bias, options = argument(layer, "bias"), layer.args[3:]  # of a convolution, which has to say that it has no bias
+    product = after(layer.target, source, layer.args[1], *((None, *options) if options else ()))
+    result = after(aten.mul.Tensor, product, amax)
+    if isinstance(bias, Node):
+        if layer.target is BATCHED_LINEAR:  # [E, N], for [E, M, N]
             bias = after(aten.unsqueeze.default, bias, 1)
+        elif options:  # [O], for [N, O, ...]
+            bias = after(aten.reshape.default, bias, [-1, *[1] * (len(shape(layer)) - 2)])
         result = after(aten.add.Tensor, result, bias)
-    linear.replace_all_uses_with(result)
+    layer.replace_all_uses_with(result)

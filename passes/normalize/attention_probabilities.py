@@ -37,7 +37,7 @@ _MOVING = (
 )
 _MIXING = (
     *(aten.slice.Tensor, aten.select.int, aten.cat.default, aten.sum.dim_IntList, aten.layer_norm.default),
-    *(aten.linear.default, aten.conv2d.default, aten.native_dropout.default, operator.getitem),
+    *(aten.linear.default, aten.convolution.default, aten.native_dropout.default, operator.getitem),
 )
 
 

@@ -12,13 +12,11 @@ from passes.constants import LAYOUT, constant
 from passes.evaluation import computable_nodes, evaluate, needed_for
 from passes.graph import argument, aten, calls, is_call, is_pointwise, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
-from passes.normalize.patch_embedding import is_patchwise
 from passes.normalize.weight_names import Names, layer_of, piece_of, whole_of
 from passes.sdpa import SDPA, SOFTMAXES
 
 __all__ = ["ComputedWeightsToConstants"]
 
-_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 _PRODUCTS = (
     *(aten.mm.default, aten.matmul.default, aten.addmm.default),
     *(aten.bmm.default, aten.baddbmm.default, aten.einsum.default),
@@ -26,7 +24,7 @@ _PRODUCTS = (
 _REARRANGED = tuple(target for target in LAYOUT if target is not aten.select.int)
 _QUANTIZED = (QUANTIZE, DEQUANTIZE, DYNAMIC_QUANTIZE)
 # What these make of parameters is no weight: learned queries that a layer projects or normalizes.
-_LAYERS = (aten.linear.default, *_CONVOLUTIONS, SDPA)
+_LAYERS = (aten.linear.default, aten.convolution.default, SDPA)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, *SOFTMAXES)
 
 
@@ -41,7 +39,8 @@ class ComputedWeightsToConstants(Pass):
         y = linear(x, in_proj.rows_0_64.weight); z = linear(m, in_proj.rows_64_192.weight)
         a = linear(x, weight)
 
-    Requires: graph of `unlift`, with weights as `get_attr`; `ViewsToReshape` ran.
+    Requires: graph of `unlift`, with weights as `get_attr`; `ViewsToReshape` and `NormalizeConvolution`
+        ran.
     Ensures: bit-equal values. A piece has a name of its own below that of its parameter, and on a CPU its memory if it
         is a matrix; what is computed has the name that its layer would have without. What is made twice is stored once.
     Declines when: never. What a layer or a norm makes of parameters is no weight, nor are learned keys and values. Of
@@ -52,7 +51,7 @@ class ComputedWeightsToConstants(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         computable = computable_nodes(gm)
         found: dict[Node, None] = {}
-        for node in calls(gm.graph, aten.linear.default, *_CONVOLUTIONS, *_PRODUCTS, aten.add.Tensor):
+        for node in calls(gm.graph, aten.linear.default, aten.convolution.default, *_PRODUCTS, aten.add.Tensor):
             if node in computable and not is_call(node, *_LAYERS):  # part of a weight itself
                 continue
             for operand in _operands(node):
@@ -81,7 +80,7 @@ def _operands(node: Node) -> Iterator[Node]:
             axes = len(shape(operand)) if isinstance(operand, Node) else 4
             if axes < 3 or (axes == 3 and not _attends(node)):
                 yield operand  # type: ignore[misc]
-    elif not is_call(node, *_CONVOLUTIONS) or is_patchwise(node, argument(node, "weight")):
+    else:
         yield from (n for name in ("weight", "bias") if isinstance(n := argument(node, name), Node))
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from passes.constants import is_constant_expression, root_constants
 from passes.graph import is_call, module_class, module_path
 from passes.ir import DEQUANTIZE
-from passes.operators import OPERATORS, SUFFIXES, quantizable
+from passes.operators import SUFFIXES, Operator, operator_of, quantizable
 from passes.subgraphs import all_calls
 
 # Products over fewer elements than this are no GEMM in TensorRT: it multiplies and adds in the kernel beside them, in
@@ -47,14 +47,21 @@ class Site:
     @property
     def index(self) -> int | None:
         """Which argument of the consumer the operand is; None for a result or something inside of it."""
-        return OPERATORS[self.consumer.target].operands[self.operand]
+        return self.operator.operands[self.operand]
+
+    @property
+    def operator(self) -> Operator:
+        """The row of the consumer."""
+        row = operator_of(self.consumer)
+        assert row is not None, f"{self.consumer} is in no table"
+        return row
 
     @property
     def idle(self) -> str | None:
         """Why quantizing this operand saves nothing, or None."""
-        if self.operand not in ("input", "weight"):
+        if self.operand not in ("input", "weight") or not self.operator.gemm:
             return None
-        return idle_reduction(OPERATORS[self.consumer.target].reduction(self.consumer))
+        return idle_reduction(self.operator.reduction(self.consumer))
 
     @property
     def tensor(self) -> Node:
@@ -77,7 +84,9 @@ def find_sites(gm: GraphModule) -> list[Site]:
     """Every place of a normalized graph that could be quantized, in the order of the graph, then of those in it."""
     sites = []
     for node in all_calls(gm, *quantizable()):
-        row = OPERATORS[node.target]
+        row = operator_of(node)
+        if row is None or row.refusal:
+            continue
         weight = row.weight(node)
         if weight is None:
             name = module_path(node)

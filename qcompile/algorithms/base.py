@@ -56,8 +56,13 @@ class Operand(ABC):
 
     @property
     def per_channel(self) -> bool:
-        """Whether each row of a weight has a scale of its own."""
+        """Whether each channel of a weight has a scale of its own."""
         return self.config.granularity == "per_channel"
+
+    @property
+    def reduced_axes(self) -> tuple[int, ...]:
+        """The axes of a weight along which the scale of a channel is one number: the last, but of a convolution."""
+        return (-1,)
 
     @property
     def site(self) -> Site:
@@ -72,12 +77,15 @@ class Operand(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of a weight: `[N, K]`, of experts `[E, N, K]`."""
+        """Of a weight: `[N, K]`, of experts `[E, N, K]`, of a convolution `[N, C, ...]`."""
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """Of the constant scale: `()`, and per channel of a weight `[..., N, 1]`."""
-        return (*self.shape[:-1], 1) if self.per_channel and self.kind == "weight" else ()
+        """Of the constant scale: `()`, and per channel of a weight `[..., N, 1]`, of a convolution `[N, 1, ...]`."""
+        if not self.per_channel or self.kind != "weight":
+            return ()
+        reduced = {axis % len(self.shape) for axis in self.reduced_axes}
+        return tuple(1 if axis in reduced else size for axis, size in enumerate(self.shape))
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
@@ -99,13 +107,19 @@ class Operand(ABC):
         Codes have to be chosen with that; scales of blocks stay as they are."""
 
     def amax(self) -> torch.Tensor:
-        """Largest magnitude of a weight, fp32: in each row `[..., N, 1]` if channels have scales, else a scalar.
+        """Largest magnitude of a weight, fp32: of each channel `[..., N, 1]` if these have scales, else a scalar; of a
+        convolution `[N, 1, ...]`.
 
         Raises CalibrationError for a NaN or an infinity.
         """
         parts = []
         for _, values in self.rows():
-            low, high = torch.aminmax(values, dim=-1, keepdim=True) if self.per_channel else torch.aminmax(values)
+            if not self.per_channel:
+                low, high = torch.aminmax(values)
+            elif len(self.reduced_axes) == 1:
+                low, high = torch.aminmax(values, dim=self.reduced_axes[0], keepdim=True)
+            else:
+                low, high = values.amin(self.reduced_axes, keepdim=True), values.amax(self.reduced_axes, keepdim=True)
             parts.append(torch.maximum(-low, high).float())
         found = torch.cat(parts) if self.per_channel else torch.stack(parts).amax()
         if not bool(torch.isfinite(found).all()):  # aminmax carries a NaN on

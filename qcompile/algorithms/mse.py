@@ -86,8 +86,11 @@ class Mse(Algorithm[MseSettings]):
         errors = torch.zeros(scales.shape, dtype=torch.float64, device=scales.device)
         for weight in weights:
             for rows, values in weight.rows():
+                if len(first.reduced_axes) > 1:  # a convolution, whose first axis has the channels
+                    values = values.flatten(1)
                 if first.per_channel:
-                    errors[:, rows] += _row_errors(values, stored[:, rows], base[rows], first.format)
+                    found = _row_errors(values, stored[:, rows], base[rows], first.format)
+                    errors[:, rows] += found.reshape(errors[:, rows].shape)
                 else:
                     errors += _row_errors(values, stored, base, first.format).flatten(1).sum(1)
         errors = errors.where(torch.isfinite(stored) & (stored > 0), torch.inf)

@@ -54,7 +54,8 @@ def build(
         past=1,128,512.
     expect:
         Fail with exit code 1, and write no engine, if it falls short: attention_fp8, attention_int8, attention,
-        gemm_fp8, gemm_fp4, gemm_int8 and gemm_int4 (weights in INT4) are least counts, kernels is a largest one.
+        gemm_fp8, gemm_fp4, gemm_int8, gemm_int4 (weights in INT4), convolution_fp8 and convolution_int8 are least
+        counts, kernels is a largest one.
     report:
         Write the engine's report to this JSON file.
     """

@@ -138,7 +138,8 @@ def export(
         an input its shapes: input_ids=1x32,4x128,8x512. What differs between several profiles is given several times.
     expect:
         What the engine must reach, as key=count: attention_fp8, attention_int8, attention, gemm_fp8, gemm_fp4,
-        gemm_int8 and gemm_int4 are least counts, kernels is a largest one. A shortfall is exit code 1.
+        gemm_int8, gemm_int4, convolution_fp8 and convolution_int8 are least counts, kernels is a largest one. A
+        shortfall is exit code 1.
     """
     check_sizes(batch, sequence, samples, calibration)
     if random_weights is not None and not 0 <= random_weights < 2**63:

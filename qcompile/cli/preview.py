@@ -47,6 +47,7 @@ def show_preview(wanted: Wanted, source: Source, program: ExportedProgram, calib
     data: dict[str, Any] = {
         "quantized": modules.quantized,
         "unquantized": modules.unquantized,
+        "reasons": modules.reasons,
         "coverage": modules.coverage,
     }
     show_coverage(console, data)

@@ -27,7 +27,7 @@ class CompileReport(ModelReport):
 
     Attributes:
         recipe, target, device: what it was compiled with and for.
-        quantized, unquantized, coverage: as in `qcompile.Report`.
+        quantized, unquantized, reasons, coverage: as in `qcompile.Report`.
         kernels: module path -> what a quantized linear layer runs as.
         dropped: module path -> what was quantized in the program and is not here, as no kernel gains from it.
         declined: places that a pass looked at and left, with the reason.
@@ -114,9 +114,10 @@ def report_of(
         recipe=options.recipe.metadata.name if options.recipe else "",
         target=options.target,
         device=device.type + capability,
-        quantized=dict(lowered.quantized),
-        unquantized=dict(lowered.unquantized),
-        coverage=dict(lowered.coverage),
+        quantized=lowered.modules.quantized,
+        unquantized=lowered.modules.unquantized,
+        reasons=lowered.modules.reasons,
+        coverage=lowered.modules.coverage,
         kernels={kernel.layer: kernel.kernel for kernel in found},
         dropped={kernel.layer: kernel.dropped for kernel in found if kernel.dropped},
         declined=lowered.log.declined,

@@ -36,16 +36,14 @@ class Lowered:
 
     Attributes:
         gm: weights, codes and scales as `get_attr`.
-        quantized, unquantized, coverage: as in `qcompile.Report`, before the lowering.
+        modules: what of it is quantized, before the lowering.
         layers: (kind, path) of each layer that `coverage` counts -> whether it is quantized.
         log: what passes did and declined.
         notices: of the recipe.
     """
 
     gm: GraphModule
-    quantized: Mapping[str, str]
-    unquantized: Mapping[str, str]
-    coverage: Mapping[str, tuple[int, int]]
+    modules: Modules
     layers: Mapping[tuple[str, str], bool]
     log: PassLog
     notices: list[str]
@@ -77,7 +75,7 @@ def lower(traced: Traced, weights: Mapping[str, torch.Tensor], options: Options,
     if modules.quantized:
         work.log.own.check_placed()
     hoist_constants(gm)
-    return Lowered(gm, modules.quantized, modules.unquantized, modules.coverage, found, work.log, notices)
+    return Lowered(gm, modules, found, work.log, notices)
 
 
 def _is_quantized(gm: GraphModule) -> bool:

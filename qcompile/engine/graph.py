@@ -58,6 +58,7 @@ class OnnxGraph:
         self._producer = {out: node for node in self.nodes for out in node.output if out}
         self._modules = {node_name(node): module_path(node) for node in self.nodes}
         self._types = {init.name: init.data_type for init in model.graph.initializer}
+        self._dims = {init.name: tuple(init.dims) for init in model.graph.initializer}
         self._constants = set(self._types)
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         folded = MOVES | {"Constant", "ConstantOfShape", "DequantizeLinear", "Mul"}
@@ -150,6 +151,13 @@ class OnnxGraph:
                 return int(declared)
         named = (*codes.input[2:3], *node.input[2:3], node.input[0])
         return next((self._types[tensor] for tensor in named if tensor in self._types), None)
+
+    def code_dims(self, tensor: str) -> tuple[int, ...]:
+        """The size of the initializer that `tensor` is dequantized from; empty where it is none, or moved since."""
+        node = self.producer(tensor)
+        if node is None or node.op_type != "DequantizeLinear":
+            return ()
+        return self._dims.get(node.input[0], ())
 
     def _dequantize(self, tensor: str) -> onnx.NodeProto | None:
         """The DequantizeLinear that `tensor` comes from, through what moves, retypes or scales by a constant."""

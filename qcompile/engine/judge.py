@@ -157,5 +157,6 @@ def _gemm_gap(gemm: Gemm, kernel: Layer | None) -> list[NotLowPrecision]:
     elif gemm.unquantized:
         why = f"{gemm.unquantized[0]} not quantized in the file"
     else:
-        why = "quantized in the file, but the builder does not multiply this form in low precision"
+        form = gemm.obstacle or "the builder does not multiply this form in low precision"
+        why = f"quantized in the file, but {form}"
     return [NotLowPrecision(gemm.kind, gemm.module, f"{ran}: {why}")]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from qcompile.engine.convolutions import obstacle
 from qcompile.engine.graph import MOVES, REACH, OnnxGraph, module_path, node_name
 
 _ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "TRT_QuantizedAttention", "TRT_Attention"})
@@ -34,7 +35,8 @@ _ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are calle
 class Gemm:
     """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv"), or one of ONNX Runtime's operators that multiply codes.
 
-    `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's.
+    `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's;
+    `obstacle`: why some target lacks a kernel for a quantized one of its size.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Gemm:
     kind: str
     unquantized: tuple[str, ...]
     is_rotation: bool = False
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
         missing = tuple(label for label, t in zip(labels, operands, strict=True) if not graph.is_quantized(t))
         kind = "conv" if node.op_type == "Conv" else "gemm"
         is_rotation = any(graph.is_constant(t) and t.startswith(_ROTATION) for t in operands)
-        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation))
+        why = obstacle(graph, node) if kind == "conv" else ""
+        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation, why))
     return found
 
 

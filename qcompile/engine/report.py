@@ -104,7 +104,8 @@ class EngineReport(ReportBase):
 
         Args:
             expect: `attention_fp8`, `attention_int8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`,
-                `gemm_int8`, `gemm_int4`: at least so many; `kernels`: at most so many. Every profile has to reach them.
+                `gemm_int8`, `gemm_int4`, `convolution_fp8`, `convolution_int8`: at least so many; `kernels`: at most so
+                many. Every profile has to reach them.
 
         Raises:
             EngineError: an unknown key, or a value that is no count.
@@ -129,9 +130,10 @@ def _shortfall(counts: ProfileCounts | EngineReport, key: str, wanted: int, wher
         met, bound, found, kind = counts.kernels <= wanted, "at most", counts.kernels, ""
     else:
         kind, _, precision = key.partition("_")
-        found = counts.gemms.get(precision, 0) if kind == "gemm" else getattr(counts.attention, precision or "fused")
+        kernels = {"gemm": counts.gemms, "convolution": counts.convolutions}.get(kind)
+        found = getattr(counts.attention, precision or "fused") if kernels is None else kernels.get(precision, 0)
         met, bound = found >= wanted, "at least"
-    behind = [f"    {n.kind} {n.module}: {n.reason}" for n in counts.not_low_precision if n.kind == kind]
+    behind = [f"    {n.kind} {n.module}: {n.reason}" for n in counts.not_low_precision if kind.startswith(n.kind)]
     return [] if met else [f"  {key}{where}: {bound} {wanted} wanted, {found} found", *behind]
 
 
@@ -143,6 +145,8 @@ EXPECTATIONS = (
     "gemm_fp4",
     "gemm_int8",
     "gemm_int4",
+    "convolution_fp8",
+    "convolution_int8",
     "kernels",
 )
 

@@ -1,4 +1,4 @@
-"""Models that torchao's `quantize_` worked on: linear layers whose weight is a subclass with codes and scales."""
+"""Models that torchao's `quantize_` worked on: layers whose weight is a subclass with codes and scales."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.errors import CaptureError
+from qcompile.frontends.torchao_convolution import KINDS, convolution_of
 from qcompile.schemes.layer import QuantizedLinear, QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
@@ -55,8 +56,12 @@ def is_subclass(tensor: object) -> bool:
 def _quantized(layer: torch.nn.Module, name: str) -> torch.nn.Module:
     """The layer called `name` in the operators of the IR."""
     weight: Any = getattr(layer, "weight", None)
+    if isinstance(layer, KINDS) and is_subclass(weight):
+        return convolution_of(layer, name)
     if not isinstance(layer, torch.nn.Linear) or not is_subclass(weight):
-        raise CaptureError(f"{name}: torchao quantized a {type(layer).__name__}; qcompile reads its linear layers")
+        raise CaptureError(
+            f"{name}: torchao quantized a {type(layer).__name__}; qcompile reads its linear layers and convolutions"
+        )
     return layer_of(weight, layer.bias, name)
 
 

@@ -123,7 +123,7 @@ def export_onnx(
     ):  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
         log = run_pipeline(_KERNELS[target], gm, log)
-        modules = Modules.of(gm, noted.declined)
+        modules = Modules.of(gm, [*noted.declined, *log.declined])
         run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target], *boundary(io_dtype)), gm, log)
         log.own.check_placed()
         costs = cost_notices(gm, log)
@@ -160,8 +160,8 @@ def modules_of(program: ExportedProgram, target: Target) -> Modules:
     """What of `program` a file for `target` has quantized: what has no kernel there is in floating point."""
     with alone(), torch.no_grad():
         gm = unlift(program)
-        run_pipeline(_KERNELS[target], gm)
-        return Modules.of(gm, record_of(program).declined)
+        log = run_pipeline(_KERNELS[target], gm)
+        return Modules.of(gm, [*record_of(program).declined, *log.declined])
 
 
 def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target) -> None:
@@ -337,6 +337,7 @@ def _report(
         ops=dict(Counter(f"{n.domain}::{n.op_type}".removeprefix("::") for n in model.graph.all_nodes()).most_common()),
         quantized=modules.quantized,
         unquantized=modules.unquantized,
+        reasons=modules.reasons,
         coverage=modules.coverage,
         declined=[*record.declined, *log.declined],
         fired=dict(Counter(record.fired) + log.fired),

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from passes.constants import LAYOUT
 from passes.graph import is_call
-from passes.operators import OPERATORS, quantizable
+from passes.operators import operator_of, quantizable
 from passes.quantize.sites import Site
 from passes.subgraphs import all_calls
 from qcompile.errors import RecipeError
@@ -28,7 +28,8 @@ def check_edges(gm: GraphModule, configs: Mapping[Site, QuantizerConfig]) -> Non
     outputs = {site.consumer: (site.name, config) for site, config in configs.items() if site.operand == "output"}
     results = {name for name, _ in outputs.values()}
     for call in all_calls(gm, *quantizable()):
-        places = OPERATORS[call.target].operands.items()
+        row = operator_of(call)
+        places = row.operands.items() if row is not None else ()
         found = {operand: _named(call, operand, index, own, outputs) for operand, index in places}
         for left, right in (("input", "weight"), ("q", "k"), ("softmax", "v")):
             first, second = found.get(left), found.get(right)

@@ -23,6 +23,7 @@ from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
 from qcompile.frontends.quantized import refuse_quantized_graph
 from qcompile.messages import some
+from qcompile.quantization.convolutions import idle, unfit
 from qcompile.quantization.edges import check_edges
 from qcompile.recipe import (
     QuantizerConfig,
@@ -120,14 +121,14 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
     refuse_quantized_graph(work.gm)
     work.run(NORMALIZE)
     sites = find_sites(work.gm)
-    names = [QuantizerName(site.name, site.module_class) for site in sites]
+    names = [QuantizerName(site.name, site.module_class, site.operator.kind) for site in sites]
     resolution = resolve(recipe, names)
     if whole:
         check_quantizes(recipe, names, resolution)
     configs = {site: resolution.configs[site.name] for site in sites if site.name in resolution.configs}
     _check_supported(configs)
     check_edges(work.gm, configs)
-    configs = _useful(work, configs)
+    configs = _useful(work, configs, recipe.convolutions)
     for notice in resolution.notices:
         logger.log(logging.WARNING if notice.is_warning else logging.INFO, "%s", notice)
 
@@ -155,10 +156,12 @@ def quantized_elsewhere(work: Work, *, queries: bool = False, fuses: bool = True
     return Plan(dict.fromkeys(found, QuantizerConfig(FP8.name)), "as imported", fuses=fuses)
 
 
-def _useful(work: Work, configs: Mapping[Site, QuantizerConfig]) -> dict[Site, QuantizerConfig]:
+def _useful(work: Work, configs: Mapping[Site, QuantizerConfig], convolutions: str) -> dict[Site, QuantizerConfig]:
     """`configs` less what gives the same at every call, which back ends store, and layers that would gain nothing."""
     fixed = {node for part in graphs(work.gm) for node in fixed_nodes(part)}
-    reasons = {site: "no user input reaches it" if site.consumer in fixed else site.idle for site in configs}
+    unpaid = idle(configs, convolutions)
+    reasons = {site: site.idle or unfit(site, config) or unpaid.get(site) for site, config in configs.items()}
+    reasons |= dict.fromkeys((site for site in configs if site.consumer in fixed), "no user input reaches it")
     left = {site.consumer: (site.module, reason) for site, reason in reasons.items() if reason}
     for node, (module, reason) in left.items():
         work.log.declined.append(Decline(SITES, f"not quantized: {reason}", module, (node.name,)))

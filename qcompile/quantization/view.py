@@ -38,6 +38,10 @@ class GraphOperand(Operand):
     def shape(self) -> tuple[int, ...]:
         return tuple(shape(self.at.tensor))
 
+    @property
+    def reduced_axes(self) -> tuple[int, ...]:
+        return self.at.operator.reduced_axes(self.at.consumer)
+
     def rows(self, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
         yield from ConstantRows(owner(self.at.tensor), self.at.tensor, multiple)
 
@@ -53,6 +57,7 @@ def graph_view(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], target:
 
 def _groups(operands: list[GraphOperand]) -> list[list[Operand]]:
     """Weights with one (global) scale whose layers belong to one module and read the same tensor."""
-    shared = [o for o in operands if o.kind == "weight" and not o.per_channel and has_constant(o.config)]
+    weights = [o for o in operands if o.kind == "weight" and o.site.operator.gemm]
+    shared = [o for o in weights if not o.per_channel and has_constant(o.config)]
     groups = parallel(shared, lambda operand: reads(operand.site.consumer, operand.config.format))
     return [list[Operand](group) for group in groups if group[1:]]

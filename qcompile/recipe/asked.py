@@ -23,7 +23,8 @@ def asked_formats(recipe: Recipe) -> dict[str, Rule]:
 def calibrates(recipe: Recipe) -> bool:
     """Whether `recipe` gives the inputs of linear layers of any name a constant scale, which needs calibration data."""
     name = f"{_ANY_MODULE}.{INPUT}"
-    given = [rule for rule in recipe.rules if rule.module_class is None and glob_matches(name, rule.quantizer)]
+    rules = [rule for rule in recipe.rules if rule.module_class is None and rule.operator in (None, "linear")]
+    given = [rule for rule in rules if glob_matches(name, rule.quantizer)]
     deciding = next((rule for rule in reversed(given) if rule.format is not None or rule.enable is False), None)
     if deciding is None or deciding.format is None:
         return False

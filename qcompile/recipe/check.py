@@ -76,8 +76,9 @@ def covers(wide: Rule, narrow: Rule, kind: str | None = None) -> bool:
 
     False where that is hard to see.
     """
-    if wide.module_class not in (None, narrow.module_class) or wide.unless not in (None, narrow.unless):
-        return False
+    for key in ("module_class", "operator", "unless"):
+        if getattr(wide, key) not in (None, getattr(narrow, key)):
+            return False
     globs = [glob for one in alternatives(narrow.quantizer) for glob in _of_kind(one, kind)]
     return all(any(one == other or _glob_covers(one, other) for one in alternatives(wide.quantizer)) for other in globs)
 
@@ -122,7 +123,8 @@ def _check_pairs(recipe: Recipe) -> None:
             if tried > _MOST_LOOKS:
                 return
             owner = None if rule.module_class is None else _text(rule.module_class)
-            layer = [QuantizerName(f"{path}.{kind}".lstrip("."), owner) for kind in (WEIGHT, INPUT, *ATTENTION)]
+            names = [f"{path}.{kind}".lstrip(".") for kind in (WEIGHT, INPUT, *ATTENTION)]
+            layer = [QuantizerName(name, owner, rule.operator) for name in names]
             decisions = decide(recipe, layer, Stacks(quantizer.name for quantizer in layer))
             check_pairs(configs_of(recipe, layer, decisions), f"a layer called like {value(path)}")
 

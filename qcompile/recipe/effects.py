@@ -111,5 +111,5 @@ def _undone(
 
 def _differs(later: Rule, earlier: Rule) -> bool:
     """Whether the quantizer would be another one without `later`."""
-    where = {"quantizer", "unless", "module_class", "why"}
+    where = {"quantizer", "unless", "module_class", "operator", "why"}
     return later.model_dump(exclude=where) != earlier.model_dump(exclude=where)

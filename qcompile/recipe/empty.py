@@ -64,12 +64,15 @@ def _nearest(rule: Rule, names: Sequence[str]) -> str:
 
 def _has(quantizers: Sequence[QuantizerName]) -> str:
     """The parts of the model that have quantizers."""
-    parts = {"linear layer": WEIGHT, "attention": SOFTMAX, "norm": OUTPUT}
+    parts = {"linear layer": WEIGHT, "convolution": WEIGHT, "attention": SOFTMAX, "norm": OUTPUT}
     weights = {q.name.rpartition(".")[0] for q in quantizers if q.kind == WEIGHT}
     counts = []
     for what, kind in parts.items():
-        paths = [q.name.rpartition(".")[0] or "the root" for q in quantizers if q.kind == kind]
+        found = [q for q in quantizers if q.kind == kind]
+        if kind == WEIGHT:
+            found = [q for q in found if (q.operator == "convolution") == (what == "convolution")]
+        paths = [q.name.rpartition(".")[0] or "the root" for q in found]
         paths = [path for path in paths if kind != OUTPUT or path not in weights]
         if paths:
             counts.append(f"{len(paths)} {what}{'s' if paths[1:] else ''} ({some(paths)})")
-    return f"It has {', '.join(counts)}" if counts else "It has no linear layer, attention or norm that can be"
+    return f"It has {', '.join(counts) or 'no linear layer, convolution, attention or norm that can be'}"

@@ -17,9 +17,9 @@ ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
 MULTIPLIED_IN_ATTENTION = ((ATTENTION[0], ATTENTION[1]), (SOFTMAX, ATTENTION[2]))
 """The two products of an attention: of its queries and keys, and of its probabilities and values."""
 MEANING = {
-    INPUT: "input of a linear layer, or of the experts that are one weight",
-    WEIGHT: "weight of a linear layer, or of all experts",
-    OUTPUT: "result of a linear layer or of a norm",
+    INPUT: "input of a linear layer, of the experts that are one weight, or of a convolution",
+    WEIGHT: "weight of a linear layer, of all experts, or of a convolution",
+    OUTPUT: "result of a linear layer, of a convolution or of a norm",
     ATTENTION[0]: "query of an attention",
     ATTENTION[1]: "keys of an attention; with the values, the key/value cache of a checkpoint",
     ATTENTION[2]: "values of an attention; with the keys, the key/value cache of a checkpoint",

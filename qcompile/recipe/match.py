@@ -25,10 +25,12 @@ class QuantizerName:
     Attributes:
         name: module path + "." + kind, such as "layers.0.q_proj.weight_quantizer".
         module_class: qualified class name of the owning module, or None if the graph does not know it.
+        operator: what it belongs to, as `operator` of a rule; None if that is not known.
     """
 
     name: str
     module_class: str | None = None
+    operator: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -57,10 +59,12 @@ class Resolution:
 
 
 def rule_matches(rule: Rule, quantizer: QuantizerName, stacks: Stacks) -> bool:
-    """Whether the rule's globs match. A rule with `module_class` matches no quantizer whose class is unknown."""
+    """Whether the rule's globs match. One with `module_class` or `operator` matches none where that is unknown."""
     if not stacks.matches(quantizer.name, rule.quantizer):
         return False
     if rule.unless is not None and stacks.matches(quantizer.name, rule.unless):
+        return False
+    if rule.operator not in (None, quantizer.operator):
         return False
     if rule.module_class is None:
         return True

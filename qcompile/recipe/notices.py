@@ -43,8 +43,9 @@ class Notice:
 def nothing_notice(rule: Rule) -> Notice:
     """The notice for a rule that matched no quantizer; says so if it never could."""
     message = f"the glob {value(rule.quantizer)} matches nothing in this model"
-    if rule.module_class is not None:
-        owner = f"with module_class {value(rule.module_class)}"
+    owners = {"module_class": rule.module_class, "operator": rule.operator}
+    if owner := " and ".join(f"{key} {value(found)}" for key, found in owners.items() if found is not None):
+        owner = f"with {owner}"
         message = f"the glob {value(rule.quantizer)} {owner} matches nothing in this model"
     if not possible_kinds(rule.quantizer):
         tail = rule.quantizer.rpartition(".")[2].lstrip("*")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
@@ -59,8 +59,8 @@ class Rule(Strict):
     """Case-sensitive glob over the quantizer's full name (`*`, `?`, `[qk]`, `{mlp,ffn}`); `*` also matches dots, and a
     leading `*.` also matches at the start, so `*.head.*` finds `head.weight_quantizer` and `a.head.weight_quantizer`.
 
-    A name is the path of a module and one of `input_quantizer`, `weight_quantizer` (linear layers and experts),
-    `output_quantizer` (these and norms), `q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and
+    A name is the path of a module and one of `input_quantizer`, `weight_quantizer` (linear layers, experts
+    and convolutions), `output_quantizer` (these and norms), `q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and
     `softmax_bmm_quantizer` (attention). The key/value cache of a checkpoint is what k_bmm and v_bmm are: FP8 if
     `*.[kv]_bmm_quantizer` is.
 
@@ -72,6 +72,9 @@ class Rule(Strict):
     called fc, and not one inside a block: `{quantizer: "*.fc.*", unless: "*.layers.*", enable: false}`."""
     module_class: Annotated[str, Field(min_length=1)] | None = None
     """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
+    operator: Literal["linear", "experts", "convolution", "attention", "norm"] | None = None
+    """What the quantizer belongs to, by what it is in the graph: a convolution that cuts an image into patches is
+    rewritten as a `linear` there, whatever its class."""
     enable: bool | None = None
     """`false` switches off; `true` switches on again with the format that an earlier rule gave."""
     format: FormatName | None = None

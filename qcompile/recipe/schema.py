@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Discriminator,
@@ -83,6 +83,11 @@ class _Header(Strict):
     calibration: SerializeAsAny[Settings] | tuple[SerializeAsAny[Settings], ...] = MaxSettings()
     """How scales are found: an algorithm with its settings, or a list of them, each of which sees what those before it
     chose."""
+
+    convolutions: Literal["all", "where_it_pays", "none"] = "all"
+    """Which of the convolutions that the rules name are quantized: `where_it_pays` leaves those to half precision whose
+    arithmetic, by the roofline of a GPU, saves less than the kernel that quantizes their input costs. The report has
+    the numbers."""
 
     @property
     def steps(self) -> tuple[Settings, ...]:

@@ -85,7 +85,9 @@ class ModelReport(ReportBase):
     Attributes:
         recipe: name of the one that was asked for; empty without one.
         quantized: module path -> format. A fused weight of all experts counts once.
-        unquantized: module path -> what it is, if it stayed in floating point.
+        unquantized: module path -> what it is, if it stayed in floating point: the kinds of `coverage`, and what
+            nothing quantizes (`transposed_convolution`, `recurrent`, `embedding`, `bilinear`).
+        reasons: module path -> why it did, but for what the recipe leaves out.
         coverage: kind of layer -> (how many are quantized, how many there are).
         declined: places that were looked at and left, with the reason.
     """
@@ -93,5 +95,6 @@ class ModelReport(ReportBase):
     recipe: str = ""
     quantized: dict[str, str] = Field(default_factory=dict)
     unquantized: dict[str, str] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict)
     coverage: dict[str, tuple[int, int]] = Field(default_factory=dict)
     declined: list[Decline] = Field(default_factory=list)

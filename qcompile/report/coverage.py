@@ -1,8 +1,8 @@
-"""Which linear layers, experts and attentions of a program are quantized, and what stayed in floating point."""
+"""Which layers and attentions of a program are quantized, and what has a weight and stayed in floating point."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,14 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Decline
 from passes.constants import LAYOUT, constant
+from passes.dependence import fixed_nodes
 from passes.graph import aten, calls, is_call, module_path
-from passes.ir import ATTENTION, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
-from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind
+from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind, operator_of, refusals
 from passes.place.rotate import FACTOR
-from passes.quantize.sites import linear_name
+from passes.quantize.sites import linear_name, weight_name
 from passes.reading import QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
@@ -24,21 +25,32 @@ from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgrap
 KINDS = counted_kinds()
 _LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
 _PRODUCTS = set(of_kind("product"))
+_RECURRENT = set(of_kind("recurrent"))
 _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
 
 
 @dataclass(frozen=True)
 class Modules:
-    """What of a graph is quantized, as reports have it: `quantized_modules`, and their `coverage`."""
+    """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, and the `reasons`."""
 
     quantized: dict[str, str]
     unquantized: dict[str, str]
     coverage: dict[str, tuple[int, int]]
+    reasons: dict[str, str]
 
     @classmethod
     def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
+        declined = list(declined)
         quantized, unquantized = quantized_modules(gm, declined)
-        return cls(quantized, unquantized, coverage(gm, unquantized))
+        return cls(quantized, unquantized, coverage(gm, unquantized), _reasons(gm, unquantized, declined))
+
+
+def _reasons(gm: GraphModule, unquantized: Mapping[str, str], declined: Iterable[Decline]) -> dict[str, str]:
+    """Path -> why it stayed in floating point; what the recipe leaves out has none."""
+    known, told = refusals(), {decline.module: decline.reason for decline in declined}
+    loose = {name for part in graphs(gm) for _, name in _loose_weights(part)}
+    found = {path: known["product"] if path in loose else known.get(kind, "") for path, kind in unquantized.items()}
+    return {path: why for path in found if (why := found[path] or told.get(path, ""))}
 
 
 def quantized_modules(gm: GraphModule, declined: Iterable[Decline] = ()) -> tuple[dict[str, str], dict[str, str]]:
@@ -49,7 +61,8 @@ def quantized_modules(gm: GraphModule, declined: Iterable[Decline] = ()) -> tupl
     """
     found = list(_modules(gm))
     quantized = {path: fmt for _, path, fmt in found if fmt is not None}
-    left = {path: kind for kind, path, fmt in found if fmt is None}
+    # a table that is the weight of a linear layer, too, is that layer's
+    left = {path: kind for kind, path, fmt in sorted(found, key=lambda one: one[0] in KINDS) if fmt is None}
     for decline in declined:
         if decline.pass_name == NormalizeAttention.__name__:
             left.setdefault(decline.module, "attention")
@@ -78,8 +91,7 @@ def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
 
 
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
-    """(kind, path, format or None) of each linear layer, mixture of experts, attention, recurrent layer, and quantized
-    norm."""
+    """(kind, path, format or None) of each layer with a weight, each attention, and each quantized norm."""
     for part in graphs(gm):
         yield from _modules_of(part)
 
@@ -93,12 +105,32 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
         elif node.target in NORMS:
             if (fmt := _output_format(node)) is not None:
                 yield "norm", module_path(node), fmt
-        else:
-            yield OPERATORS[node.target].kind, linear_name(node), _linear_format(node)
-    for node in calls(gm.graph, *of_kind("recurrent")):
-        yield "recurrent", module_path(node), None
+        elif (row := operator_of(node)) is not None and not row.refusal:
+            yield row.kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *OPERATORS):
+        row = None if node.target in _PRODUCTS else operator_of(node)
+        if row is not None and row.refusal and (name := _refused(gm, node)) is not None:
+            yield row.kind, name, None
     for kind, name in (*_loose_weights(gm), *_unseen_layers(gm)):
         yield kind, name, None
+
+
+def _refused(gm: GraphModule, node: Node) -> str | None:
+    """What reports call a layer whose weight nothing quantizes; None where that is no parameter.
+
+    The name of the weight, which tells functional calls apart, less those of recurrent layers, which have many, and
+    those that other layers read, too.
+    """
+    if node.target in _RECURRENT:
+        return module_path(node)
+    inputs = [n.args[0] if is_call(n, DEQUANTIZE) else n for n in node.all_input_nodes]  # codes of other tools
+    weights = [
+        n for n in inputs if isinstance(n, Node) and isinstance(t := constant(gm, n), torch.nn.Parameter) and t.ndim > 1
+    ]
+    if not weights:
+        return None
+    tied = sum(len(n.users) for n in gm.graph.find_nodes(op="get_attr") if n.target == weights[0].target) > 1
+    return (module_path(node) if tied else "") or weight_name(str(weights[0].target)) or module_path(node)
 
 
 def _unseen_layers(gm: GraphModule) -> Iterator[tuple[str, str]]:
@@ -131,24 +163,32 @@ def _loose_weights(gm: GraphModule) -> list[tuple[str, str]]:
     A weight with two axes counts if it is a parameter: tables of angles and the like are not.
     """
     found: dict[str, str] = {}
+    fixed = fixed_nodes(gm)
+    tables = {node.args[0].target for node in calls(gm.graph, aten.embedding.default) if isinstance(node.args[0], Node)}
     for node in gm.graph.find_nodes(op="get_attr"):
+        if node.target in tables:
+            continue
         tensor = constant(gm, node)
         if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or tensor.itemsize == 1:
             continue
         is_weight = isinstance(tensor, torch.nn.Parameter) if tensor.ndim == 2 else tensor.shape[0] > 1
         is_weight = is_weight and not str(node.target).startswith(FACTOR)
-        if is_weight and _is_multiplied(node):
+        if is_weight and _is_multiplied(node, fixed):
             found[str(node.target)] = "linear" if tensor.ndim == 2 else "experts"
     return [(kind, name) for name, kind in found.items()]
 
 
-def _is_multiplied(weight: Node) -> bool:
-    """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer."""
+def _is_multiplied(weight: Node, fixed: Collection[Node]) -> bool:
+    """Whether a product takes `weight`, rearranged or gathered, by an operator that is no linear layer.
+
+    Args:
+        fixed: what is the same at every call: a weight that is computed of others.
+    """
     for user in weight.users:
         if is_call(user, *_PRODUCTS) or is_grouped(user):
             return True
         source = user.args[0] if is_call(user, *LAYOUT, *_GATHERS) else None
-        if weight in (source, *_listed(source)) and _is_multiplied(user):
+        if (user in fixed or weight in (source, *_listed(source))) and _is_multiplied(user, fixed):
             return True
     return False
 

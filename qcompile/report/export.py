@@ -18,11 +18,13 @@ class Report(ModelReport):
     Attributes:
         target, opset, recipe: what was asked for.
         ops: ONNX operator type -> count, most frequent first.
-        quantized: module path -> format, for linear layers, experts, attentions and norms with a quantized output.
-        unquantized: module path -> what it is (`linear`, `experts`, `attention` or `recurrent`, an LSTM, GRU or RNN) if
-            it stayed in floating point.
-        coverage: `linear`, `experts`, `attention` -> (how many are quantized, how many there are). A fused weight of
-            all experts counts once.
+        quantized: module path -> format, for linear layers, experts, convolutions, attentions and norms with a
+            quantized output.
+        unquantized: module path -> what it is (`linear`, `experts`, `convolution`, `transposed_convolution`,
+            `attention`, `recurrent`, an LSTM, GRU or RNN, `embedding`, `bilinear`) if it stayed in floating point.
+        reasons: module path -> why it did, but for what the recipe leaves out.
+        coverage: `linear`, `experts`, `convolution`, `attention` -> (how many are quantized, how many there are). A
+            fused weight of all experts counts once.
         declined: places that a pass looked at and left, with the reason.
         fired: pass -> number of rewrites.
         notices: rules of the recipe that had no effect on this model, or that say why they are there; gaps in the

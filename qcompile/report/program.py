@@ -22,8 +22,8 @@ class ProgramReport(ModelReport):
     """What `quantize` made, of a program in memory or in a `.pt2` file.
 
     Attributes:
-        recipe, quantized, unquantized, coverage, declined, fired, notices, headroom: as in `qcompile.Report`; no target
-            has left out anything yet.
+        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom: as in `qcompile.Report`;
+            no target has left out anything yet.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: names of dynamic dimensions.
         bytes: of all tensors.
@@ -49,6 +49,7 @@ class ProgramReport(ModelReport):
             recipe=noted.recipe,
             quantized=modules.quantized,
             unquantized=modules.unquantized,
+            reasons=modules.reasons,
             coverage=modules.coverage,
             declined=noted.declined,
             fired=dict(noted.fired),

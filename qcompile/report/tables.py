@@ -68,7 +68,8 @@ def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
     for form, count in Counter(report["quantized"].values()).most_common():
         add(coverage, f"in {form}", count)
     console.print(coverage)
-    show_rows(console, "Not quantized", ("module", "what"), list(report["unquantized"].items()))
+    left = [(path, kind, report.get("reasons", {}).get(path, "")) for path, kind in report["unquantized"].items()]
+    show_rows(console, "Not quantized", ("module", "what", "why"), left)
 
 
 def show_export(console: Console, report: Mapping[str, Any]) -> None:

@@ -13,7 +13,16 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8
 from passes.graph import aten
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
-from passes.operators import OPERATORS, SUFFIXES, Operator, counted_kinds, operator_of, quantizable
+from passes.operators import (
+    OPERATORS,
+    SUFFIXES,
+    TRANSPOSED,
+    Operator,
+    counted_kinds,
+    operator_of,
+    quantizable,
+    refusals,
+)
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
 from passes.reading import QuantizedLayer
@@ -27,8 +36,9 @@ def test_rows_name_operands_that_recipes_know() -> None:
     for target, row in OPERATORS.items():
         assert set(row.operands) <= set(SUFFIXES)
         assert bool(row.operands) != bool(row.refusal), target  # it can be quantized, or says why not
-    assert counted_kinds() == ("linear", "experts", "attention")
-    assert {aten.linear.default, BATCHED_LINEAR, SDPA} <= set(quantizable())
+    assert counted_kinds() == ("linear", "experts", "convolution", "attention")
+    assert {aten.linear.default, BATCHED_LINEAR, aten.convolution.default, SDPA} <= set(quantizable())
+    assert refusals() == {row.kind: row.refusal for row in (*OPERATORS.values(), TRANSPOSED) if row.refusal}
 
 
 def test_a_scale_for_each_channel_stands_for_so_many_products() -> None:
@@ -39,7 +49,7 @@ def test_a_scale_for_each_channel_stands_for_so_many_products() -> None:
 
 
 class Weights(nn.Module):
-    """One of each layer whose weight nothing quantizes."""
+    """One of each layer whose weight nothing quantizes, and a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,17 +67,17 @@ class Weights(nn.Module):
 
 
 def test_what_has_a_weight_and_cannot_be_quantized_says_why() -> None:
-    """Of the graph as it is captured: every reader of a weight that adds products is in the table."""
-    program = torch.export.export(Weights().eval(), (torch.zeros(2, 5, dtype=torch.long),), strict=True)
-    weights = {spec.arg.name for spec in program.graph_signature.input_specs if "PARAMETER" in str(spec.kind)}
-    readers = [n for n in program.graph.nodes if weights & {str(i) for i in n.all_input_nodes}]
+    """Of a normalized graph: every reader of a weight that adds products is in the table."""
+    gm = graph_of(Weights(), torch.zeros(2, 5, dtype=torch.long), normalized=True)
+    readers = [n for n in gm.graph.nodes if any(i.op == "get_attr" for i in n.all_input_nodes)]
     rows = [row for row in map(operator_of, readers) if row is not None]
-    assert {row.kind for row in rows} >= {"embedding", "bilinear", "recurrent", "product", "convolution"}
-    assert all(row.refusal for row in rows) and len(rows) == len(readers)
+    refused = {row.kind for row in rows if row.refusal}
+    assert refused >= {"embedding", "bilinear", "recurrent", "transposed_convolution"}
+    assert "convolution" in {row.kind for row in rows if not row.refusal}
 
 
-CONVOLUTION = Operator(
-    "convolution",
+NEW = Operator(
+    "new",
     {"input": 0, "weight": 1, "output": None},
     counted=True,
     channel_axis=lambda call: 1 if call.args[6] else 0,
@@ -77,8 +87,8 @@ CONVOLUTION = Operator(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_one_more_row_is_enough(transposed: bool, per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions, which have no pass yet: sites by name, quantizers, codes for the weight, and the layer is read."""
-    monkeypatch.setitem(OPERATORS, aten.convolution.default, CONVOLUTION)
+    """Convolutions as if they had none: sites by name, quantizers, codes for the weight, and the layer is read."""
+    monkeypatch.setitem(OPERATORS, aten.convolution.default, NEW)
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -95,8 +105,8 @@ def test_one_more_row_is_enough(transposed: bool, per_channel: bool, monkeypatch
     gm = graph_of(net, x)
     sites = {site.operand: site for site in find_sites(gm)}
     assert [site.name for site in sites.values()] == [f"stem.{SUFFIXES[o]}" for o in ("input", "weight", "output")]
-    assert "convolution" in counted_kinds() and sites["weight"].idle is None
-    assert CONVOLUTION.reduction(sites["weight"].consumer) == 4 * 9
+    assert "new" in counted_kinds() and sites["weight"].idle is None
+    assert NEW.reduction(sites["weight"].consumer) == 4 * 9
     axis = 1 if transposed else 0
     amax = net.stem.weight.detach().abs().amax([d for d in range(4) if d != axis], keepdim=True)
     scale = (amax if per_channel else amax.amax()) / INT8.max

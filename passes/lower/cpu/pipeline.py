@@ -11,6 +11,7 @@ from torch.fx import Node
 from passes.base import Pass
 from passes.graph import dtype
 from passes.legalize.attention import DecomposeAttention
+from passes.lower.cpu.convolutions import ConvolutionsToOneDnn
 from passes.lower.cpu.fp4_activations import RoundFp4Activations
 from passes.lower.cpu.half import WidenHalfProducts, multiplies_float16
 from passes.lower.cpu.onednn_linears import OneDnnLinears
@@ -26,6 +27,7 @@ def cpu_pipeline(device: Device) -> tuple[Callable[[], Pass], ...]:
     return (
         partial(LinearsToIntMm, device),
         OneDnnLinears,
+        ConvolutionsToOneDnn,
         partial(DecomposeAttention, unless=_stays),
         WidenHalfProducts,
         RoundFp4Activations,

@@ -57,7 +57,7 @@ class LinearsInHalfPrecision(Pass):
                 continue
             weight = layer.weight.node
             if weight not in stored:
-                stored[weight] = _store(gm, layer.weight)
+                stored[weight] = store_dequantized(gm, layer.weight)
             node.update_arg(1, stored[weight])
             note_kernel(node, f"mm in {precision}", name, self._drop(node, layer.input))
             self.fire()
@@ -83,7 +83,7 @@ def can_convert(device: Device, fmt: Format) -> bool:
     return converts(device.capability, fmt)
 
 
-def _store(gm: GraphModule, weight: Operand) -> Node:
+def store_dequantized(gm: GraphModule, weight: Operand) -> Node:
     """What `weight` dequantizes to, as a constant."""
     name = str(root_constants(weight.codes)[0].target)
     return add_constant(gm, f"{name}_dequantized", _dequantized(gm, weight.node), weight.node)

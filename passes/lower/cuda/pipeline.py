@@ -8,6 +8,7 @@ from functools import partial
 from passes.base import Pass
 from passes.lower.cuda.attention import AttentionToSdpa
 from passes.lower.cuda.block_mm import BlockLinearsToScaledMm
+from passes.lower.cuda.convolutions import ConvolutionsInHalfPrecision
 from passes.lower.cuda.experts import ExpertsToScaledMm
 from passes.lower.cuda.half_linears import LinearsInHalfPrecision
 from passes.lower.cuda.nvfp4_mm import Nvfp4LinearsToScaledMm
@@ -31,6 +32,7 @@ def cuda_pipeline(device: Device, *, fast_accumulation: bool = True) -> tuple[Ca
         partial(LinearsToIntMm, device),
         partial(ExpertsToScaledMm, device, fast_accumulation=fast_accumulation),
         partial(LinearsInHalfPrecision, device),
+        partial(ConvolutionsInHalfPrecision, device),
         DecodeFp4Weights,
         SpellOutFp4Codes,
         AttentionToSdpa,

@@ -142,12 +142,17 @@ def refuse_rotation(module: str, rotated: bool) -> None:
 def _quantizers(hub: Hub) -> Iterator[QuantizerName]:
     for layer in hub.layers.values():
         for kind in (INPUT, WEIGHT, _OUTPUT):
-            yield QuantizerName(f"{layer.name}.{kind}".lstrip("."), layer.module_class)
+            yield QuantizerName(f"{layer.name}.{kind}".lstrip("."), layer.module_class, _operator(layer))
     for path, attention in hub.attentions.items():
         for kind in ATTENTION:
-            yield QuantizerName(f"{path}.{kind}", attention.module_class)
+            yield QuantizerName(f"{path}.{kind}", attention.module_class, "attention")
     for path, owner in hub.norms.items():
-        yield QuantizerName(f"{path}.{_OUTPUT}", owner)
+        yield QuantizerName(f"{path}.{_OUTPUT}", owner, "norm")
+
+
+def _operator(layer: Layer) -> str | None:
+    """What recipes call it; a layer that stays in any case, a convolution say, is told by its class alone."""
+    return None if layer.stays else "linear" if len(layer.parts) == 1 else "experts"
 
 
 def _check_static(configs: Mapping[str, QuantizerConfig], hub: Hub) -> None:

@@ -148,22 +148,47 @@ def _fixed(state: State, gemm: ir.Node, term: Array) -> list[ir.Value]:
 
 
 def _convolution(state: State, conv: ir.Node, left: _Operand, right: _Operand) -> None:
-    weight, pads = right.weight(state), conv.attributes.get("pads")
-    automatic = conv.attributes["auto_pad"].as_string() if "auto_pad" in conv.attributes else "NOTSET"
-    if weight is None or left.path or right.path or left.offset.size > 1 or automatic.startswith("SAME"):
+    weight, shifted = right.weight(state), bool(left.offset.any())
+    if weight is None or left.path or right.path or left.offset.size > 1:
         return
+    pads = _pads(conv, weight.shape[2:]) if shifted else []
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    if bias is not None and not state.is_constant(bias):
+    if pads is None or (bias is not None and not state.is_constant(bias)):
         return
-    if left.offset.any():
+    if shifted:
         _fixed(state, conv, float(left.offset) * weight.reshape(weight.shape[0], -1).sum(1, np.float64))
-    if left.offset.any() and pads is not None and any(pads.as_ints()):
-        conv.replace_input_with(0, _padded(state, conv, left, list(pads.as_ints())))
-        conv.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads.as_ints()))
+    if any(pads):
+        conv.replace_input_with(0, _padded(state, conv, left, pads))
+        conv.attributes.pop("auto_pad", None)
+        conv.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
     else:
         conv.replace_input_with(0, left.raw)
     if right.offset.any():
         _split(state, conv, right)
+
+
+def _pads(conv: ir.Node, kernel: tuple[int, ...]) -> list[int] | None:
+    """What `conv` pads before each spatial axis, then behind each; None where that depends on a size at run time."""
+    stated, automatic = conv.attributes.get("pads"), conv.attributes.get("auto_pad")
+    how = automatic.as_string() if automatic is not None else "NOTSET"
+    if not how.startswith("SAME"):
+        return list(stated.as_ints()) if stated is not None and how == "NOTSET" else []
+    x = conv.inputs[0]
+    sizes = [] if x is None or x.shape is None else [*x.shape][2:]
+    steps, dilations = (
+        list(conv.attributes[name].as_ints()) if name in conv.attributes else [1] * len(kernel)
+        for name in ("strides", "dilations")
+    )
+    if len(sizes) != len(kernel) or not all(isinstance(size, int) for size in sizes):
+        return None
+    before, behind = [], []
+    for size, taps, step, dilation in zip(sizes, kernel, steps, dilations, strict=True):
+        assert isinstance(size, int)
+        total = max((-(-size // step) - 1) * step + (taps - 1) * dilation + 1 - size, 0)
+        less, more = total // 2, total - total // 2
+        before.append(less if how == "SAME_UPPER" else more)
+        behind.append(more if how == "SAME_UPPER" else less)
+    return before + behind
 
 
 def _split(state: State, conv: ir.Node, weight: _Operand) -> None:

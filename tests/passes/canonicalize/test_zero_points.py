@@ -1,4 +1,4 @@
-"""The zero point of a linear layer's input in its bias."""
+"""The zero point of a layer's input in its bias."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from passes.canonicalize.zero_points import MoveZeroPoints
 from passes.constants import ConstantRows
 from passes.graph import aten
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.normalize.convolution import NormalizeConvolution
 from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites
 
 
@@ -112,3 +113,70 @@ def test_any_offset(offset: float, rows: int) -> None:
     torch.manual_seed(rows)
     gm = graph_of(Shifted(offset, weight="quantized"), X[:rows])
     rewrites(MoveZeroPoints, gm, X[:rows], rtol=1e-4, atol=1e-5 * (1 + abs(offset)))
+
+
+class Image(nn.Module):
+    """A convolution on `dequantize(quantize(x + offset)) - offset`, and perhaps another with the same padding."""
+
+    def __init__(self, layer: Any, *, stored: bool = False, twice: bool = False, second: bool = False) -> None:
+        super().__init__()
+        self.layer, self.stored, self.second = layer.requires_grad_(False), stored, second
+        self.other = nn.Conv2d(4, 2, 3, padding=1) if twice else None
+        self.register_buffer("scale", torch.tensor(0.05))
+        self.register_buffer("codes", torch.ones(1, 4, 5, 5, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Any:
+        codes = self.codes if self.stored else QUANTIZE(x + 0.7, self.scale, format="int8")
+        shifted = DEQUANTIZE(codes, self.scale, format="int8", dtype=x.dtype) - 0.7
+        weight = DEQUANTIZE(
+            QUANTIZE(self.layer.weight, self.scale, format="int8"), self.scale, format="int8", dtype=x.dtype
+        )
+        given = weight, self.layer.bias, self.layer.stride, self.layer.padding
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            return nn.functional.conv_transpose2d(shifted, *given)
+        y = nn.functional.conv2d(shifted, *given, self.layer.dilation, self.layer.groups)
+        if self.other is not None:
+            return y, self.other(shifted)
+        return (y, shifted) if self.second else y
+
+
+IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def image(*args: Any, dynamic: Any = None, **options: Any) -> Any:
+    gm = graph_of(Image(*args, **options), IMAGE, dynamic_shapes=dynamic)
+    NormalizeConvolution()(gm)
+    return gm
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv2d(4, 6, 3),
+        lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), bias=False),
+        lambda: nn.Conv2d(4, 4, 3, 2, 1, groups=4),
+        lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [None, ({0: DYNAMIC, 2: DYNAMIC},)])
+def test_a_convolution_pads_codes_of_zero(layer: Any, dynamic: Any) -> None:
+    gm = image(layer(), dynamic=dynamic)
+    rewrites(MoveZeroPoints, gm, IMAGE, **CLOSE)
+    convolution = only_call(gm, aten.convolution.default)
+    assert convolution.args[0].target is DEQUANTIZE and not any(convolution.args[4])  # type: ignore[arg-type,union-attr]
+    assert count(gm, aten.sub.Tensor) == 0 and count(gm, QUANTIZE) == 2
+
+
+def test_convolutions_with_one_padding_share_what_is_padded() -> None:
+    gm = image(nn.Conv2d(4, 6, 3, padding=1), twice=True)
+    rewrites(MoveZeroPoints, gm, IMAGE, fired=2, **CLOSE)
+    assert count(gm, aten.constant_pad_nd.default) == 1
+    rewrites(MoveZeroPoints, image(nn.Conv2d(4, 6, 3, padding=1), second=True), IMAGE, **CLOSE)
+
+
+def test_edges_of_a_transposed_convolution_and_codes_from_elsewhere() -> None:
+    (reason,) = declines(MoveZeroPoints, image(nn.ConvTranspose2d(4, 6, 3)))
+    assert "edge of a transposed" in reason
+    (reason,) = declines(MoveZeroPoints, image(nn.Conv2d(4, 6, 3, padding=1), stored=True))
+    assert "no quantizer of this graph" in reason
+    rewrites(MoveZeroPoints, image(nn.Conv2d(4, 6, 3), stored=True), IMAGE, **CLOSE)

@@ -16,9 +16,10 @@ from passes.canonicalize.share import ShareQuantizers
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, FP8_PER_TOKEN, INT8, NVFP4, Format
 from passes.graph import aten, calls
-from passes.ir import BATCHED_LINEAR, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE, dynamic_quantize
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.measured_scales import MeasuredToConstant
+from passes.normalize.convolution import NormalizeConvolution
 from passes.normalize.noops import RemoveNoOps
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import find_sites
@@ -194,3 +195,34 @@ def test_tensors_of_every_size_in_half_precision(fmt: Format, size: float) -> No
     assert after.isfinite().all()
     limit = 0.02 * max(1.0, size) * 6 + 0.02
     assert float((after - want).abs().max()) < (limit * 4 if fmt is NVFP4 else limit)
+
+
+class Measured(nn.Module):
+    """A convolution, with or without a bias, of codes in `fmt` whose scale is measured."""
+
+    def __init__(self, fmt: str, bias: bool) -> None:
+        super().__init__()
+        self.layer, self.fmt = nn.Conv2d(4, 6, 3, padding=1, bias=bias), fmt
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = DYNAMIC_QUANTIZE(x, None, format=self.fmt)
+        return self.layer(DEQUANTIZE(codes, scale, format=self.fmt, dtype=x.dtype))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_with_one_scale_is_multiplied_behind(bias: bool) -> None:
+    x = torch.randn(2, 4, 6, 6)
+    gm = graph_of(Measured("fp8", bias), x)
+    NormalizeConvolution()(gm)
+    rewrites(MeasuredToConstant, gm, x, rtol=0.05, atol=0.05)
+    FileCheck().check("quantize").check("convolution").check("mul").run(gm.code)
+    assert [node.args[0].target for node in calls(gm.graph, aten.convolution.default)] == [DEQUANTIZE]  # type: ignore[union-attr]
+
+
+def test_scales_of_tokens_are_multiplied_before_a_convolution() -> None:
+    """It adds over them."""
+    x = torch.randn(2, 4, 6, 6)
+    gm = graph_of(Measured("fp8_per_token", True), x)
+    NormalizeConvolution()(gm)
+    rewrites(MeasuredToConstant, gm, x, rtol=0.05, atol=0.05)
+    assert [node.args[0].target for node in calls(gm.graph, aten.convolution.default)] == [aten.mul.Tensor]  # type: ignore[union-attr]

@@ -97,12 +97,13 @@ def gemm() -> Model:
     return Model([*nodes, node("Gemm", "xd", "wd", "bd", transB=1, alpha=0.5, beta=2.0)], constants, {"int8": 1})
 
 
-def convolution(weight: Any, zero: int, groups: int = 1) -> Model:
+def convolution(weight: Any, zero: int, groups: int = 1, **pads: Any) -> Model:
     """Pads, strides, and the product of a Relu, as uint8 with a zero point of 3."""
     constants = {"w": weight, **point("s", 0.02, 3, UINT8), **point("t", 0.01, zero, weight.dtype)}
-    conv = node("Conv", "xd", "wd", kernel_shape=[3, 3], pads=[1, 0, 2, 1], strides=[2, 1], group=groups)
+    pads = pads or {"pads": [1, 0, 2, 1]}
+    conv = node("Conv", "xd", "wd", kernel_shape=list(weight.shape[2:]), strides=[2, 1], group=groups, **pads)
     nodes = [node("Relu", "x", y="r"), q("r", "xq"), dq("xq", "xd", "s"), dq("w", "wd", "t")]
-    return Model([*nodes, conv], constants, {"int8": 1 + bool(zero)}, IMAGE, rank=4)
+    return Model([*nodes, conv], constants, {"int8": 1 + bool(zero % 128)}, IMAGE, rank=4)
 
 
 def of_activations() -> Model:
@@ -190,6 +191,10 @@ KINDS = {
     "float weight": float_weight,
     "clip": clipped,
     "padded convolution": lambda: convolution(codes(-99, 99, INT8, (32, 16, 3, 3)), 0),
+    "convolution of the same size": lambda: convolution(codes(-99, 99, INT8, (32, 16, 4, 3)), 0, auto_pad="SAME_UPPER"),
+    "uint8 convolution of the same size": lambda: convolution(
+        codes(1, 255, UINT8, (32, 4, 2, 4)), 128, groups=4, auto_pad="SAME_LOWER"
+    ),
     "depthwise of 9 bits": lambda: convolution(codes(0, 255, UINT8, (16, 1, 3, 3)), 9, groups=16),
     "product of activations": of_activations,
     "opset 11": lambda: of_activations()._replace(opset=11, in_reference=False),

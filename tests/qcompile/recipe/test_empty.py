@@ -65,7 +65,7 @@ def test_no_format_and_no_layers() -> None:
         check_recipe({"metadata": {"name": "mine", "description": "a test"}, "rules": rules})
     assert "mine quantizes nothing of this model: no rule gives a format, such as {quantizer:" in off
     nothing = message([{"quantizer": "*", "format": "fp8"}], [])
-    assert nothing.endswith(". It has no linear layer, attention or norm that can be")
+    assert nothing.endswith(". It has no linear layer, convolution, attention or norm that can be")
 
 
 class Network(nn.Module):
@@ -87,10 +87,12 @@ def test_a_model_of_convolutions_and_a_head(wrap: Any) -> None:
     path = "fc" if wrap is not nn.Sequential else "0.fc"
     for call in (qcompile.quantize, qcompile.calibrate):
         with pytest.raises(
-            RecipeError, match=rf"fp8 quantizes nothing .*leaves out {path}; .*1 linear layer \({path}\)"
+            RecipeError,
+            match=rf"fp8_gemm quantizes nothing .*convolutions_half.*conv1; .*leaves out {path};"
+            rf".*1 linear layer \({path}\), 1 convolution \(.*conv1\)",
         ):
-            call(wrap(Network()), (x,), recipe="fp8", calibration=[x], progress=False)
-    back = load_recipe("fp8", [f'rules[+]={{quantizer: "{path}.*", enable: true}}'])
+            call(wrap(Network()), (x,), recipe="fp8_gemm", calibration=[x], progress=False)
+    back = load_recipe("fp8_gemm", [f'rules[+]={{quantizer: "{path}.*", enable: true}}'])
     program = qcompile.quantize(wrap(Network()), (x,), recipe=back, calibration=[x], progress=False)
     assert "qcompile.quantize" in str(program.graph)
 

@@ -51,8 +51,8 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         ),
         (
             '- quantizer: "*"\n  zzz: 1\n  format: fp8',
-            "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, unless, module_class, enable, format, "
-            "granularity, block_shape, dynamic, constant_amax, rotate",
+            "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, unless, module_class, operator, enable, "
+            "format, granularity, block_shape, dynamic, constant_amax, rotate",
         ),
         ('- quantizer: "*"\n  format: fp8\n  1: 2', "r.yaml:3: unknown key 1 in rules[0]; known: quantizer"),
         (

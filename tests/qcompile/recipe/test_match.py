@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.capabilities import PRODUCTS
+from passes.operators import OPERATORS
 from qcompile.errors import RecipeError
 from qcompile.recipe import QuantizerConfig, QuantizerName, Recipe, format_of, load_recipe, resolve, unsupported
 from qcompile.recipe.globs import KINDS, alternatives, glob_matches, possible_kinds
+from qcompile.recipe.rule import Rule
 
 Data = dict[str, Any]
 W, X, Q = "a.b.weight_quantizer", "a.b.input_quantizer", "a.q_bmm_quantizer"
@@ -396,3 +398,23 @@ def test_what_this_version_cannot_run(config: QuantizerConfig, reason: str | Non
 def test_a_name_that_is_no_quantizer() -> None:
     with pytest.raises(ValueError, match=r"'a\.b\.weight' does not end in a quantizer's name"):
         QuantizerName("a.b.weight")
+
+
+def test_a_rule_can_be_for_what_a_layer_is_in_the_graph() -> None:
+    """A patch embedding is a linear there, and a convolution in the model."""
+    rules = recipe(
+        {"quantizer": "*.weight_quantizer", "format": "fp8"},
+        {"quantizer": "*", "operator": "convolution", "enable": False},
+    )
+    owner = "torch.nn.modules.conv.Conv2d"
+    found = [QuantizerName(f"{n}.weight_quantizer", owner, n) for n in ("linear", "convolution", "norm")]
+    result = resolve(rules, [*found, QuantizerName("unknown.weight_quantizer", owner)])
+    assert list(result.configs) == ["linear.weight_quantizer", "norm.weight_quantizer", "unknown.weight_quantizer"]
+    assert list(result.disabled) == ["convolution.weight_quantizer"]
+    nothing = resolve(rules, found[:1]).notices
+    assert [n.message for n in nothing] == ["the glob '*' with operator 'convolution' matches nothing in this model"]
+
+
+def test_a_rule_knows_every_kind_of_the_table() -> None:
+    kinds = {row.kind for row in OPERATORS.values() if row.operands}
+    assert kinds == set(get_args(get_args(Rule.model_fields["operator"].annotation)[0]))

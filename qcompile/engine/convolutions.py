@@ -1,0 +1,27 @@
+"""Why the builder has no kernel for a convolution that a file quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from passes.capabilities import CONVOLUTIONS
+from qcompile.engine.graph import OnnxGraph
+
+__all__ = ["obstacle"]
+
+_FORMATS: Mapping[int | None, str] = {onnx.TensorProto.FLOAT8E4M3FN: "fp8", onnx.TensorProto.INT8: "int8"}
+
+
+def obstacle(graph: OnnxGraph, conv: onnx.NodeProto) -> str:
+    """Why some target or all lack a kernel for `conv`, by codes and size of its weight; empty where none is known."""
+    fmt = CONVOLUTIONS.get(_FORMATS.get(graph.code_type(conv.input[1]), ""))
+    dims = graph.code_dims(conv.input[1])
+    if fmt is None or len(dims) < 3:
+        return ""
+    attributes = {attribute.name: attribute for attribute in conv.attribute}
+    apart = [n for name in ("strides", "dilations") if name in attributes for n in attributes[name].ints]
+    groups = attributes["group"].i if "group" in attributes else 1
+    plain_depthwise = groups == dims[0] and dims[1] == 1 and set(apart) <= {1}
+    return fmt.unfit(dims[2:], plain_depthwise, target=0) or ""

@@ -1,0 +1,41 @@
+"""The benchmarks of convolutions in their smallest form: what they count, and what they call a miss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.convolution_models import Row, measure
+from benchmarks.convolutions import Network, joined, run
+
+
+def test_networks_are_judged_together_and_the_engine_by_its_layers() -> None:
+    one = Network(98.0, 97.6, 98.0, quantized=9, convolutions=9, low_precision=9, kernels=18)
+    row = joined("fp8", [one, replace(one, program=98.0)], 1797, 12)
+    assert row.ok and (row.program, row.furthest) == pytest.approx((97.8, 0.4))
+    assert not joined("fp8", [one], 898, 12).ok
+    assert not joined("fp8", [replace(one, program=98.0, low_precision=8)], 898, 12).ok
+
+
+def test_a_claim_or_many_codes_are_a_miss() -> None:
+    row = Row("resnet18", "fp8", codes=1_000_000, unequal=10)
+    assert row.ok
+    assert not replace(row, unequal=11).ok and not replace(row, claimed=["conv a (fp8): ran in half"]).ok
+
+
+@pytest.mark.slow
+def test_digits_keep_their_top1() -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    pytest.importorskip("tensorrt_rtx", reason="the builder: pip install 'qcompile[tensorrt-rtx]'")
+    for row in run(tiny=True):
+        assert row.low_precision == row.convolutions == 9 and row.float > 80
+        assert max(abs(row.program - row.float), abs(row.onnxruntime - row.float)) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet-sd", "vae-decoder", "detector"])
+def test_files_give_the_codes_of_the_program(name: str) -> None:
+    row = measure(name, "fp8", builds=False)
+    assert (row.failures, row.unequal) == ([], 0) and row.codes > 1000
+    assert row.coverage["convolution"][0] == row.coverage["convolution"][1]
