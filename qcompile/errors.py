@@ -5,6 +5,7 @@ from __future__ import annotations
 from passes.errors import CompatError, PassError, QCompileError
 
 __all__ = [
+    "AlgorithmError",
     "CalibrationError",
     "CaptureError",
     "CheckpointError",
@@ -36,6 +37,10 @@ class RecipeError(QCompileError):
 
 class CalibrationError(QCompileError):
     """Calibration data is missing, or a tensor has no usable range."""
+
+
+class AlgorithmError(QCompileError):
+    """A calibration algorithm failed, or chose what the recipe does not ask for."""
 
 
 class ExportError(QCompileError):

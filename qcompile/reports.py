@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from qcompile.errors import ReportError
-from qcompile.messages import first_line
+from qcompile.messages import first_line, value
 from qcompile.report.base import ReportBase
 
 # kind -> module and class, which is imported when a report of that kind is read
@@ -34,15 +34,21 @@ def read_report(path: str | os.PathLike[str]) -> ReportBase:
         ReportError: the file cannot be read, is no report, or is of a kind or version that is not known here.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON: {first_line(error)}") from error
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(kind, str):
+    if not isinstance(data, dict):
+        raise ReportError(f"{path} is not a report of qcompile: it holds {value(data)}, and a report is an object")
+    kind = data.get("kind")
+    if kind is None:
         raise ReportError(
             f"{path} is not a report of qcompile: it has no kind, which those of engines and of the command line have"
             " since reports have a version; write it again"
         )
+    if not isinstance(kind, str):
+        raise ReportError(f"{path} is not a report of qcompile: its kind is {value(kind)}")
     if kind not in KINDS:
         raise ReportError(f"{path} is a report of the kind {kind!r:.50}, which this qcompile does not know")
     try:

@@ -79,6 +79,24 @@ class Operand(ABC):
     def shape(self) -> tuple[int, ...]:
         """Of a weight: `[N, K]`, of experts `[E, N, K]`, of a convolution `[N, C, ...]`."""
 
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the constant scale: `()`, and per channel of a weight `[..., N, 1]`, of a convolution `[N, 1, ...]`."""
+        if not self.per_channel or self.kind != "weight":
+            return ()
+        reduced = {axis % len(self.shape) for axis in self.reduced_axes}
+        return tuple(1 if axis in reduced else size for axis, size in enumerate(self.shape))
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """Of a weight's codes: two of a packed format share a byte."""
+        return (*self.shape[:-1], self.shape[-1] // 2) if self.format.packed else self.shape
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """Of the scales of a weight's blocks, in a format that has some."""
+        return (*self.shape[: -len(self.format.sizes)], *self.format.blocks(self.shape))
+
     @abstractmethod
     def rows(self, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
         """A weight some rows of its first axis at a time: (which, values). `multiple` rows belong together."""
@@ -216,6 +234,18 @@ def ranges(
         of_layer[operand.name] = torch.maximum(of_layer.get(operand.name, found[operand]), found[operand])
     found = {operand: value if float(value) else of_layer[operand.name] for operand, value in found.items()}
     return {operand: value for operand, value in found.items() if float(value)}
+
+
+def told(steps: Sequence[Algorithm[Any]]) -> list[str]:
+    """A notice that says which algorithms chose the scales, where it was not `max` alone."""
+    if all(step.settings.algorithm == "max" for step in steps):
+        return []
+    words = []
+    for step in steps:
+        own = step.settings.model_dump(exclude_defaults=True, exclude={"algorithm"})
+        settings = ", ".join(f"{name} {value}" for name, value in own.items())
+        words.append(step.settings.algorithm + (f" ({settings})" if settings else ""))
+    return [f"scales were chosen by {', then '.join(words)}"]
 
 
 def make(settings: Sequence[Settings]) -> tuple[Algorithm[Any], ...]:

@@ -11,12 +11,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from passes.graph import ancestors, aten, val
+from passes.graph import ancestors, aten, place_of, val
 from passes.subgraphs import held, is_worked_on, subgraph_calls
 from qcompile.algorithms.statistics import Statistic
 from qcompile.capture.batch_notices import BatchLog
 from qcompile.capture.batches import flatten_batch, kind_of, pieces
-from qcompile.errors import CalibrationError
+from qcompile.errors import AlgorithmError, CalibrationError
+from qcompile.messages import first_line
 from qcompile.progress import progress_bar
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,8 +82,16 @@ class _Observer(Interpreter):
         result = super().run_node(n)
         for statistic in self.statistics.get(n, ()):
             args, _ = self.fetch_args_kwargs_from_env(n)
-            statistic.update(result, args, self.weight)
+            _update(statistic, n, result, args, self.weight)
         return result
+
+
+def _update(statistic: Statistic, node: Node, result: Any, args: Any, weight: float) -> None:
+    try:
+        statistic.update(result, args, weight)
+    except Exception as error:  # of the statistic: the data did run
+        kind = type(statistic).__name__
+        raise AlgorithmError(f"{kind}.update failed at {place_of(node)} with {first_line(error)}") from error
 
 
 def _as_captured(value: Any, node: Any) -> Any:

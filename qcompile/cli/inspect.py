@@ -51,7 +51,8 @@ def inspect(file: Path, /) -> int:
         or `repair` with --report, of `doctor --json`, or what a report of the Python API wrote with `to_json`.
     """
     if not file.is_file():
-        raise UsageError(f"there is no file {file}")
+        missing = f"{file} is a directory: give a file" if file.is_dir() else f"there is no file {file}"
+        raise UsageError(missing)
     if file.suffix == ".json":
         return _report(out(), file)
     if file.suffix == ".pt2":

@@ -24,6 +24,7 @@ from passes.places import OwnPasses
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
+from qcompile.algorithms.base import told
 from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.frontends.quantized import is_finished
@@ -66,7 +67,7 @@ def quantized_program(
         quantized = lift(work.gm, program)
     if not is_finished(quantized):
         _tell_nothing(work.log)
-    notices = [*map(str, plan.notices), *found.notices, *work.log.notices]
+    notices = [*map(str, plan.notices), *told(plan.steps), *found.notices, *work.log.notices]
     seen = found.headroom, found.source, noted_dimensions(program)
     record(quantized, QuantizeRecord(plan.name, work.log.fired, work.log.declined, notices, *seen))
     return quantized
@@ -99,7 +100,7 @@ def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tenso
     plan, dtype = planner(work), model_dtype(work.gm)
     found = solve(work, plan, Data(state, how=how), (dtype, dtype))
     carry_out(work, plan, found, dtype, dtype)
-    return [*map(str, plan.notices), *work.log.notices]
+    return [*map(str, plan.notices), *told(plan.steps), *work.log.notices]
 
 
 def carry_out(work: Work, plan: Plan, found: Solution, source: torch.dtype, target: torch.dtype) -> None:

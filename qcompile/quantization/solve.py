@@ -14,6 +14,7 @@ from passes.errors import PassError
 from passes.legalize.ranges import beyond
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
+from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
 from qcompile.algorithms.scales import is_calibrated, scale_of
@@ -124,9 +125,9 @@ def _run_steps(
     for index, step in enumerate((*plan.steps, rest)):
         wanted = [operand for operand in view.operands if operand not in quantizers] if step is rest else view.operands
         part = view.of(wanted, quantizers)
-        watched = step.watch(part)
+        watched = ask.watch(step, part)
         seen = _observed(step, watched, view, observation)
-        if pipeline := step.edits(part, seen):
+        if pipeline := ask.edits(step, part, seen):
             if quantizers:
                 raise RecipeError(
                     f"calibration[{index}]: {step.settings.algorithm} changes the graph that the steps before it have"
@@ -137,7 +138,8 @@ def _run_steps(
                 if observation is not None:
                     observation.forget()
                 part = view
-        quantizers |= step.solve(part, seen)
+        quantizers |= ask.solve(step, part, seen)
+    ask.check_groups(view, quantizers)
     return quantizers, view
 
 

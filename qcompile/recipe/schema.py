@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Discriminator,
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from qcompile.algorithms import ALGORITHMS
+from qcompile.algorithms import ALGORITHMS, find_installed
 from qcompile.algorithms.settings import MaxSettings, Settings
 from qcompile.recipe.rule import Location, Rule, wrong
 from qcompile.recipe.steps import asked, calibration_type, settings_of
@@ -96,8 +96,14 @@ class _Header(Strict):
 
     @property
     def power_of_two(self) -> bool:
-        """Whether a scale that the recipe itself gives is rounded up to a power of two, as a step has its own."""
-        return any(step.power_of_two for step in self.steps)
+        """Whether constant scales are rounded up to a power of two; all steps agree in it."""
+        return self.steps[0].power_of_two
+
+    @model_validator(mode="after")
+    def _steps_agree(self) -> Self:
+        if len({step.power_of_two for step in self.steps}) > 1:  # a saved range does not tell which of them chose it
+            raise wrong(("calibration",), "`power_of_two` is for all steps or for none: say it in each")
+        return self
 
 
 class RecipeFile(_Header):
@@ -140,6 +146,7 @@ class Recipe(_Header):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        find_installed()
         return handler(recipe_file(ALGORITHMS).__pydantic_core_schema__)
 
     def located(self, places: Sequence[Location]) -> Recipe:

@@ -8,19 +8,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Field, Tag
 
-from qcompile.algorithms import ALGORITHMS, algorithm_called
+from qcompile.algorithms import ALGORITHMS, algorithm_called, find_installed
 from qcompile.algorithms.settings import MaxSettings, Settings
+from qcompile.errors import AlgorithmError
 
 ONE_TAG, LIST_TAG = "<step>", "<steps>"
 
 
 def settings_of(name: str) -> type[Settings]:
-    """The model of the settings of an algorithm."""
-    return MaxSettings if ALGORITHMS[name] == "qcompile.algorithms.max.Max" else algorithm_called(name).model
+    """The model of the settings of an algorithm.
+
+    Raises:
+        AlgorithmError: it has none, or they are those of another name.
+    """
+    if ALGORITHMS[name] == "qcompile.algorithms.max.Max":
+        return MaxSettings
+    found = algorithm_called(name)
+    model = getattr(found, "model", None)
+    if not isinstance(model, type) or not issubclass(model, Settings):
+        raise AlgorithmError(f"the algorithm {name}: {found.__name__}.model is to be the class of its Settings")
+    says = get_args(model.model_fields["algorithm"].annotation)
+    if says != (name,):
+        said = f"Literal[{', '.join(map(repr, says))}]" if says else "no Literal"
+        raise AlgorithmError(
+            f'the algorithm {name}: `algorithm` of {model.__name__} is {said}, and has to be Literal["{name}"]'
+        )
+    return model
 
 
 def tag_of(name: str) -> str:
@@ -43,6 +60,8 @@ def asked(calibration: object) -> tuple[str, ...]:
     """The algorithms that what somebody wrote names, as far as they are known; `max` is always among them."""
     steps = calibration if isinstance(calibration, (list, tuple)) else [calibration]
     names = [step.get("algorithm") for step in steps if isinstance(step, Mapping)]
+    if any(isinstance(name, str) and name not in ALGORITHMS for name in names):
+        find_installed()
     return ("max", *sorted({name for name in names if isinstance(name, str) and name in ALGORITHMS} - {"max"}))
 
 

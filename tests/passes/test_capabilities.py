@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from passes.capabilities import FUSED_ATTENTION, PRODUCTS, UNITS, Product, Units, converts, inputs_of, multiplies
+from passes.capabilities import (
+    CONVOLUTIONS,
+    FUSED_ATTENTION,
+    PRODUCTS,
+    UNITS,
+    Product,
+    Units,
+    converts,
+    inputs_of,
+    multiplies,
+)
 from passes.errors import PassError
 from passes.formats import FORMATS, FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.engine.capability import lacking
@@ -55,3 +65,14 @@ def test_what_no_operator_has() -> None:
     none = Units("X", None, "none", None, (0, 0), onnxruntime=False)
     assert not any(map(none.on, DEVICES))
     assert not Product(FP8, FP8, cuda=((9, 0), (10, 0))).on(None)
+
+
+def test_convolutions_by_the_size_of_their_kernels() -> None:
+    """By the layer lists: FP8 of 32 elements, one depthwise kernel more on SM120; INT8 of any size."""
+    assert set(CONVOLUTIONS) == {"fp8", "int8"}
+    fp8, int8 = CONVOLUTIONS["fp8"], CONVOLUTIONS["int8"]
+    assert fp8.unfit((4, 8), False) is fp8.unfit((3, 3, 3), True, 89) is int8.unfit((31, 31), False) is None
+    for kernel, depthwise in (((33,), False), ((7, 7), False), ((9, 9), True), ((5, 7), True)):
+        assert "at most 32 elements, and this one has" in str(fp8.unfit(kernel, depthwise))
+    assert fp8.unfit((7, 7), True) is fp8.unfit((7, 7), True, 120) is None
+    assert "but for this one on sm120 or newer, and this one has 7x7: give it INT8" in str(fp8.unfit((7, 7), True, 89))

@@ -144,6 +144,7 @@ def test_random_calibration_says_so_loudly(here: Path, capsys: pytest.CaptureFix
         (EXPORT[:4], "qcompile export models:make -o model.onnx --calibration random"),
         (("export", "nothing", "-o", "model.onnx"), "a source is a Hugging Face directory"),
         (("inspect", "nothing.onnx"), "there is no file nothing.onnx"),
+        (("inspect", "."), ". is a directory: give a file"),
         (("inspect", "models.json"), "not a report of qcompile"),
         (("recipes", "check"), "name a recipe"),
     ],

@@ -86,11 +86,11 @@ CHECKPOINT = {"kind": "checkpoint", "format": "fp8", "kv_cache": False, "files":
         ({"kind": "export", "version": "1"}, "version '1', where"),
         ({"kind": "command", "source": "x", "repair": {"version": 7}}, "repair: a report of version 7"),
         ({"kind": "recipe"}, "a report of the kind 'recipe', which this qcompile does not know"),
-        ({"kind": [1]}, "it has no kind"),
+        ({"kind": [1]}, "its kind is [1]"),
         ({**CHECKPOINT, "bytes": 10**400}, "is not a whole report of this version: OverflowError"),
         ({"export": {"recipe": "x", "bytes": "many"}}, "it has no kind"),
         ({"layers": [], "attention": []}, "it has no kind"),
-        ([], "it has no kind"),
+        ([], "it holds [], and a report is an object"),
     ],
 )
 def test_reports_of_another_shape(report: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

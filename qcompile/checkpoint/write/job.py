@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.base import Decline
-from qcompile.algorithms.base import Algorithm, make
+from qcompile.algorithms.base import Algorithm, make, told
 from qcompile.checkpoint.formats import CheckpointFormat, Contents, format_called
 from qcompile.checkpoint.formats.merged import describe
 from qcompile.checkpoint.formats.servers import server_notices
@@ -87,7 +87,9 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         origin = open_origin(model)
         plan = plan_recipe(chosen, origin.hub)
         plan.notices[:0] = origin.notices
-        job = Job(origin, plan, chosen.metadata.name, make(chosen.steps), chosen.power_of_two)
+        steps = make(chosen.steps)
+        plan.notices += told(steps)
+        job = Job(origin, plan, chosen.metadata.name, steps, chosen.power_of_two)
         job.solver().check()
         job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
         return job

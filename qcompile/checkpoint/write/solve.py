@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from passes.quantize.insert import Quantizer
+from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
 from qcompile.algorithms.settings import MaxSettings
@@ -79,7 +80,7 @@ class Solver:
         view = self._view(name, self.parts[name][0])
         for step in self.steps:
             try:
-                wants = bool(step.watch(view) or step.edits(view, {}))
+                wants = bool(ask.watch(step, view) or ask.edits(step, view, {}))
             except CalibrationError:  # it asked for the graph
                 wants = True
             if wants:
@@ -93,9 +94,10 @@ class Solver:
             view = self._view(layer, part)
             quantizers: dict[Operand, Quantizer] = {}
             for step in self.steps:
-                quantizers |= step.solve(view.of(view.operands, quantizers), {})
+                quantizers |= ask.solve(step, view.of(view.operands, quantizers), {})
             left = [operand for operand in view.operands if operand not in quantizers]
             quantizers |= self.rest.solve(view.of(left, quantizers), {})
+            ask.check_groups(view, quantizers)
             for operand, quantizer in quantizers.items():
                 assert isinstance(operand, StoredOperand)
                 self._found[operand.key] = quantizer

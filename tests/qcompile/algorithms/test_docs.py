@@ -23,8 +23,11 @@ def test_the_example_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Linear(64, 64, bias=False).eval(), torch.randn(2, 64)
     recipe = qcompile.load_recipe("fp8_gemm", ["calibration={algorithm: percentile, percent: 90}"])
     program = qcompile.quantize(model, (x,), recipe=recipe, calibration=[x], dtype=torch.float32, progress=False)
-    scale = torch.quantile(model.weight.detach().abs().flatten(), 0.9) / 448
+    scale = model.weight.detach().abs().flatten().sort().values[round(64 * 64 * 0.9) - 1] / 448
     torch.testing.assert_close(program.state_dict["weight_scale"], scale)
+    recipe = qcompile.load_recipe("fp8_gemm", ["calibration={algorithm: percentile, power_of_two: true}"])
+    program = qcompile.quantize(model, (x,), recipe=recipe, calibration=[x], dtype=torch.float32, progress=False)
+    assert all(program.state_dict[name].frexp().mantissa == 0.5 for name in ("weight_scale", "input_scale"))
 
 
 def test_the_page_names_every_algorithm_and_its_recipes_load() -> None:

@@ -19,8 +19,8 @@ STEPS = {
     "": [("max", False)],
     "calibration: {power_of_two: true}\n": [("max", True)],
     "calibration:\n  algorithm: mse\n  candidates: 9\n": [("mse", False)],
-    "calibration:\n- algorithm: max\n- {algorithm: mse, power_of_two: true, smallest: 0.25}\n": [
-        ("max", False),
+    "calibration:\n- {algorithm: max, power_of_two: true}\n- {algorithm: mse, power_of_two: true, smallest: 0.25}\n": [
+        ("max", True),
         ("mse", True),
     ],
     "calibration:\n- {}\n": [("max", False)],
@@ -72,7 +72,8 @@ def test_overrides_reach_into_steps() -> None:
     recipe = load_recipe("fp8")
     assert [step.algorithm for step in with_overrides(recipe, ["calibration.algorithm=mse"]).steps] == ["mse"]
     steps = with_overrides(recipe, ["calibration=[{algorithm: max}, {algorithm: mse}]"])
-    changed = with_overrides(steps, ["calibration[algorithm=mse].candidates=5", "calibration[0].power_of_two=true"])
+    both = [f"calibration[{step}].power_of_two=true" for step in (0, 1)]
+    changed = with_overrides(steps, ["calibration[algorithm=mse].candidates=5", *both])
     assert changed.steps[0] == MaxSettings(algorithm="max", power_of_two=True)
     assert changed.steps[1].model_dump()["candidates"] == 5
     added = with_overrides(steps, ["calibration[+]={algorithm: max}"])

@@ -141,7 +141,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     for text in ("{", "[" * 100_000, "5"):
         with pytest.raises(ReportError):
             Report.from_json(text)
-    with pytest.raises(ReportError, match=r"missing\.json is not JSON"):
+    with pytest.raises(ReportError, match=r"missing\.json cannot be read: No such file"):
         qcompile.read_report(tmp_path / "missing.json")
     with pytest.raises(ReportError, match="kind: Input should be 'export'"):
         Report.from_data(export().data() | {"kind": "repair"})
