@@ -18,7 +18,7 @@ from passes.normalize.routing import is_grouped
 from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind, operator_of, refusals
 from passes.place.rotate import FACTOR
 from passes.quantize.sites import linear_name, weight_name
-from passes.reading import QuantizedLayer
+from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 
@@ -91,7 +91,8 @@ def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
 
 
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
-    """(kind, path, format or None) of each layer with a weight, each attention, and each quantized norm."""
+    """(kind, path, format or None) of each layer with a weight, each attention, and each quantized norm or skip
+    branch."""
     for part in graphs(gm):
         yield from _modules_of(part)
 
@@ -107,6 +108,11 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         elif (row := operator_of(node)) is not None and not row.refusal:
             yield row.kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *of_kind("residual")):
+        row = operator_of(node)
+        index = None if row is None else row.operands.get("residual")
+        if index is not None and (skip := Operand.read(node.args[index])) is not None:
+            yield "residual", module_path(node), skip.format.name
     for node in calls(gm.graph, *OPERATORS):
         row = None if node.target in _PRODUCTS else operator_of(node)
         if row is not None and row.refusal and (name := _refused(gm, node)) is not None:

@@ -175,3 +175,57 @@ def test_a_recipe_says_which_convolutions() -> None:
         if which == "where_it_pays":
             assert "times as fast as in half precision" in report.reasons["0"]
     assert listed == {"all": (2, 2), "where_it_pays": (1, 2), "none": (0, 2)}
+
+
+class Block(nn.Module):
+    """ResNet's: two convolutions beside a skip branch, with a convolution in that where sizes change."""
+
+    def __init__(self, stride: int, channels: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.skip(x)
+        return torch.relu(skip + self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_skip_branch_is_quantized_where_the_sum_is_not_written_twice(granularity: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stem, pool = nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2)
+    model = nn.Sequential(stem, nn.ReLU(), pool, Block(1), Block(1), Block(2), Block(1), nn.AvgPool2d(2)).eval()
+    x = image(3, 32, 32)
+    rules = recipe("int8", granularity)
+    program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], dtype=torch.float32, progress=False)
+    without = ProgramReport.of(program)
+    rules["rules"].append({"quantizer": "*.residual_quantizer", "format": "int8"})
+    given: dict[str, Any] = {"recipe": rules, "calibration": [x], "progress": False}
+    program = qcompile.quantize(model, (x,), dtype=torch.float32, **given)
+    report = ProgramReport.of(program)
+    found = report.quantized.items() - without.quantized.items()
+    assert found == ({("3", "int8"), ("4", "int8"), ("6", "int8")} if granularity == "per_channel" else set())
+    reasons = {d.module: d.reason for d in report.declined}
+    assert "no convolution reads it on codes" in reasons["5"] if found else "a scale for each channel" in reasons["4"]
+    written = qcompile.export_onnx(program, tmp_path / "model.onnx", target="portable")
+    assert written.passed and written.quantized == report.quantized
+    session = qcompile.onnx_session(tmp_path / "model.onnx")
+    given_by_others = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(given_by_others, program.module()(x).numpy(), rtol=0, atol=2e-6)
+    expected = model(x).detach().numpy()
+    assert np.linalg.norm(given_by_others - expected) / np.linalg.norm(expected) < 0.05
+
+
+@pytest.mark.slow
+def test_the_builder_has_fewer_kernels_with_the_skip_branch() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), Block(1), Block(1)).eval()
+    x, kernels = image(3, 32, 32), []
+    for more in ([], [{"quantizer": "*.residual_quantizer", "format": "int8"}]):
+        rules = recipe("int8", "per_channel")
+        rules["rules"] = [*rules["rules"], *more]
+        program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False)
+        kernels.append(qcompile.build_engine(program, None, target="sm89", progress=False).kernels)
+    assert kernels[1] < kernels[0]
