@@ -176,9 +176,7 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS = Pipeline(
-    *RESTORE, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
-)
+TENSORRT_KERNELS = Pipeline(*RESTORE, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True))
 """In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
 TENSORRT = Pipeline(

@@ -13,6 +13,7 @@ from passes.pipelines import RESTORE
 from passes.program import unlift
 from qcompile.process import alone
 from qcompile.report.base import ModelReport
+from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.coverage import Modules
 from qcompile.report.headroom import Headroom
 from qcompile.report.record import record_of
@@ -22,8 +23,8 @@ class ProgramReport(ModelReport):
     """What `quantize` made, of a program in memory or in a `.pt2` file.
 
     Attributes:
-        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom: as in `qcompile.Report`;
-            no target has left out anything yet.
+        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, convolutions: as in
+            `qcompile.Report`; no target has left out anything yet.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: names of dynamic dimensions.
         bytes: of all tensors.
@@ -35,6 +36,7 @@ class ProgramReport(ModelReport):
     dimensions: list[str]
     bytes: int
     headroom: list[Headroom] = Field(default_factory=list)
+    convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
 
     @classmethod
     def of(cls, program: ExportedProgram) -> ProgramReport:
@@ -55,6 +57,7 @@ class ProgramReport(ModelReport):
             fired=dict(noted.fired),
             notices=noted.notices,
             headroom=noted.headroom,
+            convolutions=modules.convolutions,
             calibration=noted.calibration,
             dimensions=sorted(set(noted.dimensions.values())),
             bytes=sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)),
