@@ -88,6 +88,8 @@ def _show_changes(console: Console, report: Mapping[str, Any]) -> None:
         "weights stored transposed": report["transposes"],
         "codes stored as TensorRT takes them": len(report["codes"]),
         "biases folded to float": len(report["biases"]),
+        "FP8 weights of convolutions that have no kernel, in float": len(report.get("floats", {})),
+        "FP8 quantizers behind poolings instead of in front": report.get("pools", 0),
         "activations quantized to INT8 instead of UINT8": report["signed"],
         "integer zero points that are additions or in biases now": len(report["offsets"]),
         "Relus in front of FP8 quantizers written as Max": report["relus"],

@@ -37,6 +37,7 @@ from qcompile.onnx.repair.signed import make_signed
 from qcompile.onnx.repair.standardize import standardize
 from qcompile.onnx.repair.state import Changes, State
 from qcompile.onnx.repair.types import match_outputs, match_types
+from qcompile.onnx.repair.unfit import float_weights, quantize_behind_pools
 from qcompile.onnx.repair.weights import fold_weights
 from qcompile.onnx.repair.zero_points import write_out_zero_points
 from qcompile.onnx.save import onnx_folder, written_beside
@@ -60,8 +61,9 @@ def repair_onnx(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> Rep
 
     Legacy are `trt::TRT_FP8QuantizeLinear`, `trt::TRT_FP8DequantizeLinear`, and `QuantizeLinear`, `DequantizeLinear` in
     the domains `trt` and `com.microsoft`; operators on codes (QLinearConv, QGemm, MatMulNBits, ...) become Q/DQ, too.
-    Weights are folded (float32 arithmetic), shapes inferred anew, the opset is raised where it has to be. Operators
-    that only TensorRT reads stay (`report.kept`). What is not quantized is not quantized by this.
+    Weights are folded (float32 arithmetic), those of convolutions that no FP8 kernel takes into floats, shapes inferred
+    anew, the opset is raised where it has to be. Operators that only TensorRT reads stay (`report.kept`). What is not
+    quantized is not quantized by this.
 
     Args:
         old: an ONNX file; external data is found beside it. It is only read.
@@ -127,6 +129,8 @@ def _rewrite(state: State) -> None:
     fold_weights(state)
     write_out_zero_points(state)
     fold_biases(state)
+    float_weights(state)
+    quantize_behind_pools(state)
     make_signed(state)
     store_codes(state)
     move_zero_points(state)
@@ -249,6 +253,8 @@ def _report(
         folded={name: said for name, said in found.folded.items() if name in model.graph.initializers},
         biases=found.biases,
         codes={name: said for name, said in found.codes.items() if name in model.graph.initializers},
+        floats={name: said for name, said in found.floats.items() if name in model.graph.initializers},
+        pools=found.pools,
         signed=found.signed,
         offsets=found.offsets,
         zero_points=found.zero_points,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from qcompile.report.base import ReportBase
 from qcompile.report.check import Check
 
@@ -18,6 +20,8 @@ class RepairReport(ReportBase):
         folded: initializer of codes -> the float weight that it was made from, its shape, type and granularity.
         biases: float bias -> the codes that it was made from.
         codes: INT8 or INT4 initializer -> the codes that it was made from, of another type or with a zero point.
+        floats: float weight of a convolution that TensorRT has no FP8 kernel for -> the codes that it was made from.
+        pools: FP8 quantizers in front of a MaxPool that are behind it now.
         signed: activations that are quantized to INT8 now, and were to UINT8.
         offsets: quantizers whose integer zero point was not 0 and is an addition, a subtraction or in a bias now.
         zero_points: FP8 quantizers whose zero point was not 0 and is now written out.
@@ -40,6 +44,8 @@ class RepairReport(ReportBase):
     folded: dict[str, str]
     biases: dict[str, str]
     codes: dict[str, str]
+    floats: dict[str, str] = Field(default_factory=dict)
+    pools: int = 0
     signed: int
     offsets: list[str]
     zero_points: list[str]

@@ -27,6 +27,8 @@ class Changes:
     folded: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     codes: dict[str, str] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+    pools: int = 0
     signed: int = 0
     offsets: list[str] = field(default_factory=list)
     zero_points: list[str] = field(default_factory=list)

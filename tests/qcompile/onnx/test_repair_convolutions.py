@@ -85,6 +85,58 @@ def test_legacy_quantizers_round_a_convolution(names: tuple[str, str], form: Any
     assert axes == ([0] if form.get("channels") else []) and not report.transposes
 
 
+def pooled(names: tuple[str, str], operator: str, taps: int, *, second: bool = False) -> onnx.ModelProto:
+    """x -> Q -> DQ -> MaxPool -> a convolution, transposed perhaps, of Q/DQ of a weight [4, 4, taps, taps]."""
+    q, dq = names
+    constants = {
+        "weight": np.random.default_rng(0).standard_normal((4, 4, taps, taps)),
+        **{"x_scale": np.array(0.0131), "w_scale": np.array(0.0072)},
+    }
+    zero = ["zero"] if names == legacy.STANDARD_NAMES else []
+    nodes = [
+        helper.make_node(q, ["x", "x_scale", *zero], ["x_q"], name="x_quantize", domain="trt"),
+        helper.make_node(dq, ["x_q", "x_scale"], ["x_dq"], name="x_dequantize", domain="trt"),
+        helper.make_node(q, ["weight", "w_scale", *zero], ["w_q"], name="w_quantize", domain="trt"),
+        helper.make_node(dq, ["w_q", "w_scale"], ["w_dq"], name="w_dequantize", domain="trt"),
+        helper.make_node("MaxPool", ["x_dq"], ["p"], name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+        helper.make_node(operator, ["p", "w_dq"], ["c"], name="conv"),
+        helper.make_node("GlobalAveragePool", ["c"], ["y" if not second else "a"], name="average"),
+    ]
+    if second:  # both read what is quantized
+        nodes.append(helper.make_node("GlobalAveragePool", ["w_dq"], ["b"], name="weights"))
+        nodes.append(helper.make_node("GlobalAveragePool", ["x_dq"], ["i"], name="input"))
+        nodes.append(helper.make_node("Sum", ["a", "b", "i"], ["y"], name="sum"))
+    return legacy.model(
+        nodes,
+        [
+            *(legacy.tensor(name, value.astype(np.float32)) for name, value in constants.items()),
+            legacy.tensor("zero", np.zeros((), legacy.FP8)),
+        ],
+        {"x": (FLOAT, [4, 4, 20, 20])},
+        {"y": (FLOAT, [4, 4, 1, 1])},
+    )
+
+
+@pytest.mark.parametrize("names", [legacy.OLD_NAMES, legacy.STANDARD_NAMES], ids=["old", "standard"])
+@pytest.mark.parametrize(("operator", "taps"), [("Conv", 7), ("ConvTranspose", 2), ("Conv", 3)])
+@pytest.mark.parametrize("second", [False, True])
+def test_fp8_that_has_no_kernel(names: tuple[str, str], operator: str, taps: int, second: bool, tmp_path: Path) -> None:
+    """Weights are float, and a pooling comes before its quantizer, unless something else reads the same."""
+    model = pooled(names, operator, taps, second=second)
+    onnx.save(model, tmp_path / "old.onnx")
+    report = qcompile.repair_onnx(tmp_path / "old.onnx", tmp_path / "new.onnx")
+    assert all(check.passed for check in report.checks) and report.kept == {}
+    x = np.random.default_rng(1).standard_normal((4, 4, 20, 20)).astype(np.float32) * 3  # beyond the largest code
+    np.testing.assert_allclose(run(tmp_path / "new.onnx", x), legacy.reference(model, x), rtol=1e-5, atol=1e-5)
+    unfit = (operator, taps) != ("Conv", 3) and not second
+    assert (len(report.floats), report.pools) == (int(unfit), int(not second))
+    nodes = onnx.load(tmp_path / "new.onnx").graph.node
+    assert sum(node.op_type == "DequantizeLinear" for node in nodes) == 2 - unfit
+    (pool,) = (node for node in nodes if node.op_type == "MaxPool")
+    assert (pool.input[0] == "x") is not second
+    assert not qcompile.repair_onnx(tmp_path / "new.onnx", tmp_path / "again.onnx").changed
+
+
 def modelopt(config: str, width: int = 16) -> Any:
     mtq = pytest.importorskip("modelopt.torch.quantization", reason="pip install nvidia-modelopt")
     return mtq.quantize(resnet(width), getattr(mtq, config), lambda m: m(IMAGES))

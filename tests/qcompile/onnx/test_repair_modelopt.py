@@ -43,8 +43,13 @@ def test_float_weights_behind_quantizers(opset: int, tmp_path: Path) -> None:
     onnx.checker.check_model(str(tmp_path / "new.onnx"), full_check=True)
     assert report.opset == (opset, max(opset, 19))
     assert report.standardized == {"trt::TRT_FP8QuantizeLinear": 39, "trt::TRT_FP8DequantizeLinear": 39}
-    assert len(report.folded) == 14 and report.transposes == 12 and report.bytes[1] < report.bytes[0] / 2
-    assert known_shapes(tmp_path / "new.onnx") == (64, 64)
+    assert (
+        len(report.folded) == 13
+        and len(report.floats) == 1
+        and report.transposes == 12
+        and report.bytes[1] < report.bytes[0] * 0.6
+    )
+    assert known_shapes(tmp_path / "new.onnx") == (63, 63)
     (logits,) = qcompile.onnx_session(tmp_path / "new.onnx").run(None, {"x": x.numpy()})
     with torch.no_grad():
         expected = model(x).logits.numpy()
@@ -60,11 +65,12 @@ def test_standard_names_in_the_trt_domain(tmp_path: Path, monkeypatch: pytest.Mo
     report = qcompile.repair_onnx(tmp_path / "old.onnx", tmp_path / "new.onnx")
     onnx.checker.check_model(str(tmp_path / "new.onnx"), full_check=True)
     assert report.standardized == {"trt::QuantizeLinear": 25, "trt::DequantizeLinear": 38} and report.kept == {}
-    assert known_shapes(tmp_path / "new.onnx") == (68, 68)
+    assert known_shapes(tmp_path / "new.onnx") == (67, 67)
     _compare_layer_by_layer(tmp_path, x.numpy().astype(np.float16))
     before = qcompile.build_engine(tmp_path / "old.onnx", target="sm89", progress=False)
     after = qcompile.build_engine(tmp_path / "new.onnx", target="sm89", expect={"attention_fp8": 2}, progress=False)
-    assert after.kernels == before.kernels and after.gemms == before.gemms
+    # the weight of the patch embedding, 16 x 16, is not dequantized in each run any more
+    assert len(report.floats) == 1 and after.kernels == before.kernels - 1 and after.gemms == before.gemms
 
 
 def _compare_layer_by_layer(folder: Path, x: Any) -> None:
@@ -73,7 +79,8 @@ def _compare_layer_by_layer(folder: Path, x: Any) -> None:
     old, new = onnx.load(folder / "old.onnx"), folder / "new.onnx"
     name = old.graph.input[0].name
     gemms = [node for node in old.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
-    edges = [used for node in gemms for used in node.input[:2]]
+    # the weight of the patch embedding, 16 x 16, is float: TensorRT has no FP8 kernel for it
+    edges = [used for node in gemms for used in node.input[: 1 if node.op_type == "Conv" else 2]]
     quantizers = {node.output[0]: node for node in old.graph.node if node.op_type in legacy.STANDARD_NAMES}
     sources = {quantizers[quantizers[edge].input[0]].input[0] for edge in edges if _from_activation(quantizers, edge)}
     values = run_onnx_intermediates(new, {name: x}, [*edges, *sources]).values
@@ -87,7 +94,7 @@ def _compare_layer_by_layer(folder: Path, x: Any) -> None:
             codes = legacy.quantize(values[q.input[0]], constants[q.input[1]])
         expected = legacy.dequantize(codes, constants[dq.input[1]])
         worst = max(worst, relative(values[edge], expected))
-    assert len(edges) == 36 and worst < 1e-3
+    assert len(edges) == 35 and worst < 1e-3
 
 
 def _from_activation(quantizers: dict[str, onnx.NodeProto], edge: str) -> bool:
