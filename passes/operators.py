@@ -13,8 +13,8 @@ from typing import Any
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from passes.graph import aten, shape
-from passes.ir import BATCHED_LINEAR
+from passes.graph import aten, is_call, shape
+from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SUFFIXES",
     "TRANSPOSED",
     "Operator",
+    "added_convolution",
     "counted_kinds",
     "of_kind",
     "operator_of",
@@ -34,6 +35,7 @@ SUFFIXES = {
     "input": "input_quantizer",
     "weight": "weight_quantizer",
     "output": "output_quantizer",
+    "residual": "residual_quantizer",
     "q": "q_bmm_quantizer",
     "k": "k_bmm_quantizer",
     "v": "v_bmm_quantizer",
@@ -126,12 +128,39 @@ CONVOLUTION = Operator(
     gemm=False,
     instead=lambda call: TRANSPOSED if call.args[6] else None,
 )
+PLAIN_ADD = Operator("add")
+
+
+def _residual(call: Node) -> Operator | None:
+    """The row of an add, by which operand is the skip branch: the one that is no result of a convolution."""
+    left, right = call.args[:2]
+    if not isinstance(left, Node) or not isinstance(right, Node) or left is right or call.kwargs.get("alpha", 1) != 1:
+        return PLAIN_ADD
+    if shape(left) != shape(right) or "get_attr" in (left.op, right.op):
+        return PLAIN_ADD
+    if added_convolution(left) is not None:
+        return None
+    return RESIDUAL_FIRST if added_convolution(right) is not None else PLAIN_ADD
+
+
+def added_convolution(operand: object) -> Node | None:
+    """The convolution that nothing but this operand of an add reads, perhaps through Q/DQ; None for anything else."""
+    node = operand
+    while isinstance(node, Node) and len(node.users) == 1 and is_call(node, QUANTIZE, DEQUANTIZE):
+        node = node.args[0]
+    is_convolution = is_call(node, aten.convolution.default)
+    return node if isinstance(node, Node) and is_convolution and len(node.users) == 1 and not node.args[6] else None
+
+
+RESIDUAL_FIRST = Operator("residual", {"residual": 0}, gemm=False)
+RESIDUAL = Operator("residual", {"residual": 1}, gemm=False, instead=_residual)
 
 OPERATORS: dict[Any, Operator] = {
     aten.linear.default: Operator("linear", _LAYER, counted=True),
     BATCHED_LINEAR: Operator("experts", _LAYER, counted=True, groups=1),
     aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
+    aten.add.Tensor: RESIDUAL,
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),

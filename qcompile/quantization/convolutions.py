@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from passes.capabilities import CONVOLUTIONS
 from passes.legalize.unfit_convolutions import unfit_convolution
+from passes.operators import added_convolution
 from passes.quantize.sites import Site
 from passes.roofline import LEAST_GAIN, Roofline
 from qcompile.schemes.config import QuantizerConfig, format_of
 
-__all__ = ["idle", "unfit"]
+__all__ = ["idle", "unadded", "unfit"]
 
 
 def unfit(site: Site, config: QuantizerConfig) -> str | None:
@@ -51,3 +52,28 @@ def idle(configs: Mapping[Site, QuantizerConfig], which: str) -> dict[Site, str]
                 " that quantizes its input; `convolutions: all` has it quantized"
             )
     return found
+
+
+def unadded(site: Site, kept: Mapping[Site, QuantizerConfig], config: QuantizerConfig) -> str | None:
+    """Why quantizing the skip branch at `site` would save nothing; None where it does, and for other operands.
+
+    A convolution on INT8 with a scale for each channel has a pointwise kernel behind it, which adds, quantizes for the
+    next convolution, and writes the sum in half precision once more for the next add: less where that reads the codes.
+    ResNet-18 has 40 kernels for 41. With one scale, or in FP8, the convolution itself adds what is in half precision,
+    and codes are dequantized in front of it: 44 for 41. (TensorRT-RTX 1.7.1, SM89 and SM120.)
+
+    Args:
+        kept: the quantizers of layers that are not left out. config: of the skip branch.
+    """
+    if site.operand != "residual" or site.index is None:
+        return None
+    convolution = added_convolution(site.consumer.args[1 - site.index])
+    own = {s.operand: c for s, c in kept.items() if s.consumer is convolution}
+    if {operand for operand, c in own.items() if c.format == config.format} < {"input", "weight"}:
+        return f"the convolution whose result it is added to is not quantized to {config.format}"
+    if config.format != "int8" or own["weight"].granularity != "per_channel":
+        return "only a convolution on INT8 with a scale for each channel is added in a kernel that takes codes"
+    same = (s for s, c in kept.items() if s.operand == "input" and s.tensor is site.tensor)
+    if all(kept[s].layout != config.layout for s in same):
+        return "no convolution reads it on codes, so that these would be one more tensor"
+    return None

@@ -23,7 +23,7 @@ from qcompile.algorithms.base import Algorithm, make
 from qcompile.errors import RecipeError
 from qcompile.frontends.quantized import refuse_quantized_graph
 from qcompile.messages import some
-from qcompile.quantization.convolutions import idle, unfit
+from qcompile.quantization.convolutions import idle, unadded, unfit
 from qcompile.quantization.edges import check_edges
 from qcompile.recipe import (
     QuantizerConfig,
@@ -162,6 +162,9 @@ def _useful(work: Work, configs: Mapping[Site, QuantizerConfig], convolutions: s
     unpaid = idle(configs, convolutions)
     reasons = {site: site.idle or unfit(site, config) or unpaid.get(site) for site, config in configs.items()}
     reasons |= dict.fromkeys((site for site in configs if site.consumer in fixed), "no user input reaches it")
+    idle_layers = {site.consumer for site, reason in reasons.items() if reason}
+    kept = {site: config for site, config in configs.items() if site.consumer not in idle_layers}
+    reasons |= {site: reason for site, config in kept.items() if (reason := unadded(site, kept, config))}
     left = {site.consumer: (site.module, reason) for site, reason in reasons.items() if reason}
     for node, (module, reason) in left.items():
         work.log.declined.append(Decline(SITES, f"not quantized: {reason}", module, (node.name,)))

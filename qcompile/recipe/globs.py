@@ -12,6 +12,7 @@ from qcompile.messages import value
 WEIGHT = "weight_quantizer"
 INPUT = "input_quantizer"
 OUTPUT = "output_quantizer"
+RESIDUAL = "residual_quantizer"
 SOFTMAX = "softmax_bmm_quantizer"
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
 MULTIPLIED_IN_ATTENTION = ((ATTENTION[0], ATTENTION[1]), (SOFTMAX, ATTENTION[2]))
@@ -20,6 +21,7 @@ MEANING = {
     INPUT: "input of a linear layer, of the experts that are one weight, or of a convolution",
     WEIGHT: "weight of a linear layer, of all experts, or of a convolution",
     OUTPUT: "result of a linear layer, of a convolution or of a norm",
+    RESIDUAL: "what is added to the result of a convolution: the skip branch",
     ATTENTION[0]: "query of an attention",
     ATTENTION[1]: "keys of an attention; with the values, the key/value cache of a checkpoint",
     ATTENTION[2]: "values of an attention; with the keys, the key/value cache of a checkpoint",

@@ -60,9 +60,9 @@ class Rule(Strict):
     leading `*.` also matches at the start, so `*.head.*` finds `head.weight_quantizer` and `a.head.weight_quantizer`.
 
     A name is the path of a module and one of `input_quantizer`, `weight_quantizer` (linear layers, experts
-    and convolutions), `output_quantizer` (these and norms), `q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and
-    `softmax_bmm_quantizer` (attention). The key/value cache of a checkpoint is what k_bmm and v_bmm are: FP8 if
-    `*.[kv]_bmm_quantizer` is.
+    and convolutions), `output_quantizer` (these and norms), `residual_quantizer` (what is added to the result of a
+    convolution), `q_bmm_quantizer`, `k_bmm_quantizer`, `v_bmm_quantizer` and `softmax_bmm_quantizer` (attention). The
+    key/value cache of a checkpoint is what k_bmm and v_bmm are: FP8 if `*.[kv]_bmm_quantizer` is.
 
     A number with a minus counts from the end of its stack of blocks, as a model's names have it: `*layers.-1.*` is the
     last block of each stack called layers, `decoder.layers.-1.*` that of one, `*layers.-[1-4].*` the last four.
@@ -72,7 +72,7 @@ class Rule(Strict):
     called fc, and not one inside a block: `{quantizer: "*.fc.*", unless: "*.layers.*", enable: false}`."""
     module_class: Annotated[str, Field(min_length=1)] | None = None
     """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
-    operator: Literal["linear", "experts", "convolution", "attention", "norm"] | None = None
+    operator: Literal["linear", "experts", "convolution", "attention", "norm", "residual"] | None = None
     """What the quantizer belongs to, by what it is in the graph: a convolution that cuts an image into patches is
     rewritten as a `linear` there, whatever its class."""
     enable: bool | None = None

@@ -18,9 +18,10 @@ from passes.normalize.routing import is_grouped
 from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind, operator_of, refusals
 from passes.place.rotate import FACTOR
 from passes.quantize.sites import linear_name, weight_name
-from passes.reading import QuantizedLayer
+from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
+from qcompile.report.convolutions import ConvolutionEstimate, estimates
 
 KINDS = counted_kinds()
 _LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
@@ -31,18 +32,21 @@ _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default
 
 @dataclass(frozen=True)
 class Modules:
-    """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, and the `reasons`."""
+    """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, the `reasons`, and what
+    a roofline says of its convolutions."""
 
     quantized: dict[str, str]
     unquantized: dict[str, str]
     coverage: dict[str, tuple[int, int]]
     reasons: dict[str, str]
+    convolutions: list[ConvolutionEstimate]
 
     @classmethod
     def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
         declined = list(declined)
         quantized, unquantized = quantized_modules(gm, declined)
-        return cls(quantized, unquantized, coverage(gm, unquantized), _reasons(gm, unquantized, declined))
+        reasons = _reasons(gm, unquantized, declined)
+        return cls(quantized, unquantized, coverage(gm, unquantized), reasons, list(estimates(gm)))
 
 
 def _reasons(gm: GraphModule, unquantized: Mapping[str, str], declined: Iterable[Decline]) -> dict[str, str]:
@@ -91,7 +95,8 @@ def layers(gm: GraphModule) -> dict[tuple[str, str], bool]:
 
 
 def _modules(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
-    """(kind, path, format or None) of each layer with a weight, each attention, and each quantized norm."""
+    """(kind, path, format or None) of each layer with a weight, each attention, and each quantized norm or skip
+    branch."""
     for part in graphs(gm):
         yield from _modules_of(part)
 
@@ -107,6 +112,11 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         elif (row := operator_of(node)) is not None and not row.refusal:
             yield row.kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *of_kind("residual")):
+        row = operator_of(node)
+        index = None if row is None else row.operands.get("residual")
+        if index is not None and (skip := Operand.read(node.args[index])) is not None:
+            yield "residual", module_path(node), skip.format.name
     for node in calls(gm.graph, *OPERATORS):
         row = None if node.target in _PRODUCTS else operator_of(node)
         if row is not None and row.refusal and (name := _refused(gm, node)) is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.cli import main
 from qcompile.report.program import ProgramReport
 
 C = 64
@@ -158,6 +159,30 @@ def test_scales_of_blocks_and_tokens_are_none_for_a_convolution() -> None:
         assert "no target convolves" in report.reasons["0"] and "(rules[" in report.reasons["0"]
 
 
+def test_reports_say_what_each_convolution_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(8, 256, 1), nn.Conv2d(256, 256, 3), nn.ConvTranspose2d(256, 4, 2)),
+        image(8, 6, 6),
+    )
+    rules = recipe("fp8") | {"convolutions": "where_it_pays"}
+    program = qcompile.quantize(model.eval(), (x,), recipe=rules, calibration=[x], progress=False)
+    report = qcompile.export_onnx(program, tmp_path / "model.onnx")
+    narrow, wide = report.convolutions
+    assert (narrow.module, narrow.format, wide.module, wide.format) == ("0", "", "1", "fp8")
+    assert narrow.operations == 2 * 36 * 8 * 256 and narrow.bytes == 2 * (8 * 36 + 8 * 256 + 256 * 36)
+    assert narrow.intensity == narrow.operations / narrow.bytes
+    assert narrow.bytes_on_codes == 8 * 36 * 4 + 8 * 256 + 256 * 36 * 2
+    assert narrow.gain < 1.1 < wide.gain and wide.gain_per_channel < wide.gain
+    assert f"{narrow.gain:.2f} times" in report.reasons["0"]
+    assert ProgramReport.of(program).convolutions == report.convolutions
+    (tmp_path / "report.json").write_text(report.to_json())
+    older = {name: value for name, value in report.data().items() if name != "convolutions"}
+    assert qcompile.Report.from_data(older).convolutions == []
+    assert main(["inspect", str(tmp_path / "report.json")]) == 0
+    assert "Convolutions, by the roofline (2)" in (shown := capsys.readouterr().out) and f"{wide.gain:.2f} x" in shown
+
+
 def test_a_recipe_says_which_convolutions() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 3)).eval()
@@ -175,3 +200,84 @@ def test_a_recipe_says_which_convolutions() -> None:
         if which == "where_it_pays":
             assert "times as fast as in half precision" in report.reasons["0"]
     assert listed == {"all": (2, 2), "where_it_pays": (1, 2), "none": (0, 2)}
+
+
+class Block(nn.Module):
+    """ResNet's: two convolutions beside a skip branch, with a convolution in that where sizes change."""
+
+    def __init__(self, stride: int, channels: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.skip(x)
+        return torch.relu(skip + self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_skip_branch_is_quantized_where_the_sum_is_not_written_twice(granularity: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stem, pool = nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2)
+    model = nn.Sequential(stem, nn.ReLU(), pool, Block(1), Block(1), Block(2), Block(1), nn.AvgPool2d(2)).eval()
+    x = image(3, 32, 32)
+    rules = recipe("int8", granularity)
+    program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], dtype=torch.float32, progress=False)
+    without = ProgramReport.of(program)
+    rules["rules"].append({"quantizer": "*.residual_quantizer", "format": "int8"})
+    given: dict[str, Any] = {"recipe": rules, "calibration": [x], "progress": False}
+    program = qcompile.quantize(model, (x,), dtype=torch.float32, **given)
+    report = ProgramReport.of(program)
+    found = report.quantized.items() - without.quantized.items()
+    assert found == ({("3", "int8"), ("4", "int8"), ("6", "int8")} if granularity == "per_channel" else set())
+    reasons = {d.module: d.reason for d in report.declined}
+    assert "no convolution reads it on codes" in reasons["5"] if found else "a scale for each channel" in reasons["4"]
+    written = qcompile.export_onnx(program, tmp_path / "model.onnx", target="portable")
+    assert written.passed and written.quantized == report.quantized
+    session = qcompile.onnx_session(tmp_path / "model.onnx")
+    given_by_others = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(given_by_others, program.module()(x).numpy(), rtol=0, atol=2e-6)
+    expected = model(x).detach().numpy()
+    assert np.linalg.norm(given_by_others - expected) / np.linalg.norm(expected) < 0.05
+
+
+@pytest.mark.slow
+def test_the_builder_has_fewer_kernels_with_the_skip_branch() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), Block(1), Block(1)).eval()
+    x, kernels = image(3, 32, 32), []
+    for more in ([], [{"quantizer": "*.residual_quantizer", "format": "int8"}]):
+        rules = recipe("int8", "per_channel")
+        rules["rules"] = [*rules["rules"], *more]
+        program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False)
+        kernels.append(qcompile.build_engine(program, None, target="sm89", progress=False).kernels)
+    assert kernels[1] < kernels[0]
+
+
+@pytest.mark.slow
+def test_engines_say_how_many_kernels_a_convolution_has() -> None:
+    """By the layer list: one scale for the weight is a kernel for the input's codes, one for each channel two."""
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU(), nn.Conv2d(C, C, 3)).eval(), image(C, 16, 16)
+    for granularity, kernels in (("per_tensor", 2), ("per_channel", 3)):
+        rules = recipe("int8", granularity)
+        program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False)
+        engine = qcompile.build_engine(program, None, target="sm89", progress=False)
+        assert engine.convolution_kernels == {"0": kernels, "2": kernels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "between", [nn.GroupNorm(8, C), nn.SiLU(), nn.GELU(), nn.Sequential(nn.GroupNorm(8, C), nn.SiLU())]
+)
+def test_codes_are_made_in_the_kernel_of_what_a_convolution_reads(between: nn.Module) -> None:
+    """The quantizer of the next input is enough: an output quantizer would save nothing."""
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(C, C, 3), between, nn.Conv2d(C, C, 3)).eval(), image(C, 16, 16)
+    program = qcompile.quantize(model, (x,), recipe=recipe("fp8"), calibration=[x], progress=False)
+    engine = qcompile.build_engine(program, None, target="sm89", progress=False)
+    assert engine.kernels == 5  # the input, two convolutions, what is between them, the output

@@ -48,6 +48,21 @@ def test_a_scale_for_each_channel_stands_for_so_many_products() -> None:
     assert OPERATORS[SDPA].reduction(x) is None
 
 
+def test_the_skip_branch_of_an_add_is_what_no_convolution_gives() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bias = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Parameter(torch.ones(1, 4, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            read_twice = self.b(x)
+            return x + self.a(x), self.a(x) + x, x + read_twice, read_twice.relu(), self.a(x) + self.bias, x + x.relu()
+
+    gm = graph_of(Adds(), torch.randn(1, 4, 8), normalized=True)
+    skips = [(site.index, site.tensor.op) for site in find_sites(gm) if site.operand == "residual"]
+    assert skips == [(0, "placeholder"), (1, "placeholder")]
+
+
 class Weights(nn.Module):
     """One of each layer whose weight nothing quantizes, and a convolution."""
 
