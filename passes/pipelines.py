@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from passes.canonicalize.attention_operands import MoveQuantizersToAttention
 from passes.canonicalize.batch_norm import FoldBatchNormIntoScales
+from passes.canonicalize.max_pool import QuantizeBehindMaxPool
 from passes.canonicalize.modelopt import ModeloptToQdq
 from passes.canonicalize.padding import PadBeforeQuantizers
 from passes.canonicalize.pt2e import Pt2eToQdq
@@ -126,6 +127,7 @@ CANONICALIZE = Pipeline(
     FoldBatchNormIntoScales,
     *NORMALIZE,
     PadBeforeQuantizers,
+    QuantizeBehindMaxPool,
     MoveZeroPoints,
     MoveQuantizersToAttention,
     ShareQuantizers,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.constants import constant
-from passes.graph import Emitter, argument, aten, calls, is_call
-from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.canonicalize.symmetric import applied_before, quantized_path
+from passes.graph import argument, aten, calls, is_call
 
 __all__ = ["PadBeforeQuantizers"]
 
@@ -38,9 +37,9 @@ class PadBeforeQuantizers(Pass):
             if not is_call(pad, *_PADS) or not _keeps_zero(pad):  # type: ignore[arg-type]
                 continue
             assert isinstance(pad, Node)
-            path = _path(gm, pad.args[0])
+            path = quantized_path(gm, pad.args[0])
             if path:
-                layer.update_arg(0, _moved(pad, path, layer))
+                layer.update_arg(0, applied_before(pad, path, layer))
                 self.fire()
 
 
@@ -49,31 +48,3 @@ def _keeps_zero(pad: Node) -> bool:
     if is_call(pad, aten.pad.default) and argument(pad, "mode", "constant") != "constant":
         return True
     return not argument(pad, "value")
-
-
-def _path(gm: GraphModule, operand: object) -> list[Node]:
-    """What quantizes `operand`, first to last: perhaps an addition, quantize, dequantize, and then a subtraction."""
-    path: list[Node] = []
-    for kind in (aten.sub.Tensor, DEQUANTIZE, QUANTIZE, aten.add.Tensor):
-        if isinstance(operand, Node) and is_call(operand, kind):
-            is_offset = kind in (aten.sub.Tensor, aten.add.Tensor)
-            if is_offset and not isinstance(operand.args[1], float):
-                break
-            path.insert(0, operand)
-            operand = operand.args[0]
-        elif kind in (DEQUANTIZE, QUANTIZE):
-            return []
-    scales = [constant(gm, step.args[1]) for step in path if is_call(step, QUANTIZE)]
-    shifted = is_call(path[0], aten.add.Tensor) == is_call(path[-1], aten.sub.Tensor)
-    return path if shifted and all(scale is not None and scale.numel() == 1 for scale in scales) else []
-
-
-def _moved(pad: Node, path: list[Node], layer: Node) -> Node:
-    assert callable(pad.target)
-    result = Emitter(layer, like=pad)(pad.target, path[0].args[0], *pad.args[1:], **pad.kwargs)
-    for step in path:
-        assert callable(step.target)
-        made = Emitter(layer, like=step)(step.target, result, *step.args[1:], **step.kwargs)
-        made.meta["custom"] = dict(step.meta.get("custom", {}))
-        result = made
-    return result

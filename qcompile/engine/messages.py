@@ -29,6 +29,10 @@ _HINTS = (
     ),
     (r"Non-zero zero point", "TensorRT multiplies symmetric INT8 only: qcompile repair moves zero points into biases"),
     (r"Plugin not found", "TensorRT does not know this operator: export with target='tensorrt' or 'portable'"),
+    (
+        r"dtype == myelinTypeFloat .* dtype == myelinTypeFP8E4M3",
+        "TensorRT-RTX before 1.7 has no INT8 convolutions: build with 1.7, by route='onnx', or use the recipe fp8",
+    ),
     (r"same input types|must have the same type", "two operands have different types: a Cast is missing in the file"),
 )
 

@@ -7,6 +7,7 @@ the builder's list of kernels then names layers where it would name nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -108,6 +109,7 @@ def _as_onnx(trt: Any, network: Any, filled: FilledNetwork) -> onnx.ModelProto:
             nodes.append(_attention(first, layer))
         else:
             nodes.append(_node(trt, layer))
+            constants += _kernel(trt, layer, nodes[-1])
         if nodes and nodes[-1].name == layer.name:
             entry = onnx.StringStringEntryProto(key=NAME_SCOPES, value=repr(["", module, layer.name]))
             nodes[-1].metadata_props.append(entry)
@@ -131,6 +133,18 @@ def _node(trt: Any, layer: Any) -> onnx.NodeProto:
         made = _TYPES.get(layer.get_output(0).dtype.name, TensorProto.UNDEFINED)
         node.attribute.append(helper.make_attribute("output_dtype", made))
     return node
+
+
+def _kernel(trt: Any, layer: Any, node: onnx.NodeProto) -> list[onnx.TensorProto]:
+    """The weight of a convolution in floating point, which the layer has where the node has an input."""
+    if layer.type.name != "CONVOLUTION" or layer.num_inputs > 1:
+        return []
+    layer.__class__ = trt.IConvolutionLayer
+    out, kernel = layer.num_output_maps, tuple(layer.kernel_size_nd)
+    data_type = _TYPES.get(layer.get_output(0).dtype.name, TensorProto.UNDEFINED)
+    node.input.append(f"{layer.name}_kernel")
+    dims = (out, layer.kernel.size // (out * math.prod(kernel)), *kernel)
+    return [onnx.TensorProto(name=node.input[1], data_type=data_type, dims=dims)]
 
 
 def _operator(trt: Any, layer: Any) -> str:

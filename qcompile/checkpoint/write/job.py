@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from qcompile.checkpoint.write.plan import (
     sibling_groups,
     unwritten_notice,
 )
-from qcompile.checkpoint.write.program import ProgramWeights, read_program
+from qcompile.checkpoint.write.program import NO_CONVOLUTIONS, ProgramWeights, read_program
 from qcompile.checkpoint.write.report import CheckpointReport
 from qcompile.checkpoint.write.solve import Solver
 from qcompile.errors import CheckpointError
@@ -101,6 +102,8 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     weights.layers = plain_names(weights.layers, origin.hub.layers)
     weights.kv_scales = plain_names(weights.kv_scales, origin.hub.attentions)
     plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
+    if weights.convolutions:
+        plan.left[NO_CONVOLUTIONS] = list(plain_names(weights.convolutions, origin.hub.layers))
     noted = record_of(model)
     unreached = [f"{d.module}: {d.reason}" for d in noted.declined if d.pass_name in (UNREACHED, SITES)]
     plan.notices = [*origin.notices, *noted.notices, *unreached, *plan.notices, *weights.notices]
@@ -157,6 +160,7 @@ def layers_of(plan: Plan, origin: Origin, declined: Sequence[Decline] = ()) -> d
     return {
         "quantized": {name: describe(scheme) for name, scheme in plan.schemes.items()},
         "unquantized": {name: kinds[name] for name in stays},
+        "reasons": {name: reason for name, reason in reasons.items() if reason},
         "coverage": coverage,
         "declined": [*declined, *(Decline(HUB, reason, name, ()) for name, reason in reasons.items() if reason)],
     }
@@ -166,7 +170,10 @@ def _kind(layer: Layer) -> str:
     """What graphs call the layer, and the class of one that is no linear layer there."""
     if any(part.expert is not None for part in layer.parts):
         return "experts"
-    return layer.module_class.rpartition(".")[2] if layer.stays else "linear"
+    name = layer.module_class.rpartition(".")[2]
+    if layer.stays and re.fullmatch(r"Conv(Transpose)?[123]d", name):
+        return "transposed_convolution" if "Transpose" in name else "convolution"
+    return name if layer.stays else "linear"
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, KvScales]:

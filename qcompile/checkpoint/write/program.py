@@ -25,6 +25,8 @@ from qcompile.process import alone
 from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
+NO_CONVOLUTIONS = "servers compute convolutions in floating point, and checkpoints hold them so"
+
 
 @dataclass
 class ProgramWeights:
@@ -33,12 +35,14 @@ class ProgramWeights:
     Attributes:
         layers: name -> codes and scales; of fused experts `[E, N, K]`.
         kv_scales: module path of an attention -> fp32 (k, v) scales.
+        convolutions: names of those that are quantized, which no checkpoint holds so.
         fused: there are attentions whose probabilities are quantized.
         notices: what the reader of the report should know.
     """
 
     layers: dict[str, QuantizedWeight] = field(default_factory=dict)
     kv_scales: dict[str, KvScales] = field(default_factory=dict)
+    convolutions: dict[str, None] = field(default_factory=dict)
     fused: bool = False
     notices: list[str] = field(default_factory=list)
 
@@ -55,7 +59,10 @@ def read_program(program: ExportedProgram) -> ProgramWeights:
     for part in graphs(gm):
         _read(part, found)
     if not found.layers:
-        raise CheckpointError("no linear layer of this program is quantized: give what qcompile.quantize returned")
+        others = f" (convolutions are: {NO_CONVOLUTIONS})" if found.convolutions else ""
+        raise CheckpointError(
+            f"no linear layer of this program is quantized{others}: give what qcompile.quantize returned"
+        )
     return found
 
 
@@ -70,6 +77,11 @@ def _read(gm: GraphModule, found: ProgramWeights) -> None:
             continue
         name, weight = layer.name, _weight(gm, layer)
         found.layers[name] = _joined(name, found.layers[name], weight, found) if name in found.layers else weight
+    found.convolutions |= {
+        layer.name: None
+        for node in calls(gm.graph, aten.convolution.default)
+        if (layer := QuantizedLayer.read(node)) is not None
+    }
     for node in calls(gm.graph, SDPA, ATTENTION):
         found.fused = found.fused or node.target is ATTENTION
         k, v = (_static_scale(gm, operand) for operand in node.args[1:3])

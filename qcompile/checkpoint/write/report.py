@@ -13,9 +13,10 @@ class CheckpointReport(ModelReport):
     Attributes:
         format, recipe: what was asked for; of a program, the recipe that it was quantized with.
         quantized: layer, as recipes name it -> its scheme in words. A fused weight of all experts counts once.
-        unquantized: the other layers with a weight matrix -> what they are: `linear`, `experts`, or the class of an
-            embedding, a convolution or the like.
-        coverage: `linear`, `experts` -> (how many are quantized, how many there are).
+        unquantized: the other layers with a weight matrix -> what they are: `linear`, `experts`, `convolution`,
+            `transposed_convolution`, or the class of an embedding or the like.
+        reasons: those that no checkpoint holds quantized -> why.
+        coverage: `linear`, `experts`, `convolution` -> (how many are quantized, how many there are).
         declined: layers that checkpoints hold in floating point, or that this one has to, with the reason; and what was
             declined when a program was quantized.
         kv_cache: scales of an FP8 key/value cache are in it.

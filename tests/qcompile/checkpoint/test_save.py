@@ -209,6 +209,47 @@ def test_convolutions_and_reduction_axes_that_do_not_fit_stay(tmp_path: Path) ->
     assert kept and all(same(before[name], tensors[name]) for name in kept)
 
 
+def resnet_of_transformers() -> Any:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=16
+    )
+    return transformers.ResNetForImageClassification(config).eval()
+
+
+def everything(convolutions: bool = True, linears: bool = True) -> Any:
+    names = [*(["convolution"] if convolutions else []), *(["linear"] if linears else [])]
+    return {
+        "metadata": {"name": "all", "description": "FP8 for weights and inputs."},
+        "rules": [
+            {"quantizer": f"*.{operand}_quantizer", "operator": name, "format": "fp8"}
+            for name in names
+            for operand in ("weight", "input")
+        ],
+    }
+
+
+def test_convolutions_of_a_program_stay_and_are_listed(tmp_path: Path) -> None:
+    """No server has quantized ones."""
+    model, x = resnet_of_transformers(), torch.randn(2, 3, 32, 32)
+    source = save(model, tmp_path / "source")
+    recipes = [everything(), everything(linears=False)]
+    both, alone = (
+        qcompile.quantize(model, (x,), recipe=recipe, calibration=[x], dtype=torch.float32, progress=False)
+        for recipe in recipes
+    )
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    report = write(both, tmp_path / "out", format="modelopt", source=source)
+    assert {name: report.unquantized[name] for name in names} == dict.fromkeys(names, "convolution")
+    assert report.coverage == {"linear": (1, 1), "convolution": (0, len(names))}
+    assert all("checkpoints hold in floating point" in report.reasons[name] for name in names)
+    assert any("servers compute convolutions in floating point" in notice for notice in report.notices)
+    tensors, before = read(tmp_path / "out"), read(source)
+    assert all(same(before[f"{name}.weight"], tensors[f"{name}.weight"]) for name in names)
+    with pytest.raises(qcompile.QCompileError, match=r"no linear layer .* servers compute convolutions"):
+        write(alone, tmp_path / "none", format="modelopt", source=source)
+
+
 def test_a_power_of_two_recipe(tmp_path: Path) -> None:
     model = tiny("llama", torch.float32, num_hidden_layers=1)
     recipe = qcompile.load_recipe("nvfp4_weight_only", ["calibration.power_of_two=true"])
