@@ -45,7 +45,8 @@ class Row:
 
     Attributes:
         coverage: kind -> (how many are quantized, how many there are). left: what is not -> the reason.
-        kernels, half_kernels: of the engine, and of that of the unquantized model in half precision.
+        kernels, half_kernels: of the engine, and of that of the unquantized model in half precision. half_error: why
+            there is no second one.
         convolutions, attention: of the engine, by type; fused in low precision, and all.
         claimed: what the report counts as quantized and the engine runs otherwise.
         codes, unequal: that quantizers of both files give, and how many differ from the program's.
@@ -59,6 +60,7 @@ class Row:
     left: dict[str, str] = field(default_factory=dict)
     kernels: int | None = None
     half_kernels: int | None = None
+    half_error: str = ""
     convolutions: dict[str, int] = field(default_factory=dict)
     attention: tuple[int, int] = (0, 0)
     claimed: list[str] = field(default_factory=list)
@@ -99,9 +101,13 @@ def measure(name: str, recipe: str, *, builds: bool = True) -> Row:
             try:
                 step(example, row, Path(folder))
             except Exception as error:  # whatever it is, it is a result of this row
-                row.failures.append(f"{type(error).__name__}: {error}".partition("\n")[0][:400])
+                row.failures.append(_said(error))
     row.seconds = round(time.process_time() - start, 1)
     return row
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:400]
 
 
 def _equal(example: Example, row: Row, folder: Path) -> None:
@@ -137,8 +143,11 @@ def _build(example: Example, row: Row, folder: Path) -> None:
     row.kernels, row.convolutions = built.kernels, {k: n for k, n in built.convolutions.items() if n}
     row.attention = built.attention.low_precision, built.attention.total
     row.claimed = [claim for claim in differences(report, built) if _OTHER_TARGETS not in claim]
-    export_unquantized(example, torch.float16, half)
-    row.half_kernels = qcompile.build_engine(half, target=TARGET, progress=False).kernels
+    try:
+        export_unquantized(example, torch.float16, half)
+        row.half_kernels = qcompile.build_engine(half, target=TARGET, progress=False).kernels
+    except Exception as error:  # torch's exporter or the builder refuses the plain model: there is no rival
+        row.half_error = _said(error)
 
 
 @app.default

@@ -40,7 +40,7 @@ TARGET = "sm89"
 class Network:
     """One network with one recipe: top-1 in percent, and what is known of its file and engine."""
 
-    float: float
+    unquantized: float
     program: float
     onnxruntime: float
     quantized: int
@@ -54,8 +54,8 @@ class Row:
     """One recipe.
 
     Attributes:
-        images: held out, of all networks. float, program, onnxruntime: top-1 in percent.
-        furthest: from float, of a single network.
+        images: held out, of all networks. unquantized, program, onnxruntime: top-1 in percent.
+        furthest: from the unquantized one, of a single network.
         quantized, convolutions: how many convolutions are by the report, and how many there are.
         low_precision: how many are by the layer list of the engine.
         kernels, half_kernels: of the engine, and of that of the unquantized model in half precision.
@@ -64,7 +64,7 @@ class Row:
     recipe: str
     networks: int
     images: int
-    float: float
+    unquantized: float
     program: float
     onnxruntime: float
     furthest: float
@@ -76,13 +76,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        distance = max(abs(found - self.float) for found in (self.program, self.onnxruntime))
+        distance = max(abs(found - self.unquantized) for found in (self.program, self.onnxruntime))
         return distance <= MOST and self.low_precision == self.quantized
 
     def cells(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe,
-            "float": f"{self.float:.2f} %",
+            "float": f"{self.unquantized:.2f} %",
             "program": f"{self.program:.2f} %",
             "ONNX Runtime": f"{self.onnxruntime:.2f} %",
             "furthest network": f"{self.furthest:.2f}",
@@ -123,10 +123,10 @@ def trained(data: Data, seed: int, *, width: int = 16, epochs: int = 30) -> ResN
         batches = -(-len(data.images) // 64)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * batches)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(data.images)).split(64):
+            for chosen in torch.randperm(len(data.images)).split(64):  # type: ignore[no-untyped-call]
                 loss = nn.functional.cross_entropy(model(data.images[chosen]), data.digits[chosen])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
     return model.eval().requires_grad_(False)
@@ -174,14 +174,16 @@ def run(*, tiny: bool = False) -> list[Row]:
 
 def joined(recipe: str, networks: list[Network], images: int, half_kernels: int) -> Row:
     """All networks of a recipe, which differ in their weights alone."""
-    top1 = {name: statistics.mean(getattr(n, name) for n in networks) for name in ("float", "program", "onnxruntime")}
+    top1 = {
+        name: statistics.mean(getattr(n, name) for n in networks) for name in ("unquantized", "program", "onnxruntime")
+    }
     one = networks[0]
     return Row(
         recipe,
         len(networks),
         images,
         **top1,
-        furthest=max(abs(found - n.float) for n in networks for found in (n.program, n.onnxruntime)),
+        furthest=max(abs(found - n.unquantized) for n in networks for found in (n.program, n.onnxruntime)),
         quantized=min(n.quantized for n in networks),
         convolutions=one.convolutions,
         low_precision=min(n.low_precision for n in networks),
