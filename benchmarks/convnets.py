@@ -7,6 +7,7 @@ excitation, dilation, norms of every kind, and several outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 Act = Callable[[], nn.Module]
 
 
-def conv(inputs: int, outputs: int, kernel: int = 1, act: Act | None = nn.ReLU, **options: int) -> nn.Sequential:
+def conv(inputs: int, outputs: int, kernel: int = 1, act: Act | None = nn.ReLU, **options: Any) -> nn.Sequential:
     """Convolution, batch norm and activation; zeros around the image keep its size."""
     padding = kernel // 2 * options.get("dilation", 1)
     layers = [nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options), nn.BatchNorm2d(outputs)]

@@ -16,7 +16,8 @@ class ChannelsFirstNorm(nn.LayerNorm):
     """LayerNorm over the channels of an image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        result: Tensor = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return result
 
 
 class ConvNextBlock(nn.Module):

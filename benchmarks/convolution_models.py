@@ -1,9 +1,9 @@
 """Claim: what a recipe names is convolved in its format, the rest is listed with a reason, and files equal programs.
 
 For each model of `convolution_zoo` and each recipe: quantize, export for TensorRT and as portable ONNX, compare both
-with the program in ONNX Runtime (float32, scales that are powers of two, so that codes are equal but where a sum of
-thousands of products, which no float32 holds exactly, is added in another order), and build an engine for SM89 of the
-float16 program, whose layer list is the judge. Beside it stands the unquantized model in half precision, exported by
+with the program in ONNX Runtime (float32, scales that are powers of two, so that codes are equal but where a sum of FP8
+products, which no float32 holds exactly, is added in another order), and build an engine for SM89 of the float16
+program, whose layer list is the judge. Beside it stands the unquantized model in half precision, exported by
 `torch.onnx.export(dynamo=True)`, from the same builder.
 """
 

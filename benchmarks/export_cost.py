@@ -47,7 +47,7 @@ def measure(model: str, layers: int, dtype: str, pairs: int) -> dict[str, Any]:
     time_ratios = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
     cpu_ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(ours, theirs, strict=True)]
     memory_ratios = [a["peak_mb"] / b["peak_mb"] for a, b in zip(ours, theirs, strict=True)]
-    found = {
+    found: dict[str, Any] = {
         "model": model,
         "layers": layers,
         "dtype": dtype,
