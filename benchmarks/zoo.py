@@ -49,7 +49,6 @@ class Model:
 
 
 _ROPE = {"gemm *rotary_emb*": "angles of a dynamic rotary embedding, position times frequency: no layer"}
-_STEM = {"conv conv?": "convolutions that overlap, over a spectrogram: half precision"}
 
 ZOO: tuple[Model, ...] = (
     Model("llama", "language:llama", attentions=2, known=_ROPE),
@@ -64,7 +63,7 @@ ZOO: tuple[Model, ...] = (
     Model("clip-vision", "vision:clip_vision", attentions=2),
     Model("siglip-vision", "vision:siglip_vision", attentions=3),
     Model("swin", "vision:swin", attentions=4),
-    Model("whisper-encoder", "vision:whisper_encoder", attentions=2, known=_STEM),
+    Model("whisper-encoder", "vision:whisper_encoder", attentions=2),
     Model("flux", "diffusion_models:flux", attentions=3),
     Model("flux-bf16", "diffusion_models:flux", attentions=3, dtype=torch.bfloat16),
     Model("flux2", "diffusion_models:flux2", attentions=3),
