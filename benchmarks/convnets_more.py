@@ -32,7 +32,8 @@ class ConvNextBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         inner = self.gamma * self.down(F.gelu(self.up(inner)))
-        return x + inner.permute(0, 3, 1, 2)
+        result: Tensor = x + inner.permute(0, 3, 1, 2)
+        return result
 
 
 class ConvNext(nn.Module):
@@ -72,7 +73,8 @@ class DeepLab(nn.Module):
         pooled = F.interpolate(self.pooled(features), size=features.shape[-2:], mode="bilinear", align_corners=False)
         joined = torch.cat([*(branch(features) for branch in self.branches), pooled], 1)
         result = self.predict(self.project(joined))
-        return F.interpolate(result, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        upscaled: Tensor = F.interpolate(result, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return upscaled
 
 
 class Split(nn.Module):

@@ -29,8 +29,8 @@ def test_digits_keep_their_top1() -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     pytest.importorskip("tensorrt_rtx", reason="the builder: pip install 'qcompile[tensorrt-rtx]'")
     for row in run(tiny=True):
-        assert row.low_precision == row.convolutions == 9 and row.float > 80
-        assert max(abs(row.program - row.float), abs(row.onnxruntime - row.float)) < 1
+        assert row.low_precision == row.convolutions == 9 and row.unquantized > 80
+        assert max(abs(row.program - row.unquantized), abs(row.onnxruntime - row.unquantized)) < 1
 
 
 @pytest.mark.slow
