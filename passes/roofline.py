@@ -54,15 +54,27 @@ class Roofline:
         return cls(sizes[2] * per_output, *sizes)
 
     @property
+    def moved(self) -> float:
+        """Bytes that it reads and writes in half precision."""
+        return 2 * (self.input + self.weight + self.output)
+
+    def moved_on_codes(self, per_channel: bool) -> float:
+        """The same on codes of 8 bits, with the kernels that it adds."""
+        written = (4 if per_channel else 2) * self.output
+        return self.input + self.weight + written + self._added(per_channel)
+
+    def _added(self, per_channel: bool) -> float:
+        """Bytes that the kernels before it, and behind it with a scale for each channel, move."""
+        return 3 * self.input + (4 * self.output if per_channel else 0)
+
+    @property
     def half(self) -> float:
         """Bytes that the memory moves in the time that it takes in half precision."""
-        return max(2 * self.products / BALANCE, 2 * (self.input + self.weight + self.output))
+        return max(2 * self.products / BALANCE, self.moved)
 
     def low(self, per_channel: bool) -> float:
         """The same on codes of 8 bits, with the kernels that it adds."""
-        written = (4 if per_channel else 2) * self.output
-        added = 3 * self.input + (written if per_channel else 0)
-        return max(self.products / BALANCE, self.input + self.weight + written) + added
+        return max(self.products / BALANCE + self._added(per_channel), self.moved_on_codes(per_channel))
 
     def gain(self, per_channel: bool) -> float:
         """How many times faster it is on codes."""

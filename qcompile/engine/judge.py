@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,11 +19,12 @@ READER = "unless what reads its output next is a quantizer"
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one profile: what it runs, the precisions of its modules as in the report, and `short_keys`: the attentions
-    (module, keys) that too few keys kept from fusing."""
+    """Of one profile: what it runs, the precisions and kernels of its modules as in the report, and `short_keys`: the
+    attentions (module, keys) that too few keys kept from fusing."""
 
     counts: ProfileCounts
     precisions: dict[str, str]
+    convolution_kernels: dict[str, int]
     short_keys: list[tuple[str, int]]
 
     @property
@@ -61,7 +63,17 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
         convolutions=_by_precision(convolutions),
         not_low_precision=gaps,
     )
-    return Judgement(counts, precisions, short)
+    return Judgement(counts, precisions, _convolution_kernels(products, kernels), short)
+
+
+def _convolution_kernels(products: list[Gemm], kernels: list[Layer]) -> dict[str, int]:
+    """Module -> how many kernels hold its convolution, a part of it, or the quantizer of its input."""
+    found: Counter[str] = Counter()
+    for product in products:
+        if product.kind == "conv":
+            own = {product.name, product.quantizer} - {""}
+            found[product.module] += sum(not own.isdisjoint(kernel.onnx_nodes) for kernel in kernels)
+    return dict(found)
 
 
 def _by_precision(kernels: list[Layer]) -> dict[str, int]:

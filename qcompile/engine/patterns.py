@@ -36,7 +36,8 @@ class Gemm:
     """A MatMul, Gemm, Einsum ("gemm") or Conv ("conv"), or one of ONNX Runtime's operators that multiply codes.
 
     `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's;
-    `obstacle`: why some target lacks a kernel for a quantized one of its size.
+    `obstacle`: why some target lacks a kernel for a quantized one of its size; `quantizer`: the node that makes the
+    codes of a convolution's input, empty without one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Gemm:
     unquantized: tuple[str, ...]
     is_rotation: bool = False
     obstacle: str = ""
+    quantizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,15 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
         missing = tuple(label for label, t in zip(labels, operands, strict=True) if not graph.is_quantized(t))
         kind = "conv" if node.op_type == "Conv" else "gemm"
         is_rotation = any(graph.is_constant(t) and t.startswith(_ROTATION) for t in operands)
-        why = obstacle(graph, node) if kind == "conv" else ""
-        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation, why))
+        of_convolution = (obstacle(graph, node), _quantizer(graph, node)) if kind == "conv" else ()
+        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation, *of_convolution))
     return found
+
+
+def _quantizer(graph: OnnxGraph, node: onnx.NodeProto) -> str:
+    dequantize = graph.producer(node.input[0])
+    codes = graph.producer(dequantize.input[0]) if dequantize is not None and dequantize.input else None
+    return node_name(codes) if codes is not None and codes.op_type == "QuantizeLinear" else ""
 
 
 def find_attentions(graph: OnnxGraph) -> list[Attention]:

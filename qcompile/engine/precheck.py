@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import onnx
 
 from qcompile.engine.capability import lacking
+from qcompile.engine.convolutions import without_kernel
 from qcompile.engine.graph import OnnxGraph, module_path, place
 from qcompile.engine.network import NetworkGraph
 from qcompile.errors import EngineError
+from qcompile.messages import some
 from qcompile.onnxfile.refused import nodes_without_operator, refused
+
+logger = logging.getLogger("qcompile")
 
 _TYPES = {
     "nvfp4": ("FP4 (FLOAT4E2M1)", onnx.TensorProto.FLOAT4E2M1),
@@ -19,7 +25,7 @@ _TYPES = {
 def precheck(graph: OnnxGraph, target: int) -> None:
     """Raise EngineError for weights that are not there or of another size, types that the target cannot run,
     block-scaled FP8 weights in a static FP8 GEMM, and quantization in a file that TensorRT does not have: a network is
-    made of TensorRT's own layers."""
+    made of TensorRT's own layers. Log a warning for quantized convolutions that the target runs in half precision."""
     graph.check_weights()
     problems = []
     if not isinstance(graph, NetworkGraph):
@@ -38,6 +44,8 @@ def precheck(graph: OnnxGraph, target: int) -> None:
                 "TensorRT-RTX 1.7.1 builds this into a wrong result without saying so. Use per-tensor or per-channel "
                 "weight scales, or leave the activation unquantized"
             )
+    if left := without_kernel(graph, target):
+        logger.warning("sm%d runs in half precision, with their quantizers left in: %s", target, some(left))
 
 
 def check_operators(graph: OnnxGraph) -> None:

@@ -61,6 +61,8 @@ class EngineReport(ReportBase):
         convolutions: convolution kernels, by the same types.
         precisions: module path of each GEMM and convolution -> the type that it multiplies in; several GEMMs of one
             module that differ are joined, as in "fp4+half".
+        convolution_kernels: module path of each convolution -> how many kernels quantize its input, convolve, and
+            rescale the result. One that works for several convolutions counts for each, and one may do more besides.
         not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
         notices: what a reader should know, such as a profile that rules out fused FP8 attention.
         bytes: size of the engine. seconds: wall-clock time of parsing and building.
@@ -81,6 +83,7 @@ class EngineReport(ReportBase):
     seconds: float
     layers: list[Layer]
     precisions: dict[str, str] = Field(default_factory=dict)
+    convolution_kernels: dict[str, int] = Field(default_factory=dict)
     profiles: list[ProfileCounts] = Field(default_factory=list)
 
     @property

@@ -346,4 +346,5 @@ def _report(
         comparison=comparison,
         bytes=size,
         headroom=record.headroom,
+        convolutions=modules.convolutions,
     )

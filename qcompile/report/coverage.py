@@ -21,6 +21,7 @@ from passes.quantize.sites import linear_name, weight_name
 from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
+from qcompile.report.convolutions import ConvolutionEstimate, estimates
 
 KINDS = counted_kinds()
 _LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
@@ -31,18 +32,21 @@ _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default
 
 @dataclass(frozen=True)
 class Modules:
-    """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, and the `reasons`."""
+    """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, the `reasons`, and what
+    a roofline says of its convolutions."""
 
     quantized: dict[str, str]
     unquantized: dict[str, str]
     coverage: dict[str, tuple[int, int]]
     reasons: dict[str, str]
+    convolutions: list[ConvolutionEstimate]
 
     @classmethod
     def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
         declined = list(declined)
         quantized, unquantized = quantized_modules(gm, declined)
-        return cls(quantized, unquantized, coverage(gm, unquantized), _reasons(gm, unquantized, declined))
+        reasons = _reasons(gm, unquantized, declined)
+        return cls(quantized, unquantized, coverage(gm, unquantized), reasons, list(estimates(gm)))
 
 
 def _reasons(gm: GraphModule, unquantized: Mapping[str, str], declined: Iterable[Decline]) -> dict[str, str]:

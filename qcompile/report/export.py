@@ -9,6 +9,7 @@ from pydantic import Field, field_serializer, field_validator
 from qcompile.report.base import ModelReport
 from qcompile.report.check import Check
 from qcompile.report.comparison import Comparison
+from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.headroom import Headroom
 
 
@@ -34,6 +35,7 @@ class Report(ModelReport):
         bytes: size on disk, external data included.
         headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
             the compute dtype is, the nearest first; empty without calibration data.
+        convolutions: each, quantized or not, with its operations, bytes, and what codes gain by a roofline.
 
     What `quantize` noted on the program is in it also for a program that was saved and loaded.
     """
@@ -47,6 +49,7 @@ class Report(ModelReport):
     bytes: int
     comparison: Comparison | None = None
     headroom: list[Headroom] = Field(default_factory=list)
+    convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
 
     @property
     def passed(self) -> bool:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from passes.program import unlift
 from qcompile.process import alone
 from qcompile.report.base import ModelReport
+from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.coverage import Modules
 from qcompile.report.headroom import Headroom
 from qcompile.report.record import record_of
@@ -20,8 +21,8 @@ class ProgramReport(ModelReport):
     """What `quantize` made, of a program in memory or in a `.pt2` file.
 
     Attributes:
-        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom: as in `qcompile.Report`;
-            no target has left out anything yet.
+        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, convolutions: as in
+            `qcompile.Report`; no target has left out anything yet.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: names of dynamic dimensions.
         bytes: of all tensors.
@@ -33,6 +34,7 @@ class ProgramReport(ModelReport):
     dimensions: list[str]
     bytes: int
     headroom: list[Headroom] = Field(default_factory=list)
+    convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
 
     @classmethod
     def of(cls, program: ExportedProgram) -> ProgramReport:
@@ -51,6 +53,7 @@ class ProgramReport(ModelReport):
             fired=dict(noted.fired),
             notices=noted.notices,
             headroom=noted.headroom,
+            convolutions=modules.convolutions,
             calibration=noted.calibration,
             dimensions=sorted(set(noted.dimensions.values())),
             bytes=sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)),

@@ -80,6 +80,7 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
+    show_convolutions(console, report["convolutions"])
     show_checks(console, report["checks"])
     if report["comparison"]:
         show_comparison(console, report["comparison"])
@@ -96,6 +97,7 @@ def show_program(console: Console, report: Mapping[str, Any]) -> None:
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
+    show_convolutions(console, report["convolutions"])
 
 
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
@@ -109,6 +111,22 @@ def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown
     )
     for entry in headroom[:shown]:
         add(found, entry["module"], entry["tensor"], f"{entry['amax']:.3g}", f"{entry['factor']:.3g} x")
+    console.print(found)
+
+
+def show_convolutions(console: Console, convolutions: Sequence[Mapping[str, Any]]) -> None:
+    """What codes gain by the roofline, those that gain most first."""
+    if not convolutions:
+        return
+    numbers = ("operations", "for each byte", "bytes", "on codes", "gain", "per channel")
+    found = table(f"Convolutions, by the roofline ({len(convolutions)})", "module", "in", *numbers, numbers=numbers)
+    for entry in sorted(convolutions, key=lambda one: -float(one["gain"]))[:_ROWS]:
+        counts = f"{entry['operations']:.3g}", f"{entry['intensity']:.3g}"
+        sizes = size(entry["bytes"]), size(entry["bytes_on_codes"])
+        gains = f"{entry['gain']:.2f} x", f"{entry['gain_per_channel']:.2f} x"
+        add(found, entry["module"], entry["format"] or "float", *counts, *sizes, *gains)
+    if len(convolutions) > _ROWS:
+        add(found, f"... and {len(convolutions) - _ROWS} more", *("" for _ in range(len(numbers) + 1)))
     console.print(found)
 
 
@@ -199,6 +217,8 @@ def show_engine(console: Console, report: Mapping[str, Any]) -> None:
         counts = ", ".join(f"{count} {precision}" for precision, count in report[kind].items() if count)
         add(found, kind, counts or "none")
     console.print(found)
+    parts = [(path, report["precisions"].get(path, ""), n) for path, n in report["convolution_kernels"].items()]
+    show_rows(console, "Convolutions", ("module", "runs in", "kernels"), parts)
     show_rows(
         console, "Not in low precision", ("kind", "module", "why"), [tuple(gap) for gap in report["not_low_precision"]]
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.cli import main
 from qcompile.report.program import ProgramReport
 
 C = 64
@@ -158,6 +159,30 @@ def test_scales_of_blocks_and_tokens_are_none_for_a_convolution() -> None:
         assert "no target convolves" in report.reasons["0"] and "(rules[" in report.reasons["0"]
 
 
+def test_reports_say_what_each_convolution_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(8, 256, 1), nn.Conv2d(256, 256, 3), nn.ConvTranspose2d(256, 4, 2)),
+        image(8, 6, 6),
+    )
+    rules = recipe("fp8") | {"convolutions": "where_it_pays"}
+    program = qcompile.quantize(model.eval(), (x,), recipe=rules, calibration=[x], progress=False)
+    report = qcompile.export_onnx(program, tmp_path / "model.onnx")
+    narrow, wide = report.convolutions
+    assert (narrow.module, narrow.format, wide.module, wide.format) == ("0", "", "1", "fp8")
+    assert narrow.operations == 2 * 36 * 8 * 256 and narrow.bytes == 2 * (8 * 36 + 8 * 256 + 256 * 36)
+    assert narrow.intensity == narrow.operations / narrow.bytes
+    assert narrow.bytes_on_codes == 8 * 36 * 4 + 8 * 256 + 256 * 36 * 2
+    assert narrow.gain < 1.1 < wide.gain and wide.gain_per_channel < wide.gain
+    assert f"{narrow.gain:.2f} times" in report.reasons["0"]
+    assert ProgramReport.of(program).convolutions == report.convolutions
+    (tmp_path / "report.json").write_text(report.to_json())
+    older = {name: value for name, value in report.data().items() if name != "convolutions"}
+    assert qcompile.Report.from_data(older).convolutions == []
+    assert main(["inspect", str(tmp_path / "report.json")]) == 0
+    assert "Convolutions, by the roofline (2)" in (shown := capsys.readouterr().out) and f"{wide.gain:.2f} x" in shown
+
+
 def test_a_recipe_says_which_convolutions() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 3)).eval()
@@ -229,3 +254,30 @@ def test_the_builder_has_fewer_kernels_with_the_skip_branch() -> None:
         program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False)
         kernels.append(qcompile.build_engine(program, None, target="sm89", progress=False).kernels)
     assert kernels[1] < kernels[0]
+
+
+@pytest.mark.slow
+def test_engines_say_how_many_kernels_a_convolution_has() -> None:
+    """By the layer list: one scale for the weight is a kernel for the input's codes, one for each channel two."""
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU(), nn.Conv2d(C, C, 3)).eval(), image(C, 16, 16)
+    for granularity, kernels in (("per_tensor", 2), ("per_channel", 3)):
+        rules = recipe("int8", granularity)
+        program = qcompile.quantize(model, (x,), recipe=rules, calibration=[x], progress=False)
+        engine = qcompile.build_engine(program, None, target="sm89", progress=False)
+        assert engine.convolution_kernels == {"0": kernels, "2": kernels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "between", [nn.GroupNorm(8, C), nn.SiLU(), nn.GELU(), nn.Sequential(nn.GroupNorm(8, C), nn.SiLU())]
+)
+def test_codes_are_made_in_the_kernel_of_what_a_convolution_reads(between: nn.Module) -> None:
+    """The quantizer of the next input is enough: an output quantizer would save nothing."""
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(C, C, 3), between, nn.Conv2d(C, C, 3)).eval(), image(C, 16, 16)
+    program = qcompile.quantize(model, (x,), recipe=recipe("fp8"), calibration=[x], progress=False)
+    engine = qcompile.build_engine(program, None, target="sm89", progress=False)
+    assert engine.kernels == 5  # the input, two convolutions, what is between them, the output

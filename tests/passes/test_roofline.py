@@ -28,6 +28,7 @@ def test_the_formula() -> None:
     assert found.half == 2 * 64e6 / BALANCE and found.low(False) == 64e6 / BALANCE + 3e5
     assert found.low(True) == 1e5 + 4e4 + 2e5 + 3e5 + 2e5  # float32 between two kernels
     small = Roofline(products=1e6, input=1e5, weight=4e4, output=5e4)
+    assert small.moved == 3.8e5 and small.moved_on_codes(False) == 2.4e5 + 3e5
     assert small.half == 3.8e5 and small.low(False) == 2.4e5 + 3e5 and small.gain(False) < 1
 
 

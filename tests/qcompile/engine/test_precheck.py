@@ -11,6 +11,8 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 import qcompile
+from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.precheck import precheck
 from qcompile.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="the builder: pip install 'qcompile[tensorrt-rtx]'")
@@ -60,3 +62,37 @@ def test_the_same_operators_build_where_they_do_not_do_that(tmp_path: Path) -> N
         (helper.make_node("Resize", ["x", "", "halves"], ["y"], mode="linear"), {"x": _IMAGE}, (1, [1, 3, 4, 4])),
     ):
         qcompile.build_engine(file_of(node, inputs, y, tmp_path / "m.onnx"), target="sm89", progress=False)
+
+
+@pytest.mark.parametrize(("kernel", "groups", "half_on"), [(7, 16, [89]), (7, 1, [89, 120]), (5, 1, [])])
+def test_convolutions_that_a_target_runs_in_half_are_told_before(
+    kernel: int, groups: int, half_on: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of another target, or of another tool: they are right, and slower than without quantizers."""
+    fp8 = TensorProto.FLOAT8E4M3FN
+    codes = helper.make_tensor(
+        "codes", fp8, [16, 16 // groups, kernel, kernel], bytes(16 * 16 // groups * kernel**2), raw=True
+    )
+    scale = numpy_helper.from_array(np.float32(0.5), "scale")
+    zero = helper.make_tensor("zero", fp8, [], bytes(1), raw=True)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["w"]),
+        helper.make_node("Conv", ["dq", "w"], ["y"], name="/stem/Conv", group=groups),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, size, size])
+        for name, size in (("x", 9), ("y", 10 - kernel))
+    )
+    graph = helper.make_graph(nodes, "g", [x], [y], [codes, scale, zero])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "m.onnx")
+    for target in (89, 120):
+        caplog.clear()
+        precheck(OnnxGraph.load(tmp_path / "m.onnx"), target)
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == (target in half_on)
+        assert all(
+            f"sm{target} runs in half precision" in one and "stem" in one and "kernels of at most 32" in one
+            for one in told
+        )
