@@ -6,7 +6,7 @@ What no row lists is multiplied by nothing: a format is never taken for one that
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
@@ -24,6 +24,7 @@ __all__ = [
     "Units",
     "converts",
     "inputs_of",
+    "is_plain_depthwise",
     "multiplies",
     "products_in_words",
 ]
@@ -214,6 +215,12 @@ class Convolutions:
             f"{self.name} convolutions have kernels of at most {self.most_taps} elements{where}, and this one has"
             f" {size}: give it {others}"
         )
+
+
+def is_plain_depthwise(weight: Sequence[int], groups: int, steps: Iterable[int]) -> bool:
+    """Whether each channel has a kernel of its own, by the shape `[O, C / groups, ...]` of the weight, and `steps`, the
+    strides and dilations, are 1."""
+    return weight[1] == 1 and groups == weight[0] and set(steps) <= {1}
 
 
 CONVOLUTIONS: Mapping[str, Convolutions] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.capabilities import CONVOLUTIONS
+from passes.capabilities import CONVOLUTIONS, is_plain_depthwise
 from passes.constants import delete_constant, evaluate_constant, is_read_beside, replace_with_constant
 from passes.formats import Format
 from passes.graph import argument, aten, calls, dtype, shape
@@ -52,10 +52,9 @@ def unfit_convolution(call: Node, fmt: Format) -> str | None:
         return f"no target convolves {fmt.name}"
     weight = call.args[1]
     assert isinstance(weight, Node)
-    out, per_group, *kernel = shape(weight)
-    steps = {*argument(call, "stride"), *argument(call, "dilation")}
-    plain_depthwise = per_group == 1 and argument(call, "groups") == out and steps == {1}
-    return CONVOLUTIONS[fmt.name].unfit(kernel, plain_depthwise)
+    steps = (*argument(call, "stride"), *argument(call, "dilation"))
+    depthwise = is_plain_depthwise(shape(weight), argument(call, "groups"), steps)
+    return CONVOLUTIONS[fmt.name].unfit(shape(weight)[2:], depthwise)
 
 
 def _store_values(gm: GraphModule, node: Node, weight: Operand) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from passes.capabilities import CONVOLUTIONS
+from passes.capabilities import CONVOLUTIONS, is_plain_depthwise
 from qcompile.engine.graph import OnnxGraph, place
 
 __all__ = ["obstacle", "without_kernel"]
@@ -23,8 +23,7 @@ def obstacle(graph: OnnxGraph, conv: onnx.NodeProto, target: int = 0) -> str:
     attributes = {attribute.name: attribute for attribute in conv.attribute}
     apart = [n for name in ("strides", "dilations") if name in attributes for n in attributes[name].ints]
     groups = attributes["group"].i if "group" in attributes else 1
-    plain_depthwise = groups == dims[0] and dims[1] == 1 and set(apart) <= {1}
-    return fmt.unfit(dims[2:], plain_depthwise, target) or ""
+    return fmt.unfit(dims[2:], is_plain_depthwise(dims, groups, apart), target) or ""
 
 
 def without_kernel(graph: OnnxGraph, target: int) -> list[str]:

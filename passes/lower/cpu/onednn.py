@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
@@ -50,7 +52,7 @@ def onednn_convolution(
     codes are all that a program stores; that takes less than to dequantize them.
     """
     if not codes.numel():
-        return _empty_like_result(codes, weight, stride, padding, dilation, groups)
+        return _empty_like_result(codes, weight, stride, padding, dilation)
     spread = codes.ndim == 3  # oneDNN has it in two dimensions
     if spread:
         codes, weight = codes.unsqueeze(2), weight.unsqueeze(2)
@@ -71,7 +73,6 @@ def _empty_like_result(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    groups: int,
 ) -> torch.Tensor:
     sizes = [codes.shape[0], weight.shape[0]]
     for size, taps, *step in zip(codes.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
@@ -86,12 +87,10 @@ def _onednn_convolution_fake(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    *geometry: Any,
 ) -> torch.Tensor:
-    return _empty_like_result(codes, weight, stride, padding, dilation, groups)
+    stride, padding, dilation, _ = geometry
+    return _empty_like_result(codes, weight, stride, padding, dilation)
 
 
 _LIBRARY.impl("onednn_convolution", onednn_convolution, "CPU")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from passes.capabilities import CONVOLUTIONS
+from passes.capabilities import CONVOLUTIONS, is_plain_depthwise
 from qcompile.onnx.evaluate import Array
 from qcompile.onnx.repair.integers import along, fits
 from qcompile.onnx.repair.legacy import DEQUANTIZE, FP8, QUANTIZE, is_blocked, is_standard
@@ -52,8 +52,7 @@ def _is_unfit(node: ir.Node, shape: tuple[int, ...]) -> bool:
         return True
     steps = {n for name in ("strides", "dilations") if name in node.attributes for n in node.attributes[name].as_ints()}
     groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
-    plain_depthwise = shape[1] == 1 and groups == shape[0] and steps <= {1}
-    return CONVOLUTIONS["fp8"].unfit(shape[2:], plain_depthwise) is not None
+    return CONVOLUTIONS["fp8"].unfit(shape[2:], is_plain_depthwise(shape, groups, steps)) is not None
 
 
 def _values(codes: Callable[[], Array], scale: Array, dequantize: ir.Node) -> Callable[[], Array]:
