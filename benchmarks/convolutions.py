@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import cyclopts
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import qcompile
@@ -107,6 +106,8 @@ class Data:
 
 def digits() -> tuple[Data, Data]:
     """Two halves: every other image of a fixed shuffle."""
+    from sklearn.datasets import load_digits  # here, as tests read this module's tables
+
     found: Any = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_property = getattr(getattr(family[0], "obj", None), "is_hypothesis_test", False)
         if config.getoption("--hypothesis-profile") == "find" and is_property:
             _find(family)
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of torch, transformers and modelopt are there for good: to walk them was a tenth of the run."""
+    gc.collect()
+    gc.freeze()
 
 
 def _everyday(family: list[pytest.Item]) -> None:
