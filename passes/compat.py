@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
+    is_composite: Callable[[Any], bool]
+    is_kept: Callable[[Any], bool]
+
 _FAKE = "torch._subclasses.fake_tensor"
+_UTILS = "torch._export.utils"
 _VALUES = "every pass, which gives values to new nodes,"
+
+_COMPOSITE = "to leave a program alone where it is functional,"
 
 _NAMES = {
     "FakeTensor": Private(_FAKE, "FakeTensor", _VALUES),
     "FakeTensorMode": Private(_FAKE, "FakeTensorMode", _VALUES, lambda mode: bool(_is_fake(mode))),
     "detect_fake_mode": Private("torch._guards", "detect_fake_mode", _VALUES, lambda detect: detect([]) is None),
     "enable_python_dispatcher": Private("torch._dispatch.python", "enable_python_dispatcher", _VALUES),
+    "is_composite": Private("torch._export.utils", "_is_cia_op", _COMPOSITE, lambda found: _tells(found, False)),
+    "is_kept": Private(
+        "torch._export.utils", "_check_valid_to_preserve", _COMPOSITE, lambda found: _tells(found, True)
+    ),
 }
 __getattr__, __dir__ = lazily(__name__, _NAMES)
 
@@ -127,6 +137,14 @@ def _takes(arguments: tuple[str, ...]) -> Callable[[Any], bool]:
         return tuple(a.name for a in overload._schema.arguments[: len(arguments)]) == arguments
 
     return check
+
+
+def _tells(found: Any, addition: bool) -> bool:
+    """Of operators that are made of others, and of functional ones: `reshape` is one of these only, `add` of those."""
+    import torch
+
+    aten = torch.ops.aten
+    return bool(found(aten.add.Tensor)) is addition and bool(found(aten.reshape.default)) is not addition
 
 
 def _is_fake(mode_class: Any) -> bool:

@@ -29,7 +29,8 @@ from torch.utils import _pytree as pytree
 from passes.base import Pass, PassLog, run_checked, run_pipeline
 from passes.compat import FakeTensorMode
 from passes.errors import PassError
-from passes.graph import Emitter, aten
+from passes.functional import functional
+from passes.graph import Emitter
 from passes.program import unlift
 from passes.subgraphs import copied_graph
 from passes.text import graph_diff, graph_text
@@ -51,13 +52,6 @@ DYNAMIC = Dim.DYNAMIC
 Make = Callable[[], Pass]
 Subject = GraphModule | Callable[..., Any]
 Dynamic = Mapping[str | int, int | tuple[int, ...]]
-
-# `run_decompositions({})` leaves these alone, and takes five times as long as the export itself.
-_KEPT = {
-    aten.linear.default, aten.scaled_dot_product_attention.default, aten.layer_norm.default, aten.embedding.default,
-    aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.sin.default, aten.view.default, aten.transpose.int,
-    aten.matmul.default, aten.softmax.int, aten.sym_size.int,
-}  # fmt: skip
 
 
 def graph_of(
@@ -81,9 +75,7 @@ def graph_of(
         dynamic_shapes = _shapes(module, args, kwargs, dynamic)
     with torch.no_grad():
         program = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        if not all(node.target in _KEPT for node in program.graph.nodes if node.op == "call_function"):
-            program = program.run_decompositions({})
-    gm = unlift(program)
+        gm = unlift(functional(program))
     if normalized:
         from passes.pipelines import NORMALIZE
 

@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from passes.functional import functional
 from passes.program import drop_idle_writes, separated, written_tensors
 from passes.subgraphs import operator_name, subgraph_calls
 from qcompile.capture.dimensions import note_dimensions
@@ -52,13 +53,13 @@ def capture(
             if args or kwargs or dynamic_shapes is not None:
                 raise CaptureError("an ExportedProgram has its own inputs; args, kwargs, dynamic_shapes are a module's")
             check_inputs(model)
-            functional = _functional(separated(model), model)
+            captured = _functional(separated(model), model)
         else:
-            functional = _captured(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
-    check_inference(functional, exported=isinstance(model, ExportedProgram))
-    drop_idle_writes(functional)
-    _check_pure(functional)
-    return functional
+            captured = _captured(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    check_inference(captured, exported=isinstance(model, ExportedProgram))
+    drop_idle_writes(captured)
+    _check_pure(captured)
+    return captured
 
 
 def _captured(
@@ -71,9 +72,9 @@ def _captured(
         copies = own_copies(args, kwargs)
         with for_inference(inner), plain_layers(), dense_experts(inner), torch.no_grad():
             program = _export(inner, *copies, shapes)
-            functional = _functional(program, inner)
-        note_dimensions(functional, inner, *copies, shapes)
-    return functional
+            captured = _functional(program, inner)
+        note_dimensions(captured, inner, *copies, shapes)
+    return captured
 
 
 def _check_pure(program: ExportedProgram) -> None:
@@ -102,15 +103,13 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgram) -> ExportedProgram:
-    """`program` without operations in place. The empty table does only that; the default one would split linear and
-    attention."""
+    """`program` without operations in place, linear and attention kept whole."""
     try:
         with warnings.catch_warnings(), without_graphs():
             warnings.filterwarnings(
                 "ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning
             )  # torch 2.13, of itself
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
+            return functional(program)
     except Exception as error:  # caches, guards on strides, and what torch asserts of itself
         name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
         found = reason(error, model, program.example_inputs)
