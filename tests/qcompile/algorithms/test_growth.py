@@ -16,7 +16,6 @@ from qcompile.errors import CalibrationError
 from qcompile.report.program import ProgramReport
 from qcompile.report.ranges import RangeGrowth, RangeStep
 
-
 GREW = "ranges grew by more than 5% in the last 4 of 8 samples of calibration"
 
 
