@@ -60,6 +60,8 @@ class Preparation:
         for other, names in given.items():
             if names and other != kind:
                 raise CalibrationError(f"{' and '.join(names)}: for {other}, and not for {data}")
+        if self.text_column is not None and not data.endswith(".jsonl"):
+            raise CalibrationError(f"a text column: for .jsonl files, and not for {data}, where each line is a text")
         if self.processor and kind == OTHERS:
             raise CalibrationError(f"a processor prepares texts and images, and not {data}")
 

@@ -142,6 +142,11 @@ def test_errors_name_file_and_line(lines: list[str], options: dict[str, Any], me
     assert message in str(problem(tmp_path / "a.jsonl", directory(tmp_path, "llama"), **options))
 
 
+def test_lines_have_no_columns(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", "one")
+    assert "a text column: for .jsonl files, and not for" in str(problem(path, "m", text_column="body"))
+
+
 def test_the_column_that_was_meant_is_offered(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", {"id": 1, "body": "one two"})
     found = problem(path, directory(tmp_path, "llama"))
