@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import SourceError
+from qcompile.remedy import Remedy, with_remedy
 
 _DEFAULT_TOKENS = 128
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
@@ -98,7 +99,8 @@ class _Maker:
         of_data = self.of_data(name, 2)
         tokens = self.sizes.tokens or (of_data[0] if of_data else min(_DEFAULT_TOKENS, limit))
         if tokens > limit:
-            raise SourceError(f"{self.name} takes at most {limit} tokens, not {tokens}")
+            problem = SourceError(f"{self.name} takes at most {limit} tokens, not {tokens}")
+            raise with_remedy(problem, Remedy({"--sequence": (str(limit),)}) if self.sizes.tokens else Remedy())
         return tokens
 
     def of_data(self, name: str, rank: int) -> Sequence[int]:

@@ -11,7 +11,14 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.capture.batches import PlacedBatches
-from qcompile.checkpoint.hub.config import auto_config, import_transformers, meta_model, model_class, read_config
+from qcompile.checkpoint.hub.config import (
+    auto_config,
+    import_transformers,
+    meta_model,
+    model_class,
+    read_config,
+    unquantized,
+)
 from qcompile.errors import CalibrationError, SourceError
 from qcompile.source.calibration import open_calibration
 from qcompile.source.data import Data
@@ -117,7 +124,7 @@ def _source(
         path = Path(model)
         read_config(path, SourceError)
         transformers = import_transformers(SourceError)
-        config = auto_config(transformers, path, SourceError)
+        config = unquantized(auto_config(transformers, path, SourceError))
         name, found = model_class(transformers, config, SourceError)
         model = meta_model(name, found, config, path, SourceError)
     assert isinstance(model, torch.nn.Module)
