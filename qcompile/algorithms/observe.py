@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from passes.subgraphs import held, is_worked_on, subgraph_calls
 from qcompile.algorithms.growth import RangeLog
 from qcompile.algorithms.statistics import Statistic
 from qcompile.capture.batch_notices import BatchLog
-from qcompile.capture.batches import PlacedBatches, flatten_batch, kind_of, pieces
+from qcompile.capture.batches import PlacedBatches, batch_count, flatten_batch, kind_of, pieces
 from qcompile.errors import AlgorithmError, CalibrationError
 from qcompile.messages import first_line, some
 from qcompile.progress import progress_bar
@@ -140,8 +140,7 @@ def observe(
     observer, count = _Observer(gm, statistics, widen or on_cpu), 0
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
-    total = len(batches) if isinstance(batches, Sized) else None
-    with progress_bar("calibrating", total, progress) as bar, torch.no_grad():
+    with progress_bar("calibrating", batch_count(batches), progress) as bar, torch.no_grad():
         for batch in batches:
             name = f"calibration batch {count}"
             if isinstance(batches, PlacedBatches):

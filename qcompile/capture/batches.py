@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,14 @@ class PlacedBatches(Sequence[Any]):
     @abstractmethod
     def place(self, index: int) -> str:
         """Where the batch comes from: `texts.jsonl, line 12`."""
+
+
+def batch_count(batches: object) -> int | None:
+    """How many there are, where that is known before they come."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of a stream, which has a length in name only
+        return None
 
 
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from qcompile.algorithms.growth import RangeLog
 from qcompile.algorithms.observe import observe
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.capture.batches import PlacedBatches
+from qcompile.capture.batches import PlacedBatches, batch_count
 from qcompile.process import alone
 from qcompile.quantization.headroom import Watch
 
@@ -73,7 +73,7 @@ class Observation:
         self.watch = watch
         if not watch.watched:
             return
-        ranges = RangeLog(self._stands.values(), len(self.batches) if isinstance(self.batches, Sized) else None)
+        ranges = RangeLog(self._stands.values(), batch_count(self.batches))
         options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "ranges": ranges}
         log = observe(watch.gm, self.program, watch.watched, self.batches, **options)
         told = self.batches.notices if isinstance(self.batches, PlacedBatches) else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def growing(count: int) -> list[Tensor]:
     return [torch.randn(2, 8) * 1.1**index for index in range(count)]
 
 
-def growth(batches: Iterable[Tensor], recipe: str = "fp8") -> tuple[RangeGrowth | None, list[str]]:
+def growth(batches: Iterable[Tensor], recipe: str | qcompile.Recipe = "fp8") -> tuple[RangeGrowth | None, list[str]]:
     program = qcompile.quantize(
         model(), (torch.randn(2, 8),), recipe=recipe, calibration=batches, dtype=torch.float32, progress=False
     )
@@ -70,6 +70,21 @@ def test_enough_data_is_no_notice() -> None:
     found, notices = growth([batches[3], *batches[:3]])
     assert not notices and str(found) == "the last 4 of 8 samples of calibration changed no range by more than 1%"
     assert growth(batches[:1]) == (None, []), "one batch says nothing of others"
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(growing(4))
+
+
+def test_a_loader_of_a_stream_has_no_length() -> None:
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    found, _ = growth(loader)
+    assert found is not None and [step.samples for step in found.steps] == [2, 4]
+
+
+def test_algorithms_that_keep_more_of_a_range_tell_the_same() -> None:
+    assert growth(growing(4), qcompile.load_recipe("fp8", ["calibration.algorithm=mse"])) == growth(growing(4))
 
 
 def test_what_was_not_reached_before_counts_as_growth() -> None:
