@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
     from qcompile.reports import read_report
+    from qcompile.source.public import calibration_data
     from qcompile.version import __version__
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "build_engine",
     "calibrate",
+    "calibration_data",
     "explain",
     "export_onnx",
     "import_quantized",
@@ -76,6 +78,7 @@ _PLACES = {
     "__version__": "qcompile.version",
     "build_engine": "qcompile.api",
     "calibrate": "qcompile.quantization.calibrate",
+    "calibration_data": "qcompile.source.public",
     "explain": "qcompile.dynamo.explain",
     "export_onnx": "qcompile.onnx.export",
     "import_quantized": "qcompile.quantization.importing",

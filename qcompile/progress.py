@@ -28,8 +28,9 @@ class Bar:
         self._bar = bar
         self._task = task
 
-    def advance(self, count: int = 1) -> None:
-        self._bar.advance(self._task, count)
+    def advance(self, count: int = 1, told: str = "") -> None:
+        """`told`: what has been done by now, in other units."""
+        self._bar.update(self._task, advance=count, told=told)
 
     def phase(self, what: str, done: int, total: int) -> None:
         """Another part of the work has begun, or come to `done` of `total`."""
@@ -52,9 +53,10 @@ def progress_bar(what: str, total: int | None, show: bool, *, of_bytes: bool = F
         TextColumn("{task.description}", markup=False),  # names of others' files and layers may look like markup
         BarColumn(),
         DownloadColumn() if of_bytes else MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     watched = console.is_terminal or console.is_jupyter
     with Progress(*columns, console=console, transient=True, disable=not (show and watched)) as bar:
-        yield Bar(bar, bar.add_task(what, total=total))
+        yield Bar(bar, bar.add_task(what, total=total, told=""))

@@ -17,6 +17,7 @@ EXAMPLES = {
     "from_modelopt": (["modelopt"], "quantized: {'0': 'fp8', '2': 'fp8'}\nchecks passed: True"),
     "own_recipe": ([], "not: layers.0.self_attn layers.1.self_attn layers.2.self_attn.in_proj"),
     "own_data": (["onnxruntime"], "logits of a batch of one: (1, 8)"),
+    "calibration_data": (["transformers"], "21 batches of (2, 64), the first from texts.jsonl, lines 1 to 2"),
     "repair": (["onnxruntime"], "new.onnx: ['onnx::Add', 'onnx::DequantizeLinear'"),
     "own_pass": (["tensorrt_rtx"], "own passes: 1; GEMMs in FP8: 2;"),
     "read_a_report": (["onnxruntime"], "unquantized: {'memory': 'recurrent'}"),

@@ -229,7 +229,10 @@ def ranges(
         largest = seen[operand.node]
         assert isinstance(largest, Largest)
         if not bool(torch.isfinite(largest.value)):
-            raise CalibrationError(f"{operand.name}: calibration found {float(largest.value)} in {operand.node.name}")
+            lost = f", first in {largest.lost}" if largest.lost else ""
+            raise CalibrationError(
+                f"{operand.name}: calibration found {float(largest.value)} in {operand.node.name}{lost}"
+            )
         found[operand] = choose(operand, largest) if float(largest.value) else largest.value
         of_layer[operand.name] = torch.maximum(of_layer.get(operand.name, found[operand]), found[operand])
     found = {operand: value if float(value) else of_layer[operand.name] for operand, value in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 
 from passes.graph import ancestors, aten, place_of, val
 from passes.subgraphs import held, is_worked_on, subgraph_calls
+from qcompile.algorithms.growth import RangeLog
 from qcompile.algorithms.statistics import Statistic
 from qcompile.capture.batch_notices import BatchLog
-from qcompile.capture.batches import flatten_batch, kind_of, pieces
+from qcompile.capture.batches import PlacedBatches, batch_count, flatten_batch, kind_of, pieces
 from qcompile.errors import AlgorithmError, CalibrationError
-from qcompile.messages import first_line
+from qcompile.messages import first_line, some
 from qcompile.progress import progress_bar
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -114,6 +115,7 @@ def observe(
     *,
     widen: bool = False,
     progress: bool = True,
+    ranges: RangeLog | None = None,
 ) -> BatchLog:
     """Update `statistics` with every batch.
 
@@ -124,6 +126,7 @@ def observe(
         batches: argument tuples, keyword dicts or single tensors; a batch of another size than the captured one is run
             in pieces of that size.
         widen: compute halves in float32; on a CPU that is always so.
+        ranges: is told after each batch that it has been.
 
     Returns:
         What the batches were like.
@@ -137,20 +140,33 @@ def observe(
     observer, count = _Observer(gm, statistics, widen or on_cpu), 0
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
-    total = len(batches) if isinstance(batches, Sized) else None
-    with progress_bar("calibrating", total, progress) as bar, torch.no_grad():
+    with progress_bar("calibrating", batch_count(batches), progress) as bar, torch.no_grad():
         for batch in batches:
             name = f"calibration batch {count}"
+            if isinstance(batches, PlacedBatches):
+                name += f" ({batches.place(count)})"
             flat = flatten_batch(batch, program, name)
             for piece in pieces(flat, placeholders, name, evenly=evenly, program=program):
                 observer.weigh(piece.weight)
                 _run(observer, piece.inputs, name)
             log.add(flat, name)
             count += 1
-            bar.advance()
+            for lost in ranges.add(count, log.samples) if ranges is not None else ():
+                lost.lost = name + _nan_inputs(flat, placeholders)
+            bar.advance(told=log.counted())
     if not count:
         raise CalibrationError("the calibration data is empty")
     return log
+
+
+def _nan_inputs(inputs: Sequence[Any], placeholders: Sequence[Node]) -> str:
+    """What to say of the NaN in a batch: some models take it for what is missing, so alone it is no error."""
+    names = [
+        node.name
+        for node, value in zip(placeholders, inputs, strict=True)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any())
+    ]
+    return f", whose {some(names)} {'holds' if len(names) == 1 else 'hold'} NaN" if names else ""
 
 
 def _run(observer: _Observer, inputs: list[Any], name: str) -> None:

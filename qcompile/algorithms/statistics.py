@@ -47,12 +47,14 @@ class Largest(Statistic):
     Attributes:
         value: over all elements, a float32 scalar; NaN or infinity if one of them is. finite: over those that are
             finite. reached: whether there was an element at all.
+        lost: the first batch that made `value` NaN or infinite, in words; empty if none did.
     """
 
     def __init__(self) -> None:
         self.value = torch.zeros((), dtype=torch.float32)
         self.finite = 0.0
         self.reached = False
+        self.lost = ""
 
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         if not result.numel():
@@ -70,6 +72,7 @@ class Largest(Statistic):
         self.value = torch.maximum(self.value, other.value)
         self.finite = max(self.finite, other.finite)
         self.reached = self.reached or other.reached
+        self.lost = self.lost or other.lost
 
     def tensors(self) -> dict[str, torch.Tensor]:
         numbers = {"finite": torch.tensor(self.finite, dtype=torch.float64), "reached": torch.tensor(self.reached)}

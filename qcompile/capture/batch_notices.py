@@ -18,7 +18,7 @@ class BatchLog:
     """What the batches of a calibration were like.
 
     Attributes:
-        samples: sum of their sizes.
+        samples: sum of their sizes. tokens: of `input_ids`, those that an `attention_mask` shows.
 
     Args:
         program: what they are run through. placeholders: its user inputs.
@@ -27,7 +27,8 @@ class BatchLog:
     def __init__(self, program: ExportedProgram, placeholders: Sequence[Node]) -> None:
         self._ranges = {str(symbol): r for symbol, r in program.range_constraints.items()}
         self._placeholders = placeholders
-        self.samples = 0
+        self.samples = self.tokens = 0
+        self._unit = "images" if any(node.name == "pixel_values" for node in placeholders) else "samples"
         self._zeros: list[str] = []
         self._sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
 
@@ -39,10 +40,17 @@ class BatchLog:
         numbers = floats or [t for t in tensors if t.numel() and t.dtype != torch.bool]
         if numbers and not any(bool(t.any()) for t in numbers):
             self._zeros.append(name)
+        named = {node.name: value for node, value in zip(self._placeholders, inputs, strict=True)}
+        self.tokens += _tokens(named.get("input_ids"), named.get("attention_mask"))
         for node, value in zip(self._placeholders, inputs, strict=True):
             if isinstance(value, torch.Tensor):
                 for axis, size in enumerate(value.shape):
                     self._sizes[node.name, axis].add(size)
+
+    def counted(self) -> str:
+        """How many there were, for a progress bar."""
+        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+        return f"{self.samples} {self._unit}{tokens}"
 
     def notices(self) -> list[str]:
         """One sentence for each kind of gap."""
@@ -77,3 +85,10 @@ class BatchLog:
                 f"axis {axis} of {node.name} was {told} in calibration, and the program takes {low} {upper}{empty}"
             )
         return found
+
+
+def _tokens(ids: object, mask: object) -> int:
+    if not isinstance(ids, torch.Tensor):
+        return 0
+    shown = isinstance(mask, torch.Tensor) and mask.shape == ids.shape and not mask.is_floating_point()
+    return int((mask != 0).sum()) if shown and isinstance(mask, torch.Tensor) else ids.numel()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,28 @@ from qcompile.capture.inputs import laid_out
 from qcompile.capture.plain_tensors import unusable
 from qcompile.errors import CalibrationError
 from qcompile.messages import cut
+
+
+class PlacedBatches(Sequence[Any]):
+    """Batches that know what they were made of, so that an error names a file and not a number alone.
+
+    Attributes:
+        notices: what the user should know of them.
+    """
+
+    notices: Sequence[str] = ()
+
+    @abstractmethod
+    def place(self, index: int) -> str:
+        """Where the batch comes from: `texts.jsonl, line 12`."""
+
+
+def batch_count(batches: object) -> int | None:
+    """How many there are, where that is known before they come."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of a stream, which has a length in name only
+        return None
 
 
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:

@@ -49,7 +49,7 @@ def check_before_loading(wanted: Wanted) -> Data | None:
             _check_calibration(wanted)
     if wanted.calibration is None:
         return None
-    return open_calibration(wanted.calibration, wanted.source, wanted.samples)
+    return open_calibration(wanted.calibration, wanted.source, wanted.samples, wanted.preparation)
 
 
 def check_before_quantizing(wanted: Wanted, source: Source) -> bool:

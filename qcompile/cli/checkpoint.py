@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from qcompile.cli.console import interactive, out, step, write_report
+from qcompile.cli.data import NO_DATA, DataOptions
 from qcompile.cli.options import UsageError
 from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
 from qcompile.outputs import check_distinct, check_writable
@@ -30,11 +31,9 @@ def checkpoint(
     report: Path | None = None,
     dry_run: Annotated[bool, SWITCH] = False,
     batch: Annotated[int, MODEL] = 1,
-    sequence: Annotated[int | None, MODEL] = None,
     recipe: Annotated[str | None, QUANTIZATION] = None,
     set_: Annotated[list[str], QUANTIZATION, SEVERAL, Parameter(name="--set")] = [],  # noqa: B006  # nobody changes it
-    calibration: Annotated[str | None, QUANTIZATION] = None,
-    samples: Annotated[int | None, QUANTIZATION] = None,
+    data: DataOptions = NO_DATA,
 ) -> int:
     """Quantize a Hugging Face directory to another one, for vLLM, SGLang and transformers.
 
@@ -63,30 +62,21 @@ def checkpoint(
         Show what would be quantized and written, and stop there.
     batch:
         Batch size that the model is calibrated with.
-    sequence:
-        Tokens in samples of text. Default: 128, or what the model takes if that is less.
     recipe:
         Name of a shipped recipe ("qcompile recipes list" has all) or path of a YAML file. Recipes with static
         activations (fp8, nvfp4) need --calibration, which loads the model in float32; recipes for weights or with
         dynamic activations need none.
     set_:
         Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`.
-    calibration:
-        Data that fixes the ranges of activations: a folder of images, which the model's processor prepares, or a .txt
-        or .jsonl file (a line, or its "text", is a sample), which its tokenizer reads; a .safetensors, .npz or .pt file
-        with a tensor for each input, by name, samples on the first axis; package.module:function, which returns an
-        iterable of batches; or "random", to try out without data (the checkpoint is then of no other use).
-    samples:
-        How many samples to calibrate with. Default: 128 images, evenly spread over the folder, or the first 128 of a
-        text; all of tensors and functions.
     """
-    check_sizes(batch, sequence, samples, calibration)
+    check_sizes({"--batch": batch})
+    data.check()
     if output is None:
         raise UsageError("say what to write: --output DIR for the new directory")
     check_writable(report)
-    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
+    inputs = [("the model", source), ("the calibration data", data.calibration), ("the recipe", recipe)]
     check_distinct({"--report": report}, inputs)
-    written = _write(source, output, format, recipe, set_, calibration, samples, batch, sequence, dry_run)
+    written = _write(source, output, format, recipe, set_, data, batch, dry_run)
     if report is not None and not dry_run:
         from qcompile.cli.report import CommandReport
 
@@ -100,10 +90,8 @@ def _write(
     format: str | None,
     recipe: str | None,
     overrides: Sequence[str],
-    calibration: str | None,
-    samples: int | None,
+    options: DataOptions,
     batch: int,
-    sequence: int | None,
     dry_run: bool,
 ) -> CheckpointReport:
     """Write the checkpoint and show its report."""
@@ -118,7 +106,9 @@ def _write(
 
     if not Path(source).is_dir():
         raise UsageError(f"a checkpoint is made from a Hugging Face directory, and {source} is none")
-    data = open_calibration(calibration, source, samples) if calibration is not None else None
+    data = None
+    if options.calibration is not None:
+        data = open_calibration(options.calibration, source, options.samples, options.preparation())
     chosen_format: Any = format or _DEFAULT_FORMAT
     name = recipe or DEFAULT_RECIPES.get(chosen_format)
     if name is None:
@@ -128,7 +118,6 @@ def _write(
         )
     chosen = qcompile.load_recipe(name, overrides)
     check_new(target)
-    notices: list[str] = []
     if dry_run:
         report = check_names(source, target, chosen_format, chosen)
         out().print(Text(f"Dry run of {source}: nothing is written", style="bold"))
@@ -141,11 +130,9 @@ def _write(
 
         check_names(source, target, chosen_format, chosen)
         step(f"loading {source}")
-        loaded = load_source(source, batch=batch, sequence=sequence, shapes=data.shapes())
+        loaded = load_source(source, batch=batch, sequence=options.sequence, shapes=data.shapes())
         program, _ = quantized(loaded, chosen, data, torch.float32)  # in half, scales would be rounded to it
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
-        notices = data.notices
-    report = report.after(notices)
     show_checkpoint(out(), report.data(), target)
     return report

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from qcompile.cli.data import NO_DATA, DataOptions
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles
 from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
 from qcompile.outputs import check_distinct, check_writable
 
-_ONNX = Parameter(group=Group("ONNX file", sort_key=4))
-_ENGINE = Parameter(group=Group("Engine", sort_key=5))
+_ONNX = Parameter(group=Group("ONNX file", sort_key=5))
+_ENGINE = Parameter(group=Group("Engine", sort_key=6))
 
 
 def export(
@@ -24,17 +25,15 @@ def export(
     dry_run: Annotated[bool, SWITCH] = False,
     random_weights: Annotated[int | None, MODEL] = None,
     batch: Annotated[int, MODEL] = 1,
-    sequence: Annotated[int | None, MODEL] = None,
     submodule: Annotated[str | None, MODEL] = None,
     input_: Annotated[list[str], MODEL, SEVERAL, Parameter(name="--input")] = [],  # noqa: B006
     dynamic: Annotated[list[str], MODEL, SEVERAL] = [],  # noqa: B006  # nobody changes it
     dynamic_batch: Annotated[bool, MODEL, SWITCH] = False,
     recipe: Annotated[str | None, QUANTIZATION] = None,
     set_: Annotated[list[str], QUANTIZATION, SEVERAL, Parameter(name="--set")] = [],  # noqa: B006
-    calibration: Annotated[str | None, QUANTIZATION] = None,
-    samples: Annotated[int | None, QUANTIZATION] = None,
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, QUANTIZATION] = None,
     save_program: Annotated[Path | None, QUANTIZATION] = None,
+    data: DataOptions = NO_DATA,
     onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
     opset: Annotated[int | None, _ONNX] = None,
     block_fp8: Annotated[Literal["k_split", "per_channel"], _ONNX] = "k_split",
@@ -55,6 +54,7 @@ def export(
     qcompile export ./vit-base -o vit.onnx --recipe nvfp4 --dry-run
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
     qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration texts.jsonl --target sm120
+    qcompile export my_package.models:make -o model.onnx --calibration photos/ --image-size 224 --image-std 0.5
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
     ```
 
@@ -81,9 +81,6 @@ def export(
         Make up the weights of a Hugging Face directory with this seed; they need not be there.
     batch:
         Batch size of a directory's example inputs, which is that of the file unless the batch is dynamic.
-    sequence:
-        Tokens in a directory's example inputs, and in samples of text. Default: those of calibration data in tensors,
-        else 128, or what the model takes if that is less.
     submodule:
         Take this part of a directory's model, such as model.encoder of Whisper.
     input_:
@@ -101,16 +98,6 @@ def export(
     set_:
         Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`; with a Hadamard
         rotation, `'rules[format=nvfp4].rotate=true'`.
-    calibration:
-        Data that fixes the ranges of activations. For a Hugging Face directory: a folder of images, which its processor
-        prepares, or a .txt or .jsonl file (a line, or its "text", is a sample), which its tokenizer reads. For any
-        model: a .safetensors, .npz or .pt file with a tensor for each input, by name, samples on the first axis; a .npy
-        file for a model with one input; package.module:function, which returns an iterable of batches; or "random", to
-        try out without data (the file is then of no other use). A directory's example inputs have the sizes of the
-        data.
-    samples:
-        How many samples to calibrate with. Default: 128 images, evenly spread over the folder, or the first 128 of a
-        text; all of tensors and functions.
     dtype:
         What is not quantized is computed in this type. Default: the model's own if it is half precision, else float16,
         which ends at 65504: a model that goes beyond in calibration is refused, and takes bfloat16.
@@ -141,17 +128,18 @@ def export(
         gemm_int8, gemm_int4, convolution_fp8 and convolution_int8 are least counts, kernels is a largest one. A
         shortfall is exit code 1.
     """
-    check_sizes(batch, sequence, samples, calibration)
+    check_sizes({"--batch": batch})
+    data.check()
     if random_weights is not None and not 0 <= random_weights < 2**63:
         raise UsageError(f"--random-weights {random_weights}: a seed is 0 or more, and less than 2**63")
-    sizes = {"--batch": batch != 1, "--sequence": sequence}
+    sizes = {"--batch": batch != 1, "--sequence": data.sequence}
     if input_ and (given := [name for name, value in sizes.items() if value]):
         raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
     if output is None:
         raise UsageError("say what to write: --output FILE; `qcompile checkpoint` writes a Hugging Face directory")
     check_writable(output, report, engine, save_program)
     outputs = {"--output": output, "--engine": engine, "--save-program": save_program, "--report": report}
-    inputs = [("the model", source), ("the calibration data", calibration), ("the recipe", recipe)]
+    inputs = [("the model", source), ("the calibration data", data.calibration), ("the recipe", recipe)]
     check_distinct(outputs, inputs)
     profiles, expected = parse_profiles(profile), parse_expect(expect)
     builds = engine is not None or target is not None or expected is not None
@@ -169,15 +157,16 @@ def export(
             source=source,
             random_weights=random_weights,
             batch=batch,
-            sequence=sequence,
+            sequence=data.sequence,
             submodule=submodule,
             inputs=parse_inputs(input_),
             dynamic=dynamic,
             dynamic_batch=dynamic_batch,
             recipe=qcompile.load_recipe(recipe or "fp8", set_),
             given=bool(recipe or set_),
-            calibration=calibration,
-            samples=samples,
+            calibration=data.calibration,
+            samples=data.samples,
+            preparation=data.preparation(),
             dtype=getattr(torch, dtype) if dtype else None,
             save_program=save_program,
             output=output,

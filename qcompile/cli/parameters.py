@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cyclopts import Group, Parameter
 
 from qcompile.cli.options import UsageError
@@ -13,10 +15,8 @@ QUANTIZATION = Parameter(group=Group("Quantization", sort_key=3))
 _LARGEST = 2**31 - 1
 
 
-def check_sizes(batch: int, sequence: int | None, samples: int | None, calibration: str | None) -> None:
-    """Raise UsageError for a size that is none, and for a number of samples of nothing."""
-    for name, size in {"--batch": batch, "--sequence": sequence, "--samples": samples}.items():
+def check_sizes(sizes: Mapping[str, int | None]) -> None:
+    """Raise UsageError for a size that is none."""
+    for name, size in sizes.items():
         if size is not None and not 1 <= size <= _LARGEST:
             raise UsageError(f"{name} {size}: a size is 1 or more" + (f", and at most {_LARGEST}" if size > 0 else ""))
-    if samples is not None and calibration is None:
-        raise UsageError("--samples is for calibration data: give --calibration, too")

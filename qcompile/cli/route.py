@@ -41,7 +41,7 @@ def export_onnx(wanted: Wanted) -> int:
     parts: dict[str, Any] = {}
     new: list[str] = []
     try:
-        _write(wanted, program, compared, calibration, parts, new)
+        _write(wanted, program, compared, parts, new)
     except QCompileError as error:
         parts["failed"] = str(error)
         if new:
@@ -57,7 +57,6 @@ def _write(
     wanted: Wanted,
     program: ExportedProgram,
     compared: Any,
-    calibration: Data | None,
     parts: dict[str, Any],
     new: list[str],
 ) -> None:
@@ -76,7 +75,7 @@ def _write(
         compare=compared if wanted.compare else None,
     )
     new.append(str(wanted.output))
-    parts["export"] = exported.after(calibration.notices if calibration is not None else ())
+    parts["export"] = exported
     show_export(out(), parts["export"].data())
     if wanted.builds:
         step("building the engine")

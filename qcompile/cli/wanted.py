@@ -11,7 +11,7 @@ import torch
 from qcompile.engine.profiles import Profile
 from qcompile.onnx.export import BlockFp8, Target
 from qcompile.recipe import Recipe
-from qcompile.source import Declared
+from qcompile.source import Declared, Preparation
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Wanted:
     given: bool
     calibration: str | None
     samples: int | None
+    preparation: Preparation
     dtype: torch.dtype | None
     save_program: Path | None
     output: Path

@@ -346,5 +346,6 @@ def _report(
         comparison=comparison,
         bytes=size,
         headroom=record.headroom,
+        ranges=record.ranges,
         convolutions=modules.convolutions,
     )

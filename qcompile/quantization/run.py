@@ -68,7 +68,7 @@ def quantized_program(
     if not is_finished(quantized):
         _tell_nothing(work.log)
     notices = [*map(str, plan.notices), *told(plan.steps), *found.notices, *work.log.notices]
-    seen = found.headroom, found.source, noted_dimensions(program)
+    seen = found.headroom, found.source, noted_dimensions(program), found.ranges
     record(quantized, QuantizeRecord(plan.name, work.log.fired, work.log.declined, notices, *seen))
     return quantized
 

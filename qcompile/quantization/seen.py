@@ -9,8 +9,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from qcompile.algorithms.growth import RangeLog
 from qcompile.algorithms.observe import observe
 from qcompile.algorithms.statistics import Largest, Statistic
+from qcompile.capture.batches import PlacedBatches, batch_count
 from qcompile.process import alone
 from qcompile.quantization.headroom import Watch
 
@@ -22,6 +24,7 @@ class Observation:
     Attributes:
         watch: of the last walk that looked at the graph as it is now.
         notices: what the user should know of the data. samples: how many there were.
+        ranges: how the ranges grew over them, of the first walk through the graph as it is now.
     """
 
     def __init__(
@@ -40,12 +43,13 @@ class Observation:
         self.watch: Watch | None = None
         self.notices: list[str] = []
         self.samples: int | None = None
+        self.ranges: RangeLog | None = None
         self._kept: dict[Node, list[Statistic]] = {}
         self._stands: dict[Statistic, Statistic] = {}  # what was asked for -> what is kept for it
 
     def forget(self) -> None:
         """The graph is another now."""
-        self.watch, self._kept, self._stands = None, {}, {}
+        self.watch, self._kept, self._stands, self.ranges = None, {}, {}, None
 
     def of(self, wanted: Mapping[Node, Statistic], also: Mapping[Node, Statistic]) -> dict[Node, Statistic]:
         """What is kept of the nodes in `wanted`; if data has to be walked for it, keep `also` for later, too."""
@@ -69,7 +73,8 @@ class Observation:
         self.watch = watch
         if not watch.watched:
             return
-        log = observe(
-            watch.gm, self.program, watch.watched, self.batches, widen=watch.converted, progress=self.progress
-        )
-        self.samples, self.notices = log.samples, log.notices()
+        ranges = RangeLog(self._stands.values(), batch_count(self.batches))
+        options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "ranges": ranges}
+        log = observe(watch.gm, self.program, watch.watched, self.batches, **options)
+        told = self.batches.notices if isinstance(self.batches, PlacedBatches) else ()
+        self.samples, self.notices, self.ranges = log.samples, [*told, *log.notices()], self.ranges or ranges

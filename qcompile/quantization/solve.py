@@ -29,6 +29,7 @@ from qcompile.quantization.seen import Observation
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
+from qcompile.report.ranges import RangeGrowth
 
 NEVER = "calibration never reached it"
 ZEROS = "it was zero in all of calibration"
@@ -64,6 +65,7 @@ class Solution:
         headroom: how near the tensors came to the end of the compute dtype; empty without data.
         notices: what the user should know of the data, or of the lack of it.
         fully_masked: the attentions whose mask hid every key from some query.
+        ranges: how ranges grew over the data; None where there is nothing to compare.
         source: what ranges were found on, for metadata.
     """
 
@@ -73,6 +75,7 @@ class Solution:
     headroom: list[Headroom] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     fully_masked: set[Node] = field(default_factory=set)
+    ranges: RangeGrowth | None = None
     source: str = ""
 
 
@@ -180,7 +183,18 @@ def _take_observation(
         ]
     found.headroom, found.fully_masked = watch.headroom(), watch.fully_masked
     found.notices += [*watch.check(), *notices]
+    found.ranges = _growth(observation, view)
+    if found.ranges is not None and not found.ranges.suffices:
+        found.notices.append(str(found.ranges))
     found.source = f"{observation.samples} sample{'s' * (observation.samples != 1)}"
+
+
+def _growth(observation: Observation, view: View) -> RangeGrowth | None:
+    """Of what has a constant scale; q, k and v that read one tensor have one range."""
+    names: dict[Largest, str] = {}
+    for operand, largest in zip(view.activations, _largest(observation, view.activations), strict=True):
+        names.setdefault(largest, operand.name)
+    return observation.ranges.growth(names) if observation.ranges is not None else None
 
 
 def _largest(observation: Observation, operands: list[Operand]) -> list[Largest]:

@@ -11,6 +11,7 @@ from qcompile.report.check import Check
 from qcompile.report.comparison import Comparison
 from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.headroom import Headroom
+from qcompile.report.ranges import RangeGrowth
 
 
 class Report(ModelReport):
@@ -35,6 +36,8 @@ class Report(ModelReport):
         bytes: size on disk, external data included.
         headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
             the compute dtype is, the nearest first; empty without calibration data.
+        ranges: how the ranges of what has a constant scale grew over the samples, which says whether these sufficed;
+            None with fewer than two batches.
         convolutions: each, quantized or not, with its operations, bytes, and what codes gain by a roofline.
 
     What `quantize` noted on the program is in it also for a program that was saved and loaded.
@@ -49,6 +52,7 @@ class Report(ModelReport):
     bytes: int
     comparison: Comparison | None = None
     headroom: list[Headroom] = Field(default_factory=list)
+    ranges: RangeGrowth | None = None
     convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
 
     @property

@@ -16,6 +16,7 @@ from qcompile.report.base import ModelReport
 from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.coverage import Modules
 from qcompile.report.headroom import Headroom
+from qcompile.report.ranges import RangeGrowth
 from qcompile.report.record import record_of
 
 
@@ -23,8 +24,8 @@ class ProgramReport(ModelReport):
     """What `quantize` made, of a program in memory or in a `.pt2` file.
 
     Attributes:
-        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, convolutions: as in
-            `qcompile.Report`; no target has left out anything yet.
+        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, ranges, convolutions: as
+            in `qcompile.Report`; no target has left out anything yet.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: names of dynamic dimensions.
         bytes: of all tensors.
@@ -36,6 +37,7 @@ class ProgramReport(ModelReport):
     dimensions: list[str]
     bytes: int
     headroom: list[Headroom] = Field(default_factory=list)
+    ranges: RangeGrowth | None = None
     convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
 
     @classmethod
@@ -57,6 +59,7 @@ class ProgramReport(ModelReport):
             fired=dict(noted.fired),
             notices=noted.notices,
             headroom=noted.headroom,
+            ranges=noted.ranges,
             convolutions=modules.convolutions,
             calibration=noted.calibration,
             dimensions=sorted(set(noted.dimensions.values())),

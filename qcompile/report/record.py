@@ -18,11 +18,12 @@ from passes.graph import is_call
 from passes.ir import DEQUANTIZE
 from qcompile.messages import first_line
 from qcompile.report.headroom import Headroom
+from qcompile.report.ranges import RangeGrowth
 from qcompile.report.validated import reason
 
 UNREACHED = "Calibration"  # what declined a layer that calibration gave no range, instead of the name of a pass
 SITES = "Sites"  # what declined a layer that no input reaches, or that gains nothing
-VERSION = 1  # of the record in a file; the one without a number, of the first releases, has the same fields
+VERSION = 1  # of the record in a file; the one without a number, of the first releases, has these but `ranges`
 _META = "qcompile"  # key of the record in the metadata of the graph, and of nodes
 _LOST = "recipe, what was declined and what calibration saw are not known"
 _NAME = re.compile(r"[^\W\d]\w{0,99}")
@@ -48,6 +49,7 @@ class QuantizeRecord:
         headroom: how near each tensor that calibration saw came to the end of the compute dtype, the nearest first.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: symbol of a dynamic dimension -> what the user called it.
+        ranges: how the ranges of activations grew over the samples; None where there is nothing to compare.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -59,6 +61,7 @@ class QuantizeRecord:
     headroom: list[Headroom] = field(default_factory=list)
     calibration: str = ""
     dimensions: Annotated[Mapping[str, str], AfterValidator(_symbol_names)] = field(default_factory=dict)
+    ranges: RangeGrowth | None = None
 
 
 def record(program: ExportedProgram, what: QuantizeRecord) -> None:

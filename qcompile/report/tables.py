@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompile.messages import visible
+from qcompile.report.ranges import RangeGrowth, RangeStep
 
 _ROWS = 20
 _SHIPPED = "qcompile/recipe/builtin/"
@@ -19,7 +20,8 @@ _SHIPPED = "qcompile/recipe/builtin/"
 
 def table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
     """An empty table; the columns in `numbers` are set flush right."""
-    result = Table(title=plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = plain(title, "bold") if title else None
+    result = Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         result.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return result
@@ -80,6 +82,7 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
+    show_ranges(console, report.get("ranges"))
     show_convolutions(console, report["convolutions"])
     show_checks(console, report["checks"])
     if report["comparison"]:
@@ -97,6 +100,7 @@ def show_program(console: Console, report: Mapping[str, Any]) -> None:
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
+    show_ranges(console, report.get("ranges"))
     show_convolutions(console, report["convolutions"])
 
 
@@ -111,6 +115,19 @@ def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown
     )
     for entry in headroom[:shown]:
         add(found, entry["module"], entry["tensor"], f"{entry['amax']:.3g}", f"{entry['factor']:.3g} x")
+    console.print(found)
+
+
+def show_ranges(console: Console, ranges: Mapping[str, Any] | None) -> None:
+    """How many ranges would be too small with a part of the samples."""
+    if not ranges or not ranges["steps"]:
+        return
+    growth = RangeGrowth(ranges["ranges"], ranges["samples"], tuple(RangeStep(**step) for step in ranges["steps"]))
+    console.print(plain(f"Ranges: {growth}", "bold"), soft_wrap=True)
+    columns = ("after samples", "grew by more than 5%", "most", "quantizer")
+    found = table("", *columns, numbers=columns[:3])
+    for step in ranges["steps"]:
+        add(found, step["samples"], step["larger"], f"{step['factor']:.3g} x", step["quantizer"])
     console.print(found)
 
 

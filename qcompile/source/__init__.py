@@ -8,11 +8,13 @@ from qcompile.source.declared import Declared, parse_inputs
 from qcompile.source.inputs import parse_dynamic, with_dynamic_shapes
 from qcompile.source.load import load_source
 from qcompile.source.model import Source
+from qcompile.source.preparation import Preparation
 
 __all__ = [
     "MADE_UP",
     "Data",
     "Declared",
+    "Preparation",
     "Source",
     "load_source",
     "open_calibration",

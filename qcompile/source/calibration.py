@@ -10,10 +10,11 @@ import torch
 
 from qcompile.errors import CalibrationError, SourceError
 from qcompile.source import tensor_files, texts
-from qcompile.source.data import Data, batch_size, tensor_inputs
+from qcompile.source.data import Data, ListedBatches, batch_size, tensor_inputs
 from qcompile.source.images import ImageFolder
 from qcompile.source.load import FUNCTION, call_function, import_function
 from qcompile.source.model import Source
+from qcompile.source.preparation import AS_THE_MODEL_SAYS, IMAGE_FOLDERS, OTHERS, TEXT_FILES, Preparation
 from qcompile.source.tensor_files import TensorFile, first_samples
 from qcompile.source.texts import TextFile
 
@@ -22,32 +23,37 @@ MADE_UP = "calibrated with random data: the ranges mean nothing, and neither doe
 _RANDOM_BATCHES = 4
 
 
-def open_calibration(text: str, model: str = "", samples: int | None = None) -> Data:
+def open_calibration(
+    text: str, model: str = "", samples: int | None = None, how: Preparation = AS_THE_MODEL_SAYS
+) -> Data:
     """The calibration data that `text` names.
 
     Args:
         text: a `.safetensors`, `.npz` or `.pt` file with a tensor for each input, by name, whose first axis is the
             samples; a `.npy` or `.pt` file with the one tensor of a model with one input; a `.pt` file with a list of
-            batches; a folder of images; a `.txt` file, or a `.jsonl` file with a "text" on each line;
-            `package.module:function`, which returns an iterable of batches; or `random`, made-up data that is good for
-            nothing but trying out.
+            batches; a folder of images; a `.txt` file, or a `.jsonl` file with a "text" or the "messages" of a chat
+            on each line; `package.module:function`, which returns an iterable of batches; or `random`, made-up data
+            that is good for nothing but trying out.
         model: the source of the model as `load_source` takes it: a directory has the processor of images and the
             tokenizer of texts.
         samples: how many to take. None: all that tensors and functions have, 128 of images and texts.
+        how: how texts and images are prepared.
 
     Raises:
         CalibrationError: there is no such file, or it cannot be read.
         SourceError: the function cannot be found.
     """
     path = Path(text)
+    is_text = path.suffix in texts.SUFFIXES
+    how.check(text, IMAGE_FOLDERS if path.is_dir() else TEXT_FILES if is_text else OTHERS)
     if text == RANDOM:
         return _MadeUp(samples)
     if path.is_dir():
-        return ImageFolder(path, model, samples)
+        return ImageFolder(path, model, samples, how)
     if path.suffix in tensor_files.SUFFIXES:
         return TensorFile(path, samples)
-    if path.suffix in texts.SUFFIXES:
-        return TextFile(path, model, samples)
+    if is_text:
+        return TextFile(path, model, samples, how)
     if FUNCTION.fullmatch(text) and not path.exists():
         return _Function(text, samples)
     problem = "is nothing that can be read" if path.exists() else "is not there"
@@ -87,7 +93,8 @@ class _MadeUp(Data):
         random = torch.Generator().manual_seed(0)
         made = (source.batch([_like(value, random) for value in source.inputs.values()]) for _ in iter(int, 1))
         size = batch_size(tensor_inputs(source))
-        return list(first_samples(made, self.samples or _RANDOM_BATCHES * size))
+        listed = list(first_samples(made, self.samples or _RANDOM_BATCHES * size))
+        return ListedBatches(listed, "made up", self.notices)
 
 
 def _like(value: Any, random: torch.Generator) -> Any:

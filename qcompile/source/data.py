@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qcompile.capture.batches import PlacedBatches
 from qcompile.errors import CalibrationError
 from qcompile.remedy import Remedy, with_remedy
 from qcompile.source.examples import TEXT_INPUTS
@@ -43,19 +44,51 @@ class Data(ABC):
         """
 
 
-class LazyBatches(Sequence[Any]):
+class LazyBatches(PlacedBatches):
     """Batches that are made when they are asked for: no more than one has to be in memory."""
 
-    def __init__(self, make: Callable[[int, int], Any], samples: int, size: int) -> None:
-        """`make` gives the batch of samples `start` to `stop`."""
-        self._make, self._samples, self._size = make, samples, size
+    def __init__(
+        self,
+        make: Callable[[int, int], Any],
+        samples: int,
+        size: int,
+        place: Callable[[int, int], str],
+        notices: Sequence[str] = (),
+    ) -> None:
+        """`make` gives the batch of samples `start` to `stop`, `place` where they are from."""
+        self._make, self._samples, self._size, self._place = make, samples, size, place
+        self.notices = notices
 
     def __len__(self) -> int:
         return -(-self._samples // self._size)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self._make(*self._ends(index))
+
+    def place(self, index: int) -> str:
+        return self._place(*self._ends(index))
+
+    def _ends(self, index: int) -> tuple[int, int]:
         start = range(0, self._samples, self._size)[index]
-        return self._make(start, min(start + self._size, self._samples))
+        return start, min(start + self._size, self._samples)
+
+
+class ListedBatches(PlacedBatches):
+    """Batches that are there."""
+
+    def __init__(self, batches: Sequence[Any], name: str, notices: Sequence[str] = ()) -> None:
+        self._batches, self._name, self.notices = batches, name, notices
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    def place(self, index: int) -> str:
+        return self._name
 
 
 def tensor_inputs(source: Source) -> dict[str, torch.Tensor]:

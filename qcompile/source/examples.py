@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import SourceError
+from qcompile.remedy import Remedy, with_remedy
 
 _DEFAULT_TOKENS = 128
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
@@ -46,7 +47,7 @@ def example_inputs(model: torch.nn.Module, name: str, sizes: Sizes) -> dict[str,
     if main not in _MAKERS:
         raise SourceError(f"{name}: no example inputs are known for it (its main input is {main}); use a factory")
     names = [main]
-    if main == "input_ids" and not maker.is_causal:
+    if main == "input_ids" and not is_causal(maker.config):
         names.append("attention_mask")
     if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
         names = ["input_ids", "pixel_values", "attention_mask"]  # CLIP and its kin compare a text with an image
@@ -57,6 +58,23 @@ def example_inputs(model: torch.nn.Module, name: str, sizes: Sizes) -> dict[str,
     return {name: _MAKERS[name](maker) for name in names if name in taken}
 
 
+def is_causal(config: Any) -> bool:
+    """Whether it is of a decoder-only language model, whose mask is a matter of position alone."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.model_type
+    return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def token_limit(config: Any) -> int:
+    """How many tokens the model has positions for; a number beyond all where it does not say."""
+    for part in (config, getattr(config, "text_config", None)):
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(limit := getattr(part, key, None), int):
+                return limit
+    return 2**31
+
+
 class _Maker:
     """Makes the inputs of one model; composite configs are looked through for the part that an input belongs to."""
 
@@ -65,14 +83,6 @@ class _Maker:
         self.config: Any = model.config
         self.random = torch.Generator().manual_seed(0)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    @property
-    def is_causal(self) -> bool:
-        """A decoder-only language model, whose mask is a matter of position alone."""
-        from transformers.models.auto import modeling_auto as auto
-
-        kind = self.config.model_type
-        return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     def look_up(self, keys: tuple[str, ...], parts: tuple[str, ...], default: Any = None) -> Any:
         """The first of `keys` that the config or one of its parts has."""
@@ -85,11 +95,12 @@ class _Maker:
         return default
 
     def tokens(self, name: str) -> int:
-        limit = self.look_up(("max_position_embeddings", "n_positions"), ("text_config",), default=2**31)
+        limit = token_limit(self.config)
         of_data = self.of_data(name, 2)
         tokens = self.sizes.tokens or (of_data[0] if of_data else min(_DEFAULT_TOKENS, limit))
         if tokens > limit:
-            raise SourceError(f"{self.name} takes at most {limit} tokens, not {tokens}")
+            problem = SourceError(f"{self.name} takes at most {limit} tokens, not {tokens}")
+            raise with_remedy(problem, Remedy({"--sequence": (str(limit),)}) if self.sizes.tokens else Remedy())
         return tokens
 
     def of_data(self, name: str, rank: int) -> Sequence[int]:

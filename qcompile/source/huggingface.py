@@ -15,6 +15,7 @@ from qcompile.checkpoint.load import is_quantized_checkpoint, load_checkpoint
 from qcompile.compat.transformers import from_config
 from qcompile.errors import CheckpointError, SourceError
 from qcompile.messages import first_line, some
+from qcompile.remedy import remedy_of
 from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
 
@@ -54,6 +55,8 @@ def load_directory(
     try:
         inputs = example_inputs(model, name, sizes)
     except SourceError as error:
+        if not declared and remedy_of(error).options:
+            raise
         if not declared:
             raise SourceError(f"{error}, or declare its inputs with --input NAME=SHAPE:DTYPE") from error
         inputs = {}

@@ -13,6 +13,8 @@ from qcompile.errors import CalibrationError
 from qcompile.messages import first_line, some
 from qcompile.source.data import DEFAULT_SAMPLES, Data, LazyBatches, as_batch, batch_size, tensor_inputs
 from qcompile.source.model import Source
+from qcompile.source.pixels import PIXELS, Pixels, pixel_input
+from qcompile.source.preparation import Preparation
 from qcompile.source.preprocessing import IMAGES, load_preprocessor
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes that Pillow cuts off at 255 on the way to RGB
@@ -27,7 +29,7 @@ class ImageFolder(Data):
     They are read as transformers reads them: turned upright as their EXIF data say, and converted to RGB.
     """
 
-    def __init__(self, folder: Path, model: str, samples: int | None) -> None:
+    def __init__(self, folder: Path, model: str, samples: int | None, how: Preparation) -> None:
         super().__init__(str(folder))
         self.paths, others = _images(folder)
         if not self.paths:
@@ -37,13 +39,20 @@ class ImageFolder(Data):
             self.paths = [self.paths[(2 * i + 1) * self.total // (2 * samples)] for i in range(samples)]
         if others:
             self.notices.append(f"{folder}: {some([str(p.relative_to(folder)) for p in others])} left out: no images")
-        self.processor = load_preprocessor(IMAGES, model, folder)
+        self.how = how
+        self.processor = (
+            Pixels(how) if how.prepares_images else load_preprocessor(IMAGES, how.processor or model, folder)
+        )
+        if isinstance(self.processor, Pixels):
+            self.notices += self.processor.notices(str(folder))
 
     def __str__(self) -> str:
         taken = len(self.paths)
         return f"{taken}{f' of {self.total}' if taken < self.total else ''} images of {self.name}"
 
     def shapes(self) -> dict[str, Sequence[int]]:
+        if isinstance(self.processor, Pixels) and self.how.image_size is None:
+            return {}  # that of the model
         return {name: tuple(value.shape) for name, value in self._prepared(self.paths[:1]).items()}
 
     def batches(self, source: Source) -> Iterable[Any]:
@@ -51,7 +60,12 @@ class ImageFolder(Data):
         size = batch_size(wanted)
         if len(self.paths) < size:
             raise CalibrationError(f"{self.name} has {len(self.paths)} images, fewer than one batch of {size}")
-        given = self.shapes()
+        if isinstance(self.processor, Pixels):
+            name, example = pixel_input(wanted, source.name)
+            self.processor = self.processor.of(example)
+            given = [name]
+        else:
+            name, given = PIXELS, list(self.shapes())
         if missing := [name for name in wanted if name not in given]:
             raise CalibrationError(
                 f"{source.name} takes {some(missing)}, too, which a folder of images does not give: take the part that"
@@ -59,10 +73,14 @@ class ImageFolder(Data):
             )
 
         def batch(start: int, stop: int) -> Any:
-            paths = self.paths[start:stop]
-            return as_batch(source, self._prepared(paths), some([str(path) for path in paths]))
+            found = self._prepared(self.paths[start:stop])
+            tensors = found if name == PIXELS else {name: found[PIXELS]}
+            return as_batch(source, tensors, place(start, stop))
 
-        return LazyBatches(batch, len(self.paths), size)
+        def place(start: int, stop: int) -> str:
+            return some([str(path) for path in self.paths[start:stop]])
+
+        return LazyBatches(batch, len(self.paths), size, place, self.notices)
 
     def _prepared(self, paths: Sequence[Path]) -> Any:
         images = [_read(path) for path in paths]
@@ -116,5 +134,5 @@ def _read(path: Path) -> Any:
 
 def _pillow(name: str) -> Any:
     if importlib.util.find_spec("PIL") is None:
-        raise CalibrationError("reading images needs Pillow: pip install 'qcompile[transformers]'")
+        raise CalibrationError("reading images needs Pillow: pip install 'qcompile[images]'")
     return importlib.import_module(f"PIL.{name}")

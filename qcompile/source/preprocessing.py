@@ -18,6 +18,11 @@ _FILES = {
     TEXT: ("tokenizer.json", "tokenizer_config.json"),
 }
 
+_INSTEAD = {
+    IMAGES: "say how to prepare them (--image-size, --image-mean, --image-std), name one with --processor",
+    TEXT: "name one with --processor",
+}
+
 _SIDES, _LONGEST_SIDE = ("size", "crop_size", "height", "width"), 10_000
 
 
@@ -28,7 +33,8 @@ def load_preprocessor(kind: str, model: str, data: object) -> Any:
         CalibrationError: says what `model` lacks for `data`, or which of its files is a link that leads out of it.
     """
     content, what = _WORDS[kind]
-    instead = "give tensors (.safetensors, .npz), or a function (package.module:function) that returns batches"
+    instead = f"{_INSTEAD[kind]}, give tensors (.safetensors, .npz), or a function (package.module:function)"
+    instead += " that returns batches"
     if not Path(model).is_dir():
         raise CalibrationError(
             f"{data} holds {content}, for the {what} of a Hugging Face directory, and {model or 'the source'} is none:"

@@ -15,7 +15,7 @@ from qcompile.capture.plain_tensors import unusable
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.remedy import Remedy, with_remedy
-from qcompile.source.data import Data, batch_size, fitting, tensor_inputs
+from qcompile.source.data import Data, LazyBatches, ListedBatches, batch_size, fitting, tensor_inputs
 from qcompile.source.model import Source
 from qcompile.source.tensor_reading import check_tensors, read_tensors
 
@@ -44,7 +44,9 @@ class TensorFile(Data):
 
     def batches(self, source: Source) -> Iterable[Any]:
         if isinstance(self._content, list):
-            return self._content if self.samples is None else first_samples(self._content, self.samples)
+            content = self._content
+            listed = content if self.samples is None else list(first_samples(content, self.samples))
+            return ListedBatches(listed, self.name)
         return self._cut(self._content, source)
 
     @cached_property
@@ -52,7 +54,7 @@ class TensorFile(Data):
         """A tensor, a dict of tensors by name, or a list of batches."""
         return read_tensors(self.path)
 
-    def _cut(self, data: Any, source: Source) -> list[Any]:
+    def _cut(self, data: Any, source: Source) -> LazyBatches:
         """Cut tensors with all samples into batches of the sizes that the example inputs have."""
         inputs, wanted = source.inputs, tensor_inputs(source)
         if isinstance(data, torch.Tensor):
@@ -67,12 +69,12 @@ class TensorFile(Data):
         total, size = self._count(fit), batch_size(wanted)
         if total < size:
             raise CalibrationError(f"{self.name} has {total} samples, fewer than one batch of {size}")
-        return [
-            source.batch(
-                [_rows(fit.get(name, value), start, min(start + size, total)) for name, value in inputs.items()]
-            )
-            for start in range(0, total, size)
-        ]
+        return LazyBatches(
+            lambda start, stop: source.batch([_rows(fit.get(n, value), start, stop) for n, value in inputs.items()]),
+            total,
+            size,
+            lambda start, stop: f"{self.name}, samples {start} to {stop - 1}",
+        )
 
     def _count(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """How many samples are taken."""

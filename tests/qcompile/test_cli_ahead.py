@@ -139,7 +139,7 @@ def test_what_is_not_known_is_not_refused(here: Path, capsys: pytest.CaptureFixt
     [
         ("onnxruntime", NEVER, "--no-compare"),
         ("transformers", ("export", "a_directory", "-o", "m.onnx"), r"qcompile[transformers]"),
-        ("PIL", ("export", "a_directory", "-o", "m.onnx", "--calibration", "a_directory"), r"qcompile[transformers]"),
+        ("PIL", ("export", "a_directory", "-o", "m.onnx", "--calibration", "a_directory"), r"qcompile[images]"),
         ("onnxruntime", ("demo",), r"qcompile[onnxruntime]"),
         ("tensorrt_rtx", (*NEVER, "--target", "sm89"), r"qcompile[tensorrt-rtx]"),
     ],

@@ -148,8 +148,9 @@ def test_directory_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     directory = config_only(tmp_path, transformers.BertConfig(**BERT), "BertModel")
     with pytest.raises(SourceError, match=r"holds no weights.*--random-weights"):
         load_source(directory)
-    with pytest.raises(SourceError, match="takes at most 512 tokens, not 513"):
+    with pytest.raises(SourceError, match=r"takes at most 512 tokens, not 513$") as caught:
         load_source(directory, random_weights=0, sequence=513)
+    assert remedy_of(caught.value).options == {"--sequence": ("512",)}
     with pytest.raises(SourceError, match=r"no part 'decoder'; it has none"):
         load_source(directory, random_weights=0, submodule="decoder")
     (tmp_path / "model.safetensors").write_bytes(b"not a header")

@@ -134,7 +134,7 @@ def test_image_errors(model: str, photos: Path, spoil: Callable[[Path], Any], me
 def test_directories_that_cannot_prepare(model: str, photos: Path, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("one")
-    refused(photos, "models:make", "models:make is none: give tensors", **PIXELS)
+    refused(photos, "models:make", "models:make is none: say how to prepare them .*, give tensors", **PIXELS)
     refused(photos, str(photos), r"has no image processor .*preprocessor_config\.json.*copy it", **PIXELS)
     refused(text, str(photos), r"has no tokenizer .*tokenizer\.json", **IDS)
     refused(photos, model, "takes input_ids, too, which a folder of images does not give", **PIXELS, **IDS)

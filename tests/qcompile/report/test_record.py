@@ -80,7 +80,8 @@ def made() -> ExportedProgram:
     model = Two().eval()
     x = torch.randn(3, 24)
     batch = {0: Dim("batch", max=64)}
-    return qcompile.quantize(model, (x,), recipe="nvfp4", calibration=[x], dynamic_shapes=(batch,), progress=False)
+    halves = [x[:1], x[1:]]
+    return qcompile.quantize(model, (x,), recipe="nvfp4", calibration=halves, dynamic_shapes=(batch,), progress=False)
 
 
 def loaded(program: ExportedProgram, folder: Path) -> ExportedProgram:
@@ -98,6 +99,7 @@ def test_the_report_after_a_save(made: ExportedProgram, tmp_path: Path, capsys: 
     assert report(again, tmp_path) == report(made, tmp_path)
     found = ProgramReport.of(again)
     assert found == ProgramReport.of(made) and (found.coverage, found.dimensions) == ({"linear": (1, 2)}, ["batch"])
+    assert found.ranges is not None and found.ranges.samples == 3
     assert main(["inspect", str(tmp_path / "m.pt2")]) == 0
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("recipe nvfp4; calibrated on 3 samples; dynamic: batch", "1 of 2", "narrow"))
