@@ -75,7 +75,8 @@ class Row:
 
 def measure(name: str, recipe: str, targets: Sequence[str] = TARGETS) -> Iterator[Row]:
     """One row for each target."""
-    example, kernels, counts = MODELS[name](), {}, (0, 0)
+    example, counts = MODELS[name](), (0, 0)
+    kernels: dict[tuple[str, str], int] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for which in ("none", "where_it_pays"):
             path = Path(folder) / "model.onnx"
