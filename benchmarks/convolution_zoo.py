@@ -54,9 +54,9 @@ class Half(nn.Module):
         return result
 
 
-def autoencoder(part: str) -> Example:
+def autoencoder(part: str, make: Callable[[], Example] = diffusion_zoo.MODELS["autoencoder-kl"]) -> Example:
     x = torch.randn(1, *((3, 64, 64) if part == "encoder" else (4, 32, 32)), generator=torch.Generator().manual_seed(1))
-    return Example(Half(diffusion_zoo.MODELS["autoencoder-kl"]().model, part).eval(), (x,), {}, [x])
+    return Example(Half(make().model, part).eval(), (x,), {}, [x])
 
 
 def wav2vec2() -> Example:

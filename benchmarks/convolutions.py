@@ -134,7 +134,7 @@ def trained(data: Data, seed: int, *, width: int = 16, epochs: int = 30) -> ResN
 
 
 def measure(example: Example, held_out: Data, recipe: str, path: Path) -> Network:
-    program = example.quantized(recipe=recipe)
+    program = example.quantized(recipe=qcompile.load_recipe(recipe, ["convolutions=all"]))
     report = qcompile.export_onnx(program, path, target="portable")
     session = qcompile.onnx_session(path)
     found = session.run(None, {session.get_inputs()[0].name: held_out.images.numpy()})[0]

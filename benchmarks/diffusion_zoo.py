@@ -284,3 +284,20 @@ _SPECS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
     ),
 }
 MODELS: Mapping[str, Callable[[], Example]] = {name: partial(_made, *spec) for name, spec in _SPECS.items()}
+
+_WIDE: dict[str, Any] = {"block_out_channels": (128, 256), "norm_num_groups": 32}
+_WIDE_UNET = {**_UNET, **_WIDE, "sample_size": 32, "cross_attention_dim": 256, "attention_head_dim": 4}
+
+
+def _wide_inputs() -> dict[str, Any]:
+    inputs = {"sample": _noise(1, 4, 32, 32), "timestep": torch.tensor(17)}
+    return {**inputs, "encoder_hidden_states": _noise(1, TEXT, 256)}
+
+
+WIDE: Mapping[str, Callable[[], Example]] = {
+    "unet": partial(
+        _made, "UNet2DConditionModel", {**_WIDE_UNET, "down_block_types": _DOWN, "up_block_types": _UP}, _wide_inputs
+    ),
+    "autoencoder": partial(_made, "AutoencoderKL", {**_CODEC, **_WIDE}, lambda: {"sample": _noise(1, 3, 64, 64)}),
+}
+"""Of widths at which convolutions are bound by arithmetic."""

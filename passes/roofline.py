@@ -10,6 +10,9 @@ All is counted in bytes that the memory moves in that time:
     half = max(2 products / BALANCE, 2 (input + weight + output))
     low  = max(products / BALANCE, input + weight + 2 output) + 3 input            per tensor
     low  = max(products / BALANCE, input + weight + 4 output) + 3 input + 4 output per channel
+
+It pays where `half / low` is LEAST_GAIN and `half - low` LEAST_SAVING. How many kernels there are depends on the
+neighbors: `passes.added_kernels`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.fx import Node
 
 from passes.graph import shape
 
-__all__ = ["BALANCE", "LEAST_GAIN", "Roofline"]
+__all__ = ["BALANCE", "LEAST_GAIN", "LEAST_SAVING", "Roofline"]
 
 # Floating-point operations in half precision for each byte of memory, dense and with sums in float32, by what NVIDIA
 # publishes: RTX 5090 209.5e12 / 1792e9 = 117, RTX 4090 165.2e12 / 1008e9 = 164, RTX PRO 6000 Blackwell 281, H100 SXM
@@ -29,6 +32,9 @@ __all__ = ["BALANCE", "LEAST_GAIN", "Roofline"]
 BALANCE = 200.0
 LEAST_GAIN = 1.1
 """What is less than a tenth is less than the roofline knows."""
+LEAST_SAVING = 1e5
+"""In bytes: a tenth of a microsecond at 1e12 a second. A kernel takes about one to start, so that what saves less than
+this, a convolution of one pixel in a squeeze and excitation, saves nothing by the kernel that it adds."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ class Roofline:
     def gain(self, per_channel: bool) -> float:
         """How many times faster it is on codes."""
         return self.half / self.low(per_channel)
+
+    def pays(self, per_channel: bool) -> bool:
+        """Whether what it gains is worth a kernel."""
+        return self.gain(per_channel) >= LEAST_GAIN and self.half - self.low(per_channel) >= LEAST_SAVING
 
     @property
     def intensity(self) -> float:

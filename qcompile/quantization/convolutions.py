@@ -8,7 +8,7 @@ from passes.capabilities import CONVOLUTIONS
 from passes.legalize.unfit_convolutions import unfit_convolution
 from passes.operators import added_convolution
 from passes.quantize.sites import Site
-from passes.roofline import LEAST_GAIN, Roofline
+from qcompile.quantization.paying import unpaid
 from qcompile.schemes.config import QuantizerConfig, format_of
 
 __all__ = ["idle", "unadded", "unfit"]
@@ -35,23 +35,12 @@ def idle(configs: Mapping[Site, QuantizerConfig], which: str) -> dict[Site, str]
     """The quantizers of convolutions that `convolutions: {which}` of a recipe leaves out -> why.
 
     Args:
-        which: `all`, `where_it_pays` or `none`.
+        configs: of what could be quantized. which: `all`, `where_it_pays` or `none`.
     """
     convolutions = {site: config for site, config in configs.items() if site.operator.kind == "convolution"}
     if which == "none":
         return dict.fromkeys(convolutions, "the recipe has `convolutions: none`")
-    found: dict[Site, str] = {}
-    for site, config in convolutions.items() if which == "where_it_pays" else ():
-        if site.operand != "weight":
-            continue
-        roofline, per_channel = Roofline.of(site.consumer), config.granularity == "per_channel"
-        if roofline.gain(per_channel) < LEAST_GAIN:
-            found[site] = (
-                f"it would not pay: {2 * roofline.products:.3g} operations, {roofline.intensity:.3g} for each byte, by"
-                f" the roofline {roofline.gain(per_channel):.2f} times as fast as in half precision, with the kernel"
-                " that quantizes its input; `convolutions: all` has it quantized"
-            )
-    return found
+    return unpaid(convolutions) if which == "where_it_pays" else {}
 
 
 def unadded(site: Site, kept: Mapping[Site, QuantizerConfig], config: QuantizerConfig) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from qcompile.frontends.quantized import refuse_quantized_graph
 from qcompile.messages import some
 from qcompile.quantization.convolutions import idle, unadded, unfit
 from qcompile.quantization.edges import check_edges
+from qcompile.quantization.paying import none_pays
 from qcompile.recipe import (
     QuantizerConfig,
     QuantizerName,
@@ -159,15 +160,23 @@ def quantized_elsewhere(work: Work, *, queries: bool = False, fuses: bool = True
 def _useful(work: Work, configs: Mapping[Site, QuantizerConfig], convolutions: str) -> dict[Site, QuantizerConfig]:
     """`configs` less what gives the same at every call, which back ends store, and layers that would gain nothing."""
     fixed = {node for part in graphs(work.gm) for node in fixed_nodes(part)}
-    unpaid = idle(configs, convolutions)
-    reasons = {site: site.idle or unfit(site, config) or unpaid.get(site) for site, config in configs.items()}
+    reasons = {site: reason for site, config in configs.items() if (reason := site.idle or unfit(site, config))}
     reasons |= dict.fromkeys((site for site in configs if site.consumer in fixed), "no user input reaches it")
-    idle_layers = {site.consumer for site, reason in reasons.items() if reason}
-    kept = {site: config for site, config in configs.items() if site.consumer not in idle_layers}
+    unpaid = idle(_less(configs, reasons), convolutions)
+    reasons |= unpaid
+    kept = _less(configs, reasons)
+    if convolutions == "where_it_pays" and (told := none_pays(unpaid, kept)) is not None:
+        logger.warning("%s", told)
     reasons |= {site: reason for site, config in kept.items() if (reason := unadded(site, kept, config))}
-    left = {site.consumer: (site.module, reason) for site, reason in reasons.items() if reason}
+    left = {site.consumer: (site.module, reason) for site, reason in reasons.items()}
     for node, (module, reason) in left.items():
         work.log.declined.append(Decline(SITES, f"not quantized: {reason}", module, (node.name,)))
+    return _less(configs, reasons)
+
+
+def _less(configs: Mapping[Site, QuantizerConfig], reasons: Iterable[Site]) -> dict[Site, QuantizerConfig]:
+    """`configs` less all operands of the layers in `reasons`."""
+    left = {site.consumer for site in reasons}
     return {site: config for site, config in configs.items() if site.consumer not in left}
 
 

@@ -85,9 +85,9 @@ class _Header(Strict):
     chose."""
 
     convolutions: Literal["all", "where_it_pays", "none"] = "all"
-    """Which of the convolutions that the rules name are quantized: `where_it_pays` leaves those to half precision whose
-    arithmetic, by the roofline of a GPU, saves less than the kernel that quantizes their input costs. The report has
-    the numbers."""
+    """Which of the convolutions that the rules name are quantized: `where_it_pays`, which shipped recipes have, leaves
+    those to half precision whose arithmetic, by the roofline of a GPU, saves less than the kernels around them cost,
+    and those that add more than one kernel each. The report has the numbers."""
 
     @property
     def steps(self) -> tuple[Settings, ...]:
