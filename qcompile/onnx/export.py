@@ -32,6 +32,7 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
+from qcompile.onnx.int4 import INT4_OPSET, uses_int4
 from qcompile.onnx.interface import (
     check_interface,
     complex_notices,
@@ -218,6 +219,8 @@ def _check(program: object, target: str, opset: int | None, block_fp8: str, io_d
         )
     if opset is not None and opset < FP4_OPSET and uses_fp4(program):
         raise ExportError(f"opset {opset} has no FP4; leave `opset` out, or give {FP4_OPSET}")
+    if opset is not None and opset < INT4_OPSET and uses_int4(program):
+        raise ExportError(f"opset {opset} has no INT4; leave `opset` out, or give {INT4_OPSET} or more")
     bfloat16 = io_dtype is torch.bfloat16 or _uses_bfloat16(program)
     return opset or (FP4_OPSET if uses_fp4(program) else _BFLOAT16_OPSET if bfloat16 else _DEFAULT_OPSET)
 
