@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4
+from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT4_GROUPS, INT8, INT8_PER_TOKEN, NVFP4
 from passes.ir import block_amax, dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, CheckpointFormat, Contents, SchemeReader
 from qcompile.schemes.layer import QuantizedWeight
@@ -17,10 +17,11 @@ from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, IN
 
 BLOCK_WEIGHT_ONLY = Scheme(FP8_128X128)
 NVFP4_WEIGHT_ONLY = Scheme(NVFP4)
+INT4 = [Scheme(fmt) for fmt in INT4_GROUPS.values()]
 HELD = {
     "fp8": [FP8_BLOCK],
-    "modelopt": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY],
-    "modelopt_mixed": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY],
+    "modelopt": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY, *INT4],
+    "modelopt_mixed": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY, *INT4],
     "compressed-tensors": [
         FP8_TENSOR,
         FP8_CHANNEL_TOKEN,
@@ -36,6 +37,7 @@ HELD = {
         Scheme(INT8, INT8),
         Scheme(INT8, INT8, per_channel=True),
         Scheme(INT8, INT8_PER_TOKEN),
+        *INT4,
     ],
 }
 PAIRS = [(name, scheme) for name, schemes in HELD.items() for scheme in schemes]
