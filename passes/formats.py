@@ -35,6 +35,7 @@ class Format:
             for scales that are plain numbers.
         rounds_scales: those plain numbers are in the dtype that the program computes in, as kernels read them; others
             are float32.
+        powers: those plain numbers are powers of two, stored as exponents (e8m0) in checkpoints, and blocks are whole.
         codes_of: the format whose codes these are, where only what shares a scale is another.
     """
 
@@ -47,6 +48,7 @@ class Format:
     block: tuple[int | None, ...] = ()
     scale: Format | None = None
     rounds_scales: bool = False
+    powers: bool = False
     codes_of: str = ""
 
     def shared_by(self, name: str, block: tuple[int | None, ...]) -> Format:
@@ -60,8 +62,13 @@ class Format:
 
     @property
     def is_fp4(self) -> bool:
-        """Whether the codes are e2m1, two to a byte; others that share bytes are INT4."""
-        return self.packed and not self.integer
+        """Whether it is e2m1, two codes to a byte, under scales of two levels, which kernels multiply."""
+        return self.packed and self.scale is not None
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the last block of a row is as long as the others."""
+        return self.packed or self.powers
 
     @property
     def storage(self) -> torch.dtype:
@@ -84,7 +91,7 @@ class Format:
         if self.packed:
             from passes import e2m1, nibbles
 
-            return e2m1.encode(scaled) if self.is_fp4 else nibbles.encode_int4(scaled)
+            return nibbles.encode_int4(scaled) if self.integer else e2m1.encode(scaled)
         clamped = scaled.clamp(self.min, self.max)
         return (clamped.round() if self.integer else clamped).to(self.storage)
 
@@ -94,7 +101,7 @@ class Format:
             return codes.float()
         from passes import e2m1, nibbles
 
-        return e2m1.decode(codes) if self.is_fp4 else nibbles.decode_int4(codes).float()
+        return nibbles.decode_int4(codes).float() if self.integer else e2m1.decode(codes)
 
     @property
     def element_bytes(self) -> float:
@@ -156,6 +163,8 @@ FP8_128X128 = FP8.shared_by("fp8_128x128", (128, 128))
 INT8 = Format("int8", "int8", 127.0, -128.0, integer=True)
 INT8_PER_TOKEN = INT8.shared_by("int8_per_token", (None,))
 NVFP4 = Format("nvfp4", "uint8", 6.0, -6.0, packed=True, block=(16,), scale=FP8)
+MXFP8 = Format("mxfp8", "float8_e4m3fn", 448.0, -448.0, block=(32,), powers=True)
+MXFP4 = Format("mxfp4", "uint8", 6.0, -6.0, packed=True, block=(32,), powers=True)
 _INT4 = Format("int4", "uint8", 7.0, -8.0, integer=True, packed=True, rounds_scales=True)
 INT4_32, INT4_64, INT4_128 = (_INT4.shared_by(f"int4_{size}", (size,)) for size in (32, 64, 128))
 INT4_GROUPS = {fmt.sizes[-1]: fmt for fmt in (INT4_32, INT4_64, INT4_128)}
@@ -170,7 +179,7 @@ is what one group of 32 is cut into."""
 FORMATS = {
     f.name: f
     for f in (
-        *(FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4),
+        *(FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4, MXFP8, MXFP4),
         *INT4_GROUPS.values(),
         *INT4_COLUMNS.values(),
     )

@@ -103,7 +103,13 @@ def block_numbers(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     A block of zeros, or as good as, has the scale 1: any positive number gives zeros.
     """
     scale = block_amax(x, fmt) / fmt.max
-    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    return powers_above(scale) if fmt.powers else scale
+
+
+def powers_above(scale: torch.Tensor) -> torch.Tensor:
+    """The least power of two that each of positive numbers is not above: nothing saturates, as in Model Optimizer."""
+    return ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def block_scale_values(x: torch.Tensor, global_scale: torch.Tensor, fmt: Format) -> torch.Tensor:

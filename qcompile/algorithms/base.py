@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from passes.codes import rows_together
 from passes.formats import Format
-from passes.ir import block_numbers
+from passes.ir import block_numbers, powers_above
 from passes.places import Pipeline
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
@@ -109,8 +109,10 @@ class Operand(ABC):
         Codes have to be chosen with that; of blocks they are `stored_blocks`."""
 
     def stored_blocks(self, scales: torch.Tensor) -> torch.Tensor:
-        """Scales of blocks that are plain numbers as the program will have them, in float32: rounded as `stored` does
-        where the format says so, else as they are."""
+        """Scales of blocks that are plain numbers as the program will have them, in float32: rounded as `stored` does,
+        or up to powers of two, where the format says so."""
+        if self.format.powers:
+            return powers_above(scales)
         return self.stored(scales).float() if self.format.rounds_scales else scales
 
     def amax(self) -> torch.Tensor:

@@ -17,6 +17,8 @@ from passes.formats import (
     INT4_GROUPS,
     INT8,
     INT8_PER_TOKEN,
+    MXFP4,
+    MXFP8,
     NVFP4,
     Format,
 )
@@ -34,8 +36,8 @@ __all__ = [
     "is_known",
 ]
 
-FormatName = Literal["fp8", "int8", "int4", "nvfp4", "mxfp8"]
-"""What a rule can say after `format:`; mxfp8 is read, and refused as nothing carries it yet."""
+FormatName = Literal["fp8", "int8", "int4", "nvfp4", "mxfp8", "mxfp4"]
+"""What a rule can say after `format:`; mxfp8 and mxfp4 are for checkpoints and torch.compile."""
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
 
@@ -72,11 +74,12 @@ WORDS = (
     Word(INT8, "per_channel"),
     Word(INT8_PER_TOKEN, "per_token", dynamic=(True,)),
     Word(NVFP4, "per_block", (1, 16), dynamic=(False, True)),
+    *(Word(fmt, "per_block", (1, 32), dynamic=(False, True)) for fmt in (MXFP8, MXFP4)),
     *(Word(fmt, "per_block", (1, size)) for size, fmt in INT4_GROUPS.items()),
 )
 """Every layout that runs, a weight's static and an activation's static or from run time."""
 
-BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, NVFP4.sizes[0]), "mxfp8": (1, 32)}
+BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, NVFP4.sizes[0]), "mxfp8": (1, 32), "mxfp4": (1, 32)}
 """Formats whose blocks are part of the format itself, along the reduction axis."""
 
 GROUP_SIZES: dict[str, tuple[int, ...]] = {"int4": tuple(INT4_GROUPS)}

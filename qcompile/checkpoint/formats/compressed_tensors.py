@@ -6,6 +6,8 @@
     X.weight_packed                     NVFP4: uint8 [N, K / 2], with X.weight_scale float8_e4m3fn [N, K / 16]
                                         INT4: int32 [N, K / 8], with X.weight_scale [N, K / group] in the dtype that
                                         the model computes in, and X.weight_shape int64 (2,)
+                                        MXFP4: uint8 [N, K / 2], with X.weight_scale as of MXFP8, which has X.weight:
+                                        uint8 [N, K / 32], the exponents of powers of two
     X.weight_global_scale, X.input_global_scale   NVFP4: float32 (1,), these DIVIDE
     A.k_scale, A.v_scale                float32 (1,) of an FP8 key/value cache
 
@@ -33,6 +35,7 @@ from qcompile.checkpoint.formats.int4 import as_words
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, WEIGHTS, group_of, inputs_with
 from qcompile.checkpoint.formats.skip import skipped_names
+from qcompile.checkpoint.formats.stored import as_exponents
 from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
@@ -59,6 +62,9 @@ class CompressedTensors(CheckpointFormat):
             }
             if weight.input_scale is not None:
                 result["input_global_scale"] = 1 / weight.input_scale.float().reshape(1)
+        elif weight.scheme.weight.powers:
+            name_of_codes = "weight_packed" if weight.scheme.weight.packed else "weight"
+            result = {name_of_codes: weight.codes, "weight_scale": as_exponents(weight.scale)}
         else:
             scale = weight.scale.float()
             result = {"weight": weight.codes, "weight_scale": scale if scale.ndim else scale.reshape(1)}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from passes.formats import INT4_GROUPS, NVFP4
+from passes.formats import NVFP4
 from passes.groups import expert_container, served_with
 from qcompile.checkpoint.formats.base import Contents
 from qcompile.messages import some
@@ -51,9 +51,8 @@ def nvfp4(contents: Contents) -> list[str]:
 
 
 def not_nvfp4(contents: Contents) -> list[str]:
-    """FP8 and INT8: INT4 was tried with no server that these limits are of."""
-    four_bits = (NVFP4, *INT4_GROUPS.values())
-    return [name for name, scheme in contents.schemes.items() if scheme.weight not in four_bits]
+    """FP8 and INT8: INT4, MXFP8 and MXFP4 were tried with no server that these limits are of."""
+    return [name for name, scheme in contents.schemes.items() if scheme.weight.family in ("fp8", "int8")]
 
 
 def experts(layers: Layers) -> Layers:

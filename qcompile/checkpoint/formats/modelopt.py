@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from passes.formats import FP8_128X128, INT4_GROUPS, NVFP4
+from passes.formats import FP8_128X128, INT4_GROUPS, MXFP8, NVFP4
 from passes.groups import expert_container
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
@@ -28,6 +28,7 @@ from qcompile.checkpoint.formats.int4 import as_row_pairs
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.modelopt_reader import INT4, MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
+from qcompile.checkpoint.formats.stored import as_exponents
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.schemes.layer import QuantizedWeight
@@ -96,6 +97,8 @@ class ModelOpt(CheckpointFormat):
         scale, codes = weight.scale, weight.codes
         if weight.scheme.weight in INT4_GROUPS.values():
             codes, scale = as_row_pairs(codes), scale.float()
+        elif weight.scheme.weight.powers:
+            scale = as_exponents(scale)
         elif weight.scheme.weight == FP8_128X128:
             scale = scale[:, None, :, None]
         elif weight.scheme.per_channel:
@@ -175,6 +178,8 @@ def _by_algorithm(contents: Contents) -> dict[str, list[str]]:
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
     more: dict[str, Any] = {"group_size": NVFP4.sizes[0]} if scheme.weight == NVFP4 else {}
+    if scheme.weight == MXFP8:
+        more = {"group_size": 32}
     if scheme.weight in INT4_GROUPS.values():  # it says so of all of them, and stores the factor where there is one
         more = {"group_size": scheme.weight.sizes[-1], "has_zero_point": False, "pre_quant_scale": True}
     return {"quant_algo": _ALGORITHMS[scheme], **more}
@@ -193,4 +198,7 @@ def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 def _group(algorithm: str, size: int | None) -> dict[str, Any]:
     if algorithm == INT4:
         return {"weights": {"dynamic": False, "num_bits": 4, "type": "int", "group_size": size}}
+    if algorithm == "MXFP8":
+        own = {"dynamic": False, "num_bits": 8, "type": "float", "group_size": size}
+        return {"input_activations": own, "weights": own}
     return _MIXED_GROUPS[algorithm]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from passes.formats import FP8_128X128, INT4_GROUPS, NVFP4
+from passes.formats import FP8_128X128, INT4_GROUPS, MXFP8, NVFP4
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats import int4
 from qcompile.checkpoint.formats.base import Get, SchemeReader
@@ -28,6 +28,7 @@ SCHEMES = {
     "fp8_pb_wo": Scheme(FP8_128X128),  # in small letters: the export has no other name for it, readers ignore the case
     "NVFP4": NVFP4_W4A4,
     "W4A16_NVFP4": Scheme(NVFP4),
+    "MXFP8": Scheme(MXFP8, MXFP8),
 }
 # Read only: TensorRT-LLM's label of block FP8 W8A8, with the tensors of the format fp8.
 _READ_SCHEMES = {"FP8_BLOCK_SCALES": FP8_BLOCK} | {name.upper(): scheme for name, scheme in SCHEMES.items()}

@@ -18,6 +18,8 @@ from passes.formats import (
     INT4_GROUPS,
     INT8,
     INT8_PER_TOKEN,
+    MXFP4,
+    MXFP8,
     NVFP4,
     Format,
 )
@@ -25,8 +27,8 @@ from qcompile.messages import value
 from qcompile.schemes.scheme import Scheme
 
 _KNOWN_WEIGHTS = (
-    "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), INT4 (group 32, 64, 128), NVFP4 (tensor_group 16);"
-    " symmetric"
+    "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), INT4 (group 32, 64, 128), NVFP4 (tensor_group 16),"
+    " MXFP8 and MXFP4 (group 32); symmetric"
 )
 _KNOWN_INPUTS = "FP8 (tensor, token, group 128), INT8 (tensor, token), NVFP4 (tensor_group 16, local); symmetric"
 
@@ -37,6 +39,7 @@ def _args(bits: int, type: str, strategy: str, *, dynamic: bool | str = False, *
 
 
 _FP4: dict[str, Any] = {"group_size": NVFP4.sizes[0], "scale_dtype": "torch.float8_e4m3fn"}
+_MX: dict[str, Any] = {"group_size": 32, "scale_dtype": "torch.uint8"}
 KV_CACHE = _args(8, "float", "tensor")
 
 # float-quantized means activations, too: compressed-tensors takes weight-only for naive
@@ -47,6 +50,8 @@ WEIGHTS: dict[Format, tuple[dict[str, Any], str, str | None]] = {
     FP8_128X128: (_args(8, "float", "block", block_structure=[128, 128]), *_FLOAT),
     INT8: (_args(8, "int", "tensor"), "int-quantized", None),
     NVFP4: (_args(4, "float", "tensor_group", **_FP4), "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
+    MXFP8: (_args(8, "float", "group", **_MX), "mxfp8-quantized", "mxfp8-quantized"),
+    MXFP4: (_args(4, "float", "group", **_MX), "mxfp4-pack-quantized", "mxfp4-pack-quantized"),
     **{
         fmt: (_args(4, "int", "group", group_size=size), "pack-quantized", "pack-quantized")
         for size, fmt in INT4_GROUPS.items()
@@ -62,6 +67,8 @@ _INPUTS: dict[Format, dict[str, Any]] = {
     INT8: _args(8, "int", "tensor"),
     INT8_PER_TOKEN: _args(8, "int", "token", dynamic=True),
     NVFP4: _args(4, "float", "tensor_group", dynamic="local", **_FP4),
+    MXFP8: _args(8, "float", "group", dynamic=True, **_MX),
+    MXFP4: _args(4, "float", "group", dynamic=True, **_MX),
 }
 
 COMPRESSORS = tuple(dict.fromkeys(name for _, *names in WEIGHTS.values() for name in names if name))

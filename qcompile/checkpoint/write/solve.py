@@ -40,8 +40,9 @@ class StoredOperand(Operand):
         return scale  # checkpoints hold scales in float32
 
     def stored_blocks(self, scales: torch.Tensor) -> torch.Tensor:
-        rounds = self.format.rounds_scales and self.tensor.dtype.itemsize == 2
-        return round_scale(scales, self.tensor.dtype)[0].float() if rounds else scales
+        if self.format.rounds_scales and self.tensor.dtype.itemsize == 2:
+            return round_scale(scales, self.tensor.dtype)[0].float()
+        return super().stored_blocks(scales)
 
     def amax(self) -> torch.Tensor:
         if not self.per_channel:

@@ -57,8 +57,8 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         ('- quantizer: "*"\n  format: fp8\n  1: 2', "r.yaml:3: unknown key 1 in rules[0]; known: quantizer"),
         (
             '- quantizer: "*"\n\n  format: fp7',
-            "r.yaml:5: unknown format 'fp7' at rules[0].format; known: fp8, int8, int4, nvfp4, mxfp8; did you mean"
-            " 'fp8'?",
+            "r.yaml:5: unknown format 'fp7' at rules[0].format; known: fp8, int8, int4, nvfp4, mxfp8, mxfp4; did you"
+            " mean 'fp8'?",
         ),
         (
             '- quantizer: "*"\n  format: fp8\n  granularity: pertensor',

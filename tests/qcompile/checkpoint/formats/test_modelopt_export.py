@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from passes.formats import INT4_128
+from passes.formats import INT4_128, MXFP8
 from passes.ir import dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, Contents, SchemeReader, reader_of
 from qcompile.schemes.scheme import FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
@@ -38,6 +38,7 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
     "mixed_per_channel": {ATTENTION: FP8_CHANNEL_TOKEN, MLP: NVFP4_WEIGHT_ONLY},
     "int4_blocks": {"": Scheme(INT4_128)},
     "mixed_int4_blocks": {ATTENTION: FP8_TENSOR, MLP: Scheme(INT4_128)},
+    "mxfp8": {"": Scheme(MXFP8, MXFP8)},
     "nvfp4_moe": {"": NVFP4_W4A4},
     "mixed_moe": {ATTENTION: FP8_TENSOR, MLP: NVFP4_W4A4},
 }
@@ -95,6 +96,7 @@ def recipe(case: str) -> dict[str, Any]:
         "nvfp4_moe": mtq.NVFP4_DEFAULT_CFG,
         "nvfp4_weights": mtq.W4A16_NVFP4_CFG,
         "nvfp4_mlp": mtq.NVFP4_MLP_ONLY_CFG,
+        "mxfp8": mtq.MXFP8_DEFAULT_CFG,
         "int4_blocks": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
     }
     return dict(configs[case])

@@ -270,8 +270,8 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         ({**MODELOPT, "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'; known: .*NVFP4.*MIXED_PRECISION"),
         ({**MODELOPT, "quant_algo": "MIXED_PRECISION"}, "no quantized_layers"),
         (
-            {**MODELOPT, "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": "MXFP8"}}},
-            "layer a.b has quant_algo 'MXFP8'",
+            {**MODELOPT, "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": "MXFP6"}}},
+            "layer a.b has quant_algo 'MXFP6'",
         ),
         ({**MODELOPT, "quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
         ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "key/value cache is 'NVFP4'; known: 'FP8'"),

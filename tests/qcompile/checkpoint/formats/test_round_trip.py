@@ -27,7 +27,7 @@ NAME = "model.layers.0.mlp.down_proj"
 @settings(max_examples=8, deadline=None)
 @given(n=st.integers(1, 300), k=st.integers(1, 20), ragged=st.integers(0, 15), seed=st.integers(0, 99))
 def test_codes_and_scales_come_back(name: str, scheme: Scheme, n: int, k: int, ragged: int, seed: int) -> None:
-    k = k * scheme.weight.sizes[-1] if scheme.weight.packed else k * 16 + ragged
+    k = k * scheme.weight.sizes[-1] if scheme.weight.whole_blocks else k * 16 + ragged
     n += n % 2 if scheme in INT4 else 0  # Model Optimizer has two rows in a byte
     if name.startswith("modelopt") and scheme.weight == FP8_128X128:
         n, k = n // 128 * 128 + 128, k // 128 * 128 + 128
