@@ -37,4 +37,4 @@ def _codes(x: torch.Tensor) -> torch.Tensor:
     above = to_even.add_(bits).add_((1 << 21) - 1).bitwise_right_shift_(22).sub_((127 << 1) - 2)
     codes = torch.where(size < 1, below_one, above).to(torch.uint8)
     # not the bit of -0.0: Model Optimizer writes that as 0, too
-    return codes | (x < 0).to(torch.uint8) << 3
+    return codes.bitwise_or_((x < 0).to(torch.uint8) << 3)
