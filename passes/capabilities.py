@@ -9,7 +9,20 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import (
+    FP8,
+    FP8_1X128,
+    FP8_128X128,
+    FP8_PER_TOKEN,
+    INT4_COLUMNS,
+    INT4_GROUPS,
+    INT8,
+    INT8_PER_TOKEN,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Format,
+)
 
 __all__ = [
     "CONVOLUTIONS",
@@ -17,6 +30,7 @@ __all__ = [
     "HOPPER",
     "PRODUCTS",
     "UNITS",
+    "WEIGHT_ONLY",
     "Capability",
     "Convolutions",
     "FusedAttention",
@@ -64,6 +78,9 @@ UNITS: Mapping[str, Units] = {
     "nvfp4": Units("FP4", 100, "sm120 or sm121", (10, 0), (8, 9), onnxruntime=False),
     "fp8": Units("FP8", 89, "sm89 or sm120", (8, 9), (8, 9), onnxruntime=True),
     "int8": Units("INT8", 0, "any", (8, 0), (0, 0), onnxruntime=True),
+    "mxfp8": Units("MXFP8", None, "none", None, (8, 9), onnxruntime=False),
+    "mxfp4": Units("MXFP4", None, "none", None, (0, 0), onnxruntime=False),
+    "int4": Units("INT4", 0, "any", None, (0, 0), onnxruntime=True),
     "bfloat16": Units("bfloat16", 80, "sm86 or newer", (8, 0), (8, 0), onnxruntime=True),
     "float16": Units("float16", 0, "any", (0, 0), (0, 0), onnxruntime=True),
     "float32": Units("float32", 0, "any", (0, 0), (0, 0), onnxruntime=True),
@@ -104,8 +121,14 @@ PRODUCTS = (
     Product(INT8, INT8),
     Product(INT8, INT8_PER_TOKEN),
     Product(NVFP4, NVFP4),
+    Product(MXFP8, MXFP8),
+    Product(MXFP4, MXFP4),
 )
-"""Every pair that is multiplied. Another one TensorRT computes in half precision, crashes at, or miscompiles."""
+"""Every pair that is multiplied, those of MXFP8 and MXFP4 by servers of checkpoints alone. Another one TensorRT
+computes in half precision, crashes at, or miscompiles."""
+
+WEIGHT_ONLY = (*INT4_GROUPS.values(), *INT4_COLUMNS.values())
+"""Weights that are multiplied with inputs in floating point alone: one kernel of TensorRT unpacks and multiplies."""
 
 
 def inputs_of(weight: Format) -> tuple[Format, ...]:

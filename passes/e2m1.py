@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from passes.nibbles import pack, unpack
+
 __all__ = ["decode", "encode"]
 
 _BITS_OF_2_22 = 0x4A800000
@@ -12,13 +14,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 def encode(scaled: torch.Tensor) -> torch.Tensor:
     """`[..., 2 n]` fp32 values in units of the scale -> `[..., n]` bytes."""
-    return _pack(_codes(scaled))
+    return pack(_codes(scaled))
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """`[..., n]` bytes -> `[..., 2 n]` fp32 values in units of the scale."""
     values = torch.tensor(_E2M1, device=codes.device, dtype=torch.float32)  # made here: this is traced, too
-    return values[_unpack(codes).int()]
+    return values[unpack(codes).int()]
 
 
 def _codes(x: torch.Tensor) -> torch.Tensor:
@@ -36,13 +38,3 @@ def _codes(x: torch.Tensor) -> torch.Tensor:
     codes = torch.where(size < 1, below_one, above).to(torch.uint8)
     # not the bit of -0.0: Model Optimizer writes that as 0, too
     return codes.bitwise_or_((x < 0).to(torch.uint8) << 3)
-
-
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """`[..., 2 n]` 4-bit codes -> `[..., n]` bytes."""
-    return codes[..., ::2] | codes[..., 1::2] << 4
-
-
-def _unpack(codes: torch.Tensor) -> torch.Tensor:
-    """`[..., n]` bytes -> `[..., 2 n]` 4-bit codes."""
-    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)

@@ -33,6 +33,9 @@ class Format:
             block of an axis can be smaller, but in a packed format.
         scale: the format that the scales of blocks are stored in, under one float32 global scale for the tensor; None
             for scales that are plain numbers.
+        rounds_scales: those plain numbers are in the dtype that the program computes in, as kernels read them; others
+            are float32.
+        powers: those plain numbers are powers of two, stored as exponents (e8m0) in checkpoints, and blocks are whole.
         codes_of: the format whose codes these are, where only what shares a scale is another.
     """
 
@@ -44,6 +47,8 @@ class Format:
     packed: bool = False
     block: tuple[int | None, ...] = ()
     scale: Format | None = None
+    rounds_scales: bool = False
+    powers: bool = False
     codes_of: str = ""
 
     def shared_by(self, name: str, block: tuple[int | None, ...]) -> Format:
@@ -57,8 +62,13 @@ class Format:
 
     @property
     def is_fp4(self) -> bool:
-        """Whether the codes are e2m1, two to a byte: the only ones so far that share bytes."""
-        return self.packed and not self.integer
+        """Whether it is e2m1, two codes to a byte, under scales of two levels, which kernels multiply."""
+        return self.packed and self.scale is not None
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the last block of a row is as long as the others."""
+        return self.packed or self.powers
 
     @property
     def storage(self) -> torch.dtype:
@@ -79,10 +89,9 @@ class Format:
         torch 2.11 turns an overflow of e4m3fn into NaN and 2.13 saturates, so the clamp comes first on both.
         """
         if self.packed:
-            from passes import e2m1
+            from passes import e2m1, nibbles
 
-            self._check_codec()
-            return e2m1.encode(scaled)
+            return nibbles.encode_int4(scaled) if self.integer else e2m1.encode(scaled)
         clamped = scaled.clamp(self.min, self.max)
         return (clamped.round() if self.integer else clamped).to(self.storage)
 
@@ -90,14 +99,9 @@ class Format:
         """Codes -> fp32 values in units of the scale."""
         if not self.packed:
             return codes.float()
-        from passes import e2m1
+        from passes import e2m1, nibbles
 
-        self._check_codec()
-        return e2m1.decode(codes)
-
-    def _check_codec(self) -> None:
-        if not self.is_fp4:
-            raise PassError(f"{self.name}: of codes that share bytes only FP4 is known")
+        return nibbles.decode_int4(codes).float() if self.integer else e2m1.decode(codes)
 
     @property
     def element_bytes(self) -> float:
@@ -142,6 +146,8 @@ class Format:
         import torch
 
         for axis, size in enumerate(self.sizes, -len(self.sizes)):
+            if size == 1:
+                continue
             if shape[axis] % size == 0:
                 scale = scale.repeat_interleave(size, axis)
             else:
@@ -157,8 +163,27 @@ FP8_128X128 = FP8.shared_by("fp8_128x128", (128, 128))
 INT8 = Format("int8", "int8", 127.0, -128.0, integer=True)
 INT8_PER_TOKEN = INT8.shared_by("int8_per_token", (None,))
 NVFP4 = Format("nvfp4", "uint8", 6.0, -6.0, packed=True, block=(16,), scale=FP8)
+MXFP8 = Format("mxfp8", "float8_e4m3fn", 448.0, -448.0, block=(32,), powers=True)
+MXFP4 = Format("mxfp4", "uint8", 6.0, -6.0, packed=True, block=(32,), powers=True)
+_INT4 = Format("int4", "uint8", 7.0, -8.0, integer=True, packed=True, rounds_scales=True)
+INT4_32, INT4_64, INT4_128 = (_INT4.shared_by(f"int4_{size}", (size,)) for size in (32, 64, 128))
+INT4_GROUPS = {fmt.sizes[-1]: fmt for fmt in (INT4_32, INT4_64, INT4_128)}
+"""Weights `[N, K]` with a scale for each group of so many elements of a row."""
+INT4_COLUMNS = {
+    size: replace(INT4_32, name=f"int4_{size}x1", storage_name="int8", packed=False, block=(size, 1))
+    for size in (16, 32, 64, 128)
+}
+"""The same as ONNX's MatMul wants it: `[K, N]`, groups along K, a byte for each code until the file is written. Of 16
+is what one group of 32 is cut into."""
 
-FORMATS = {f.name: f for f in (FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4)}
+FORMATS = {
+    f.name: f
+    for f in (
+        *(FP8, FP8_PER_TOKEN, FP8_1X128, FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4, MXFP8, MXFP4),
+        *INT4_GROUPS.values(),
+        *INT4_COLUMNS.values(),
+    )
+}
 
 
 def get_format(name: str) -> Format:

@@ -65,9 +65,7 @@ def dynamic_quantize(
         scale = dequantize(block_scales, global_scale, format=fmt.scale.name, dtype=torch.float32)
         return quantize(x, scale, format=format), block_scales
     if fmt.sizes:
-        scale = block_amax(x, fmt) / fmt.max
-        # a block of zeros, or as good as, has the scale 1: any positive number gives zeros
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+        scale = block_numbers(x, fmt)
         return quantize(x, scale, format=format), scale
     amax = x.abs().amax(dim=-1, keepdim=True) if fmt.block else _largest(x)
     # not in float16: 448 times the rounded scale of 65504 would be an infinity, and tiny scales have few digits
@@ -97,6 +95,21 @@ def block_amax(x: torch.Tensor, fmt: Format) -> torch.Tensor:
         whole = torch.nn.functional.pad(amax, (0, 0) * (-1 - axis) + (0, missing)) if missing else amax
         amax = whole.unflatten(axis, (-1, size)).amax(axis)
     return amax.float()
+
+
+def block_numbers(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The scale of each block of `x`, of a format of one level, in float32.
+
+    A block of zeros, or as good as, has the scale 1: any positive number gives zeros.
+    """
+    scale = block_amax(x, fmt) / fmt.max
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    return powers_above(scale) if fmt.powers else scale
+
+
+def powers_above(scale: torch.Tensor) -> torch.Tensor:
+    """The least power of two that each of positive numbers is not above: nothing saturates, as in Model Optimizer."""
+    return ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def block_scale_values(x: torch.Tensor, global_scale: torch.Tensor, fmt: Format) -> torch.Tensor:

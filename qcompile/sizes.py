@@ -11,7 +11,7 @@ from qcompile.recipe import Recipe
 from qcompile.recipe.asked import asked_formats
 from qcompile.schemes.words import WORDS
 
-_BYTES = {word.format: word.ir.element_bytes for word in WORDS if not word.ir.codes_of}
+_BYTES = {word.format: word.ir.element_bytes for word in WORDS}
 
 
 def least_bytes(model: torch.nn.Module | ExportedProgram, recipe: Recipe | None, dtype: torch.dtype | None) -> int:

@@ -9,10 +9,10 @@ from passes.base import Pass
 from passes.canonicalize.symmetric import from_symmetric, to_symmetric
 from passes.constants import add_constant, constant, delete_constant, evaluate_constant, is_constant_expression
 from passes.errors import PassError
-from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT4_GROUPS, INT8, INT8_PER_TOKEN, NVFP4, Format
 from passes.graph import Emitter, argument, aten, is_call, module_path, only_user, place_of, shape, strip, val
 from passes.ir import DEQUANTIZE, quantize
-from passes.pairs import checked, constant_pair, measured_pair, name_quantizer
+from passes.pairs import checked, chosen_pair, constant_pair, measured_pair, name_quantizer
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _STATIC = ("tensorrt::quantize_op", "qcompile_modelopt::quantize_op")  # the latter of integers under Dynamo
@@ -61,6 +61,8 @@ class ModeloptToQdq(Pass):
             return x
         amax = _amax(gm, node, x)
         name = _scale_name(path)
+        if fmt in INT4_GROUPS.values():
+            return _groups(gm, node, fmt, amax, emit)
         if amax is None:
             pair = _measured(node, x, fmt, emit)
         elif (weight := _blocked_weight(x)) is not None:  # of one block, perhaps
@@ -98,6 +100,9 @@ def _format(node: Node, schema: str) -> Format:
     bits = (argument(node, "num_bits"), argument(node, "exponent_bits"))
     if schema in _STATIC:
         found, blocks = _FORMATS.get(bits), ""
+        if bits == (4, 0):
+            size = shape(node)[-1]
+            found, blocks = INT4_GROUPS.get(int(size)) if len(shape(node)) == 2 else None, f" in groups of {size}"
     else:
         size = argument(node, "block_size")
         scale = (argument(node, "scale_num_bits"), argument(node, "scale_exponent_bits"))
@@ -106,7 +111,8 @@ def _format(node: Node, schema: str) -> Format:
     if found is None:
         raise PassError(
             f"{place_of(node)}: nvidia-modelopt quantizes to {bits[0]} bits, {bits[1]} of them exponent"
-            f"{blocks}; qcompile knows FP8 (E4M3), INT8 and NVFP4. Choose one of those, or disable this quantizer"
+            f"{blocks}; qcompile knows FP8 (E4M3), INT8, NVFP4, and INT4 in groups of 32, 64 or 128 for weights."
+            " Choose one of those, or disable this quantizer"
         )
     return found
 
@@ -177,6 +183,23 @@ def _blocked_weight(x: Node) -> Node | None:
     source = strip(x, aten.view.default, aten.reshape.default, aten.pad.default, aten.constant_pad_nd.default)
     is_weight = len(shape(x)) == 4 and is_constant_expression(source) and len(shape(source)) == 2
     return source if is_weight else None
+
+
+def _groups(gm: GraphModule, node: Node, fmt: Format, amax: torch.Tensor | None, emit: Emitter) -> Node:
+    """An INT4 weight under modelopt's own scale for each group of a row; `FoldWeights` makes the codes."""
+    weight, sizes = strip(node.all_input_nodes[0], aten.view.default, aten.reshape.default), shape(node)
+    whole = not is_call(weight, aten.pad.default, aten.constant_pad_nd.default)
+    if amax is None or amax.numel() != sizes[0] or not whole or not is_constant_expression(weight):
+        raise PassError(
+            f"{place_of(node)}: INT4 is for weights, with an amax for each group of a row, and for whole groups"
+        )
+    scale = (amax / fmt.max).reshape(*shape(weight)[:-1], -1)
+    pair = chosen_pair(gm, weight, None, scale, fmt, _scale_name(module_path(node)), emit)
+    last = node
+    while (user := only_user(last)) is not None and shape(last) != shape(weight):
+        last = user
+    last.replace_all_uses_with(pair)
+    return pair
 
 
 def _blocks(gm: GraphModule, node: Node, weight: Node, amax: torch.Tensor, emit: Emitter) -> Node:

@@ -26,7 +26,7 @@ class RoundScales(Pass):
     Ensures: quantize and dequantize keep sharing one scale, and it is positive and finite in its own dtype. One that is
         so small that the dtype has few digits for it is rounded up, to the least number at most, so that nothing
         saturates; a notice says so. Scales of blocks stay as they are: float32, which is what their own legalization
-        computes with, or codes.
+        computes with, or codes. Those of INT4 are rounded: one kernel reads and multiplies them.
     Declines when: never; raises `PassError` naming the scale that the dtype cannot hold.
     Why: ONNX below opset 23 and ONNX Runtime want x and scale of one type. It comes before `FoldWeights`, so that codes
         are made with the scale that multiplies them.
@@ -44,8 +44,9 @@ class RoundScales(Pass):
         for node in calls(gm.graph, DEQUANTIZE, ATTENTION):
             scale_node = node.args[4] if node.target is ATTENTION else node.args[1]
             scale = constant(gm, scale_node)
-            in_blocks = node.target is DEQUANTIZE and bool(get_format(str(node.kwargs["format"])).sizes)
-            if isinstance(scale_node, Node) and scale is not None and not in_blocks:
+            fmt = get_format(str(node.kwargs["format"]))
+            in_blocks = node.target is DEQUANTIZE and bool(fmt.sizes)
+            if isinstance(scale_node, Node) and scale is not None and (fmt.rounds_scales or not in_blocks):
                 targets[str(scale_node.target)] = dtype(node)
         for name, to in targets.items():
             self._round(gm, name, to)
@@ -71,7 +72,8 @@ class RoundScales(Pass):
             return
         self.fire()
         delete_constant(gm, name)
-        new = add_constant(gm, name, rounded, nodes[0])
+        kept = torch.nn.Parameter(rounded, requires_grad=False) if isinstance(scale, torch.nn.Parameter) else rounded
+        new = add_constant(gm, name, kept, nodes[0])
         for node in nodes:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)

@@ -7,10 +7,17 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.blocks import scale_rows
-from passes.constants import add_constant, constant, is_constant_expression
-from passes.formats import FP8_1X128, FP8_128X128, get_format
+from passes.constants import (
+    add_constant,
+    constant,
+    evaluate_constant,
+    is_constant_expression,
+    replace_with_constant,
+)
+from passes.formats import FP8_1X128, FP8_128X128, INT4_COLUMNS, INT4_GROUPS, get_format
 from passes.graph import Emitter, aten, calls, is_call, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
+from passes.nibbles import decode_int4
 
 
 class StoreWeightsTransposed(Pass):
@@ -22,6 +29,7 @@ class StoreWeightsTransposed(Pass):
         y = add(matmul(x, dequantize(transpose(codes)[K,N], s)), bias)
         y = add(matmul(x, transpose(dequantize(codes[N,K/2], s))), bias)    # blocks along K, two codes a byte
         y = add(matmul(x, transpose(dequantize(codes[N,K], rows(s)))), bias)    # FP8 in blocks, rows(s)[N,K/128]
+        y = add(matmul(x, dequantize(transpose(codes)[K,N], transpose(s)[K/32,N])), bias)   # INT4, int8 codes
         y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s[E,N,1] or [E,1,1]
         z = mul(matmul(x, transpose(dequantize(codes, dequantize(b, max(g))))), g / max(g))     # two levels, g[E,1,1]
         y = add(matmul(x, transpose(w[E,N,K])), bias)                       # experts that are not quantized
@@ -33,7 +41,8 @@ class StoreWeightsTransposed(Pass):
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
         node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
         TensorRT from the low-precision GEMM; a Mul behind the product does not. DequantizeLinear has blocks on one axis
-        only.
+        only. INT4 is unpacked, multiplied and stored by one kernel of TensorRT and one of ONNX Runtime, but only in
+        this layout, and only where each product has codes of its own: so each gets them.
     """
 
     def rewrite(self, gm: GraphModule) -> None:
@@ -43,6 +52,10 @@ class StoreWeightsTransposed(Pass):
             assert isinstance(weight, Node)
             is_quantized = is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0])
             if is_quantized or node.target is BATCHED_LINEAR:
+                if is_quantized and get_format(str(weight.kwargs["format"])) in INT4_GROUPS.values():
+                    self._rewrite(node, _columns(gm, weight, node), None)
+                    self.fire()
+                    continue
                 if weight not in matrices:
                     matrices[weight] = _transposed(gm, weight, node) if is_quantized else (_plain(weight, node), None)
                 self._rewrite(node, *matrices[weight])
@@ -90,6 +103,30 @@ def _transposed(gm: GraphModule, weight: Node, before: Node) -> tuple[Node, Node
     elif val(scale).ndim == 2:
         scale = emit(aten.transpose.int, scale, -1, -2)
     return like(DEQUANTIZE, codes, scale, **weight.kwargs), factor
+
+
+def _columns(gm: GraphModule, weight: Node, linear: Node) -> Node:
+    """The dequantize of INT4 codes `[..., K, N]` and scales `[..., K / group, N]` for `linear`, and nothing else.
+
+    The last reader's codes take the name of the weight. One group is cut in two of one scale: with a single scale for
+    each column TensorRT dequantizes the weight in a kernel of its own.
+    """
+    emit, like = Emitter(linear), Emitter(linear, like=weight)
+    codes, scale = weight.args
+    assert isinstance(codes, Node) and isinstance(scale, Node)
+    size = get_format(str(weight.kwargs["format"])).sizes[-1]
+    if val(scale).shape[-1] == 1:
+        size, scale = size // 2, emit(aten.cat.default, [scale, scale], -1)
+    scales = emit(aten.transpose.int, scale, -1, -2)
+    turned = emit(aten.transpose.int, codes, -1, -2)
+    values = decode_int4(evaluate_constant(gm, codes)).transpose(-1, -2).contiguous()
+    turned.meta["val"] = turned.meta["val"].new_empty(values.shape, dtype=values.dtype)  # a byte for each from now on
+    result = like(DEQUANTIZE, turned, scales, format=INT4_COLUMNS[size].name, dtype=weight.kwargs["dtype"])
+    linear.update_arg(1, None)
+    if not weight.users:
+        weight.graph.erase_node(weight)
+    replace_with_constant(gm, turned, values)
+    return result
 
 
 def _factored(gm: GraphModule, scale: Node, before: Node, dtype: torch.dtype) -> tuple[Node, Node]:

@@ -33,7 +33,7 @@ class SpellOutFp4Codes(Pass):
     def rewrite(self, gm: GraphModule) -> None:
         for node in calls(gm.graph, DYNAMIC_QUANTIZE):
             fmt = get_format(str(node.kwargs["format"]))
-            if not fmt.is_fp4:
+            if not fmt.packed or fmt.integer:
                 continue
             results = _emit(Emitter(node), node, fmt)
             for part in list(node.users):
@@ -45,7 +45,7 @@ class SpellOutFp4Codes(Pass):
 
 def _emit(emit: Emitter, node: Node, fmt: Format) -> tuple[Node, Node]:
     x, global_scale = node.args
-    assert isinstance(x, Node) and isinstance(global_scale, Node)
+    assert isinstance(x, Node) and (global_scale is None or isinstance(global_scale, Node))
     blocks, block_scales, scale = blocks_and_scales(emit, x, global_scale, fmt)
     codes = _codes(emit, emit(aten.div.Tensor, blocks, scale), fmt)
     pairs = emit(aten.reshape.default, codes, [*emit.sizes(x)[:-1], int(shape(x)[-1]) // 2, 2])
@@ -54,16 +54,18 @@ def _emit(emit: Emitter, node: Node, fmt: Format) -> tuple[Node, Node]:
     return emit(aten._to_copy.default, packed, dtype=fmt.storage), block_scales
 
 
-def blocks_and_scales(emit: Emitter, x: Node, global_scale: Node, fmt: Format) -> tuple[Node, Node, Node]:
+def blocks_and_scales(emit: Emitter, x: Node, global_scale: Node | None, fmt: Format) -> tuple[Node, Node, Node]:
     """`x` `[...,K]` in blocks `[...,K/16,16]`, the codes of their scales `[...,K/16]`, and those scales `[...,K/16,1]`.
 
-    All but the codes are in float32.
+    All but the codes are in float32; in MXFP4, which has one level, so are these, powers of two.
     """
-    assert fmt.scale is not None
     values = emit(aten._to_copy.default, x, dtype=torch.float32)
     (size,) = fmt.sizes
     blocks = emit(aten.reshape.default, values, [*emit.sizes(x)[:-1], int(shape(x)[-1]) // size, size])
     amax = emit(aten.amax.default, emit(aten.abs.default, blocks), [-1])
+    if fmt.scale is None:
+        scale = _powers(emit, emit(aten.div.Tensor, amax, fmt.max))
+        return blocks, scale, emit(aten.unsqueeze.default, scale, -1)
     scale = emit(aten.div.Tensor, amax, emit(aten.mul.Tensor, global_scale, fmt.max))
     least = emit(aten.clamp_min.default, scale, LEAST_BLOCK_SCALE)
     scale = emit(aten.where.ScalarSelf, emit(aten.eq.Scalar, scale, 0), 1.0, least)
@@ -71,6 +73,14 @@ def blocks_and_scales(emit: Emitter, x: Node, global_scale: Node, fmt: Format) -
     codes = emit(QUANTIZE, scale, one, format=fmt.scale.name)
     scale = emit(DEQUANTIZE, codes, global_scale, format=fmt.scale.name, dtype=torch.float32)
     return blocks, codes, emit(aten.unsqueeze.default, scale, -1)
+
+
+def _powers(emit: Emitter, scale: Node) -> Node:
+    """`passes.ir.powers_above`, 1 for nothing."""
+    tiny = emit(aten.lt.Scalar, scale, torch.finfo(torch.float32).tiny)
+    bits = emit(aten.view.dtype, emit(aten.where.ScalarSelf, tiny, 1.0, scale), torch.int32)
+    above = emit(aten.bitwise_and.Scalar, emit(aten.add.Tensor, bits, 0x7FFFFF), 0x7F800000)
+    return emit(aten.view.dtype, above, torch.float32)
 
 
 def _codes(emit: Emitter, x: Node, fmt: Format) -> Node:

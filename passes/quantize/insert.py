@@ -160,7 +160,7 @@ def _check_tensor(name: str, what: str, tensor: torch.Tensor, dtype: torch.dtype
 
 def misfit(source: Node, fmt: Format) -> str | None:
     """Why `source` cannot be quantized to `fmt`, or None."""
-    if not fmt.packed:  # the last block of others can be smaller
+    if not fmt.whole_blocks:
         return None
     block, size = fmt.sizes[-1], shape(source)[-1]
     if isinstance(size, int) and size % block == 0:

@@ -21,7 +21,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.codes import rows_together
 from passes.formats import Format
+from passes.ir import block_numbers, powers_above
 from passes.places import Pipeline
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
@@ -104,7 +106,14 @@ class Operand(ABC):
     @abstractmethod
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         """`scale`, for a tensor or for channels, as the program will have it: rounded to the dtype that it computes in.
-        Codes have to be chosen with that; scales of blocks stay as they are."""
+        Codes have to be chosen with that; of blocks they are `stored_blocks`."""
+
+    def stored_blocks(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales of blocks that are plain numbers as the program will have them, in float32: rounded as `stored` does,
+        or up to powers of two, where the format says so."""
+        if self.format.powers:
+            return powers_above(scales)
+        return self.stored(scales).float() if self.format.rounds_scales else scales
 
     def amax(self) -> torch.Tensor:
         """Largest magnitude of a weight, fp32: of each channel `[..., N, 1]` if these have scales, else a scalar; of a
@@ -205,9 +214,18 @@ class Algorithm(Generic[_Settings]):
 
 def quantizer(operand: Operand, amax: torch.Tensor, power_of_two: bool) -> Quantizer:
     """The quantizer whose largest number is `amax`; blocks measure their own scales."""
+    if operand.format.rounds_scales:
+        return Quantizer(operand.format, None, _measured_blocks(operand))
     if not has_constant(operand.config):
         return Quantizer(operand.format, None)
     return Quantizer(operand.format, scale_of(amax, operand.config, power_of_two), amax=amax)
+
+
+def _measured_blocks(weight: Operand) -> torch.Tensor:
+    """The scale of each block of a weight, as the program will have it."""
+    fmt = weight.format
+    rows = weight.rows(rows_together(fmt, len(weight.shape)))
+    return torch.cat([weight.stored_blocks(block_numbers(values, fmt)) for _, values in rows])
 
 
 def ranges(

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from passes.codes import block_scale_numbers, rows_together
 from passes.formats import Format
-from passes.ir import block_amax, block_scale_values
+from passes.ir import block_numbers, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
 from qcompile.algorithms.scales import has_constant, scale_of
@@ -103,16 +103,17 @@ class Mse(Algorithm[MseSettings]):
         if has_constant(weight.config):
             scale = scale_of(amax, weight.config, self.settings.power_of_two)
         parts = [
-            self._block_scales(piece.float(), scale, fmt)
+            self._block_scales(piece.float(), scale, weight)
             for _, values in weight.rows(rows_together(fmt, len(weight.shape)))
             for piece in _pieces(values, fmt)
         ]
         shape = (*weight.shape[: -len(fmt.sizes)], *fmt.blocks(weight.shape))
         return Quantizer(fmt, scale, torch.cat(parts).reshape(shape))
 
-    def _block_scales(self, values: torch.Tensor, scale: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+    def _block_scales(self, values: torch.Tensor, scale: torch.Tensor | None, weight: Operand) -> torch.Tensor:
         """`[M, K]` -> the best scale of each block, as it is stored."""
-        candidates = self._codes_near(values, scale, fmt) if scale is not None else self._numbers_near(values, fmt)
+        fmt = weight.format
+        candidates = self._codes_near(values, scale, fmt) if scale is not None else self._numbers_near(values, weight)
         blocks, best, least = _in_blocks(values, fmt), None, torch.empty(())
         unit = torch.empty(())
         for candidate in candidates:
@@ -142,12 +143,11 @@ class Mse(Algorithm[MseSettings]):
             if step and bool(inside.any()):
                 yield _where(inside, candidate, measured)
 
-    def _numbers_near(self, values: torch.Tensor, fmt: Format) -> Iterator[torch.Tensor]:
-        measured = block_amax(values, fmt) / fmt.max
-        measured = torch.where(measured < torch.finfo(torch.float32).tiny, 1.0, measured)
-        yield measured
+    def _numbers_near(self, values: torch.Tensor, weight: Operand) -> Iterator[torch.Tensor]:
+        measured = block_numbers(values, weight.format)
+        yield weight.stored_blocks(measured)
         for factor in self._spread():
-            yield (measured * factor).clamp_min(torch.finfo(torch.float32).tiny)
+            yield weight.stored_blocks((measured * factor).clamp_min(torch.finfo(torch.float32).tiny))
 
     def _factors(self) -> list[float]:
         """Of the scale of `max`, which comes first: a tie is its."""

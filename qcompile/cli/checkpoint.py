@@ -54,7 +54,7 @@ def checkpoint(
         Directory to write, which is new or empty.
     format:
         fp8: FP8 in blocks of 128 x 128, activations dynamic (recipe fp8_block, which is the default then); modelopt:
-        FP8, NVFP4 and mixtures of them; modelopt_mixed: these with the algorithm of each layer, as MIXED_PRECISION,
+        FP8, INT4, NVFP4 and mixtures; modelopt_mixed: these with the algorithm of each layer, as MIXED_PRECISION,
         also where all have one; compressed-tensors: all of these, blocks beside NVFP4, and INT8. Default: fp8.
     report:
         Write what was quantized, what was not and why to this JSON file.

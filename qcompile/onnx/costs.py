@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import PassLog
-from passes.formats import FP8_1X128, INT8
+from passes.formats import FP8_1X128, INT4_COLUMNS, INT8
 from passes.graph import dtype, is_call, module_path, shape
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.legalize.block_to_channel import BlocksToPerChannel
@@ -20,7 +20,14 @@ def cost_notices(gm: GraphModule, log: PassLog) -> list[str]:
 
     The sizes are those of the example inputs; a dynamic one counts as it was there, or as 1 if that is not known.
     """
-    return [*_of_products(gm), *_of_weights(gm), *_of_channels(log), *_of_measured_scales(log), *_of_integers(gm)]
+    return [
+        *_of_products(gm),
+        *_of_weights(gm),
+        *_of_channels(log),
+        *_of_measured_scales(log),
+        *_of_integers(gm),
+        *_of_int4(gm),
+    ]
 
 
 def _of_products(gm: GraphModule) -> list[str]:
@@ -75,6 +82,32 @@ def _of_integers(gm: GraphModule) -> list[str]:
         "INT8 in ONNX Runtime on an x86 CPU without VNNI: sums of products saturate at 16 bits, and results can be off"
         " by 10 to 30 %, unless the session option session.x64quantprecision is 1; qcompile.onnx_session is exact"
     ]
+
+
+def _of_int4(gm: GraphModule) -> list[str]:
+    names = {fmt.name for fmt in INT4_COLUMNS.values()}
+    weights = [node for node in all_calls(gm, DEQUANTIZE) if node.kwargs["format"] in names]
+    if not weights:
+        return []
+    found = [
+        "INT4 in ONNX Runtime: a session with default options multiplies by MatMulNBits and rounds the activations to 8"
+        " bits, unless the session option session.qdq_matmulnbits_accuracy_level is 1; qcompile.onnx_session is exact"
+    ]
+    if odd := [node for node in weights if int(shape(node)[-1]) % 2]:
+        found.append(
+            f"INT4: {_count(len(odd), 'weight')} with an odd number of outputs, which TensorRT dequantizes at every run"
+            f" ({module_path(odd[0]) or 'the model'})"
+        )
+    if experts := [node for node in weights if len(shape(node)) > 2]:
+        found.append(
+            f"INT4: {_count(len(experts), 'weight')} of all experts of a mixture, which are dequantized at every run"
+            f" (largest {_shown(max(map(_bytes, experts)))}), and multiplied in {_name(experts[0])}"
+        )
+    return found
+
+
+def _name(node: Node) -> str:
+    return str(dtype(node)).removeprefix("torch.")
 
 
 def _count(count: int, what: str) -> str:

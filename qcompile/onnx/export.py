@@ -19,11 +19,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from passes.base import PassLog, run_pipeline
+from passes.formats import get_format
 from passes.graph import place_of
+from passes.ir import DEQUANTIZE
 from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, RESTORE, TENSORRT, TENSORRT_KERNELS, boundary, route
 from passes.places import OwnPasses, Pipeline, Placed
 from passes.program import lift, unlift
-from passes.subgraphs import all_nodes, graphs, held, operator_name, owner, subgraph_calls
+from passes.subgraphs import all_calls, all_nodes, graphs, held, operator_name, owner, subgraph_calls
 from qcompile.compat.onnx import LOGGERS
 from qcompile.errors import ExportError
 from qcompile.messages import some
@@ -32,6 +34,7 @@ from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, FUNCTIONS
+from qcompile.onnx.int4 import INT4_OPSET, uses_int4
 from qcompile.onnx.interface import (
     check_interface,
     complex_notices,
@@ -218,8 +221,19 @@ def _check(program: object, target: str, opset: int | None, block_fp8: str, io_d
         )
     if opset is not None and opset < FP4_OPSET and uses_fp4(program):
         raise ExportError(f"opset {opset} has no FP4; leave `opset` out, or give {FP4_OPSET}")
+    if powers := sorted(name for name in _formats(program) if get_format(name).powers):
+        raise ExportError(
+            f"the program has weights in {' and '.join(powers)}, for which neither TensorRT-RTX nor ONNX Runtime has a"
+            " kernel: save it as a checkpoint, run it by torch.compile, or quantize with nvfp4, int4 or fp8"
+        )
+    if opset is not None and opset < INT4_OPSET and uses_int4(program):
+        raise ExportError(f"opset {opset} has no INT4; leave `opset` out, or give {INT4_OPSET} or more")
     bfloat16 = io_dtype is torch.bfloat16 or _uses_bfloat16(program)
     return opset or (FP4_OPSET if uses_fp4(program) else _BFLOAT16_OPSET if bfloat16 else _DEFAULT_OPSET)
+
+
+def _formats(program: ExportedProgram) -> set[str]:
+    return {str(node.kwargs["format"]) for node in all_calls(program.graph_module, DEQUANTIZE)}
 
 
 def _uses_bfloat16(program: ExportedProgram) -> bool:

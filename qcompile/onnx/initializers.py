@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.onnx.view import Array
 
-__all__ = ["initializer", "taken_names", "unique_name"]
+__all__ = ["copied", "initializer", "taken_names", "unique_name"]
 
 
 def initializer(model: ir.Model, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
@@ -39,3 +40,13 @@ def unique_name(taken: set[str | None], name: str) -> str:
     free = next(free for free in itertools.chain([name], numbered) if free not in taken)
     taken.add(free)
     return free
+
+
+def copied(model: ir.Model, value: ir.Value, taken: set[str | None]) -> ir.Value:
+    """Another initializer with what the initializer `value` holds, named beside those of `taken`."""
+    tensor = copy.copy(value.const_value)
+    assert tensor is not None
+    tensor.name = unique_name(taken, str(value.name))
+    own = ir.Value(name=tensor.name, shape=value.shape, type=value.type, const_value=tensor)
+    model.graph.register_initializer(own)
+    return own

@@ -17,7 +17,7 @@ import torch
 from onnxscript.function_libs.torch_lib.ops.core import aten_roll
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
-from passes.formats import FP8, get_format
+from passes.formats import FP8, INT4_COLUMNS, get_format
 from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 from qcompile.onnx.fp4 import BLOCK, FLOAT4E2M1, FLOAT8E4M3FN, FP4_DYNAMIC_QUANTIZE
@@ -46,6 +46,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         fmt = get_format(format)
         if fmt.sizes:
             # float32 scales make a float32 result: TensorRT refuses `output_dtype` on FP4, and sees through the Cast
+            if fmt in INT4_COLUMNS.values():  # ONNX Runtime looks for the axis 0, and for no other name of it
+                return op.DequantizeLinear(q, scale, axis=q.shape.rank() - 2, block_size=fmt.sizes[0])
             wide = op.DequantizeLinear(q, scale, axis=-1, block_size=fmt.sizes[-1])
             return wide if dtype == FLOAT else op.Cast(wide, to=dtype)
         axis, flat = _granularity(op, scale)

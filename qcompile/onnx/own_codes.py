@@ -8,11 +8,9 @@ TensorRT-RTX 1.7.1 refuses codes that two graphs read: "Quantized constant is on
 
 from __future__ import annotations
 
-import copy
-
 import onnx_ir as ir
 
-from qcompile.onnx.initializers import taken_names, unique_name
+from qcompile.onnx.initializers import copied, taken_names
 from qcompile.onnx.moves import is_operator
 
 
@@ -28,17 +26,8 @@ def separate_codes(model: ir.Model) -> int:
     count, taken = 0, taken_names(model)
     for codes, by_graph in readers.items():
         for nodes in list(by_graph.values())[1:]:
-            own = _copied(model, codes, taken)
+            own = copied(model, codes, taken)
             for node in nodes:
                 node.replace_input_with(0, own)
             count += 1
     return count
-
-
-def _copied(model: ir.Model, value: ir.Value, taken: set[str | None]) -> ir.Value:
-    tensor = copy.copy(value.const_value)
-    assert tensor is not None
-    tensor.name = unique_name(taken, str(value.name))
-    own = ir.Value(name=tensor.name, shape=value.shape, type=value.type, const_value=tensor)
-    model.graph.register_initializer(own)
-    return own

@@ -27,6 +27,8 @@ logger = logging.getLogger("qcompile")
 # Above "basic", ONNX Runtime's Q/DQ fusions make nodes that fail to load, of FP8 without a bias up to 1.31 and of INT8
 # with one from 1.31 on, and round what the file leaves in float (MatMulNBits), or saturate (INT8 on CPUs without VNNI).
 _REQUIRED = {"session.disable_quant_qdq": "1"}
+# Where weights alone are quantized, MatMulNBits reads them as they are: at this level it rounds no activation.
+_WEIGHT_ONLY = {"session.disable_quant_qdq": "0", "session.qdq_matmulnbits_accuracy_level": "1"}
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -55,7 +57,8 @@ def onnx_session(
     A level above that, ONNX Runtime's own default is one, is kept where it gives right numbers. For a file that it
     gives wrong ones for (a Relu in front of an FP8 Q, as other tools write it) this session, also after
     `set_providers`, is opened at "basic", with a warning of the logger `qcompile`; `sess_options` has the caller's
-    level again afterwards.
+    level again afterwards. A file that quantizes weights alone (INT4) multiplies by them as they are stored from
+    "extended" on, and exactly: ONNX Runtime's own default rounds the activations to 8 bits.
     `external_data_dir` is where a serialized model's external data lies; a path finds its own. Other keywords go to
     `onnxruntime.InferenceSession`.
 
@@ -103,13 +106,17 @@ def open_session(
         options = ort.SessionOptions()
         # Its extended fusions give wrong numbers for some files (a plain nn.TransformerEncoder: 40 % off), or crash.
         options.graph_optimization_level = basic
-    for key, value in _REQUIRED.items():
+    reason, required = None, _REQUIRED
+    if _above_basic(options):
+        view = ModelView(parse_onnx(path) if isinstance(path, bytes) else path)
+        reason = _why_basic(view)
+        required = _REQUIRED if view.of_type("QuantizeLinear") else _WEIGHT_ONLY
+    for key, value in required.items():
         options.add_session_config_entry(key, value)
     if external_data_dir is not None:
         options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(external_data_dir))
     if not isinstance(path, bytes):
         path = os.fspath(path)
-    reason = _why_basic(path) if _above_basic(options) else None
     if reason is None:
         return ort.InferenceSession(path, sess_options=options, providers=list(providers), **kwargs)
     name = "the serialized model" if isinstance(path, bytes) else path
@@ -135,9 +142,8 @@ def _above_basic(options: Any) -> bool:
     return options.graph_optimization_level not in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_BASIC)
 
 
-def _why_basic(source: str | bytes) -> str | None:
-    """Why ONNX Runtime computes `source` wrong above "basic", None if it does not."""
-    view = ModelView(parse_onnx(source) if isinstance(source, bytes) else source)
+def _why_basic(view: ModelView) -> str | None:
+    """Why ONNX Runtime computes a file wrong above "basic", None if it does not."""
     relus = dropped_relus(onnx_ir.serde.deserialize_model(view.flat))
     if not relus:
         return None

@@ -6,6 +6,7 @@ import onnx_ir
 import torch
 
 from qcompile.onnx.initializers import initializer
+from qcompile.onnx.int4 import pack_int4
 from qcompile.onnx.names import NAME_SCOPES
 
 
@@ -28,6 +29,7 @@ def tidy(model: onnx_ir.Model) -> None:
     model.graph.metadata_props.clear()
     for value in model.graph.initializers.values():
         _keep_packed(value)
+    pack_int4(model)
     _drop_unused_initializers(model)
 
 

@@ -135,7 +135,9 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
 
     queries = {site.consumer for site in configs if site.operand == "q"}
     formats = {site: format_of(config) for site, config in configs.items()}
-    blocks = {s.consumer: f.sizes[-1] for s, f in formats.items() if f.packed and s.operand in ("input", "weight")}
+    blocks = {
+        s.consumer: f.sizes[-1] for s, f in formats.items() if f.whole_blocks and s.operand in ("input", "weight")
+    }
     work.run(place_pipeline(queries, blocks))
     # not where `InsertQdq` will decline: a rotation that nothing is quantized behind is a product for nothing
     rotated = {s.consumer for s, config in configs.items() if config.rotate and not misfit(s.tensor, formats[s])}

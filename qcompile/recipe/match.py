@@ -15,7 +15,7 @@ from qcompile.recipe.rule import Rule
 from qcompile.recipe.schema import Recipe
 from qcompile.recipe.stacks import Stacks, counts_from_end
 from qcompile.schemes.config import QuantizerConfig, attention_mismatch, mismatch
-from qcompile.schemes.words import BLOCK_FORMATS
+from qcompile.schemes.words import block_of
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _config(rule: Rule, quantizer: QuantizerName, switched_on_by: Rule | None) -
     reason = rule.misfit(quantizer.kind)
     if reason or rule.format is None:
         raise RecipeError(f"{rule.where}: {reason}; the glob {value(rule.quantizer)} matches {quantizer.name}")
-    block = BLOCK_FORMATS.get(rule.format)
+    block = block_of(rule.format, rule.group_size)
     source = str(rule.where) if switched_on_by is None else f"{rule.where}, switched on at {switched_on_by.where}"
     return QuantizerConfig(
         format=rule.format,

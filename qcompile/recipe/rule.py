@@ -21,7 +21,7 @@ from qcompile.recipe.globs import (
     possible_kinds,
 )
 from qcompile.schemes.strict import Strict
-from qcompile.schemes.words import BLOCK_FORMATS, FormatName, Granularity
+from qcompile.schemes.words import BLOCK_FORMATS, GROUP_SIZES, WEIGHT_FORMATS, FormatName, Granularity, block_of
 
 SHIPPED = "qcompile/recipe/builtin/"
 """What the shipped files are called in messages begins with this."""
@@ -80,9 +80,11 @@ class Rule(Strict):
     format: FormatName | None = None
     """Number format of the codes."""
     granularity: Granularity | None = None
-    """What shares one scale. Default: `per_tensor`, for nvfp4 and mxfp8 the blocks of the format."""
+    """What shares one scale. Default: `per_tensor`, for int4, nvfp4 and mxfp8 the blocks of the format."""
     block_shape: Annotated[tuple[int, int], Field(strict=False)] | None = None
     """[rows, columns] of a block; only with `per_block`. nvfp4 has [1, 16] and mxfp8 [1, 32] without saying so."""
+    group_size: int | None = None
+    """How many elements of a row of an int4 weight share a scale: 32, 64 or 128, which is the default."""
     dynamic: bool | None = None
     """Scales of activations are computed at run time. Default: false, for nvfp4 and mxfp8 activations true. For nvfp4
     these are the scales of the blocks; the global scale above them is constant and needs calibration data."""
@@ -131,13 +133,17 @@ class Rule(Strict):
     def _check_switch(self) -> None:
         if self.enable is None:
             raise wrong("quantizer", "a rule needs either `enable` or `format`")
-        for key in ("granularity", "block_shape", "dynamic", "constant_amax", "rotate"):
+        for key in ("granularity", "block_shape", "group_size", "dynamic", "constant_amax", "rotate"):
             if getattr(self, key):
                 raise wrong(key, f"`{key}` belongs to a rule with `format`; this one only has `enable`")
 
     def _check_layout(self) -> None:
         """Granularity, block shape and `dynamic` must fit each other and the format."""
-        fixed = BLOCK_FORMATS.get(self.format or "")
+        sizes = GROUP_SIZES.get(self.format or "", ())
+        if self.group_size is not None and self.group_size not in sizes:
+            known = ", ".join(map(str, sizes)) if sizes else f"there for {', '.join(GROUP_SIZES)} alone"
+            raise wrong("group_size", f"the `group_size` of {self.format} is {known}, not {self.group_size}")
+        fixed = block_of(self.format or "", self.group_size)
         if fixed is not None:
             if self.granularity not in (None, "per_block"):
                 raise wrong("granularity", f"{self.format} is always per_block, not {self.granularity}")
@@ -193,6 +199,8 @@ class Rule(Strict):
             return f"attention operands have one scale per tensor, so {kind} cannot be {self.format} in blocks"
         if kind not in (WEIGHT, INPUT) and self.rotate:
             return f"`rotate` is for the weight and input of a linear, not for {kind}"
+        if self.format in WEIGHT_FORMATS and kind != WEIGHT:
+            return f"{self.format} is for weights alone, not for {kind}"
         if self.format in BLOCK_FORMATS and kind != WEIGHT and self.dynamic is False:
             return f"{self.format} activations always have scales from run time: leave out `dynamic: false`"
         return None

@@ -14,7 +14,7 @@ class QuantizerConfig:
     """How one quantizer quantizes. Two configs are equal if they do the same, whichever rule they came from.
 
     Attributes:
-        format: "fp8", "int8", "nvfp4" or "mxfp8".
+        format: "fp8", "int8", "int4", "nvfp4" or "mxfp8".
         granularity: what shares one scale.
         block_shape: rows and columns of a block, only with `per_block`.
         dynamic: scales are computed at run time; for nvfp4 those of the blocks, under a constant global scale that is

@@ -9,12 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import (
+    FP8,
+    FP8_1X128,
+    FP8_128X128,
+    FP8_PER_TOKEN,
+    INT4_GROUPS,
+    INT8,
+    INT8_PER_TOKEN,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Format,
+)
 
-__all__ = ["BLOCK_FORMATS", "WORDS", "FormatName", "Granularity", "Word", "find_word", "is_known"]
+__all__ = [
+    "BLOCK_FORMATS",
+    "GROUP_SIZES",
+    "WEIGHT_FORMATS",
+    "WORDS",
+    "FormatName",
+    "Granularity",
+    "Word",
+    "block_of",
+    "find_word",
+    "is_known",
+]
 
-FormatName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
-"""What a rule can say after `format:`; mxfp8 is read, and refused as nothing carries it yet."""
+FormatName = Literal["fp8", "int8", "int4", "nvfp4", "mxfp8", "mxfp4"]
+"""What a rule can say after `format:`; mxfp8 and mxfp4 are for checkpoints and torch.compile."""
 
 Granularity = Literal["per_tensor", "per_channel", "per_token", "per_block"]
 
@@ -51,11 +74,26 @@ WORDS = (
     Word(INT8, "per_channel"),
     Word(INT8_PER_TOKEN, "per_token", dynamic=(True,)),
     Word(NVFP4, "per_block", (1, 16), dynamic=(False, True)),
+    *(Word(fmt, "per_block", (1, 32), dynamic=(False, True)) for fmt in (MXFP8, MXFP4)),
+    *(Word(fmt, "per_block", (1, size)) for size, fmt in INT4_GROUPS.items()),
 )
 """Every layout that runs, a weight's static and an activation's static or from run time."""
 
-BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, NVFP4.sizes[0]), "mxfp8": (1, 32)}
+BLOCK_FORMATS: dict[str, tuple[int, int]] = {"nvfp4": (1, NVFP4.sizes[0]), "mxfp8": (1, 32), "mxfp4": (1, 32)}
 """Formats whose blocks are part of the format itself, along the reduction axis."""
+
+GROUP_SIZES: dict[str, tuple[int, ...]] = {"int4": tuple(INT4_GROUPS)}
+"""Formats whose blocks are groups of one row, and how many elements these can have; the last is the default."""
+
+WEIGHT_FORMATS = frozenset({"int4"})
+"""Formats that no input is quantized to."""
+
+
+def block_of(format: str, group_size: int | None) -> tuple[int, int] | None:
+    """The block that belongs to the format, of `group_size` where there is a choice; None where it has none."""
+    if format in GROUP_SIZES:
+        return 1, group_size or GROUP_SIZES[format][-1]
+    return BLOCK_FORMATS.get(format)
 
 
 def find_word(format: str, granularity: str, block_shape: tuple[int, int] | None) -> Word | None:

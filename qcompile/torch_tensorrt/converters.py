@@ -55,6 +55,8 @@ def quantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, na
 @_converter(DEQUANTIZE)
 def dequantize(ctx: ConversionContext, target: Any, args: Args, kwargs: Kwargs, name: str) -> Any:
     fmt = get_format(kwargs["format"])
+    if fmt.powers or fmt.family == "int4":
+        raise NotImplementedError(f"{fmt.name} has no layer on this route: export to ONNX, which has INT4")
     if len(fmt.sizes) > 1:
         raise NotImplementedError(f"weights in blocks, {fmt.name}, which the pipeline was to write as operators")
     codes = get_trt_tensor(ctx, args[0], f"{name}_codes", target_quantized_type=_CODES[fmt.storage])

@@ -9,13 +9,13 @@ from passes.capabilities import (
     FUSED_ATTENTION,
     PRODUCTS,
     UNITS,
+    WEIGHT_ONLY,
     Product,
     Units,
     converts,
     inputs_of,
     multiplies,
 )
-from passes.errors import PassError
 from passes.formats import FORMATS, FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
 from qcompile.engine.capability import lacking
 
@@ -32,11 +32,8 @@ def test_an_unknown_format_is_taken_for_no_other(fmt: Format) -> None:
 
 
 def test_four_bits_are_fp4_only_where_they_are_e2m1() -> None:
-    int4 = Format("int4", "uint8", 7.0, -8.0, integer=True, packed=True, block=(32,))
-    assert NVFP4.is_fp4 and not int4.is_fp4
-    for convert in (int4.encode, int4.decode):
-        with pytest.raises(PassError, match="int4: of codes that share bytes only FP4 is known"):
-            convert(None)  # type: ignore[arg-type]  # nothing of it is looked at
+    assert NVFP4.is_fp4 and not any(fmt.is_fp4 for fmt in WEIGHT_ONLY)
+    assert {fmt.family for fmt in WEIGHT_ONLY} == {"int4"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +55,8 @@ def test_operators_of_torch_from_which_capability_on(
 
 def test_every_format_is_in_the_tables() -> None:
     assert {fmt.family for fmt in FORMATS.values()} <= set(UNITS)
-    assert {f for product in PRODUCTS for f in (product.weight, product.input)} == set(FORMATS.values())
+    multiplied = {f for product in PRODUCTS for f in (product.weight, product.input)}
+    assert multiplied | set(WEIGHT_ONLY) == set(FORMATS.values()) and multiplied.isdisjoint(WEIGHT_ONLY)
 
 
 def test_what_no_operator_has() -> None:

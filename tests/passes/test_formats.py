@@ -13,7 +13,20 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from passes.errors import PassError, QCompileError
-from passes.formats import FORMATS, FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, NVFP4, Format, get_format
+from passes.formats import (
+    FORMATS,
+    FP8,
+    FP8_1X128,
+    FP8_128X128,
+    FP8_PER_TOKEN,
+    INT4_COLUMNS,
+    INT4_GROUPS,
+    INT8,
+    NVFP4,
+    Format,
+    get_format,
+)
+from passes.ir import block_numbers, dequantize, quantize
 from tests.nvfp4 import VALUES, e2m1, unpacked
 
 ONNX_TYPE = {"fp8": TensorProto.FLOAT8E4M3FN, "fp8_per_token": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
@@ -154,3 +167,48 @@ def test_an_unknown_format_names_the_known_ones() -> None:
     with pytest.raises(PassError, match=r"'fp7'.*fp8.*int8") as error:
         get_format("fp7")
     assert isinstance(error.value, QCompileError)
+
+
+@pytest.mark.parametrize("fmt", [*INT4_GROUPS.values(), *INT4_COLUMNS.values()], ids=lambda f: f.name)
+@given(x=hnp.arrays(np.float32, (4, 128), elements=st.floats(-(2.0**30), 2.0**30, width=32)))
+def test_int4_codes_are_those_of_onnx_and_ml_dtypes(fmt: Format, x: np.ndarray) -> None:
+    """Packed as a file has them, and a byte for each; scales of blocks along one axis."""
+    axis = 0 if fmt in INT4_COLUMNS.values() else 1
+    x = np.ascontiguousarray(x.T) if axis == 0 else x
+    scale = block_numbers(torch.from_numpy(x), fmt)
+    made = quantize(torch.from_numpy(x), scale, format=fmt.name)
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node(
+                    "QuantizeLinear",
+                    ["x", "s"],
+                    ["q"],
+                    output_dtype=TensorProto.INT4,
+                    **(blocks := {"axis": axis, "block_size": max(fmt.sizes)}),
+                ),
+                helper.make_node("DequantizeLinear", ["q", "s"], ["y"], **blocks),
+            ],
+            "int4",
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "s")],
+            [helper.make_tensor_value_info("q", TensorProto.INT4, None), helper.make_tensor_value_info("y", 1, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
+    )
+    q, y = ReferenceEvaluator(model).run(None, {"x": x, "s": scale.numpy()})
+    assert q.dtype == ml_dtypes.int4
+    expected = q.astype(np.int8)
+    if fmt.packed:
+        nibbles = expected.view(np.uint8) & 15
+        expected = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    np.testing.assert_array_equal(made.numpy().view(np.uint8), expected.view(np.uint8))
+    back = dequantize(made, scale, format=fmt.name, dtype=torch.float32)
+    np.testing.assert_array_equal(back.numpy(), y)
+
+
+def test_every_byte_of_int4_is_its_two_numbers() -> None:
+    packed = np.arange(256, dtype=np.uint8)
+    values = np.stack([packed & 15, packed >> 4], -1).reshape(-1).astype(np.uint8).view(ml_dtypes.int4)
+    decoded = INT4_GROUPS[32].decode(torch.from_numpy(packed))
+    np.testing.assert_array_equal(decoded.numpy(), values.astype(np.float32))
+    assert torch.equal(INT4_GROUPS[32].encode(decoded), torch.from_numpy(packed))

@@ -22,7 +22,7 @@ SHAPES = [None, (1, 16), (1, 32), (1, 128), (128, 128), (64, 64)]
 LAYOUTS = [
     {"format": name, "granularity": granularity, "block_shape": shape, "dynamic": dynamic}
     for name, granularity, shape, dynamic in itertools.product(
-        ("fp8", "int8", "nvfp4", "mxfp8"),
+        ("fp8", "int8", "int4", "nvfp4", "mxfp8", "mxfp4"),
         ("per_tensor", "per_channel", "per_token", "per_block"),
         SHAPES,
         (False, True),
@@ -75,10 +75,12 @@ def test_a_recipe_takes_exactly_the_pairs_that_something_multiplies() -> None:
     }
 
     def ir(layout: Data) -> str:
-        block = layout["block_shape"] or ((1, 16) if layout["format"] == "nvfp4" else None)
+        block = layout["block_shape"] or {"nvfp4": (1, 16), "int4": (1, 128), "mxfp8": (1, 32), "mxfp4": (1, 32)}.get(
+            layout["format"]
+        )
         return format_of(QuantizerConfig(layout["format"], layout["granularity"], block)).name
 
-    assert {ir(layout) for layout in alone["weight"]} == {p.weight.name for p in PRODUCTS}
+    assert {ir(layout) for layout in alone["weight"]} == {p.weight.name for p in PRODUCTS} | {"int4_128"}
     assert {ir(layout) for layout in alone["input"]} == {p.input.name for p in PRODUCTS}
     pairs = set()
     for weight, x in itertools.product(alone["weight"], alone["input"]):

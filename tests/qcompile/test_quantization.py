@@ -289,11 +289,11 @@ def test_one_zero_channel_gives_zeros_in_it() -> None:
 def test_a_format_of_a_later_version_says_where(model: Block, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "metadata: {name: mine, description: MXFP8 weights}\n"
+        "metadata: {name: mine, description: FP8 weights in other blocks}\n"
         "rules:\n"
-        "  - {quantizer: 'up.weight_quantizer', format: mxfp8}\n"
+        "  - {quantizer: 'up.weight_quantizer', format: fp8, granularity: per_block, block_shape: [64, 64]}\n"
     )
-    with pytest.raises(RecipeError, match=r"up\.weight_quantizer.*mine\.yaml:3.*mxfp8") as caught:
+    with pytest.raises(RecipeError, match=r"up\.weight_quantizer.*mine\.yaml:3.*per_block fp8") as caught:
         quantize(model, X, recipe=str(path))
     assert str(caught.value).count("mine.yaml:3") == 1
     with pytest.raises(RecipeError, match="no recipe is called 'fp9'; shipped: fp8,"):

@@ -4,6 +4,10 @@
     X.weight_scale                      float32 (1,), (N, 1) or [ceil(N / 128), ceil(K / 128)]
     X.input_scale                       float32 (1,), where activations have a constant scale
     X.weight_packed                     NVFP4: uint8 [N, K / 2], with X.weight_scale float8_e4m3fn [N, K / 16]
+                                        INT4: int32 [N, K / 8], with X.weight_scale [N, K / group] in the dtype that
+                                        the model computes in, and X.weight_shape int64 (2,)
+                                        MXFP4: uint8 [N, K / 2], with X.weight_scale as of MXFP8, which has X.weight:
+                                        uint8 [N, K / 32], the exponents of powers of two
     X.weight_global_scale, X.input_global_scale   NVFP4: float32 (1,), these DIVIDE
     A.k_scale, A.v_scale                float32 (1,) of an FP8 key/value cache
 
@@ -12,6 +16,7 @@ rounded to that dtype. Here the codes come from float32 scales, and rounding tho
 each weight by up to 2^-9. vLLM and SGLang load scales into float32 parameters whatever the file has, and transformers
 with `dequantize=True` multiplies in the dtype of the file: all have the right values. (Without it, transformers rounds
 the scales to the dtype of the model, and with two groups of dense layers `dequantize=True` fails: its limits.)
+Those of INT4 are the exception: its codes are chosen with scales in the dtype of the model, which its kernels read.
 1 / (1 / g) in float32 can be the float beside g: a global scale comes back within 1 ulp, everything else bit for bit.
 """
 
@@ -23,17 +28,20 @@ from typing import Any
 
 import torch
 
+from passes.formats import INT4_GROUPS
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
 from qcompile.checkpoint.formats.compressed_tensors_reader import MIXED, CompressedTensorsReader
+from qcompile.checkpoint.formats.int4 import as_words
 from qcompile.checkpoint.formats.merged import check_contents, describe
 from qcompile.checkpoint.formats.scheme_args import KV_CACHE, WEIGHTS, group_of, inputs_with
 from qcompile.checkpoint.formats.skip import skipped_names
+from qcompile.checkpoint.formats.stored import as_exponents
 from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import Scheme
 
 
 class CompressedTensors(CheckpointFormat):
-    """FP8, INT8 and NVFP4, in any mixture."""
+    """FP8, INT8, INT4 and NVFP4, in any mixture."""
 
     name = "compressed-tensors"
 
@@ -41,8 +49,12 @@ class CompressedTensors(CheckpointFormat):
         check_contents(self.name, contents, shapes, _refusal)
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Scales are float32 whatever the dtype of the model, see above."""
-        if weight.global_scale is not None:
+        """Scales are float32 whatever the dtype of the model, but of INT4, see above."""
+        if weight.scheme.weight in INT4_GROUPS.values():
+            rows, columns = weight.codes.shape[0], weight.codes.shape[1] * 2
+            shape = torch.tensor([rows, columns])
+            result = {"weight_packed": as_words(weight.codes), "weight_scale": weight.scale, "weight_shape": shape}
+        elif weight.global_scale is not None:
             result = {
                 "weight_packed": weight.codes,
                 "weight_scale": weight.scale,
@@ -50,6 +62,9 @@ class CompressedTensors(CheckpointFormat):
             }
             if weight.input_scale is not None:
                 result["input_global_scale"] = 1 / weight.input_scale.float().reshape(1)
+        elif weight.scheme.weight.powers:
+            name_of_codes = "weight_packed" if weight.scheme.weight.packed else "weight"
+            result = {name_of_codes: weight.codes, "weight_scale": as_exponents(weight.scale)}
         else:
             scale = weight.scale.float()
             result = {"weight": weight.codes, "weight_scale": scale if scale.ndim else scale.reshape(1)}

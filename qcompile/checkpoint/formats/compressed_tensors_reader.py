@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from passes.formats import INT4_GROUPS
+from qcompile.checkpoint.formats import int4
 from qcompile.checkpoint.formats.base import Get, SchemeReader
 from qcompile.checkpoint.formats.fields import Targets, mapping, names
 from qcompile.checkpoint.formats.regexes import Clock
@@ -54,9 +56,12 @@ class CompressedTensorsReader(SchemeReader):
 
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
         two_levels = scheme.weight.scale is not None
+        if scheme.weight in INT4_GROUPS.values():
+            _check_shape(f"{name}.weight_shape", get, shape)
+            get = int4.reading(get, f"{name}.weight_packed", shape, words=True)
         return StoredLayer(name, get, shape).weight(
             scheme,
-            codes=("weight_packed",) if two_levels else ("weight",),
+            codes=("weight_packed",) if scheme.weight.packed else ("weight",),
             scale=("weight_scale",),
             global_scale=("weight_global_scale",),
             input_scale=("input_global_scale",) if two_levels else ("input_scale",),
@@ -65,6 +70,16 @@ class CompressedTensorsReader(SchemeReader):
 
     def kv_scales(self, attention: str, get: Get) -> tuple[torch.Tensor, torch.Tensor] | None:
         return kv_scales(attention, get) if self.kv_cache else None
+
+
+def _check_shape(name: str, get: Get, shape: tuple[int, int]) -> None:
+    """Raise CheckpointError where the shape that is stored beside packed codes is another."""
+    try:
+        stored = get(name)
+    except KeyError:
+        return
+    if not stored.is_meta and stored.tolist() != list(shape):
+        raise CheckpointError(f"{name} is {stored.tolist()}, and the model has {list(shape)}")
 
 
 def _check(config: Mapping[str, Any]) -> None:

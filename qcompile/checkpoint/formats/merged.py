@@ -47,7 +47,7 @@ def check_contents(
 
 
 def _packed(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    block = scheme.weight.sizes[-1] if scheme.weight.packed else 1
+    block = scheme.weight.sizes[-1] if scheme.weight.whole_blocks else 1
     if shape[1] % block:
         return f"{scheme.weight.name} needs K divisible by {block}, it is {shape[1]}; leave the layer out of the recipe"
     return None

@@ -2,6 +2,7 @@
 
     X.weight          float8_e4m3fn [N, K];  NVFP4: uint8 [N, K / 2]
     X.weight_scale    float32: scalar, [N], or [N / 128, 1, K / 128, 1];  NVFP4: float8_e4m3fn [N, K / 16]
+                      INT4: uint8 [N / 2, K], X.weight_scale float32 [N, K / group]
     X.weight_scale_2  float32 scalar, the global scale of NVFP4; multiplies
     X.input_scale     float32 scalar, where activations have a constant scale
     A.k_proj.k_scale, A.v_proj.v_scale   float32 scalars of an FP8 key/value cache
@@ -19,13 +20,15 @@ from typing import Any
 
 import torch
 
-from passes.formats import FP8_128X128, NVFP4
+from passes.formats import FP8_128X128, INT4_GROUPS, MXFP8, NVFP4
 from passes.groups import expert_container
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
+from qcompile.checkpoint.formats.int4 import as_row_pairs
 from qcompile.checkpoint.formats.merged import check_contents, describe
-from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
+from qcompile.checkpoint.formats.modelopt_reader import INT4, MIXED, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
+from qcompile.checkpoint.formats.stored import as_exponents
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
 from qcompile.schemes.layer import QuantizedWeight
@@ -35,6 +38,7 @@ from qcompile.schemes.scheme import FP8_BLOCK, Scheme
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _ALGORITHMS = {scheme: algorithm for algorithm, scheme in SCHEMES.items()}
+_ALGORITHMS |= {Scheme(fmt): INT4 for fmt in INT4_GROUPS.values()}
 _PB_WO, _PC_PT = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN"
 # Of MIXED_PRECISION servers have read these since it exists; vLLM reads all that are written here from 0.33 on.
 _ALWAYS_MIXED = ("FP8", "NVFP4", "W4A16_NVFP4")
@@ -53,7 +57,7 @@ _MIXED_GROUPS = _GROUPS | {
 
 
 class ModelOpt(CheckpointFormat):
-    """FP8 and NVFP4, each of their algorithms alone or mixed, with an FP8 key/value cache or without.
+    """FP8, INT4 and NVFP4, each of their algorithms alone or mixed, with an FP8 key/value cache or without.
 
     Args:
         listed: write MIXED_PRECISION, with the algorithm of each layer, also where one is that of all. This goes by the
@@ -68,7 +72,7 @@ class ModelOpt(CheckpointFormat):
         check_contents(self.name, contents, shapes, _refusal)
         by_algorithm = _by_algorithm(contents)
         experts = [name for name in by_algorithm.get(_PC_PT, ()) if expert_container(name)]
-        if self._mixes(by_algorithm) and experts:
+        if self._mixes(contents) and experts:
             raise CheckpointError(
                 f"format {self.name} cannot hold this model: {some(experts)} have {_PC_PT}, which servers do not"
                 " read for the experts of a mixture among other layers; use the format compressed-tensors"
@@ -84,18 +88,22 @@ class ModelOpt(CheckpointFormat):
             )
             if ragged := [name for name in blocks if shapes[name][0] % 128]:
                 found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
-        if self._mixes(by_algorithm) and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
+        if self._mixes(contents) and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
             found.append(f"{MIXED} with {', '.join(name.upper() for name in late)}: vLLM reads it from 0.33 on")
         return found
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """All scales are float32 (block scales of NVFP4 aside), whatever the dtype of the model."""
-        scale = weight.scale
-        if weight.scheme.weight == FP8_128X128:
+        scale, codes = weight.scale, weight.codes
+        if weight.scheme.weight in INT4_GROUPS.values():
+            codes, scale = as_row_pairs(codes), scale.float()
+        elif weight.scheme.weight.powers:
+            scale = as_exponents(scale)
+        elif weight.scheme.weight == FP8_128X128:
             scale = scale[:, None, :, None]
         elif weight.scheme.per_channel:
             scale = scale[:, 0]
-        result = {"weight": weight.codes, "weight_scale": scale}
+        result = {"weight": codes, "weight_scale": scale}
         if weight.global_scale is not None:
             result["weight_scale_2"] = weight.global_scale.reshape(())
         if weight.input_scale is not None:
@@ -130,14 +138,14 @@ class ModelOpt(CheckpointFormat):
     def reader(self, quantization_config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> SchemeReader:
         return ModelOptReader(*newest(quantization_config, files))
 
-    def _mixes(self, by_algorithm: Mapping[str, list[str]]) -> bool:
-        return self._listed or len(by_algorithm) > 1
+    def _mixes(self, contents: Contents) -> bool:
+        return self._listed or len(set(contents.schemes.values())) > 1
 
     def _quantization(self, contents: Contents) -> dict[str, Any]:
         """The section `quantization` of hf_quant_config.json. The fused experts of a mixture are one entry."""
         layers = {expert_container(name) or name: _layer(scheme) for name, scheme in contents.schemes.items()}
         result: dict[str, Any] = {"quant_algo": MIXED, "kv_cache_quant_algo": "FP8" if contents.kv_cache else None}
-        if self._mixes(_by_algorithm(contents)):
+        if self._mixes(contents):
             return result | {"quantized_layers": layers}  # what is not listed is not quantized: no exclude_modules
         skipped = [expert_container(name) or name for name in skipped_names(contents)]
         return result | next(iter(layers.values())) | {"exclude_modules": summarize(skipped, layers)}
@@ -151,6 +159,8 @@ def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         )
     if scheme not in _ALGORITHMS:
         return f"{describe(scheme)}: the format has no label for it; use the format compressed-tensors"
+    if scheme.weight in INT4_GROUPS.values() and shape[0] % 2:
+        return f"{INT4} has two rows in a byte, and the weight is {list(shape)}; use the format compressed-tensors"
     if scheme.weight == FP8_128X128 and shape[1] % 128:
         return (
             f"FP8_PB_WO needs a reduction axis divisible by 128 in servers, and the weight is {list(shape)}; use the"
@@ -167,15 +177,28 @@ def _by_algorithm(contents: Contents) -> dict[str, list[str]]:
 
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
-    group_size = {"group_size": NVFP4.sizes[0]} if scheme.weight == NVFP4 else {}
-    return {"quant_algo": _ALGORITHMS[scheme], **group_size}
+    more: dict[str, Any] = {"group_size": NVFP4.sizes[0]} if scheme.weight == NVFP4 else {}
+    if scheme.weight == MXFP8:
+        more = {"group_size": 32}
+    if scheme.weight in INT4_GROUPS.values():  # it says so of all of them, and stores the factor where there is one
+        more = {"group_size": scheme.weight.sizes[-1], "has_zero_point": False, "pre_quant_scale": True}
+    return {"quant_algo": _ALGORITHMS[scheme], **more}
 
 
 def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    targets: dict[str, list[str]] = {}
+    targets: dict[tuple[str, int | None], list[str]] = {}
     for name, layer in layers.items():
-        targets.setdefault(layer["quant_algo"], []).append(name)
+        targets.setdefault((layer["quant_algo"], layer.get("group_size")), []).append(name)
     return {
-        f"group_{i}": {**_MIXED_GROUPS[algorithm], "targets": sorted(names)}
-        for i, (algorithm, names) in enumerate(targets.items())
+        f"group_{i}": {**_group(algorithm, size), "targets": sorted(names)}
+        for i, ((algorithm, size), names) in enumerate(targets.items())
     }
+
+
+def _group(algorithm: str, size: int | None) -> dict[str, Any]:
+    if algorithm == INT4:
+        return {"weights": {"dynamic": False, "num_bits": 4, "type": "int", "group_size": size}}
+    if algorithm == "MXFP8":
+        own = {"dynamic": False, "num_bits": 8, "type": "float", "group_size": size}
+        return {"input_activations": own, "weights": own}
+    return _MIXED_GROUPS[algorithm]

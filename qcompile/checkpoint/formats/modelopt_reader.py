@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from passes.formats import FP8_128X128, NVFP4
+from passes.formats import FP8_128X128, INT4_GROUPS, MXFP8, NVFP4
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
+from qcompile.checkpoint.formats import int4
 from qcompile.checkpoint.formats.base import Get, SchemeReader
 from qcompile.checkpoint.formats.fields import mapping, names
 from qcompile.checkpoint.formats.skip import is_skipped
@@ -19,6 +20,7 @@ from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
 
 MIXED = "MIXED_PRECISION"
+INT4 = "W4A16_AWQ"  # what it calls INT4 in groups, whoever chose the scales
 
 SCHEMES = {
     "FP8": FP8_TENSOR,
@@ -26,6 +28,7 @@ SCHEMES = {
     "fp8_pb_wo": Scheme(FP8_128X128),  # in small letters: the export has no other name for it, readers ignore the case
     "NVFP4": NVFP4_W4A4,
     "W4A16_NVFP4": Scheme(NVFP4),
+    "MXFP8": Scheme(MXFP8, MXFP8),
 }
 # Read only: TensorRT-LLM's label of block FP8 W8A8, with the tensors of the format fp8.
 _READ_SCHEMES = {"FP8_BLOCK_SCALES": FP8_BLOCK} | {name.upper(): scheme for name, scheme in SCHEMES.items()}
@@ -66,6 +69,9 @@ class ModelOptReader(SchemeReader):
         return next((self._layers[owner] for owner in owners if owner in self._layers), None)
 
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
+        if scheme.weight in INT4_GROUPS.values():
+            _check_factor(name, get)
+            get = int4.reading(get, f"{name}.weight", shape, words=False)
         return StoredLayer(name, get, shape).weight(
             scheme,
             codes=("weight",),
@@ -79,8 +85,10 @@ class ModelOptReader(SchemeReader):
 
     def _known(self, layer: Mapping[str, Any], what: str) -> Scheme:
         algorithm = str(layer.get("quant_algo") or "").upper()
+        if algorithm == INT4:
+            return self._grouped(layer, what)
         if algorithm not in _READ_SCHEMES:
-            known = ", ".join([*_READ_SCHEMES, MIXED])
+            known = ", ".join([*_READ_SCHEMES, INT4, MIXED])
             raise CheckpointError(
                 f"{self._file}: {what} has quant_algo {value(layer.get('quant_algo'))}; known: {known}"
             )
@@ -91,6 +99,16 @@ class ModelOptReader(SchemeReader):
                 f"{self._file}: {what} has group_size {value(size)}; NVFP4 has blocks of {NVFP4.sizes[0]}"
             )
         return scheme
+
+    def _grouped(self, layer: Mapping[str, Any], what: str) -> Scheme:
+        size = layer.get("group_size") or max(INT4_GROUPS)
+        if layer.get("has_zero_point") or size not in INT4_GROUPS:
+            known, zero = ", ".join(map(str, INT4_GROUPS)), value(layer.get("has_zero_point"))
+            raise CheckpointError(
+                f"{self._file}: {what} has group_size {value(size)}, has_zero_point {zero}; known"
+                f" for {INT4}: symmetric groups of {known}"
+            )
+        return Scheme(INT4_GROUPS[size])
 
     def _kv_cache(self, algorithm: object) -> bool:
         if algorithm is None or str(algorithm).upper() in ("", "NONE"):
@@ -106,6 +124,7 @@ def newest(section: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -
     Since 0.31 the section of config.json says everything; before that only hf_quant_config.json did, and some tools
     copied its content into config.json.
     """
+    legacy = files.get(HF_QUANT_CONFIG, {}).get("quantization")
     if isinstance(section.get("quantization"), Mapping):
         return section["quantization"], CONFIG
     if section.get("quant_algo"):
@@ -114,8 +133,22 @@ def newest(section: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -
         if isinstance(kv_cache, Mapping) and (kv_cache.get("num_bits"), kv_cache.get("type")) == (8, "float"):
             kv_cache = "FP8"
         spelled = {"kv_cache_quant_algo": kv_cache, "exclude_modules": section.get("ignore")}
+        if isinstance(legacy, Mapping):  # the one thing that the section leaves out
+            spelled |= {key: legacy[key] for key in ("group_size", "has_zero_point") if key in legacy}
         return {**spelled, **{k: v for k, v in section.items() if v is not None}}, CONFIG
-    legacy = files.get(HF_QUANT_CONFIG, {}).get("quantization")
     if isinstance(legacy, Mapping):
         return legacy, HF_QUANT_CONFIG
     raise CheckpointError("quant_method 'modelopt': neither config.json nor hf_quant_config.json has a quant_algo")
+
+
+def _check_factor(name: str, get: Get) -> None:
+    """Raise CheckpointError where AWQ left a factor for the input, as it does where no norm takes it."""
+    try:
+        factor = get(f"{name}.pre_quant_scale")
+    except KeyError:
+        return
+    if factor.is_meta or not bool((factor == 1).all()):
+        raise CheckpointError(
+            f"{name}.pre_quant_scale: AWQ left a factor in front of this layer, which is not known here; export the"
+            " model with the norm in front of it quantized along, or without AWQ"
+        )

@@ -10,11 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from passes.capabilities import inputs_of
-from passes.formats import FP8, FP8_1X128, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4, Format
+from passes.formats import (
+    FP8,
+    FP8_1X128,
+    FP8_128X128,
+    FP8_PER_TOKEN,
+    INT4_GROUPS,
+    INT8,
+    INT8_PER_TOKEN,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Format,
+)
 from qcompile.messages import value
 from qcompile.schemes.scheme import Scheme
 
-_KNOWN_WEIGHTS = "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), NVFP4 (tensor_group 16); symmetric"
+_KNOWN_WEIGHTS = (
+    "FP8 (tensor, channel, block 128 x 128), INT8 (tensor, channel), INT4 (group 32, 64, 128), NVFP4 (tensor_group 16),"
+    " MXFP8 and MXFP4 (group 32); symmetric"
+)
 _KNOWN_INPUTS = "FP8 (tensor, token, group 128), INT8 (tensor, token), NVFP4 (tensor_group 16, local); symmetric"
 
 
@@ -24,6 +39,7 @@ def _args(bits: int, type: str, strategy: str, *, dynamic: bool | str = False, *
 
 
 _FP4: dict[str, Any] = {"group_size": NVFP4.sizes[0], "scale_dtype": "torch.float8_e4m3fn"}
+_MX: dict[str, Any] = {"group_size": 32, "scale_dtype": "torch.uint8"}
 KV_CACHE = _args(8, "float", "tensor")
 
 # float-quantized means activations, too: compressed-tensors takes weight-only for naive
@@ -34,6 +50,12 @@ WEIGHTS: dict[Format, tuple[dict[str, Any], str, str | None]] = {
     FP8_128X128: (_args(8, "float", "block", block_structure=[128, 128]), *_FLOAT),
     INT8: (_args(8, "int", "tensor"), "int-quantized", None),
     NVFP4: (_args(4, "float", "tensor_group", **_FP4), "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
+    MXFP8: (_args(8, "float", "group", **_MX), "mxfp8-quantized", "mxfp8-quantized"),
+    MXFP4: (_args(4, "float", "group", **_MX), "mxfp4-pack-quantized", "mxfp4-pack-quantized"),
+    **{
+        fmt: (_args(4, "int", "group", group_size=size), "pack-quantized", "pack-quantized")
+        for size, fmt in INT4_GROUPS.items()
+    },
 }
 """Format of a weight -> its arguments (`channel` for a scale for each row), and the name of the compressor with an
 input that is quantized, too, and without; None where no reader takes it alone."""
@@ -45,6 +67,8 @@ _INPUTS: dict[Format, dict[str, Any]] = {
     INT8: _args(8, "int", "tensor"),
     INT8_PER_TOKEN: _args(8, "int", "token", dynamic=True),
     NVFP4: _args(4, "float", "tensor_group", dynamic="local", **_FP4),
+    MXFP8: _args(8, "float", "group", dynamic=True, **_MX),
+    MXFP4: _args(4, "float", "group", dynamic=True, **_MX),
 }
 
 COMPRESSORS = tuple(dict.fromkeys(name for _, *names in WEIGHTS.values() for name in names if name))
@@ -77,6 +101,8 @@ def scheme_of(group: Mapping[str, Any]) -> Scheme:
     weights, inputs = group.get("weights"), group.get("input_activations")
     if not weights:
         raise ValueError("no weights: schemes for activations alone are not known")
+    if str(weights.get("actorder") or "weight").lower() not in ("weight", "static"):
+        raise ValueError(f"weights with actorder {value(weights['actorder'])}; known: 'static'")
     weight = _weight(weights)
     if weight is None or weights.get("dynamic") or weights.get("symmetric", True) is not True:
         raise ValueError(f"weights {value(_short(weights))}; known: {_KNOWN_WEIGHTS}")

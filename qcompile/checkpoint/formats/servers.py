@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.formats import FP8_128X128, INT8, INT8_PER_TOKEN, NVFP4
+from passes.formats import FP8_128X128, INT4_GROUPS, INT8, INT8_PER_TOKEN, NVFP4
 from qcompile.checkpoint.formats.base import Contents
 from qcompile.checkpoint.formats.limits import (
     Limit,
@@ -37,6 +37,14 @@ _TAKE_COMPRESSED = "use the format compressed-tensors"
 _TAKE_TOKENS = "use the recipe int8_per_channel_per_token"
 
 LIMITS = (
+    Limit(
+        VLLM,
+        _MODELOPT,
+        "INT4 (W4A16_AWQ)",
+        "refuses the checkpoint",
+        _TAKE_COMPRESSED,
+        of_scheme(*(Scheme(fmt) for fmt in INT4_GROUPS.values())),
+    ),
     Limit(
         VLLM,
         ("modelopt",),

@@ -96,6 +96,8 @@ class StoredLayer:
     def _scale(self, suffixes: tuple[str, ...], scheme: Scheme) -> torch.Tensor:
         fmt = scheme.weight
         name, tensor = self._find(suffixes)
+        if fmt.powers and tensor.dtype == torch.uint8:
+            tensor = tensor.view(torch.float8_e8m0fnu)
         if tensor.dtype not in ((fmt.scale.storage,) if fmt.scale else _SCALE_DTYPES):
             expected = _dtype_name(fmt.scale.storage) if fmt.scale else "float32"
             raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected {expected}")
@@ -143,6 +145,11 @@ class StoredLayer:
 
     def _wrong(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(f"{name} {what}")
+
+
+def as_exponents(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two as files hold them: their exponents above -127, in bytes."""
+    return scale.to(torch.float8_e8m0fnu).view(torch.uint8)
 
 
 def kv_scales(attention: str, get: Get) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -52,6 +52,8 @@ def quantize_weight(tensor: Stored, scheme: Scheme, quantizer: Quantizer, advanc
         return QuantizedWeight(scheme, codes, block_scales, global_scale=quantizer.scale)
     stored = block_scales if fmt.sizes else quantizer.scale
     assert stored is not None
+    if fmt.rounds_scales and tensor.dtype.itemsize == 2:
+        stored = stored.to(tensor.dtype)  # as the operand has rounded them
     return QuantizedWeight(scheme, codes, stored)
 
 

@@ -180,7 +180,7 @@ def _fits(layer: Layer, fmt: Format, plan: Plan) -> bool:
             f' such as {{quantizer: "{layer.name}.*", enable: false}}'
         )
     reason = layer.stays or next(filter(None, (idle_reduction(part.shape[1]) for part in layer.parts)), None)
-    if not reason and fmt.packed and (ragged := [p for p in layer.parts if p.shape[1] % fmt.sizes[-1]]):
+    if not reason and fmt.whole_blocks and (ragged := [p for p in layer.parts if p.shape[1] % fmt.sizes[-1]]):
         reason = f"{fmt.name} has blocks of {fmt.sizes[-1]} elements, and the reduction axis has {ragged[0].shape[1]}"
     if reason:
         plan.left.setdefault(reason, []).append(layer.name)

@@ -113,10 +113,12 @@ def _weight(gm: GraphModule, layer: QuantizedLayer) -> QuantizedWeight:
 
 
 def _scales(gm: GraphModule, operand: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(scale, global scale) of an operand, each None if it is no constant; plain numbers come in fp32."""
+    """(scale, global scale) of an operand, each None if it is no constant; plain numbers come in fp32, but of a
+    format that says otherwise."""
     if operand.block_scales is not None:
         return constant(gm, operand.block_scales), _fp32(constant(gm, operand.global_scale))
-    return _fp32(constant(gm, operand.scale)), None
+    scale = constant(gm, operand.scale)
+    return scale if operand.format.rounds_scales else _fp32(scale), None
 
 
 def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:

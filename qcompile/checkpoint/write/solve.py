@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from passes.legalize.scales import round_scale
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
@@ -37,6 +38,11 @@ class StoredOperand(Operand):
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         return scale  # checkpoints hold scales in float32
+
+    def stored_blocks(self, scales: torch.Tensor) -> torch.Tensor:
+        if self.format.rounds_scales and self.tensor.dtype.itemsize == 2:
+            return round_scale(scales, self.tensor.dtype)[0].float()
+        return super().stored_blocks(scales)
 
     def amax(self) -> torch.Tensor:
         if not self.per_channel:

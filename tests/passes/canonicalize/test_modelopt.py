@@ -327,7 +327,7 @@ def test_other_blocks_are_errors(module: nn.Module, reason: str) -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Quantized(torch.tensor(1.0), torch.tensor(1.0), (4, 0, False, False)), "4 bits, 0 of them"),
+        (Quantized(torch.ones(4, 1), torch.tensor(1.0), (4, 0, False, False)), "INT4 is for weights"),
         (Quantized(torch.tensor(1.0), torch.tensor(1.0), (8, 5, False, False)), "8 bits, 5 of them"),
         (Quantized(torch.ones(1, 32), torch.tensor(1.0)), r"^quantize_op_1: an amax of shape \(1, 32\).* neither per"),
         (Quantized(torch.ones(4, 1), torch.tensor(1.0)), r"^quantize_op_1: an amax of shape \(4, 1\).* neither per"),

@@ -9,10 +9,12 @@ from torch.fx import GraphModule
 
 from passes.fold.constants import FoldConstants
 from passes.fold.weights import FoldWeights
-from passes.formats import FP8, INT8, NVFP4, Format
+from passes.formats import FP8, INT4_COLUMNS, INT4_GROUPS, INT8, NVFP4, Format
 from passes.graph import aten, calls, module_path, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, dynamic_quantize
 from passes.legalize.weight_layout import StoreWeightsTransposed
+from passes.quantize.insert import InsertQdq, Quantizer
+from passes.quantize.sites import find_sites
 from passes.testing import DYNAMIC, count, graph_of, only_call, rewrites
 from tests.passes.blocks import block_graph
 from tests.passes.support import insert
@@ -147,3 +149,33 @@ def test_experts_in_floats_are_products_too() -> None:
     gm = graph_of(Experts(), x)
     rewrites(StoreWeightsTransposed, gm, x, fired=count(gm, BATCHED_LINEAR), rtol=1e-5, atol=1e-5)
     assert count(gm, BATCHED_LINEAR) == 0
+
+
+class Twice(nn.Module):
+    """One weight with two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+def test_int4_is_stored_in_columns_for_each_reader() -> None:
+    gm = graph_of(Twice(), torch.randn(2, 64), dynamic_shapes=({0: DYNAMIC},))
+    values = gm.get_parameter("inner.weight").detach().clone()
+    codes, scale = dynamic_quantize(values, None, format="int4_32")
+    chosen = Quantizer(INT4_GROUPS[32], None, block_scales=scale)
+    InsertQdq({site: chosen for site in find_sites(gm) if site.operand == "weight"})(gm)
+    FoldWeights()(gm)
+    rewrites(StoreWeightsTransposed, gm, torch.randn(5, 64), fired=2, **TOLERANCE)
+    FoldConstants()(gm)
+    products = calls(gm.graph, aten.matmul.default)
+    columns = INT4_COLUMNS[32]
+    read = [product.args[1] for product in products]
+    assert [node.kwargs["format"] for node in read] == [columns.name] * 2  # type: ignore[union-attr]
+    stored = {str(node.args[0].target) for node in read}  # type: ignore[union-attr]
+    assert len(stored) == 2 and "inner.weight" in stored
+    for name in stored:
+        assert torch.equal(gm.get_parameter(name), INT4_GROUPS[32].decode(codes).to(torch.int8).T)

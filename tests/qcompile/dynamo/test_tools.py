@@ -255,6 +255,6 @@ def test_modelopt_elsewhere_is_as_it_was() -> None:
 
 
 def test_a_format_of_modelopt_that_the_ir_cannot_say_is_named() -> None:
-    model = modelopt(Mlp(128), "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", X)
-    with pytest.raises(Exception, match=r"up.weight_quantizer: nvidia-modelopt quantizes to 4 bits"):
+    model = modelopt(Mlp(128), "MXFP4_DEFAULT_CFG", X)
+    with pytest.raises(Exception, match=r"up.(input|weight)_quantizer: nvidia-modelopt quantizes to 4 bits"):
         compiled(model, None)(X)

@@ -15,7 +15,7 @@ from passes.base import run_pipeline
 from passes.canonicalize.modelopt import ModeloptToQdq
 from passes.constants import constant
 from passes.graph import calls
-from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE, dequantize
 from passes.program import unlift
 from qcompile.capture import capture
 from qcompile.errors import CaptureError
@@ -153,9 +153,29 @@ def test_quantizers_that_are_off_are_not_its_own() -> None:
 
 
 def test_other_formats_are_named() -> None:
-    model = quantized(vit(), config("INT4_BLOCKWISE_WEIGHT_ONLY_CFG"), PIXELS)
-    with pytest.raises(qcompile.QCompileError, match="weight_quantizer: nvidia-modelopt quantizes to 4 bits"):
+    model = quantized(vit(), config("MXFP4_DEFAULT_CFG"), PIXELS)
+    with pytest.raises(qcompile.QCompileError, match="_quantizer: nvidia-modelopt quantizes to 4 bits"):
         qcompile.import_quantized(model, (PIXELS,))
+
+
+def test_int4_weights_have_its_scales_and_codes() -> None:
+    """Its own scales; codes up to ties, as it multiplies by 7 / amax and the IR divides by amax / 7."""
+    x = torch.randn(4, 256)
+    model = quantized(
+        nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 9)), config("INT4_BLOCKWISE_WEIGHT_ONLY_CFG"), x
+    )
+    program = qcompile.import_quantized(model, (x,), dtype=torch.float32)
+    for layer, columns in (("0", 256), ("1", 128)):
+        scale = program.state_dict[f"{layer}.weight_scale"]
+        amax = model.get_submodule(f"{layer}.weight_quantizer").amax
+        assert torch.equal(scale, amax.float().reshape(-1, columns // 128) / 7)
+        with torch.no_grad():
+            theirs = model.get_submodule(f"{layer}.weight_quantizer")(model.get_parameter(f"{layer}.weight"))
+        ours = dequantize(program.state_dict[f"{layer}.weight"], scale, format="int4_128", dtype=torch.float32)
+        assert float((theirs - ours).abs().gt(1e-6).float().mean()) < 1e-3
+    with pytest.raises(qcompile.QCompileError, match="INT4 is for weights, with an amax for each group of a row"):
+        ragged = quantized(nn.Sequential(nn.Linear(200, 128)), config("INT4_BLOCKWISE_WEIGHT_ONLY_CFG"), x[:, :200])
+        qcompile.import_quantized(ragged, (x[:, :200],))
 
 
 def test_weights_that_are_compressed_are_an_error() -> None:

@@ -31,6 +31,7 @@ SHIPPED = [
     "fp8_gemm",
     "fp8_per_channel_per_token",
     "fp8_qkvo-nvfp4_mlp",
+    "int4_weight_only",
     "int8",
     "int8_attention",
     "int8_per_channel_per_token",
@@ -39,7 +40,7 @@ SHIPPED = [
     "nvfp4_mlp_only",
     "nvfp4_weight_only",
 ]
-EVERY_LINEAR = [name for name in SHIPPED if name not in ("nvfp4_mlp_only", "nvfp4_weight_only")]
+EVERY_LINEAR = [name for name in SHIPPED if name not in ("nvfp4_mlp_only", "nvfp4_weight_only", "int4_weight_only")]
 
 
 def quantizers(model: torch.nn.Module, prefix: str = "") -> Iterator[QuantizerName]:
@@ -113,7 +114,7 @@ def test_names_match_and_this_version_runs_them(name: str) -> None:
     model = [QuantizerName(f"layers.0.{kind}") for kind in ("fc1.weight_quantizer", "fc1.input_quantizer", *ATTENTION)]
     configs = resolve(recipe, model).configs
     assert [unsupported(config) for config in configs.values()] == [None] * len(configs)
-    linear = 1 if name == "nvfp4_weight_only" else 2
+    linear = 1 if name.endswith("_weight_only") else 2
     assert len(configs) == linear + (4 if re.search("(FP8|INT8) attention", recipe.metadata.description) else 0)
 
 

@@ -38,10 +38,13 @@ RECIPES: dict[str, dict[str, str | None]] = {
     "int8_per_channel_per_token": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "nvfp4": NVFP4,
     "nvfp4_weight_only": NVFP4 | {"conv": None},
+    "int4_weight_only": dict.fromkeys(("attn", "mlp", "other"), "int4") | dict.fromkeys(("conv", "tower", "bmm")),
     "nvfp4_mlp_only": NVFP4 | {"attn": None, "other": None, "conv": None},
     "nvfp4_fp8_attention": NVFP4 | {"bmm": "fp8"},
     "fp8_qkvo-nvfp4_mlp": FP8 | {"mlp": "nvfp4", "tower": None},
 }
+
+WEIGHT_ONLY = ("nvfp4_weight_only", "int4_weight_only")
 
 ATTENTION_MODULE = re.compile(r"(^|\.)(self_attn|encoder_attn|attn\d?|attention|SelfAttention|attention\.self)$")
 
@@ -91,7 +94,7 @@ def claims(description: str) -> dict[str, str | None]:
     quantized, kept = re.fullmatch(r"(.+)\. ([^.]+) stay in the model's dtype\.", description).groups()  # type: ignore[union-attr]
     parts = re.split(r", | and ", kept.lower())
     assert {"heads", "embeddings", "routers", "classifiers", "diffusion conditioning"} <= set(parts)
-    ((form, scope),) = re.findall(r"\b(NVFP4|FP8|INT8)\b[^;]*? for (every linear|the linears of MLPs)", quantized)
+    ((form, scope),) = re.findall(r"\b(NVFP4|FP8|INT8|INT4)\b[^;]*? for (every linear|the linears of MLPs)", quantized)
     main = form.lower()
     rest = "fp8" if "FP8 for every other linear" in quantized else None
     assert (rest is None) == (scope == "every linear" or "every other linear" in parts)
@@ -109,7 +112,7 @@ def claims(description: str) -> dict[str, str | None]:
 def test_a_description_says_what_the_table_says(recipe: str) -> None:
     description = load_recipe(recipe).metadata.description
     assert claims(description) == RECIPES[recipe]
-    assert ("Activations" in description.split(". ")[-1]) == (recipe == "nvfp4_weight_only")
+    assert ("Activations" in description.split(". ")[-1]) == (recipe in WEIGHT_ONLY)
 
 
 @pytest.mark.everyday(60)
@@ -121,7 +124,7 @@ def test_a_recipe_does_what_the_table_says(recipe: str, family: str) -> None:
     for role, found in parts.items():
         expected = None if role in KEPT else RECIPES[recipe][role]
         for name in found:
-            wanted = None if recipe == "nvfp4_weight_only" and name.kind == "input_quantizer" else expected
+            wanted = None if recipe in WEIGHT_ONLY and name.kind == "input_quantizer" else expected
             config = result.configs.get(name.name)
             assert (config.format if config else None) == wanted, f"{name.name} ({role})"
 

@@ -52,12 +52,13 @@ def test_rules_know_their_file_and_line(tmp_path: Path) -> None:
         (
             '- quantizer: "*"\n  zzz: 1\n  format: fp8',
             "r.yaml:4: unknown key 'zzz' in rules[0]; known: quantizer, unless, module_class, operator, enable, "
-            "format, granularity, block_shape, dynamic, constant_amax, rotate",
+            "format, granularity, block_shape, group_size, dynamic, constant_amax, rotate",
         ),
         ('- quantizer: "*"\n  format: fp8\n  1: 2', "r.yaml:3: unknown key 1 in rules[0]; known: quantizer"),
         (
             '- quantizer: "*"\n\n  format: fp7',
-            "r.yaml:5: unknown format 'fp7' at rules[0].format; known: fp8, int8, nvfp4, mxfp8; did you mean 'fp8'?",
+            "r.yaml:5: unknown format 'fp7' at rules[0].format; known: fp8, int8, int4, nvfp4, mxfp8, mxfp4; did you"
+            " mean 'fp8'?",
         ),
         (
             '- quantizer: "*"\n  format: fp8\n  granularity: pertensor',

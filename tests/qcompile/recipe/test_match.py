@@ -189,7 +189,7 @@ def test_every_field_of_a_rule_reaches_the_config() -> None:
 
 
 def test_block_formats_bring_their_own_layout() -> None:
-    for form, block in [("nvfp4", (1, 16)), ("mxfp8", (1, 32))]:
+    for form, block in [("nvfp4", (1, 16)), ("mxfp8", (1, 32)), ("mxfp4", (1, 32))]:
         configs = resolve(recipe({"quantizer": "*", "format": form, "rotate": True}), names(W, X)).configs
         assert configs[W] == QuantizerConfig(form, "per_block", block, dynamic=False, rotate=True)
         assert configs[X] == QuantizerConfig(form, "per_block", block, dynamic=True, rotate=True)
@@ -325,7 +325,7 @@ def test_every_pair_that_a_kernel_takes_is_in_the_table() -> None:
         "fp8": {"quantizer": W, "format": "fp8", "granularity": "per_channel"},
         "int8": {"quantizer": W, "format": "int8", "granularity": "per_channel"},
         "fp8_128x128": BLOCK_WEIGHT,
-        "nvfp4": {"quantizer": W, "format": "nvfp4"},
+        **{name: {"quantizer": W, "format": name} for name in ("nvfp4", "mxfp8", "mxfp4")},
     }
     inputs = {
         "fp8": {"quantizer": X, "format": "fp8"},
@@ -333,7 +333,7 @@ def test_every_pair_that_a_kernel_takes_is_in_the_table() -> None:
         "fp8_1x128": BLOCK_INPUT,
         "int8": {"quantizer": X, "format": "int8"},
         "int8_per_token": {"quantizer": X, "format": "int8", "granularity": "per_token", "dynamic": True},
-        "nvfp4": {"quantizer": X, "format": "nvfp4"},
+        **{name: {"quantizer": X, "format": name} for name in ("nvfp4", "mxfp8", "mxfp4")},
     }
     allowed = {(product.weight.name, product.input.name) for product in PRODUCTS}
     assert {weight for weight, _ in allowed} == set(layers) and {x for _, x in allowed} == set(inputs)

@@ -9,18 +9,20 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT8, INT8_PER_TOKEN, NVFP4
-from passes.ir import block_amax, dynamic_quantize, quantize
+from passes.formats import FP8, FP8_128X128, FP8_PER_TOKEN, INT4_GROUPS, INT8, INT8_PER_TOKEN, MXFP4, MXFP8, NVFP4
+from passes.ir import block_numbers, dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, CheckpointFormat, Contents, SchemeReader
 from qcompile.schemes.layer import QuantizedWeight
 from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, INT8_CHANNEL_TOKEN, NVFP4_W4A4, Scheme
 
 BLOCK_WEIGHT_ONLY = Scheme(FP8_128X128)
 NVFP4_WEIGHT_ONLY = Scheme(NVFP4)
+MX = [Scheme(MXFP8, MXFP8), Scheme(MXFP8), Scheme(MXFP4, MXFP4), Scheme(MXFP4)]
+INT4 = [Scheme(fmt) for fmt in INT4_GROUPS.values()]
 HELD = {
     "fp8": [FP8_BLOCK],
-    "modelopt": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY],
-    "modelopt_mixed": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY],
+    "modelopt": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY, *INT4, MX[0]],
+    "modelopt_mixed": [FP8_TENSOR, FP8_CHANNEL_TOKEN, BLOCK_WEIGHT_ONLY, NVFP4_W4A4, NVFP4_WEIGHT_ONLY, *INT4, MX[0]],
     "compressed-tensors": [
         FP8_TENSOR,
         FP8_CHANNEL_TOKEN,
@@ -36,6 +38,8 @@ HELD = {
         Scheme(INT8, INT8),
         Scheme(INT8, INT8, per_channel=True),
         Scheme(INT8, INT8_PER_TOKEN),
+        *INT4,
+        *MX,
     ],
 }
 PAIRS = [(name, scheme) for name, schemes in HELD.items() for scheme in schemes]
@@ -50,7 +54,7 @@ def quantized(scheme: Scheme, weight: torch.Tensor) -> QuantizedWeight:
         codes, scale = dynamic_quantize(weight, global_scale, format=fmt.name)
         return QuantizedWeight(scheme, codes, scale, global_scale, input_scale)
     if fmt.sizes:
-        scale = block_amax(weight, fmt) / fmt.max
+        scale = block_numbers(weight, fmt)
     else:
         scale = (weight.abs().amax(-1, keepdim=True) if scheme.per_channel else weight.abs().amax()) / fmt.max
     return QuantizedWeight(scheme, quantize(weight, scale, format=fmt.name), scale, None, input_scale)

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from passes.formats import INT4_128, MXFP8
 from passes.ir import dynamic_quantize, quantize
 from qcompile.checkpoint.formats import FORMATS, Contents, SchemeReader, reader_of
 from qcompile.schemes.scheme import FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
@@ -35,6 +36,9 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
     "mixed": {ATTENTION: FP8_TENSOR, MLP: NVFP4_W4A4},
     "mixed_blocks": {ATTENTION: BLOCK_WEIGHT_ONLY, MLP: NVFP4_W4A4},
     "mixed_per_channel": {ATTENTION: FP8_CHANNEL_TOKEN, MLP: NVFP4_WEIGHT_ONLY},
+    "int4_blocks": {"": Scheme(INT4_128)},
+    "mixed_int4_blocks": {ATTENTION: FP8_TENSOR, MLP: Scheme(INT4_128)},
+    "mxfp8": {"": Scheme(MXFP8, MXFP8)},
     "nvfp4_moe": {"": NVFP4_W4A4},
     "mixed_moe": {ATTENTION: FP8_TENSOR, MLP: NVFP4_W4A4},
 }
@@ -56,8 +60,9 @@ class Export:
         result = {}
         for key, tensor in self.tensors.items():
             if key.endswith(".weight") and tensor.ndim == 2:
-                n, k = tensor.shape
-                result[key.removesuffix(".weight")] = (n, 2 * k if tensor.dtype == torch.uint8 else k)
+                n, k = self.floats[key].shape if key in self.floats else tensor.shape  # experts are fused in `floats`
+                packed = key not in self.floats and tensor.dtype == torch.uint8
+                result[key.removesuffix(".weight")] = (n, 2 * k if packed else k)
         return result
 
 
@@ -68,6 +73,7 @@ def recipe(case: str) -> dict[str, Any]:
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
         attention, mlp = {
             "mixed_blocks": (mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, mtq.NVFP4_DEFAULT_CFG),
+            "mixed_int4_blocks": (mtq.FP8_DEFAULT_CFG, mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG),
             "mixed_per_channel": (mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, mtq.W4A16_NVFP4_CFG),
         }.get(case, (mtq.FP8_DEFAULT_CFG, mtq.NVFP4_DEFAULT_CFG))
         for pattern, config in (("*self_attn*", attention), ("*mlp*", mlp)):
@@ -90,6 +96,8 @@ def recipe(case: str) -> dict[str, Any]:
         "nvfp4_moe": mtq.NVFP4_DEFAULT_CFG,
         "nvfp4_weights": mtq.W4A16_NVFP4_CFG,
         "nvfp4_mlp": mtq.NVFP4_MLP_ONLY_CFG,
+        "mxfp8": mtq.MXFP8_DEFAULT_CFG,
+        "int4_blocks": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
     }
     return dict(configs[case])
 

@@ -270,20 +270,28 @@ TENSOR = group_of(FP8_TENSOR, ["Linear"])
         ({**MODELOPT, "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'; known: .*NVFP4.*MIXED_PRECISION"),
         ({**MODELOPT, "quant_algo": "MIXED_PRECISION"}, "no quantized_layers"),
         (
-            {**MODELOPT, "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": "MXFP8"}}},
-            "layer a.b has quant_algo 'MXFP8'",
+            {**MODELOPT, "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": "MXFP6"}}},
+            "layer a.b has quant_algo 'MXFP6'",
         ),
         ({**MODELOPT, "quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
         ({**MODELOPT, "kv_cache_scheme": "NVFP4"}, "key/value cache is 'NVFP4'; known: 'FP8'"),
         ({"quant_method": "modelopt"}, "has a quant_algo"),
         (CT, "no config_groups"),
         (
-            {**CT, "format": "pack-quantized", "config_groups": {"g": TENSOR}},
-            "'pack-quantized'; known: float-quantized",
+            {**CT, "format": "marlin-24", "config_groups": {"g": TENSOR}},
+            "'marlin-24'; known: float-quantized",
         ),
         (
-            {**CT, "config_groups": {"g": {"targets": ["Linear"], "weights": INT4}}},
-            "group g: weights .*'group_size': 128",
+            {**CT, "config_groups": {"g": {"targets": ["Linear"], "weights": {**INT4, "group_size": 16}}}},
+            "group g: weights .*'group_size': 16",
+        ),
+        (
+            {**CT, "config_groups": {"g": {"targets": ["Linear"], "weights": {**INT4, "actorder": "group"}}}},
+            "group g: weights with actorder 'group'; known: 'static'",
+        ),
+        (
+            {**MODELOPT, "quant_algo": "W4A16_AWQ", "group_size": 128, "has_zero_point": True},
+            "has_zero_point True; known for W4A16_AWQ: symmetric groups of 32, 64, 128",
         ),
         ({**CT, "config_groups": {"g": {**TENSOR, "output_activations": INT4}}}, "group g: output_activations"),
         (
