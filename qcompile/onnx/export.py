@@ -347,4 +347,5 @@ def _report(
         bytes=size,
         headroom=record.headroom,
         convolutions=modules.convolutions,
+        low_rank=modules.low_rank,
     )

@@ -11,6 +11,7 @@ from qcompile.report.check import Check
 from qcompile.report.comparison import Comparison
 from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.headroom import Headroom
+from qcompile.report.low_rank import LowRankCost
 
 
 class Report(ModelReport):
@@ -36,6 +37,8 @@ class Report(ModelReport):
         headroom: the largest magnitude that calibration saw of each tensor, and how much larger the largest number of
             the compute dtype is, the nearest first; empty without calibration data.
         convolutions: each, quantized or not, with its operations, bytes, and what codes gain by a roofline.
+        low_rank: the low-rank parts beside quantized weights, with their rank and bytes; their products are among
+            `unquantized` as `low_rank`, and not in `coverage`.
 
     What `quantize` noted on the program is in it also for a program that was saved and loaded.
     """
@@ -50,6 +53,7 @@ class Report(ModelReport):
     comparison: Comparison | None = None
     headroom: list[Headroom] = Field(default_factory=list)
     convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
+    low_rank: list[LowRankCost] = Field(default_factory=list)
 
     @property
     def passed(self) -> bool:

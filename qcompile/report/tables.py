@@ -81,6 +81,7 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
     show_convolutions(console, report["convolutions"])
+    show_low_rank(console, report["low_rank"])
     show_checks(console, report["checks"])
     if report["comparison"]:
         show_comparison(console, report["comparison"])
@@ -98,6 +99,7 @@ def show_program(console: Console, report: Mapping[str, Any]) -> None:
     show_notices(console, report["notices"])
     show_headroom(console, report["headroom"])
     show_convolutions(console, report["convolutions"])
+    show_low_rank(console, report["low_rank"])
 
 
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
@@ -112,6 +114,14 @@ def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown
     for entry in headroom[:shown]:
         add(found, entry["module"], entry["tensor"], f"{entry['amax']:.3g}", f"{entry['factor']:.3g} x")
     console.print(found)
+
+
+def show_low_rank(console: Console, costs: Sequence[Mapping[str, Any]]) -> None:
+    """What the low-rank parts beside quantized weights take."""
+    rows = [
+        (", ".join(c["modules"]), c["rank"], size(c["bytes"]), f"{c['bytes'] / c['weight_bytes']:.1%}") for c in costs
+    ]
+    show_rows(console, "Low-rank parts", ("modules", "rank", "bytes", "of the weights unquantized"), rows)
 
 
 def show_convolutions(console: Console, convolutions: Sequence[Mapping[str, Any]]) -> None:
