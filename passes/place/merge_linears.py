@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.blocks import scale_rows
-from passes.constants import add_constant, constant, constant_before
+from passes.constants import add_constant, constant, constant_before, equal_bits
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, aten, is_call, only_user, shape, val
 from passes.groups import parallel, parent_of, reads
@@ -62,7 +62,7 @@ class MergeParallelLinears(Pass):
             reason = "their weights are quantized to different formats or granularities"
         elif not to_heads and len({linear.width for linear in group}) > 1:
             reason = "these linear layers differ in width and are not all split into heads"
-        elif len({linear.low_rank and linear.low_rank.reduced for linear in group}) > 1:
+        elif not all(_reduced_alike(gm, group[0], linear) for linear in group[1:]):
             reason = "their low-rank parts do not share the first factor"
         if reason is not None:
             self.decline(reason, *(linear.node for linear in group))
@@ -119,6 +119,18 @@ class _Linear:
         return int(shape(self.node)[-1])
 
 
+def _reduced_alike(gm: GraphModule, one: _Linear, other: _Linear) -> bool:
+    """Whether both have a low-rank part with one first factor, in checkpoints a copy each; or neither has one."""
+    if one.low_rank is None or other.low_rank is None:
+        return one.low_rank is other.low_rank
+    first, second = one.low_rank, other.low_rank
+    if first.reduced is second.reduced:
+        return True
+    factors = constant(gm, first.down), constant(gm, second.down)
+    same_input = first.reduced.args[0] is second.reduced.args[0]
+    return same_input and factors[0] is not None and factors[1] is not None and equal_bits(factors[0], factors[1])
+
+
 def _scales_differ(gm: GraphModule, group: list[_Linear]) -> bool:
     """Whether each weight has one scale, and not all the same."""
     return len({float(constant(gm, linear.scale)) for linear in group if val(linear.scale).ndim == 0}) > 1  # type: ignore[arg-type]
@@ -153,13 +165,17 @@ def _merge(gm: GraphModule, group: list[_Linear]) -> Node:
         ratio = (ratio / ratio[0]).to(val(merged).dtype)
         merged = emit(aten.mul.Tensor, merged, add_constant(gm, f"{first.name}.output_ratio", ratio, first.node))
     if first.low_rank is not None:
-        return emit(aten.add.Tensor, merged, _merge_low_rank(emit, group, first.low_rank.reduced, bias))
+        return emit(aten.add.Tensor, merged, _merge_low_rank(emit, group, first.low_rank, bias))
     return merged if bias is None or ratio is None else emit(aten.add.Tensor, merged, bias)
 
 
-def _merge_low_rank(emit: Emitter, group: list[_Linear], reduced: Node, bias: Node | None) -> Node:
+def _merge_low_rank(emit: Emitter, group: list[_Linear], first: SplitProduct, bias: Node | None) -> Node:
     """The low-rank parts of all layers as one product, with their biases."""
     ups = _rows(emit, [linear.low_rank.up for linear in group if linear.low_rank is not None])
+    # in a model that a checkpoint was read into, the first factor is multiplied behind the first layer
+    reduced = Emitter(emit.before, like=first.reduced)(
+        aten.linear.default, first.reduced.args[0], constant_before(first.down, emit.before)
+    )
     product = emit(aten.linear.default, reduced, ups, *([] if bias is None else [bias]))
     for node in (product, ups):
         node.meta["nn_module_stack"] = _joint_stack(group)

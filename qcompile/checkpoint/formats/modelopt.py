@@ -4,6 +4,8 @@
     X.weight_scale    float32: scalar, [N], or [N / 128, 1, K / 128, 1];  NVFP4: float8_e4m3fn [N, K / 16]
     X.weight_scale_2  float32 scalar, the global scale of NVFP4; multiplies
     X.input_scale     float32 scalar, where activations have a constant scale
+    X.weight_quantizer._svdquant_lora_a, _b     [R, K] and [N, R] in floating point: the low-rank part of NVFP4_SVD;
+                      X.pre_quant_scale [K], which the input is multiplied by first, is 1 here
     A.k_proj.k_scale, A.v_proj.v_scale   float32 scalars of an FP8 key/value cache
 
 The configuration is written twice: `hf_quant_config.json` in Model Optimizer's own words, and a section of config.json
@@ -24,7 +26,7 @@ from passes.groups import expert_container
 from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
 from qcompile.checkpoint.formats.merged import check_contents, describe
-from qcompile.checkpoint.formats.modelopt_reader import MIXED, SCHEMES, ModelOptReader, newest
+from qcompile.checkpoint.formats.modelopt_reader import LOW_RANK, MIXED, PRE_SCALE, SCHEMES, ModelOptReader, newest
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
 from qcompile.errors import CheckpointError
 from qcompile.messages import some
@@ -35,16 +37,18 @@ from qcompile.schemes.scheme import FP8_BLOCK, Scheme
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _ALGORITHMS = {scheme: algorithm for algorithm, scheme in SCHEMES.items()}
-_PB_WO, _PC_PT = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN"
+_PB_WO, _PC_PT, _SVD = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4_SVD"
 # Of MIXED_PRECISION servers have read these since it exists; vLLM reads all that are written here from 0.33 on.
 _ALWAYS_MIXED = ("FP8", "NVFP4", "W4A16_NVFP4")
 
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_SMOOTHED = {"has_zero_point": False, "pre_quant_scale": True}
 _GROUPS: dict[str, dict[str, Any]] = {
     "FP8": {"input_activations": _FP8, "weights": _FP8},
     "NVFP4": {"input_activations": _FP4, "weights": _FP4},
     "W4A16_NVFP4": {"weights": _FP4},
+    "NVFP4_SVD": {"input_activations": _FP4, "weights": _FP4, **_SMOOTHED},
 }
 _MIXED_GROUPS = _GROUPS | {
     _PC_PT: {"input_activations": _FP8, "weights": {**_FP8, "strategy": "channel"}},
@@ -84,7 +88,12 @@ class ModelOpt(CheckpointFormat):
             )
             if ragged := [name for name in blocks if shapes[name][0] % 128]:
                 found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
-        if self._mixes(by_algorithm) and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
+        if parts := by_algorithm.get(_SVD):
+            found.append(
+                f"{some(parts)}: {_SVD} is read by qcompile, and by no server of language models that was tried"
+            )
+        late = [name for name in by_algorithm if name not in (*_ALWAYS_MIXED, _SVD)]
+        if self._mixes(by_algorithm) and late:
             found.append(f"{MIXED} with {', '.join(name.upper() for name in late)}: vLLM reads it from 0.33 on")
         return found
 
@@ -100,6 +109,10 @@ class ModelOpt(CheckpointFormat):
             result["weight_scale_2"] = weight.global_scale.reshape(())
         if weight.input_scale is not None:
             result["input_scale"] = weight.input_scale.reshape(())
+        if weight.low_rank is not None:
+            down, up = weight.low_rank
+            result |= dict(zip(LOW_RANK, (down, up), strict=True))
+            result[PRE_SCALE] = torch.ones(down.shape[1], dtype=down.dtype, device=down.device)
         return {f"{name}.{key}": owned(tensor) for key, tensor in result.items()}
 
     def kv_tensors(self, attention: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -168,7 +181,7 @@ def _by_algorithm(contents: Contents) -> dict[str, list[str]]:
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
     group_size = {"group_size": NVFP4.sizes[0]} if scheme.weight == NVFP4 else {}
-    return {"quant_algo": _ALGORITHMS[scheme], **group_size}
+    return {"quant_algo": _ALGORITHMS[scheme], **group_size, **(_SMOOTHED if scheme.low_rank else {})}
 
 
 def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

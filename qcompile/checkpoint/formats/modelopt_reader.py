@@ -16,7 +16,7 @@ from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
 from qcompile.messages import cut, value
 from qcompile.schemes.layer import QuantizedWeight
-from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_LOW_RANK, NVFP4_W4A4, Scheme
 
 MIXED = "MIXED_PRECISION"
 
@@ -26,7 +26,11 @@ SCHEMES = {
     "fp8_pb_wo": Scheme(FP8_128X128),  # in small letters: the export has no other name for it, readers ignore the case
     "NVFP4": NVFP4_W4A4,
     "W4A16_NVFP4": Scheme(NVFP4),
+    "NVFP4_SVD": NVFP4_LOW_RANK,
 }
+LOW_RANK = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
+_OF_DIFFUSERS = ("svdquant_lora_a", "svdquant_lora_b")  # what its export of diffusion models calls them
+PRE_SCALE = "pre_quant_scale"
 # Read only: TensorRT-LLM's label of block FP8 W8A8, with the tensors of the format fp8.
 _READ_SCHEMES = {"FP8_BLOCK_SCALES": FP8_BLOCK} | {name.upper(): scheme for name, scheme in SCHEMES.items()}
 
@@ -66,13 +70,18 @@ class ModelOptReader(SchemeReader):
         return next((self._layers[owner] for owner in owners if owner in self._layers), None)
 
     def weight(self, name: str, scheme: Scheme, get: Get, shape: tuple[int, int]) -> QuantizedWeight:
-        return StoredLayer(name, get, shape).weight(
+        stored = StoredLayer(name, get, shape)
+        weight = stored.weight(
             scheme,
             codes=("weight",),
             scale=("weight_scale_inv", "weight_scale") if scheme == FP8_BLOCK else ("weight_scale",),
             global_scale=("weight_scale_2",),
             input_scale=("input_scale",),
         )
+        if scheme.low_rank:
+            weight.low_rank = stored.low_rank(*zip(LOW_RANK, _OF_DIFFUSERS, strict=True))
+            stored.ones(PRE_SCALE)
+        return weight
 
     def kv_scales(self, attention: str, get: Get) -> tuple[torch.Tensor, torch.Tensor] | None:
         return kv_scales(attention, get) if self.kv_cache else None
