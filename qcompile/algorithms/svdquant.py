@@ -28,6 +28,7 @@ _OUTPUT = "its output is quantized, and what the low-rank part adds would come b
 _SHARED = "its weight is read by layers of another group, too"
 _TWICE = "it has a low-rank part from a step before"
 _ZEROS = "its weight is all zeros"
+_LEAST_RANK = 8  # back ends multiply no fewer at a time
 _LEAST = 1e-4  # of the largest channel: one that was zero in calibration may not be later
 
 Group = Sequence[Operand]
@@ -42,11 +43,12 @@ class SvdquantSettings(Settings):
     the steps behind it to choose."""
     rank: Annotated[int, Field(ge=1, le=4096)] = 32
     """Of the part, for each layer: q, k and v, which read one tensor, have three times that together. Multiples of 16
-    are what hardware multiplies; others are padded."""
+    are what hardware multiplies; others are padded. It is halved, down to 8, for a group whose factors would take more
+    bytes than its codes save."""
     weighting: Literal["inputs", "none"] = "inputs"
     """What makes a part the largest: `inputs` weighs each column of a weight by the root mean square of its inputs in
     the calibration data; `none` needs no data."""
-    iterations: Annotated[int, Field(ge=0, le=100)] = 2
+    iterations: Annotated[int, Field(ge=0, le=100)] = 4
     """How often what rounding the rest loses is taken into the low-rank part, and the rest is taken anew."""
 
 
@@ -54,7 +56,8 @@ class Svdquant(Algorithm[SvdquantSettings]):
     """SVDQuant (Li et al. 2024, arXiv 2411.05007) without its smoothing, which is a step of its own.
 
     Layers that read one tensor share the first factor, so that all of it is one product: the part is that of their
-    weights as one matrix. A group whose factors would take more bytes than its codes save gets none.
+    weights as one matrix. A rank whose factors would take more bytes than the codes save is halved; a group that no
+    rank pays for gets no part.
     """
 
     model = SvdquantSettings
@@ -104,13 +107,20 @@ class Svdquant(Algorithm[SvdquantSettings]):
                 left |= {weight.site.consumer: reason for weight in group}
         return kept, left
 
+    def _rank(self, group: Group) -> int:
+        """For each layer of `group`: `rank`, or its half, and so on, whatever is worth its bytes; 0 if none is."""
+        rank, (factors, saved) = self.settings.rank, _bytes(group)
+        while factors * rank >= saved and rank > _LEAST_RANK:
+            rank = max(_LEAST_RANK, rank // 2 // _LEAST_RANK * _LEAST_RANK)
+        return rank if factors * rank < saved else 0
+
     def _unpaid(self, group: Group) -> str | None:
         """Why a part of `group` is not worth its bytes, or None."""
-        rank, rows, columns = self.settings.rank * len(group), sum(w.shape[0] for w in group), group[0].shape[1]
-        factors = group[0].dtype.itemsize * rank * (rows + columns)
-        saved = round((group[0].dtype.itemsize - group[0].format.element_bytes) * rows * columns)
-        if factors < saved:
+        if self._rank(group):
             return None
+        rank, rows, columns = min(self.settings.rank, _LEAST_RANK), sum(w.shape[0] for w in group), group[0].shape[1]
+        factors, saved = _bytes(group)
+        factors, rank = factors * rank, rank * len(group)
         return (
             f"a low-rank part of rank {rank} takes {factors:,} bytes, and its codes save {saved:,} of a weight of"
             f" [{rows}, {columns}]"
@@ -121,7 +131,7 @@ class Svdquant(Algorithm[SvdquantSettings]):
         group = same[0]
         values = torch.cat([_values(weight) for weight in group])
         columns = self._columns(same, seen)
-        rank = self.settings.rank * len(group)
+        rank = self._rank(group) * len(group)
         up, down = largest_part(values * columns, rank)
         for _ in range(self.settings.iterations):
             rest = values - up @ (down / columns)
@@ -172,6 +182,12 @@ def _key(weight: Operand) -> object:
     """What tells weights apart: two calls of one layer have one."""
     node = weight.node
     return node.target if node.op == "get_attr" else node
+
+
+def _bytes(group: Group) -> tuple[int, int]:
+    """(of the factors for each unit of rank, what codes save) of the weights of `group`."""
+    rows, columns, size = sum(weight.shape[0] for weight in group), group[0].shape[1], group[0].dtype.itemsize
+    return size * len(group) * (rows + columns), round((size - group[0].format.element_bytes) * rows * columns)
 
 
 def _values(weight: Operand) -> torch.Tensor:

@@ -142,13 +142,29 @@ class Odd(nn.Module):
         return y + self.conv(y[..., None].expand(-1, -1, 3))[..., 0]
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.zeros = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+        nn.init.zeros_(self.zeros.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(x) + self.zeros(x)
+
+
+def test_a_rank_is_halved_until_it_pays() -> None:
+    costs = ProgramReport.of(quantized(recipe(rank=500, iterations=0))).low_rank
+    assert [(cost.modules, cost.rank) for cost in costs] == [(["gate_proj", "up_proj"], 2 * 8), (["down_proj"], 24)]
+    assert all(cost.bytes < cost.weight_bytes for cost in costs)
+
+
 def test_what_gets_no_part_is_listed_with_the_reason() -> None:
-    program = quantized(recipe(rank=40))
+    program = quantized(recipe(name="int8", rank=64), Small().eval())
     report = ProgramReport.of(program)
     reasons = {decline.module: decline.reason for decline in report.declined}
     assert reasons["zeros"] == "its weight is all zeros"
-    assert "a low-rank part of rank 80 takes" in reasons["gate_proj"] and "rank 40 takes" in reasons["down_proj"]
-    assert report.coverage == {"linear": (4, 4)} and not report.low_rank
+    assert "a low-rank part of rank 8 takes" in reasons["down"]
+    assert report.coverage == {"linear": (2, 2)} and not report.low_rank
     assert any("no linear layer gets a low-rank part" in notice for notice in report.notices)
     odd = ProgramReport.of(quantized(recipe(), Odd().eval()))
     reasons = {decline.module: decline.reason for decline in odd.declined}
