@@ -22,6 +22,7 @@ from qcompile.algorithms.low_rank import largest_part
 from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Statistic
+from qcompile.errors import CalibrationError
 
 _OTHERS = "low-rank parts are for linear layers, of which this is none"
 _OUTPUT = "its output is quantized, and what the low-rank part adds would come behind that"
@@ -130,7 +131,7 @@ class Svdquant(Algorithm[SvdquantSettings]):
         """What the weights of groups have in common that are the same ones, read by several calls."""
         group = same[0]
         values = torch.cat([_values(weight) for weight in group])
-        columns = self._columns(same, seen)
+        columns = self._columns(same, seen).to(values.device)
         rank = self._rank(group) * len(group)
         up, down = largest_part(values * columns, rank)
         for _ in range(self.settings.iterations):
@@ -148,7 +149,9 @@ class Svdquant(Algorithm[SvdquantSettings]):
         total: torch.Tensor = torch.stack([one.total for one in kept]).sum(0)
         size: torch.Tensor = total.sqrt()
         largest = size.max()
-        if not bool(largest.isfinite()) or not bool(largest > 0):
+        if not bool(largest.isfinite()):
+            raise CalibrationError(f"{first.name}: calibration found {float(largest)} in what the layer reads")
+        if not bool(largest > 0):  # never reached, or zero in all of it
             return torch.ones(first.shape[1])
         weights: torch.Tensor = (size / largest).clamp_min(_LEAST).float()
         return weights
@@ -214,4 +217,9 @@ def _stored(up: torch.Tensor, down: torch.Tensor, group: Group) -> LowRank:
     """The factors in the dtype that the program computes in, rows of the first of length 1, as a singular vector's."""
     length = down.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     dtype, sizes = group[0].dtype, [weight.shape[0] for weight in group]
-    return LowRank((down / length).to(dtype), tuple((up * length.T).to(dtype).split(sizes)))
+    up = (up * length.T).to(dtype)
+    if not bool(up.isfinite().all()):
+        raise CalibrationError(
+            f"{group[0].name}: the low-rank part of the weight leaves {dtype}: compute in another dtype"
+        )
+    return LowRank((down / length).to(dtype), tuple(up.split(sizes)))

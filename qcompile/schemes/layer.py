@@ -58,6 +58,8 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     bias: torch.Tensor | None
+    svdquant_lora_a: torch.Tensor
+    svdquant_lora_b: torch.Tensor
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None

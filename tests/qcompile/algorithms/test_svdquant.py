@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 import qcompile
 from qcompile.algorithms.low_rank import largest_part
+from qcompile.algorithms.svdquant import Squares
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.report.program import ProgramReport
 
@@ -189,6 +190,30 @@ def test_channels_that_were_zero_and_rows_that_were_equal() -> None:
     assert all(tensor.float().isfinite().all() for tensor in program.state_dict.values())
     with torch.no_grad():
         assert float((program.module()(X) - model(X)).norm() / model(X).norm()) < 0.2  # other data
+
+
+def test_a_nan_in_one_batch_is_an_error_and_statistics_merge() -> None:
+    bad = X.clone()
+    bad[3, 5] = float("nan")
+    options: dict[str, Any] = {"recipe": recipe(name="nvfp4_weight_only"), "progress": False}
+    with pytest.raises(CalibrationError, match=r"gate_proj.weight_quantizer: calibration found nan in what the layer"):
+        qcompile.quantize(Net().eval(), (X,), calibration=[X, bad], **options)
+    first, second, both = Squares(), Squares(), Squares()
+    first.update(X, (), 1.0)
+    second.update(X[:4] * 2, (), 0.5)
+    for rows, weight in ((X, 1.0), (X[:4] * 2, 0.5)):
+        both.update(rows, (), weight)
+    first.merge(second)
+    assert all(torch.equal(tensor, both.tensors()[name]) for name, tensor in first.tensors().items())
+    assert float(both.count) == len(X) + 2
+
+
+def test_a_part_that_leaves_half_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+    with pytest.raises(CalibrationError, match="low-rank part of the weight leaves"):
+        quantized(recipe(), model, torch.float16)
 
 
 def test_data_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
