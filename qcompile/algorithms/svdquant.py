@@ -222,4 +222,4 @@ def _stored(up: torch.Tensor, down: torch.Tensor, group: Group) -> LowRank:
         raise CalibrationError(
             f"{group[0].name}: the low-rank part of the weight leaves {dtype}: compute in another dtype"
         )
-    return LowRank((down / length).to(dtype), tuple(up.split(sizes)))
+    return LowRank((down / length).to(dtype), torch.split(up, sizes))

@@ -226,6 +226,8 @@ def show_engine(console: Console, report: Mapping[str, Any]) -> None:
     for kind in ("gemms", "convolutions"):
         counts = ", ".join(f"{count} {precision}" for precision, count in report[kind].items() if count)
         add(found, kind, counts or "none")
+    if report["low_rank"]:
+        add(found, "of low-rank parts", f"{report['low_rank']} gemms")
     console.print(found)
     parts = [(path, report["precisions"].get(path, ""), n) for path, n in report["convolution_kernels"].items()]
     show_rows(console, "Convolutions", ("module", "runs in", "kernels"), parts)

@@ -116,6 +116,11 @@ def test_the_compiled_model_gives_what_the_program_gives() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, backend="qcompile", options={"recipe": chosen, "target": "eager"})(X)
     torch.testing.assert_close(compiled, wanted, rtol=1e-5, atol=1e-5)
+    program = quantized(recipe(), model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(program.module(), backend="qcompile")(X)
+    torch.testing.assert_close(compiled, program.module()(X).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_steps_behind_see_the_rest() -> None:
