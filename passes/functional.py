@@ -220,9 +220,9 @@ def _trace(node: Node, leaves: list[Any], spec: pytree.TreeSpec) -> GraphModule:
 
 def _without_writing(node: Node, target: OpOverload) -> OpOverload:
     """The functional form of an operator in place."""
-    name, _, overload = target.name().removeprefix("aten::").partition(".")
+    _, name, overload = str(target).split(".")  # aten.add_.Tensor
     packet = getattr(aten, name[:-1], None) if name.endswith("_") and target.namespace == "aten" else None
-    found = getattr(packet, overload or "default", None)
+    found = getattr(packet, overload, None)
     if found is None:
         raise _NotLocalError
     args, kwargs = map_arg((node.args, node.kwargs), _value)

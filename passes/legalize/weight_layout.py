@@ -18,6 +18,7 @@ from passes.formats import FP8_1X128, FP8_128X128, INT4_COLUMNS, INT4_GROUPS, ge
 from passes.graph import Emitter, aten, calls, is_call, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE
 from passes.nibbles import decode_int4
+from passes.place.low_rank import is_low_rank
 
 
 class StoreWeightsTransposed(Pass):
@@ -33,11 +34,13 @@ class StoreWeightsTransposed(Pass):
         y = add(mul(matmul(x, dequantize(codes[E,K,N], max(s))), s / max(s)), bias)     # experts, s[E,N,1] or [E,1,1]
         z = mul(matmul(x, transpose(dequantize(codes, dequantize(b, max(g))))), g / max(g))     # two levels, g[E,1,1]
         y = add(matmul(x, transpose(w[E,N,K])), bias)                       # experts that are not quantized
+        y = add(matmul(x, transpose(w[N,K])), bias)                         # factors of low-rank parts
 
     Requires: `FoldWeights` ran; `FoldConstants` follows and stores the transposed codes.
     Ensures: the same product and scale, with the bias added after it; of experts with a scale each, or one per channel,
         the product within the rounding of one more multiplication.
-    Declines when: never; a weight that is not quantized stays in its linear layer, which ONNX has for all but experts.
+    Declines when: never; a weight that is not quantized stays in its linear layer, which ONNX has for all but experts,
+        and which would lose the names that factors of low-rank parts are known by.
     Why: ONNX MatMul wants `[K, N]`. A Transpose before DequantizeLinear is refused by TensorRT, and one behind it is a
         node that every reader has to look through. Its scales lie along one axis, and one for each expert keeps
         TensorRT from the low-precision GEMM; a Mul behind the product does not. DequantizeLinear has blocks on one axis
@@ -51,11 +54,10 @@ class StoreWeightsTransposed(Pass):
             weight = node.args[1]
             assert isinstance(weight, Node)
             is_quantized = is_call(weight, DEQUANTIZE) and is_constant_expression(weight.args[0])
-            if is_quantized or node.target is BATCHED_LINEAR:
-                if is_quantized and get_format(str(weight.kwargs["format"])) in INT4_GROUPS.values():
-                    self._rewrite(node, _columns(gm, weight, node), None)
-                    self.fire()
-                    continue
+            if is_quantized and get_format(str(weight.kwargs["format"])) in INT4_GROUPS.values():
+                self._rewrite(node, _columns(gm, weight, node), None)
+                self.fire()
+            elif is_quantized or node.target is BATCHED_LINEAR or is_low_rank(node):
                 if weight not in matrices:
                     matrices[weight] = _transposed(gm, weight, node) if is_quantized else (_plain(weight, node), None)
                 self._rewrite(node, *matrices[weight])

@@ -9,11 +9,12 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.blocks import scale_rows
-from passes.constants import add_constant, constant, constant_before
+from passes.constants import add_constant, constant, constant_before, equal_bits
 from passes.formats import FP8_1X128, FP8_128X128
 from passes.graph import Emitter, aten, is_call, only_user, shape, val
 from passes.groups import parallel, parent_of, reads
 from passes.ir import DEQUANTIZE
+from passes.place.low_rank import SplitProduct
 from passes.quantize.sites import linear_name
 from passes.reading import QuantizedLayer
 
@@ -28,13 +29,15 @@ class MergeParallelLinears(Pass):
         y = transpose(reshape(linear(x, cat(wq, wk, wv)), [B,S,Hq+Hk+Hv,D]), 1, 2)
         q, k, v = split(y, [Hq,Hk,Hv], dim=1)
         g, u = split(linear(x, cat(wg, wu)), [N,N], dim=-1)
+        of layers with low-rank parts: y = add(linear(x, cat(wq, wk, wv)), linear(h, cat(bq, bk, bv)))
 
     Requires: weights as codes.
     Ensures: every output element is the same sum of products. Where a layer's blocks of 128 x 128 would not start at a
         multiple of 128 rows, each row gets the scales of its blocks, format fp8_1x128. Where each weight has one scale,
         and not the same (other tools calibrate layers alone), rows have scales of their own, and those of two levels
         share the first global scale, with the ratio of the others multiplied to the result.
-    Declines when: the weights' formats differ, or only some outputs are split into heads and the widths differ.
+    Declines when: the weights' formats differ, only some outputs are split into heads and the widths differ, or their
+        low-rank parts do not share the first factor.
     Why: two to four kernels fewer for each transformer block. The heads have to be apart before the split: of the forms
         tried with the TensorRT-RTX builder, a split of the last axis makes it take the GEMM apart again, one of a
         [B,S,3,H,D] tensor loses FP8 in the QKV GEMM where attention is not quantized, and this one was never worse.
@@ -52,13 +55,15 @@ class MergeParallelLinears(Pass):
     def _consider(self, gm: GraphModule, group: list[_Linear]) -> None:
         if len(group) < 2:
             return
-        views = [only_user(linear.node) for linear in group]
+        views = [only_user(linear.result) for linear in group]
         to_heads = all(_splits_into_heads(view, views[0]) for view in views)
         reason = None
         if len({(linear.weight.kwargs["format"], val(linear.scale).ndim) for linear in group}) > 1:
             reason = "their weights are quantized to different formats or granularities"
         elif not to_heads and len({linear.width for linear in group}) > 1:
             reason = "these linear layers differ in width and are not all split into heads"
+        elif not all(_reduced_alike(gm, group[0], linear) for linear in group[1:]):
+            reason = "their low-rank parts do not share the first factor"
         if reason is not None:
             self.decline(reason, *(linear.node for linear in group))
             return
@@ -66,7 +71,7 @@ class MergeParallelLinears(Pass):
         if to_heads:
             _split_heads(merged, [view for view in views if view is not None])
         else:
-            _split(merged, [linear.node for linear in group], [linear.width for linear in group], -1)
+            _split(merged, [linear.result for linear in group], [linear.width for linear in group], -1)
         self.fire()
 
 
@@ -75,6 +80,7 @@ class _Linear:
     """A linear layer whose input and weight are dequantized: `linear(x, dequantize(codes, scale), bias)`.
 
     `scale` is the global one where the weight has two levels: `dequantize(codes, dequantize(block_scales, scale))`.
+    `bias` is that of the low-rank part where there is one.
     """
 
     node: Node
@@ -83,27 +89,46 @@ class _Linear:
     block_scales: Node | None
     scale: Node
     bias: Node | None
+    low_rank: SplitProduct | None
 
     @classmethod
     def read(cls, node: Node, source: Node) -> _Linear | None:
         """`node` as a quantized linear layer of `source` with constant codes, scale and bias; None if it is not."""
         layer = QuantizedLayer.read(node) if is_call(node, aten.linear.default) and node.args[0] is source else None
-        if layer is None or any(
-            part.op != "get_attr" for part in (*layer.weight.parts, layer.bias) if part is not None
-        ):
+        if layer is None:
+            return None
+        low_rank = SplitProduct.read(node) if layer.bias is None else None
+        bias = layer.bias if low_rank is None else low_rank.bias
+        if any(part.op != "get_attr" for part in (*layer.weight.parts, bias) if part is not None):
             return None
         weight = layer.weight
-        return cls(
-            node, weight.node, weight.codes, weight.block_scales, weight.global_scale or weight.scale, layer.bias
-        )
+        scale = weight.global_scale or weight.scale
+        return cls(node, weight.node, weight.codes, weight.block_scales, scale, bias, low_rank)
 
     @property
     def name(self) -> str:
         return linear_name(self.node)
 
     @property
+    def result(self) -> Node:
+        """What readers of the layer read: with the low-rank part."""
+        return self.node if self.low_rank is None else self.low_rank.total
+
+    @property
     def width(self) -> int:
         return int(shape(self.node)[-1])
+
+
+def _reduced_alike(gm: GraphModule, one: _Linear, other: _Linear) -> bool:
+    """Whether both have a low-rank part with one first factor, in checkpoints a copy each; or neither has one."""
+    if one.low_rank is None or other.low_rank is None:
+        return one.low_rank is other.low_rank
+    first, second = one.low_rank, other.low_rank
+    if first.reduced is second.reduced:
+        return True
+    factors = constant(gm, first.down), constant(gm, second.down)
+    same_input = first.reduced.args[0] is second.reduced.args[0]
+    return same_input and factors[0] is not None and factors[1] is not None and equal_bits(factors[0], factors[1])
 
 
 def _scales_differ(gm: GraphModule, group: list[_Linear]) -> bool:
@@ -132,15 +157,29 @@ def _merge(gm: GraphModule, group: list[_Linear]) -> Node:
     weight = Emitter(first.node, like=first.weight)(DEQUANTIZE, codes, scale, **options)
     bias = emit(aten.cat.default, [_bias(gm, linear, first.node) for linear in group]) if _any_bias(group) else None
     ratio = _row_scales(gm, group).flatten() if blocks and _scales_differ(gm, group) else None
-    before = [] if bias is None or ratio is not None else [bias]
+    before = [] if bias is None or ratio is not None or first.low_rank is not None else [bias]
     merged = emit(aten.linear.default, first.node.args[0], weight, *before)
     for node in (merged, weight, codes):
         node.meta["nn_module_stack"] = _joint_stack(group)
-    if ratio is None:
-        return merged
-    ratio = (ratio / ratio[0]).to(val(merged).dtype)
-    scaled = emit(aten.mul.Tensor, merged, add_constant(gm, f"{first.name}.output_ratio", ratio, first.node))
-    return scaled if bias is None else emit(aten.add.Tensor, scaled, bias)
+    if ratio is not None:
+        ratio = (ratio / ratio[0]).to(val(merged).dtype)
+        merged = emit(aten.mul.Tensor, merged, add_constant(gm, f"{first.name}.output_ratio", ratio, first.node))
+    if first.low_rank is not None:
+        return emit(aten.add.Tensor, merged, _merge_low_rank(emit, group, first.low_rank, bias))
+    return merged if bias is None or ratio is None else emit(aten.add.Tensor, merged, bias)
+
+
+def _merge_low_rank(emit: Emitter, group: list[_Linear], first: SplitProduct, bias: Node | None) -> Node:
+    """The low-rank parts of all layers as one product, with their biases."""
+    ups = _rows(emit, [linear.low_rank.up for linear in group if linear.low_rank is not None])
+    # in a model that a checkpoint was read into, the first factor is multiplied behind the first layer
+    reduced = Emitter(emit.before, like=first.reduced)(
+        aten.linear.default, first.reduced.args[0], constant_before(first.down, emit.before)
+    )
+    product = emit(aten.linear.default, reduced, ups, *([] if bias is None else [bias]))
+    for node in (product, ups):
+        node.meta["nn_module_stack"] = _joint_stack(group)
+    return product
 
 
 def _row_scales(gm: GraphModule, group: list[_Linear]) -> torch.Tensor:

@@ -77,6 +77,11 @@ class Operand(ABC):
         return self.site.tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the program computes in. Raises CalibrationError as `site` does."""
+        raise CalibrationError(f"{self.name}: there is no graph here, and so no dtype to compute in")
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of a weight: `[N, K]`, of experts `[E, N, K]`, of a convolution `[N, C, ...]`."""

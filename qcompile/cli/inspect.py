@@ -114,7 +114,7 @@ def _onnx(console: Console, file: Path) -> int:
 
     attentions = find_attentions(graph)
     found = [("attention", a.module, a.unquantized) for a in attentions]
-    found += [("rotation" if g.is_rotation else g.kind, g.module, g.unquantized) for g in find_gemms(graph, attentions)]
+    found += [(g.stays or g.kind, g.module, g.unquantized) for g in find_gemms(graph, attentions)]
     coverage = table("Coverage", "", "in the file", "quantized", numbers=("in the file", "quantized"))
     for kind, total in Counter(kind for kind, _, _ in found).items():
         add(coverage, kind, total, sum(k == kind and not missing for k, _, missing in found))
@@ -122,7 +122,7 @@ def _onnx(console: Console, file: Path) -> int:
     gaps = [
         (kind, module, f"{', '.join(missing)} not quantized")
         for kind, module, missing in found
-        if missing and kind != "rotation"  # which never is
+        if missing and kind not in ("rotation", "low-rank part")  # which never are
     ]
     show_rows(console, "Not quantized", ("kind", "module", "why"), gaps)
     show_checks(console, [asdict(check) for check in checks])

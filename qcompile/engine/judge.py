@@ -49,19 +49,21 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
     for product in products:
         kernel = _main_kernel(product, kernels)
         gaps.extend(_gemm_gap(product, kernel))
-        if kernel is not None and not product.is_rotation:
+        if kernel is not None and not product.stays:
             found.setdefault(product.module, []).append(kernel.precision)
     precisions = {module: "+".join(sorted({*types})) for module, types in found.items()}
     of_attention = frozenset[str]().union(*(a.nodes for a in attentions))
     own = {product.name for product in products}
     gemms = [k for k in kernels if k.is_gemm and (own & set(k.onnx_nodes) or not of_attention & set(k.onnx_nodes))]
     convolutions = [k for k in kernels if k.is_convolution]
+    low_rank = {product.name for product in products if product.is_low_rank}
     counts = ProfileCounts(
         kernels=len(kernels),
         attention=count,
         gemms=_by_precision(gemms),
         convolutions=_by_precision(convolutions),
         not_low_precision=gaps,
+        low_rank=sum(not low_rank.isdisjoint(kernel.onnx_nodes) for kernel in gemms),
     )
     return Judgement(counts, precisions, _convolution_kernels(products, kernels), short)
 
@@ -164,6 +166,8 @@ def _gemm_gap(gemm: Gemm, kernel: Layer | None) -> list[NotLowPrecision]:
     ran = f"ran in {kernel.precision}" if is_product else f"computed by the pointwise kernel {kernel.name}"
     if gemm.is_rotation:
         why = "a Hadamard rotation, which is not quantized"
+    elif gemm.is_low_rank:
+        why = "the low-rank part of a quantized weight, which is not quantized"
     elif len(gemm.unquantized) == 2:
         why = "not quantized in the file"
     elif gemm.unquantized:

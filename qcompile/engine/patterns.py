@@ -5,6 +5,7 @@ This is what tells "the file does not quantize it" from "the file does, and the 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _ON_CODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "MatMulNBits": ("gemm", ("activation",)),
 }
 _BLOCK_ZERO_POINTS = "block_zero_points_"  # what a repair calls what zero points of blocks add to a product
+_LOW_RANK = re.compile(r"svdquant_lora_[ab](_\d+)?$")  # and those of `passes.place.low_rank`
 _ROTATION = "hadamard_"  # what the constants of `passes.place.rotate` are called in a file
 
 
@@ -37,7 +39,7 @@ class Gemm:
 
     `unquantized` labels its operands that are not dequantized; `is_rotation`: one is a Hadamard matrix of qcompile's;
     `obstacle`: why some target lacks a kernel for a quantized one of its size; `quantizer`: the node that makes the
-    codes of a convolution's input, empty without one.
+    codes of a convolution's input, empty without one; `is_low_rank`: one is a factor of a low-rank part.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Gemm:
     is_rotation: bool = False
     obstacle: str = ""
     quantizer: str = ""
+    is_low_rank: bool = False
+
+    @property
+    def stays(self) -> str:
+        """What it is where nothing quantizes it on purpose: `rotation` or `low-rank part`; empty for others."""
+        return "rotation" if self.is_rotation else "low-rank part" if self.is_low_rank else ""
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,11 @@ def find_gemms(graph: OnnxGraph, attentions: list[Attention]) -> list[Gemm]:
         labels = ("weight" if graph.is_constant(t) else "activation" for t in operands)
         missing = tuple(label for label, t in zip(labels, operands, strict=True) if not graph.is_quantized(t))
         kind = "conv" if node.op_type == "Conv" else "gemm"
-        is_rotation = any(graph.is_constant(t) and t.startswith(_ROTATION) for t in operands)
-        of_convolution = (obstacle(graph, node), _quantizer(graph, node)) if kind == "conv" else ()
-        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation, *of_convolution))
+        constants = [tensor for tensor in operands if graph.is_constant(tensor)]
+        is_rotation = any(tensor.startswith(_ROTATION) for tensor in constants)
+        is_low_rank = any(_LOW_RANK.search(tensor) for tensor in constants)
+        of_convolution = (obstacle(graph, node), _quantizer(graph, node)) if kind == "conv" else ("", "")
+        found.append(Gemm(node_name(node), module_path(node), kind, missing, is_rotation, *of_convolution, is_low_rank))
     return found
 
 

@@ -45,6 +45,7 @@ class ProfileCounts(BaseModel):
     gemms: dict[str, int]
     convolutions: dict[str, int]
     not_low_precision: list[NotLowPrecision]
+    low_rank: int = 0
 
 
 class EngineReport(ReportBase):
@@ -60,10 +61,11 @@ class EngineReport(ReportBase):
             GEMMs of an attention that was not fused belong to it and are not counted.
         convolutions: convolution kernels, by the same types.
         precisions: module path of each GEMM and convolution -> the type that it multiplies in; several GEMMs of one
-            module that differ are joined, as in "fp4+half".
+            module that differ are joined, as in "fp4+half". Low-rank parts are not among them.
         convolution_kernels: module path of each convolution -> how many kernels quantize its input, convolve, and
             rescale the result. One that works for several convolutions counts for each, and one may do more besides.
         not_low_precision: each attention, GEMM and convolution of the file that ran in half or float.
+        low_rank: how many of the GEMM kernels multiply low-rank parts of quantized weights.
         notices: what a reader should know, such as a profile that rules out fused FP8 attention.
         bytes: size of the engine. seconds: wall-clock time of parsing and building.
         layers: the builder's list, all profiles. With several profiles the counts are those of the worst one. An entry
@@ -84,6 +86,7 @@ class EngineReport(ReportBase):
     layers: list[Layer]
     precisions: dict[str, str] = Field(default_factory=dict)
     convolution_kernels: dict[str, int] = Field(default_factory=dict)
+    low_rank: int = 0
     profiles: list[ProfileCounts] = Field(default_factory=list)
 
     @property

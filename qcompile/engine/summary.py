@@ -32,6 +32,7 @@ def summarize(built: Built, backend: Backend, seconds: float) -> EngineReport:
         precisions=judged[worst].precisions,
         convolution_kernels=judged[worst].convolution_kernels,
         not_low_precision=counts.not_low_precision,
+        low_rank=counts.low_rank,
         notices=[*_unread(built.layers), *_several(judged, worst), *_unfused(judged[worst], worst, built.profiles)],
         bytes=built.plan.nbytes,
         seconds=seconds,

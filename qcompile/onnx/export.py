@@ -362,4 +362,5 @@ def _report(
         headroom=record.headroom,
         ranges=record.ranges,
         convolutions=modules.convolutions,
+        low_rank=modules.low_rank,
     )

@@ -35,6 +35,10 @@ class GraphOperand(Operand):
         return self.at
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.target
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(shape(self.at.tensor))
 

@@ -86,7 +86,8 @@ class ModelReport(ReportBase):
         recipe: name of the one that was asked for; empty without one.
         quantized: module path -> format. A fused weight of all experts counts once.
         unquantized: module path -> what it is, if it stayed in floating point: the kinds of `coverage`, and what
-            nothing quantizes (`transposed_convolution`, `recurrent`, `embedding`, `bilinear`).
+            nothing quantizes (`transposed_convolution`, `recurrent`, `embedding`, `bilinear`, and `low_rank`, a
+            product of the low-rank part of a quantized weight).
         reasons: module path -> why it did, but for what the recipe leaves out.
         coverage: kind of layer -> (how many are quantized, how many there are).
         declined: places that were looked at and left, with the reason.

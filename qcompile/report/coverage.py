@@ -16,12 +16,14 @@ from passes.ir import ATTENTION, DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.normalize.attention import NormalizeAttention
 from passes.normalize.routing import is_grouped
 from passes.operators import NORMS, OPERATORS, counted_kinds, of_kind, operator_of, refusals
+from passes.place.low_rank import is_low_rank
 from passes.place.rotate import FACTOR
 from passes.quantize.sites import linear_name, weight_name
 from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 from qcompile.report.convolutions import ConvolutionEstimate, estimates
+from qcompile.report.low_rank import KIND, WHY, LowRankCost, low_rank_costs
 
 KINDS = counted_kinds()
 _LAYERS = [target for target, row in OPERATORS.items() if "weight" in row.operands]
@@ -33,25 +35,27 @@ _GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default
 @dataclass(frozen=True)
 class Modules:
     """What of a graph is quantized, as reports have it: `quantized_modules`, their `coverage`, the `reasons`, and what
-    a roofline says of its convolutions."""
+    a roofline says of its convolutions, and what its low-rank parts take."""
 
     quantized: dict[str, str]
     unquantized: dict[str, str]
     coverage: dict[str, tuple[int, int]]
     reasons: dict[str, str]
     convolutions: list[ConvolutionEstimate]
+    low_rank: list[LowRankCost]
 
     @classmethod
     def of(cls, gm: GraphModule, declined: Iterable[Decline] = ()) -> Modules:
         declined = list(declined)
         quantized, unquantized = quantized_modules(gm, declined)
         reasons = _reasons(gm, unquantized, declined)
-        return cls(quantized, unquantized, coverage(gm, unquantized), reasons, list(estimates(gm)))
+        counts, costs = coverage(gm, unquantized), list(low_rank_costs(gm))
+        return cls(quantized, unquantized, counts, reasons, list(estimates(gm)), costs)
 
 
 def _reasons(gm: GraphModule, unquantized: Mapping[str, str], declined: Iterable[Decline]) -> dict[str, str]:
     """Path -> why it stayed in floating point; what the recipe leaves out has none."""
-    known, told = refusals(), {decline.module: decline.reason for decline in declined}
+    known, told = refusals() | {KIND: WHY}, {decline.module: decline.reason for decline in declined}
     loose = {name for part in graphs(gm) for _, name in _loose_weights(part)}
     found = {path: known["product"] if path in loose else known.get(kind, "") for path, kind in unquantized.items()}
     return {path: why for path in found if (why := found[path] or told.get(path, ""))}
@@ -111,7 +115,7 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
             if (fmt := _output_format(node)) is not None:
                 yield "norm", module_path(node), fmt
         elif (row := operator_of(node)) is not None and not row.refusal:
-            yield row.kind, linear_name(node), _linear_format(node)
+            yield KIND if is_low_rank(node) else row.kind, linear_name(node), _linear_format(node)
     for node in calls(gm.graph, *of_kind("residual")):
         row = operator_of(node)
         index = None if row is None else row.operands.get("residual")

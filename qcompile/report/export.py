@@ -11,6 +11,7 @@ from qcompile.report.check import Check
 from qcompile.report.comparison import Comparison
 from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.headroom import Headroom
+from qcompile.report.low_rank import LowRankCost
 from qcompile.report.ranges import RangeGrowth
 
 
@@ -39,6 +40,8 @@ class Report(ModelReport):
         ranges: how the ranges of what has a constant scale grew over the samples, which says whether these sufficed;
             None with fewer than two batches.
         convolutions: each, quantized or not, with its operations, bytes, and what codes gain by a roofline.
+        low_rank: the low-rank parts beside quantized weights, with their rank and bytes; their products are among
+            `unquantized` as `low_rank`, and not in `coverage`.
 
     What `quantize` noted on the program is in it also for a program that was saved and loaded.
     """
@@ -54,6 +57,7 @@ class Report(ModelReport):
     headroom: list[Headroom] = Field(default_factory=list)
     ranges: RangeGrowth | None = None
     convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
+    low_rank: list[LowRankCost] = Field(default_factory=list)
 
     @property
     def passed(self) -> bool:

@@ -16,6 +16,7 @@ from qcompile.report.base import ModelReport
 from qcompile.report.convolutions import ConvolutionEstimate
 from qcompile.report.coverage import Modules
 from qcompile.report.headroom import Headroom
+from qcompile.report.low_rank import LowRankCost
 from qcompile.report.ranges import RangeGrowth
 from qcompile.report.record import record_of
 
@@ -24,8 +25,8 @@ class ProgramReport(ModelReport):
     """What `quantize` made, of a program in memory or in a `.pt2` file.
 
     Attributes:
-        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, ranges, convolutions: as
-            in `qcompile.Report`; no target has left out anything yet.
+        recipe, quantized, unquantized, reasons, coverage, declined, fired, notices, headroom, ranges, convolutions,
+            low_rank: as in `qcompile.Report`; no target has left out anything yet.
         calibration: what the ranges of activations were found on: `512 samples`.
         dimensions: names of dynamic dimensions.
         bytes: of all tensors.
@@ -39,6 +40,7 @@ class ProgramReport(ModelReport):
     headroom: list[Headroom] = Field(default_factory=list)
     ranges: RangeGrowth | None = None
     convolutions: list[ConvolutionEstimate] = Field(default_factory=list)
+    low_rank: list[LowRankCost] = Field(default_factory=list)
 
     @classmethod
     def of(cls, program: ExportedProgram) -> ProgramReport:
@@ -61,6 +63,7 @@ class ProgramReport(ModelReport):
             headroom=noted.headroom,
             ranges=noted.ranges,
             convolutions=modules.convolutions,
+            low_rank=modules.low_rank,
             calibration=noted.calibration,
             dimensions=sorted(set(noted.dimensions.values())),
             bytes=sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)),

@@ -84,6 +84,7 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_headroom(console, report["headroom"])
     show_ranges(console, report.get("ranges"))
     show_convolutions(console, report["convolutions"])
+    show_low_rank(console, report["low_rank"])
     show_checks(console, report["checks"])
     if report["comparison"]:
         show_comparison(console, report["comparison"])
@@ -102,6 +103,7 @@ def show_program(console: Console, report: Mapping[str, Any]) -> None:
     show_headroom(console, report["headroom"])
     show_ranges(console, report.get("ranges"))
     show_convolutions(console, report["convolutions"])
+    show_low_rank(console, report["low_rank"])
 
 
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:
@@ -129,6 +131,14 @@ def show_ranges(console: Console, ranges: Mapping[str, Any] | None) -> None:
     for step in ranges["steps"]:
         add(found, step["samples"], step["larger"], f"{step['factor']:.3g} x", step["quantizer"])
     console.print(found)
+
+
+def show_low_rank(console: Console, costs: Sequence[Mapping[str, Any]]) -> None:
+    """What the low-rank parts beside quantized weights take."""
+    rows = [
+        (", ".join(c["modules"]), c["rank"], size(c["bytes"]), f"{c['bytes'] / c['weight_bytes']:.1%}") for c in costs
+    ]
+    show_rows(console, "Low-rank parts", ("modules", "rank", "bytes", "of the weights unquantized"), rows)
 
 
 def show_convolutions(console: Console, convolutions: Sequence[Mapping[str, Any]]) -> None:
@@ -233,6 +243,8 @@ def show_engine(console: Console, report: Mapping[str, Any]) -> None:
     for kind in ("gemms", "convolutions"):
         counts = ", ".join(f"{count} {precision}" for precision, count in report[kind].items() if count)
         add(found, kind, counts or "none")
+    if report["low_rank"]:
+        add(found, "of low-rank parts", f"{report['low_rank']} gemms")
     console.print(found)
     parts = [(path, report["precisions"].get(path, ""), n) for path, n in report["convolution_kernels"].items()]
     show_rows(console, "Convolutions", ("module", "runs in", "kernels"), parts)

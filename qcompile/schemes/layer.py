@@ -13,6 +13,7 @@ import torch
 
 from passes.formats import Format
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
+from passes.place.low_rank import DOWN, UP
 from qcompile.schemes.scheme import Scheme
 
 __all__ = ["QuantizedLinear", "QuantizedWeight", "Scheme"]
@@ -30,6 +31,7 @@ class QuantizedWeight:
             float8_e4m3fn `[N, K / 16]`. Experts with one scale each have `[E, 1, 1]`.
         global_scale: fp32 scalar (`[E, 1, 1]`), NVFP4 only.
         input_scale: fp32 scalar where the input has a constant scale; the global one for NVFP4.
+        low_rank: `(down [R, K], up [N, R])` in floating point, whose product is added to the weight.
     """
 
     scheme: Scheme
@@ -37,6 +39,7 @@ class QuantizedWeight:
     scale: torch.Tensor
     global_scale: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def measured_global_scale(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -55,6 +58,8 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     bias: torch.Tensor | None
+    svdquant_lora_a: torch.Tensor
+    svdquant_lora_b: torch.Tensor
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
@@ -72,6 +77,8 @@ class QuantizedLinear(torch.nn.Module):
             kind = "input_global_scale" if weight.scheme.input.scale is not None else "input_scale"
             self._register(kind, weight.input_scale)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        for name, factor in zip((DOWN, UP), weight.low_rank or (), strict=False):
+            self.register_parameter(name, torch.nn.Parameter(factor, requires_grad=False))
 
     @property
     def codes(self) -> torch.Tensor:
@@ -83,12 +90,13 @@ class QuantizedLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the codes stand for, in `dtype`.
+        """What the codes stand for, in `dtype`, with the low-rank part.
 
         Models look at weights of children: T5 casts what it computes to the dtype of one, torch.nn.MultiheadAttention
         multiplies with one. Codes would be taken for values.
         """
-        return self._dequantized(self.dtype)
+        rest = self._dequantized(self.dtype)
+        return rest + self.svdquant_lora_b @ self.svdquant_lora_a if self.scheme.low_rank else rest
 
     def _register(self, name: str, tensor: torch.Tensor | None) -> None:
         if tensor is None:
@@ -100,11 +108,12 @@ class QuantizedLinear(torch.nn.Module):
             self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        """`to`, `half` and their like move codes and scales, and convert the bias alone."""
+        """`to`, `half` and their like move codes and scales, and convert the bias and the low-rank part alone."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+            is_float = tensor is self.bias or any(tensor is self._parameters.get(name) for name in (DOWN, UP))
+            return moved if is_float or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
@@ -113,11 +122,19 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., N]`; of experts `[E or 1, M, K]` -> `[E, M, N]`."""
         weight = self._dequantized(x.dtype)
+        if self.scheme.low_rank:
+            return self._with_low_rank(x, weight)
         x = self._quantized(x)
         if weight.ndim == 3:
             result: torch.Tensor = torch.ops.qcompile.batched_linear(x, weight, self.bias)
             return result
         return torch.nn.functional.linear(x, weight, self.bias)
+
+    def _with_low_rank(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `passes.place.low_rank` writes it."""
+        down, up = self.svdquant_lora_a.to(x.dtype), self.svdquant_lora_b.to(x.dtype)
+        rest = torch.nn.functional.linear(self._quantized(x), weight)
+        return rest + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up, self.bias)
 
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         fmt = self.scheme.weight

@@ -105,6 +105,8 @@ class CompressedTensors(CheckpointFormat):
 
 
 def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    if scheme.low_rank:
+        return f"{describe(scheme)}: the format has no words for a low-rank part; leave out svdquant, or use modelopt"
     if scheme.input in inputs_with(scheme.weight):
         return None
     known = ", ".join(

@@ -75,6 +75,8 @@ class BlockFp8(CheckpointFormat):
 def _refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme == FP8_BLOCK:
         return None
+    if scheme.low_rank:
+        return f"{describe(scheme)}: the format has no words for a low-rank part; leave out svdquant"
     better = "modelopt or compressed-tensors" if scheme == FP8_TENSOR else "compressed-tensors"
     return f"{describe(scheme)}, and this format holds only FP8 in blocks of 128 x 128; use the format {better}"
 

@@ -17,7 +17,10 @@ def describe(scheme: Scheme | None) -> str:
     if scheme is None:
         return "floating point"
     per = " per channel" if scheme.per_channel else ""
-    return f"{scheme.weight.name} weight{per}, {f'{scheme.input.name} input' if scheme.input else 'weight-only'}"
+    beside = " beside a low-rank part" if scheme.low_rank else ""
+    return (
+        f"{scheme.weight.name} weight{per}{beside}, {f'{scheme.input.name} input' if scheme.input else 'weight-only'}"
+    )
 
 
 def check_contents(

@@ -5,6 +5,8 @@
                       INT4: uint8 [N / 2, K], X.weight_scale float32 [N, K / group]
     X.weight_scale_2  float32 scalar, the global scale of NVFP4; multiplies
     X.input_scale     float32 scalar, where activations have a constant scale
+    X.weight_quantizer._svdquant_lora_a, _b     [R, K] and [N, R] in floating point: the low-rank part of NVFP4_SVD;
+                      X.pre_quant_scale [K], which the input is multiplied by first, is 1 here
     A.k_proj.k_scale, A.v_proj.v_scale   float32 scalars of an FP8 key/value cache
 
 The configuration is written twice: `hf_quant_config.json` in Model Optimizer's own words, and a section of config.json
@@ -26,7 +28,15 @@ from qcompile.checkpoint.files.json_files import CONFIG, HF_QUANT_CONFIG
 from qcompile.checkpoint.formats.base import CheckpointFormat, Contents, SchemeReader, owned
 from qcompile.checkpoint.formats.int4 import as_row_pairs
 from qcompile.checkpoint.formats.merged import check_contents, describe
-from qcompile.checkpoint.formats.modelopt_reader import INT4, MIXED, SCHEMES, ModelOptReader, newest
+from qcompile.checkpoint.formats.modelopt_reader import (
+    INT4,
+    LOW_RANK,
+    MIXED,
+    PRE_SCALE,
+    SCHEMES,
+    ModelOptReader,
+    newest,
+)
 from qcompile.checkpoint.formats.skip import skipped_names, summarize
 from qcompile.checkpoint.formats.stored import as_exponents
 from qcompile.errors import CheckpointError
@@ -39,16 +49,18 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _ALGORITHMS = {scheme: algorithm for algorithm, scheme in SCHEMES.items()}
 _ALGORITHMS |= {Scheme(fmt): INT4 for fmt in INT4_GROUPS.values()}
-_PB_WO, _PC_PT = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN"
+_PB_WO, _PC_PT, _SVD = "fp8_pb_wo", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4_SVD"
 # Of MIXED_PRECISION servers have read these since it exists; vLLM reads all that are written here from 0.33 on.
 _ALWAYS_MIXED = ("FP8", "NVFP4", "W4A16_NVFP4")
 
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_SMOOTHED = {"has_zero_point": False, "pre_quant_scale": True}
 _GROUPS: dict[str, dict[str, Any]] = {
     "FP8": {"input_activations": _FP8, "weights": _FP8},
     "NVFP4": {"input_activations": _FP4, "weights": _FP4},
     "W4A16_NVFP4": {"weights": _FP4},
+    "NVFP4_SVD": {"input_activations": _FP4, "weights": _FP4, **_SMOOTHED},
 }
 _MIXED_GROUPS = _GROUPS | {
     _PC_PT: {"input_activations": _FP8, "weights": {**_FP8, "strategy": "channel"}},
@@ -88,7 +100,12 @@ class ModelOpt(CheckpointFormat):
             )
             if ragged := [name for name in blocks if shapes[name][0] % 128]:
                 found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
-        if self._mixes(contents) and (late := [name for name in by_algorithm if name not in _ALWAYS_MIXED]):
+        if parts := by_algorithm.get(_SVD):
+            found.append(
+                f"{some(parts)}: {_SVD} is read by qcompile, and by no server of language models that was tried"
+            )
+        late = [name for name in by_algorithm if name not in (*_ALWAYS_MIXED, _SVD)]
+        if self._mixes(contents) and late:
             found.append(f"{MIXED} with {', '.join(name.upper() for name in late)}: vLLM reads it from 0.33 on")
         return found
 
@@ -108,6 +125,10 @@ class ModelOpt(CheckpointFormat):
             result["weight_scale_2"] = weight.global_scale.reshape(())
         if weight.input_scale is not None:
             result["input_scale"] = weight.input_scale.reshape(())
+        if weight.low_rank is not None:
+            down, up = weight.low_rank
+            result |= dict(zip(LOW_RANK, (down, up), strict=True))
+            result[PRE_SCALE] = torch.ones(down.shape[1], dtype=down.dtype, device=down.device)
         return {f"{name}.{key}": owned(tensor) for key, tensor in result.items()}
 
     def kv_tensors(self, attention: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,7 +203,7 @@ def _layer(scheme: Scheme) -> dict[str, Any]:
         more = {"group_size": 32}
     if scheme.weight in INT4_GROUPS.values():  # it says so of all of them, and stores the factor where there is one
         more = {"group_size": scheme.weight.sizes[-1], "has_zero_point": False, "pre_quant_scale": True}
-    return {"quant_algo": _ALGORITHMS[scheme], **more}
+    return {"quant_algo": _ALGORITHMS[scheme], **more, **(_SMOOTHED if scheme.low_rank else {})}
 
 
 def _groups(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from qcompile.checkpoint.formats.stored import StoredLayer, kv_scales
 from qcompile.errors import CheckpointError
 from qcompile.messages import cut, value
 from qcompile.schemes.layer import QuantizedWeight
-from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_W4A4, Scheme
+from qcompile.schemes.scheme import FP8_BLOCK, FP8_CHANNEL_TOKEN, FP8_TENSOR, NVFP4_LOW_RANK, NVFP4_W4A4, Scheme
 
 MIXED = "MIXED_PRECISION"
 INT4 = "W4A16_AWQ"  # what it calls INT4 in groups, whoever chose the scales
@@ -29,7 +29,11 @@ SCHEMES = {
     "NVFP4": NVFP4_W4A4,
     "W4A16_NVFP4": Scheme(NVFP4),
     "MXFP8": Scheme(MXFP8, MXFP8),
+    "NVFP4_SVD": NVFP4_LOW_RANK,
 }
+LOW_RANK = ("weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b")
+_OF_DIFFUSERS = ("svdquant_lora_a", "svdquant_lora_b")  # what its export of diffusion models calls them
+PRE_SCALE = "pre_quant_scale"
 # Read only: TensorRT-LLM's label of block FP8 W8A8, with the tensors of the format fp8.
 _READ_SCHEMES = {"FP8_BLOCK_SCALES": FP8_BLOCK} | {name.upper(): scheme for name, scheme in SCHEMES.items()}
 
@@ -72,13 +76,18 @@ class ModelOptReader(SchemeReader):
         if scheme.weight in INT4_GROUPS.values():
             _check_factor(name, get)
             get = int4.reading(get, f"{name}.weight", shape, words=False)
-        return StoredLayer(name, get, shape).weight(
+        stored = StoredLayer(name, get, shape)
+        weight = stored.weight(
             scheme,
             codes=("weight",),
             scale=("weight_scale_inv", "weight_scale") if scheme == FP8_BLOCK else ("weight_scale",),
             global_scale=("weight_scale_2",),
             input_scale=("input_scale",),
         )
+        if scheme.low_rank:
+            weight.low_rank = stored.low_rank(*zip(LOW_RANK, _OF_DIFFUSERS, strict=True))
+            stored.ones(PRE_SCALE)
+        return weight
 
     def kv_scales(self, attention: str, get: Get) -> tuple[torch.Tensor, torch.Tensor] | None:
         return kv_scales(attention, get) if self.kv_cache else None

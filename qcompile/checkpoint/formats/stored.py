@@ -76,6 +76,28 @@ class StoredLayer:
             raise self._wrong(name, f"is {tensor.reshape(()).item()}; a scale has to be positive and finite")
         return value
 
+    def low_rank(self, down: tuple[str, ...], up: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors `[R, K]` and `[N, R]` of the low-rank part, each under one of some names."""
+        first, second = self._find(down), self._find(up)
+        rank = first[1].shape[0] if first[1].ndim else 0
+        wanted = ([rank, self._shape[1]], [self._shape[0], rank])
+        for (name, tensor), expected in zip((first, second), wanted, strict=True):
+            if tensor.dtype not in FLOATS:
+                raise self._wrong(name, f"has dtype {_dtype_name(tensor.dtype)}, expected a float")
+            if list(tensor.shape) != expected:
+                raise self._wrong(name, f"has the shape {list(tensor.shape)}, expected {expected}")
+            if not tensor.is_meta and not bool(tensor.isfinite().all()):
+                raise self._wrong(name, "holds NaN or infinity")
+        return first[1], second[1]
+
+    def ones(self, suffix: str) -> None:
+        """A factor of the input that the format wants. Raises CheckpointError for one that is not 1 everywhere."""
+        name, tensor = self._find((suffix,))
+        if list(tensor.shape) != [self._shape[1]]:
+            raise self._wrong(name, f"has the shape {list(tensor.shape)}, expected {[self._shape[1]]}")
+        if not tensor.is_meta and not bool((tensor == 1).all()):
+            raise self._wrong(name, "is not 1 everywhere: inputs that are smoothed beside a low-rank part are not read")
+
     def _codes(self, suffixes: tuple[str, ...], fmt: Format) -> torch.Tensor:
         name, tensor = self._find(suffixes)
         if tensor.dtype != fmt.storage:

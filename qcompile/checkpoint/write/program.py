@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.export import ExportedProgram
@@ -14,6 +14,7 @@ from passes.formats import FP8
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, QUANTIZE
 from passes.pipelines import RESTORE
+from passes.place.low_rank import SplitProduct
 from passes.place.rotate import FACTOR
 from passes.program import unlift
 from passes.reading import Operand, QuantizedLayer
@@ -104,12 +105,21 @@ def _weight(gm: GraphModule, layer: QuantizedLayer) -> QuantizedWeight:
         own, above = _scales(gm, x)
         input_scale = own if above is None else above
     per_channel = not fmt.block and scale.ndim > 1 and scale.shape[-2] > 1
-    scheme = Scheme(fmt, None if x is None else x.format, per_channel)
+    low_rank = _low_rank(gm, layer)
+    scheme = Scheme(fmt, None if x is None else x.format, per_channel, low_rank=low_rank is not None)
     if scheme.has_input_scale and input_scale is None:
         raise CheckpointError(
             f"{layer.name}: its input has a scale per tensor that is found at run time, which no format says"
         )
-    return QuantizedWeight(scheme, codes, scale, global_scale, input_scale if scheme.has_input_scale else None)
+    input_scale = input_scale if scheme.has_input_scale else None
+    return QuantizedWeight(scheme, codes, scale, global_scale, input_scale, low_rank)
+
+
+def _low_rank(gm: GraphModule, layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The factors of the low-rank part of a layer, the first of which it may share with others."""
+    split = SplitProduct.read(layer.node)
+    factors = None if split is None else (constant(gm, split.down), constant(gm, split.up))
+    return None if factors is None or factors[0] is None or factors[1] is None else (factors[0], factors[1])
 
 
 def _scales(gm: GraphModule, operand: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -157,7 +167,8 @@ def slice_weight(weight: QuantizedWeight, part: Part) -> QuantizedWeight:
     if scale.numel() == 1 and not fmt.sizes and not weight.scheme.per_channel:
         scale = scale.reshape(())
     if part.expert is None:
-        return QuantizedWeight(weight.scheme, weight.codes.detach(), scale.detach(), global_scale, weight.input_scale)
+        codes, scale = weight.codes.detach(), scale.detach()
+        return replace(weight, codes=codes, scale=scale, global_scale=global_scale)
     codes = weight.codes.detach()[part.expert, part.rows]
     if scale.ndim:
         high = fmt.sizes[0] if len(fmt.sizes) == 2 else 1

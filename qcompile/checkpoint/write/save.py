@@ -79,7 +79,11 @@ def save_checkpoint(
     job = read_job(model, source, recipe, format)
     contents, shapes = contents_of(job.plan, job.origin.hub)
     chosen.check(contents, shapes)
-    check_room({Path(directory).resolve(): estimated_bytes(job.plan, job.origin, chosen)}, CheckpointError)
+    factors = [
+        factor for weight in (job.weights.layers.values() if job.weights else ()) for factor in weight.low_rank or ()
+    ]
+    size = estimated_bytes(job.plan, job.origin, chosen) + sum(factor.nbytes for factor in factors)
+    check_room({Path(directory).resolve(): size}, CheckpointError)
     job.plan.notices += notices_of(chosen, contents, shapes)
     _check_ties(job.origin)
     with new_directory(Path(directory)) as partial, _bar(job, progress) as advance:

@@ -37,6 +37,7 @@ SHIPPED = [
     "int8_per_channel_per_token",
     "nvfp4",
     "nvfp4_fp8_attention",
+    "nvfp4_low_rank",
     "nvfp4_mlp_only",
     "nvfp4_weight_only",
 ]

@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, str | None]] = {
     "int8_attention": dict.fromkeys(FP8, "int8"),
     "int8_per_channel_per_token": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "nvfp4": NVFP4,
+    "nvfp4_low_rank": NVFP4,
     "nvfp4_weight_only": NVFP4 | {"conv": None},
     "int4_weight_only": dict.fromkeys(("attn", "mlp", "other"), "int4") | dict.fromkeys(("conv", "tower", "bmm")),
     "nvfp4_mlp_only": NVFP4 | {"attn": None, "other": None, "conv": None},
