@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,12 @@ from passes.graph import Emitter, aten, dtype, following, is_call, val
 from passes.hadamard import HADAMARD
 from passes.quantize.sites import linear_name
 
-__all__ = ["EDITED", "FACTOR", "SmoothLinears", "Smoothing", "unfit"]
+__all__ = ["EDITED", "FACTOR", "SMOOTHED", "SmoothLinears", "Smoothing", "is_factor", "unfit"]
 
 FACTOR = "pre_quant_scale"
 """What the names of factors that stay in the graph end with; Model Optimizer has the name."""
 
-EDITED, _SMOOTHED = "edited", "smoothed"  # keys in `meta["custom"]`, which a saved program keeps
+EDITED, SMOOTHED = "edited", "smoothed"  # keys in `meta["custom"]`, which a saved program keeps
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Smoothing:
     """What to do with the linear layers that read one tensor.
 
     Attributes:
-        linears: calls of `aten.linear`, all of one input `[..., K]`.
+        linears: calls of `aten.linear`, all of one input `[..., K]`; also such as will not be quantized, so that
+            everything that reads it agrees.
         factor: `[K]`, float32, positive: what the input is multiplied by. Columns of weights are divided by it.
     """
 
@@ -100,13 +102,18 @@ class SmoothLinears(Pass):
             if weight not in edited:
                 edited[weight] = _scaled(gm, linear, 1, lambda w: w / factor.to(w.device))
             linear.update_arg(1, edited[weight])
-            _mark(linear, _SMOOTHED)
+            _mark(linear, SMOOTHED)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a constant called `name` is a factor that stayed in the graph."""
+    return re.search(rf"(^|\.){FACTOR}(_\d+)?$", name) is not None
 
 
 def unfit(linear: Node) -> str | None:
     """Why the input of a linear layer cannot be smoothed, or None."""
     x, weight = linear.args[:2]
-    if linear.meta.get("custom", {}).get(_SMOOTHED):
+    if linear.meta.get("custom", {}).get(SMOOTHED):
         return "its input is smoothed already"
     if not isinstance(weight, Node) or not is_constant_expression(weight):
         return "its weight is computed when the model runs"

@@ -49,6 +49,9 @@ class SmoothingSettings(Settings):
     """How many parts the exponents between 0 and 1 that are tried are apart: 20 tries 0, .05, .1 and so on."""
     rows: Annotated[int, Field(ge=1, le=1 << 16)] = 256
     """How many rows (tokens) of the calibration data exponents are judged on. They stay in memory, for every group."""
+    multiply: bool = True
+    """Whether a factor that no norm and no layer can take may stay in the model as a multiplication, which checkpoints
+    cannot hold. Without it such a group is left alone."""
 
 
 _Settings = TypeVar("_Settings", bound=SmoothingSettings)
@@ -60,16 +63,18 @@ class Group:
 
     Attributes:
         weights: of each. input: how their input is quantized; None if it is not.
+        beside: layers that read it, too, and are not quantized: their weights get the factor, so that it can go.
         absorber: where the factor goes; the reason why it stays a multiplication.
     """
 
     weights: Sequence[Operand]
     input: QuantizerConfig | None
     absorber: Absorber | str
+    beside: tuple[Node, ...] = ()
 
     @property
     def linears(self) -> tuple[Node, ...]:
-        return tuple(weight.site.consumer for weight in self.weights)
+        return (*(weight.site.consumer for weight in self.weights), *self.beside)
 
     @property
     def tensor(self) -> Node:
@@ -130,7 +135,8 @@ class Smoother(Algorithm[_Settings]):
         for group in groups:
             found = seen[group.tensor]
             assert isinstance(found, Channels)
-            choice = self._choose(group, found) if found.count else None
+            fits = self.settings.multiply or not isinstance(group.absorber, str)
+            choice = self._choose(group, found) if found.count and fits else None
             if choice is not None:
                 choices[group] = choice
         smoothings = [Smoothing(group.linears, choice.factor) for group, choice in choices.items()]
@@ -229,6 +235,11 @@ def _group(weights: Sequence[Operand], config: QuantizerConfig | None) -> Group:
     linears = [weight.site.consumer for weight in weights]
     x = linears[0].args[0]
     assert isinstance(x, Node)
+    beside = [user for user in x.users if user not in linears]
+    if beside and all(is_call(user, aten.linear.default) and user.args[0] is x and not unfit(user) for user in beside):
+        absorber = find_absorber(x, [*linears, *beside])
+        if isinstance(absorber, Absorber):
+            return Group(weights, config, absorber, tuple(beside))
     return Group(weights, config, find_absorber(x, linears))
 
 
