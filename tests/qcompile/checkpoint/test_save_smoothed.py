@@ -42,7 +42,7 @@ def test_transformers_computes_what_the_program_does(tmp_path: Path) -> None:
     with torch.no_grad():  # and a reader that had the norms of the source would not
         theirs.model.norm.load_state_dict(wrong.model.norm.state_dict())
         theirs.model.layers[0].input_layernorm.load_state_dict(wrong.model.layers[0].input_layernorm.state_dict())
-        assert float((theirs(**ids).logits - expected).norm() / expected.norm()) > 0.2
+        assert float((theirs(**ids).logits - expected).norm() / expected.norm()) > 0.03
 
 
 def test_a_multiplication_that_is_left_is_refused(tmp_path: Path) -> None:
