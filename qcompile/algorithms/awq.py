@@ -19,12 +19,17 @@ class AwqSettings(SmoothingSettings):
 
 
 class Awq(Smoother[AwqSettings]):
-    """Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2024, equation 4."""
+    """Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2024, equation 4.
+
+    Where the exponent is searched, that over the column's largest magnitude to the power of 1 - alpha is tried, too, as
+    the authors' code does (`duo_scaling`).
+    """
 
     model = AwqSettings
 
     def size(self, sizes: Sizes) -> torch.Tensor:
         return sizes.mean
 
-    def divisor(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        return size**alpha
+    def divisors(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> list[torch.Tensor]:
+        plain = size**alpha
+        return [plain] if self.settings.alpha is not None else [plain, plain / columns ** (1 - alpha)]

@@ -11,6 +11,8 @@ import torch
 from qcompile.algorithms.statistics import Statistic
 
 _HASHED = 256  # channels that a row is told apart by
+_FITTING = 3 << 61  # an eighth of all signed numbers is not below it
+_SIGN = -(1 << 63)
 _GOLDEN = -7046029254386353131  # 2^64 / the golden ratio, odd, as a signed number
 
 
@@ -25,9 +27,9 @@ class Sizes:
 class Channels(Statistic):
     """Largest and mean magnitude of each channel (of the last axis), and a sample of rows.
 
-    Every row has a number that is a hash of what it holds. The rows with a negative one are held out: among them are
-    those of the sample, the ones with the least numbers, so that it is the same whatever the order of the data and on
-    however many machines it was seen; a row that is seen twice is kept once.
+    Every row has a number that is a hash of what it holds. The rows with a negative one, seven of eight, are held out:
+    among them are those of the sample, the ones with the least numbers, so that it is the same whatever the order of
+    the data and on however many machines it was seen; a row that is seen twice is kept once.
 
     Attributes:
         largest, held: over the rows that are not held out, and over those that are; `[K]`, float32.
@@ -112,7 +114,8 @@ def _keys(x: torch.Tensor) -> torch.Tensor:
     bits = (x[:, ::step] + 0.0).contiguous().view(torch.int32).long()  # -0.0 is 0.0
     factors = (torch.arange(1, bits.shape[1] + 1) * _GOLDEN) | 1
     mixed = (bits * factors).sum(1)
-    return (mixed ^ (mixed >> 29)) * _GOLDEN
+    mixed = (mixed ^ (mixed >> 29)) * _GOLDEN
+    return torch.where(mixed >= _FITTING, mixed, mixed | _SIGN)
 
 
 def _first(ordered: torch.Tensor) -> torch.Tensor:
