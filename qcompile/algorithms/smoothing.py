@@ -46,7 +46,7 @@ class SmoothingSettings(Settings):
     """The exponent of how large a channel gets, the same for all layers; without it one is searched for each group of
     layers that read one tensor, by the error of their outputs, and a group that none helps stays as it is."""
     steps: Annotated[int, Field(ge=1, le=100)] = 20
-    """How fine exponents between 0 and 1 are told apart: 20 is to .05. Every fourth is tried, then those near the best."""
+    """How fine exponents from 0 to 1 are told apart: 20 is to .05. Every fourth is tried, then those near the best."""
     rows: Annotated[int, Field(ge=1, le=1 << 16)] = 256
     """How many rows (tokens) of the calibration data exponents are judged on. They stay in memory, for every group."""
     multiply: bool = True
