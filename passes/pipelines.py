@@ -8,7 +8,7 @@ of another tool's: capture -> CANONICALIZE -> place_pipeline -> [calibration] ->
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -85,6 +85,7 @@ from passes.place.merge_linears import MergeParallelLinears
 from passes.place.packed_heads import SplitPackedHeads
 from passes.place.pad_reduction import PadReduction
 from passes.place.rotate import RotateLinears
+from passes.place.smooth import Smoothing, SmoothLinears
 from passes.places import Pipeline
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
@@ -152,6 +153,12 @@ def place_pipeline(queries: Collection[Node], blocks: Mapping[Node, int]) -> Pip
 def rotate_pipeline(linears: Collection[Node]) -> Pipeline:
     """Behind it, as only what fits then will be quantized: the linear layers that a recipe rotates."""
     return Pipeline(partial(RotateLinears, linears))
+
+
+def smooth_pipeline(smoothings: Sequence[Smoothing], left: Mapping[Node, str], told: str = "") -> Pipeline:
+    """Of a step of calibration: inputs of linear layers multiplied by factors that move into what is around them; the
+    layers in `left` stay, with the reason. `told` is a notice for the user."""
+    return Pipeline(partial(SmoothLinears, smoothings, left, told))
 
 
 def quantize_pipeline(
@@ -246,7 +253,7 @@ def route(name: Route) -> Pipeline:
     edge = boundary(torch.float16)
     if name in ("quantize", "import"):
         first = NORMALIZE if name == "quantize" else CANONICALIZE
-        placing = (PlaceAttentionScale, partial(PadReduction, {}), partial(RotateLinears, ()))
+        placing = (PlaceAttentionScale, partial(PadReduction, {}), partial(RotateLinears, ()), SmoothLinears)
         return Pipeline(*first, *placing, *quantizing)
     if name == "compile":
         lowerings = (torch_pipeline(Device("cpu")), torch_pipeline(Device("cuda", (9, 0))))

@@ -19,6 +19,8 @@ ALGORITHMS: dict[str, str | type[Algorithm[Any]]] = {
     "max": "qcompile.algorithms.max.Max",
     "mse": "qcompile.algorithms.mse.Mse",
     "svdquant": "qcompile.algorithms.svdquant.Svdquant",
+    "smoothquant": "qcompile.algorithms.smoothquant.SmoothQuant",
+    "awq": "qcompile.algorithms.awq.Awq",
 }
 """What a recipe calls an algorithm -> its class, or the place of it: they need torch, and reading a recipe does not."""
 

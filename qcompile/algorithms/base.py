@@ -151,12 +151,14 @@ class View:
             one: q, k and v of an attention, gate and up of an MLP. A weight that shares with none is in none.
         quantizers: what earlier steps chose.
         gm: the graph; None for weights of a directory.
+        configs: all that the recipe quantizes in the graph, also what has no scale to be found.
     """
 
     operands: Sequence[Operand]
     groups: Sequence[Sequence[Operand]] = ()
     quantizers: Mapping[Operand, Quantizer] = field(default_factory=dict)
     gm: GraphModule | None = None
+    configs: Mapping[Site, QuantizerConfig] = field(default_factory=dict)
     _amax: dict[Operand, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -184,7 +186,7 @@ class View:
 
     def of(self, operands: Sequence[Operand], quantizers: Mapping[Operand, Quantizer]) -> View:
         """The part of this view that has `operands`, for a step behind others."""
-        return View(operands, self.groups, quantizers, self.gm, self._amax)
+        return View(operands, self.groups, quantizers, self.gm, self.configs, self._amax)
 
 
 _Settings = TypeVar("_Settings", bound=Settings)

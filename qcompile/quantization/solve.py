@@ -96,7 +96,7 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     if is_state(calibration):
         state, calibration = calibration, None
     asked = [*weights, *(static if state is None else ())]
-    view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target)
+    view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target, plan.configs)
     found = Solution(weights={operand.site: view.amax(operand) for operand in view.weights})
     _check_range(found.weights, target)
     observation = None
@@ -137,7 +137,7 @@ def _run_steps(
                     " chosen scales for: put it in front of them"
                 )
             if work.run(pipeline):
-                view = View(view.operands, view.groups, gm=work.gm)
+                view = View(view.operands, view.groups, gm=work.gm, configs=view.configs)
                 if observation is not None:
                     observation.forget()
                 part = view

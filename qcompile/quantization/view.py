@@ -53,10 +53,15 @@ class GraphOperand(Operand):
         return round_scale(scale, self.target)[0]
 
 
-def graph_view(gm: GraphModule, configs: Mapping[Site, QuantizerConfig], target: torch.dtype) -> View:
-    """The view of what `configs` quantizes in `gm`."""
+def graph_view(
+    gm: GraphModule,
+    configs: Mapping[Site, QuantizerConfig],
+    target: torch.dtype,
+    every: Mapping[Site, QuantizerConfig] | None = None,
+) -> View:
+    """The view of what `configs` quantizes in `gm`, with scales that are to be found; `every` has all that is."""
     operands = [GraphOperand(site.name, site.operand, config, site, target) for site, config in configs.items()]
-    return View(operands, _groups(operands), gm=gm)
+    return View(operands, _groups(operands), gm=gm, configs=configs if every is None else every)
 
 
 def _groups(operands: list[GraphOperand]) -> list[list[Operand]]:

@@ -101,6 +101,8 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
     origin = open_origin(source)
     weights.layers = plain_names(weights.layers, origin.hub.layers)
     weights.kv_scales = plain_names(weights.kv_scales, origin.hub.attentions)
+    weights.edited = plain_names(weights.edited, origin.stored)
+    _check_edited(weights.edited, origin)
     plan = plan_program({name: weight.scheme for name, weight in weights.layers.items()}, origin.hub)
     if weights.convolutions:
         plan.left[NO_CONVOLUTIONS] = list(plain_names(weights.convolutions, origin.hub.layers))
@@ -174,6 +176,18 @@ def _kind(layer: Layer) -> str:
     if layer.stays and re.fullmatch(r"Conv(Transpose)?[123]d", name):
         return "transposed_convolution" if "Transpose" in name else "convolution"
     return name if layer.stays else "linear"
+
+
+def _check_edited(edited: Mapping[str, torch.Tensor], origin: Origin) -> None:
+    """Raise `CheckpointError` for a parameter that smoothing changed and that the source has not, or not alone."""
+    for name, tensor in edited.items():
+        stored = origin.stored.get(name)
+        if stored is None or stored.shape != tuple(tensor.shape) or name in origin.hub.dropped:
+            held = "no tensor of that name" if stored is None else f"{stored.where} {list(stored.shape)}"
+            raise CheckpointError(
+                f"smoothing changed {name} {list(tensor.shape)} in the program, and the source has {held}: the"
+                " checkpoint could not hold it; leave out the step that smooths"
+            )
 
 
 def _kv_scales(job: Job, weights: ProgramWeights) -> dict[str, KvScales]:

@@ -6,16 +6,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from passes.absorb import norm_operands
 from passes.base import run_pipeline
 from passes.constants import constant
 from passes.formats import FP8
 from passes.graph import aten, calls, is_call, module_path
 from passes.ir import ATTENTION, BATCHED_LINEAR, QUANTIZE
+from passes.operators import NORMS
 from passes.pipelines import RESTORE
 from passes.place.low_rank import SplitProduct
 from passes.place.rotate import FACTOR
+from passes.place.smooth import EDITED, SMOOTHED, is_factor
 from passes.program import unlift
 from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
@@ -38,6 +41,7 @@ class ProgramWeights:
     Attributes:
         layers: name -> codes and scales; of fused experts `[E, N, K]`.
         kv_scales: module path of an attention -> fp32 (k, v) scales.
+        edited: name of a parameter -> what smoothing made of it, beside the weights in `layers`.
         convolutions: names of those that are quantized, which no checkpoint holds so.
         fused: there are attentions whose probabilities are quantized.
         notices: what the reader of the report should know.
@@ -45,6 +49,7 @@ class ProgramWeights:
 
     layers: dict[str, QuantizedWeight] = field(default_factory=dict)
     kv_scales: dict[str, KvScales] = field(default_factory=dict)
+    edited: dict[str, torch.Tensor] = field(default_factory=dict)
     convolutions: dict[str, None] = field(default_factory=dict)
     fused: bool = False
     notices: list[str] = field(default_factory=list)
@@ -75,6 +80,13 @@ def _read(gm: GraphModule, found: ProgramWeights) -> None:
     for node in gm.graph.find_nodes(op="get_attr"):
         if str(node.target).startswith(FACTOR):
             refuse_rotation(module_path(next(iter(node.users))) or "the model", True)
+        if is_factor(str(node.target)):
+            raise CheckpointError(
+                f"{module_path(next(iter(node.users))) or 'the model'}: its input is multiplied by factors for its"
+                " channels, which no server that reads these checkpoints does: quantize with `multiply: false` in the"
+                " step that smooths"
+            )
+    found.edited |= _edited(gm)
     for node in calls(gm.graph, aten.linear.default, BATCHED_LINEAR):
         layer = QuantizedLayer.read(node)
         if layer is None:
@@ -93,6 +105,25 @@ def _read(gm: GraphModule, found: ProgramWeights) -> None:
             raise CheckpointError(f"{module_path(node)}: one of k and v is quantized, and a key/value cache holds both")
         if k is not None and v is not None:
             found.kv_scales[module_path(node)] = k, v
+
+
+def _edited(gm: GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters of norms and layers that have factors, their own or of what reads them; codes are read with their
+    layers."""
+    found: dict[str, torch.Tensor] = {}
+    for node in calls(gm.graph, *NORMS, aten.linear.default):
+        marks, places = node.meta.get("custom", {}), list[int]()
+        if marks.get(EDITED):
+            places = norm_operands(node) if is_call(node, *NORMS) else [*range(1, min(3, len(node.args)))]
+        elif marks.get(SMOOTHED):
+            places = [1]
+        for operand in (node.args[place] for place in places):
+            value = constant(gm, operand)
+            if value is not None and isinstance(operand, Node):
+                found[str(operand.target)] = value.detach()
+            elif isinstance(operand, Node) and Operand.read(operand) is None:
+                raise CheckpointError(f"{module_path(node)}: what smoothing changed in it is computed: {operand.name}")
+    return found
 
 
 def _weight(gm: GraphModule, layer: QuantizedLayer) -> QuantizedWeight:

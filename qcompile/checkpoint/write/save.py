@@ -134,7 +134,8 @@ def _write_tensors(job: Job, chosen: CheckpointFormat, writer: ShardWriter, adva
             layer, part = parts[key]
             writer.add(chosen.tensors(part.name, _quantized(job, layer, part, solver, advance)))
         else:
-            writer.add({key: tensor})
+            edited = job.weights.edited.get(key) if job.weights else None
+            writer.add({key: tensor if edited is None else edited.to(tensor.dtype)})
             advance(tensor.nbytes)
     for attention, (k_scale, v_scale) in job.kv_scales.items():
         writer.add(chosen.kv_tensors(attention, k_scale, v_scale))

@@ -1,0 +1,31 @@
+"""`smoothquant`: large channels of activations are made smaller, and the weights that they meet larger."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from qcompile.algorithms.channels import Sizes
+from qcompile.algorithms.smoothing import Smoother, SmoothingSettings
+
+
+class SmoothQuantSettings(SmoothingSettings):
+    """`smoothquant`: channels of activations and columns of weights meet in between."""
+
+    algorithm: Literal["smoothquant"]
+    """`smoothquant`: divide each channel of a linear layer's input by max|x|^alpha / max|w|^(1 - alpha), and multiply
+    the column of the weight by it. Scales are left to the step behind it, or to `max`."""
+
+
+class SmoothQuant(Smoother[SmoothQuantSettings]):
+    """Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models, 2023,
+    equation 4; the exponent is searched, as the best one differs from layer to layer."""
+
+    model = SmoothQuantSettings
+
+    def size(self, sizes: Sizes) -> torch.Tensor:
+        return sizes.largest
+
+    def divisors(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> list[torch.Tensor]:
+        return [size**alpha / columns ** (1 - alpha)]
