@@ -18,6 +18,8 @@ __all__ = ["ALGORITHMS", "algorithm_called", "find_installed"]
 ALGORITHMS: dict[str, str | type[Algorithm[Any]]] = {
     "max": "qcompile.algorithms.max.Max",
     "mse": "qcompile.algorithms.mse.Mse",
+    "hessian_mse": "qcompile.algorithms.hessian_mse.HessianMse",
+    "gptq": "qcompile.algorithms.gptq.Gptq",
 }
 """What a recipe calls an algorithm -> its class, or the place of it: they need torch, and reading a recipe does not."""
 

@@ -137,12 +137,14 @@ class View:
             one: q, k and v of an attention, gate and up of an MLP. A weight that shares with none is in none.
         quantizers: what earlier steps chose.
         gm: the graph; None for weights of a directory.
+        notices: what the user should know; algorithms add to it.
     """
 
     operands: Sequence[Operand]
     groups: Sequence[Sequence[Operand]] = ()
     quantizers: Mapping[Operand, Quantizer] = field(default_factory=dict)
     gm: GraphModule | None = None
+    notices: list[str] = field(default_factory=list)
     _amax: dict[Operand, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -170,7 +172,7 @@ class View:
 
     def of(self, operands: Sequence[Operand], quantizers: Mapping[Operand, Quantizer]) -> View:
         """The part of this view that has `operands`, for a step behind others."""
-        return View(operands, self.groups, quantizers, self.gm, self._amax)
+        return View(operands, self.groups, quantizers, self.gm, self.notices, self._amax)
 
 
 _Settings = TypeVar("_Settings", bound=Settings)
@@ -182,9 +184,12 @@ class Algorithm(Generic[_Settings]):
     Attributes:
         model: the pydantic model of its settings, whose `algorithm` is its name in recipes.
         settings: what the recipe says.
+        needs_data: whether what it watches is needed. Otherwise `seen` is empty where there are ranges and no data.
     """
 
     model: ClassVar[type[Settings]]
+
+    needs_data: ClassVar[bool] = True
 
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings

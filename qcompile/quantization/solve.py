@@ -108,6 +108,7 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     quantizers, seen = _run_steps(work, plan, view, observation)
     if seen is not view:
         found.weights = {operand.site: seen.amax(operand) for operand in view.weights}
+    found.notices += view.notices
     found.quantizers |= {operand.site: chosen for operand, chosen in quantizers.items()}
     if observation is not None:
         _take_observation(found, view, quantizers, observation, target)
@@ -134,7 +135,7 @@ def _run_steps(
                     " chosen scales for: put it in front of them"
                 )
             if work.run(pipeline):
-                view = View(view.operands, view.groups, gm=work.gm)
+                view = View(view.operands, view.groups, gm=work.gm, notices=view.notices)
                 if observation is not None:
                     observation.forget()
                 part = view
@@ -149,7 +150,7 @@ def _observed(
     if observation is not None:
         # what no step takes gets the scale of `max`: its range is seen on the same walk
         return observation.of(watched, {operand.node: Largest() for operand in view.activations})
-    if watched:
+    if watched and step.needs_data:
         raise CalibrationError(
             f"the recipe's algorithm {step.settings.algorithm} needs calibration data: batches of inputs, which no"
             " calibrated state stands for"
