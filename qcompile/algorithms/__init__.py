@@ -20,6 +20,7 @@ ALGORITHMS: dict[str, str | type[Algorithm[Any]]] = {
     "mse": "qcompile.algorithms.mse.Mse",
     "hessian_mse": "qcompile.algorithms.hessian_mse.HessianMse",
     "gptq": "qcompile.algorithms.gptq.Gptq",
+    "percentile": "qcompile.algorithms.percentile.Percentile",
 }
 """What a recipe calls an algorithm -> its class, or the place of it: they need torch, and reading a recipe does not."""
 

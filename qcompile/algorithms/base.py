@@ -29,8 +29,11 @@ from qcompile.algorithms import algorithm_called
 from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 from qcompile.schemes.config import QuantizerConfig, format_of
+
+WEIGHTS, RANGES = "weights", "ranges of activations"
+"""What an algorithm can choose."""
 
 Seen = Mapping[Node, Statistic]
 """What was kept of the nodes that an algorithm watched."""
@@ -194,6 +197,21 @@ class Algorithm(Generic[_Settings]):
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
 
+    @property
+    def chooses(self) -> frozenset[str]:
+        """Of what it chooses all scales, `WEIGHTS` or `RANGES` or both, if that is known: a step of which nothing stays
+        behind later ones is refused."""
+        return frozenset()
+
+    @property
+    def sequential(self) -> bool:
+        """Whether it solves weights segment by segment, each with inputs that the quantized ones before it give."""
+        return False
+
+    def instead(self, earlier: Algorithm[Any]) -> str:
+        """What to write where this step leaves nothing of an `earlier` one, if there is something."""
+        return "leave one of them out"
+
     def watch(self, view: View) -> dict[Node, Statistic]:
         """What to keep of which tensors over all batches: `{operand.node: Largest()}`. Nothing needs no data."""
         return {}
@@ -254,5 +272,20 @@ def told(steps: Sequence[Algorithm[Any]]) -> list[str]:
 
 
 def make(settings: Sequence[Settings]) -> tuple[Algorithm[Any], ...]:
-    """The steps of a recipe, ready to run."""
-    return tuple(algorithm_called(step.algorithm)(step) for step in settings)
+    """The steps of a recipe, ready to run.
+
+    Raises:
+        RecipeError: one of them would be without effect.
+    """
+    steps = tuple(algorithm_called(step.algorithm)(step) for step in settings)
+    for index, step in enumerate(steps):
+        left = set(step.chooses)
+        for later in steps[index + 1 :]:
+            left -= later.chooses
+            if step.chooses and not left:
+                name, other = step.settings.algorithm, later.settings.algorithm
+                raise RecipeError(
+                    f"calibration[{index}]: nothing that {name} chooses ({' and '.join(sorted(step.chooses))}) is left"
+                    f" behind {other}: {later.instead(step)}"
+                )
+    return steps

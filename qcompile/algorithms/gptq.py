@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from passes.codes import block_scale_numbers, rows_together
 from passes.formats import Format
 from passes.ir import block_amax, block_scale_values
 from passes.quantize.insert import Quantizer
-from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer
+from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View, quantizer
 from qcompile.algorithms.feedback import Feedback, feedback_of, rounded
 from qcompile.algorithms.hessian_mse import HessianMseSettings, weighed_by
 from qcompile.algorithms.inputs import has_input, input_moment, tell_few_tokens, watch_inputs
@@ -24,6 +24,8 @@ from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 
+Scales = Literal["max", "mse", "hessian_mse"]
+
 
 class GptqSettings(Settings):
     """`gptq`: weights are rounded a column at a time, and what is left makes up for the error."""
@@ -32,7 +34,7 @@ class GptqSettings(Settings):
     """`gptq`: codes of weights, rounded a column at a time, so that the columns that are left make up for the error as
     far as the second moment of the layer's inputs tells (Frantar et al. 2022). Ranges of activations stay those of
     `max`."""
-    scales: Literal["max", "mse", "hessian_mse"] = "hessian_mse"
+    scales: Scales = "hessian_mse"
     """How the scales that weights are rounded with are found, of a tensor, of channels and of blocks: before the first
     column is rounded."""
     damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] = 0.01
@@ -45,6 +47,9 @@ class GptqSettings(Settings):
     only how fast."""
     double: bool = False
     """Compute in float64: twice the time and memory, and in general the same codes but for a few in a million."""
+    sequential: bool = False
+    """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
+    them: data is walked once for each block, half the model on average."""
 
 
 class Gptq(Algorithm[GptqSettings]):
@@ -54,6 +59,18 @@ class Gptq(Algorithm[GptqSettings]):
     """
 
     model = GptqSettings
+
+    @property
+    def chooses(self) -> frozenset[str]:
+        return frozenset({WEIGHTS})
+
+    @property
+    def sequential(self) -> bool:
+        return self.settings.sequential
+
+    def instead(self, earlier: Algorithm[Any]) -> str:
+        name = earlier.settings.algorithm
+        return f"say {{algorithm: gptq, scales: {name}}}" if name in get_args(Scales) else super().instead(earlier)
 
     def watch(self, view: View) -> dict[Node, Statistic]:
         return watch_inputs(view.weights, lambda weight: None, double=self.settings.double)

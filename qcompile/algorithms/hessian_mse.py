@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from passes.formats import Format
 from passes.quantize.insert import Quantizer
-from qcompile.algorithms.base import Algorithm, Operand, Seen, View
+from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View
 from qcompile.algorithms.inputs import has_input, input_moment, tell_few_tokens, watch_inputs
 from qcompile.algorithms.search import ScaleSearch, SearchSettings, Weigh, Weighing
 from qcompile.algorithms.statistics import Statistic
@@ -28,6 +28,9 @@ class HessianMseSettings(SearchSettings):
     algorithm: Literal["hessian_mse"]
     """`hessian_mse`: the scale of a weight whose rounding changes the layer's results least, as far as the second
     moment of its inputs tells that, in blocks of 16. Ranges of activations stay those of `max`."""
+    sequential: bool = False
+    """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
+    them: data is walked once for each block, half the model on average."""
 
 
 class HessianMse(Algorithm[HessianMseSettings]):
@@ -39,6 +42,14 @@ class HessianMse(Algorithm[HessianMseSettings]):
 
     model = HessianMseSettings
     needs_data = False
+
+    @property
+    def chooses(self) -> frozenset[str]:
+        return frozenset({WEIGHTS})
+
+    @property
+    def sequential(self) -> bool:
+        return self.settings.sequential
 
     def watch(self, view: View) -> dict[Node, Statistic]:
         return watch_inputs(view.weights, block_width)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.fx import Node
 
 from passes.quantize.insert import Quantizer
-from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.base import RANGES, WEIGHTS, Algorithm, Operand, Seen, View, quantizer, ranges
 from qcompile.algorithms.scales import scale_of
 from qcompile.algorithms.search import ScaleSearch, SearchSettings, least
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
@@ -33,6 +33,10 @@ class Mse(Algorithm[MseSettings]):
     """
 
     model = MseSettings
+
+    @property
+    def chooses(self) -> frozenset[str]:
+        return frozenset({WEIGHTS, RANGES} if self.settings.smallest_range < 1 else {WEIGHTS})
 
     def watch(self, view: View) -> dict[Node, Statistic]:
         return {operand.node: Histogram() for operand in self._clipped(view)}

@@ -15,7 +15,7 @@ from passes.constants import constant
 from passes.graph import calls
 from passes.ir import DEQUANTIZE
 from passes.program import unlift
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 from qcompile.report.record import record_of
 
 Array = np.ndarray
@@ -84,7 +84,7 @@ def recipe(name: str, **options: Any) -> qcompile.Recipe:
     return qcompile.load_recipe(name, [f"calibration={{{', '.join(f'{k}: {v}' for k, v in options.items())}}}"])
 
 
-def quantized(model: nn.Module, batches: list[Tensor], chosen: qcompile.Recipe, dtype: torch.dtype) -> Any:
+def quantized(model: nn.Module, batches: list[Tensor], chosen: Any, dtype: torch.dtype) -> Any:
     free = ({0: torch.export.Dim.DYNAMIC},)
     return qcompile.quantize(
         model.eval(),
@@ -196,3 +196,50 @@ def test_a_nan_is_one_error_that_names_the_layer(bad: float) -> None:
         chosen = recipe("nvfp4_weight_only", algorithm=algorithm)
         with pytest.raises(CalibrationError, match=r"a\.weight_quantizer: calibration found NaN .* in 1 of 2 runs"):
             quantized(Two(8, 32), [x, broken], chosen, torch.float32)
+
+
+def in_order(steps: str) -> qcompile.Recipe:
+    named = ", ".join(f"{{algorithm: {step}}}" for step in steps.split(", "))
+    return qcompile.load_recipe("int8", [f"calibration=[{named}]"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ("hessian_mse, gptq", r"calibration\[0\].* hessian_mse chooses \(weights\) .*: say .*scales: hessian_mse}"),
+        ("gptq, mse", r"calibration\[0\]: nothing that gptq chooses \(weights\) is left behind mse"),
+        ("gptq, hessian_mse", "leave one of them out"),
+        ("percentile, mse", r"\(ranges of activations\) is left behind mse"),
+        ("max, gptq, percentile", r"calibration\[0\].*max chooses .* behind percentile"),
+    ],
+)
+def test_a_step_of_which_nothing_is_left_is_refused(steps: str, told: str) -> None:
+    chosen = qcompile.load_recipe(
+        "int8", [f"calibration=[{', '.join(f'{{algorithm: {s}}}' for s in steps.split(', '))}]"]
+    )
+    with pytest.raises(RecipeError, match=told):
+        qcompile.quantize(Two(8, 32).eval(), (inputs(4, 32),), recipe=chosen, calibration=[inputs(4, 32)])
+
+
+def test_a_later_step_overrides_what_it_solves_and_nothing_else() -> None:
+    x, found = inputs(columns=32), {}
+    for steps in ("mse", "gptq", "mse, gptq", "mse, percentile"):
+        chosen = in_order(steps)
+        found[steps] = quantized(Two(8, 32), [x], chosen, torch.float32).state_dict
+    both = found["mse, gptq"]
+    assert torch.equal(both["a.weight"], found["gptq"]["a.weight"])
+    assert not torch.equal(both["a.weight"], found["mse"]["a.weight"])
+    assert torch.equal(both["a.input_scale"], found["mse"]["a.input_scale"])
+    assert not torch.equal(both["a.input_scale"], found["gptq"]["a.input_scale"])
+    assert torch.equal(found["mse, percentile"]["a.weight"], found["mse"]["a.weight"])
+
+
+@pytest.mark.parametrize("percentile", [90.0, 99.9, 100.0])
+def test_a_percentile_is_that_of_numpy(percentile: float) -> None:
+    x = torch.randn(2048, 32, generator=torch.Generator().manual_seed(0)) ** 3
+    chosen = recipe("int8", algorithm="percentile", percentile=percentile)
+    state = qcompile.calibrate(nn.Linear(32, 8), (x,), recipe=chosen, calibration=[x], progress=False)
+    expected = np.percentile(np.abs(x.numpy()), percentile, method="inverted_cdf")
+    width = 2.0 ** np.ceil(np.log2(float(x.abs().max()))) / 2048
+    assert expected - 1e-6 <= float(state["input_quantizer"]) <= expected + width
+    assert percentile < 100 or float(state["input_quantizer"]) == float(x.abs().max())
