@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View, quantizer
 from qcompile.algorithms.feedback import Feedback, feedback_of, rounded
 from qcompile.algorithms.hessian_mse import HessianMseSettings, weighed_by
-from qcompile.algorithms.inputs import has_input, input_moment, tell_few_tokens, watch_inputs
+from qcompile.algorithms.inputs import InputMoments, tell_few_tokens, watch_inputs
 from qcompile.algorithms.mse import MseSettings
 from qcompile.algorithms.search import ScaleSearch
 from qcompile.algorithms.settings import Settings
@@ -76,39 +77,38 @@ class Gptq(Algorithm[GptqSettings]):
         return watch_inputs(view.weights, lambda weight: None, double=self.settings.double)
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
-        found = self._scales(view, seen)
-        left = [weight.name for weight in view.weights if not has_input(weight) or input_moment(weight, seen) is None]
+        moments = InputMoments(view.weights, seen)
+        found = self._scales(view, moments)
+        left = [weight.name for weight in view.weights if not moments.key(weight)]
         if left:
             view.notices.append(f"gptq rounds to the nearest where it saw no input of a linear layer: {some(left)}")
-        tell_few_tokens(view, seen, view.weights, lambda weight: weight.shape[-1])
-        together: dict[tuple[int, Format], list[Operand]] = {}
+        tell_few_tokens(view, moments, lambda weight: weight.shape[-1])
+        together: dict[Hashable, list[Operand]] = {}
         for weight in view.weights:
-            if has_input(weight) and (moment := input_moment(weight, seen)) is not None:
-                together.setdefault((id(moment), weight.format), []).append(weight)
+            if moments.key(weight):
+                together.setdefault((moments.key(weight), weight.format), []).append(weight)
         for weights in together.values():
-            codes = self._codes(weights, found, seen)
-            for weight, own in zip(weights, codes, strict=True):
-                chosen = found[weight]
-                found[weight] = Quantizer(chosen.format, chosen.scale, chosen.block_scales, own, chosen.amax)
+            for weight, own in zip(weights, self._codes(weights, found, moments), strict=True):
+                found[weight] = replace(found[weight], codes=own)
         return found
 
-    def _scales(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
+    def _scales(self, view: View, moments: InputMoments) -> dict[Operand, Quantizer]:
         power_of_two = self.settings.power_of_two
         if self.settings.scales == "mse":
             return ScaleSearch(MseSettings(algorithm="mse", power_of_two=power_of_two)).weights(view)
         if self.settings.scales == "hessian_mse":
             settings = HessianMseSettings(algorithm="hessian_mse", power_of_two=power_of_two)
-            return ScaleSearch(settings, weighed_by(seen)).weights(view)
+            return ScaleSearch(settings, weighed_by(moments)).weights(view)
         largest = {weight: quantizer(weight, view.amax(weight), power_of_two) for weight in view.weights}
         return {weight: _measured(weight, chosen) for weight, chosen in largest.items()}
 
     def _codes(
-        self, weights: Sequence[Operand], chosen: dict[Operand, Quantizer], seen: Seen
-    ) -> Iterator[torch.Tensor]:
+        self, weights: Sequence[Operand], chosen: Mapping[Operand, Quantizer], moments: InputMoments
+    ) -> list[torch.Tensor]:
         """The codes of each of `weights`, which read one tensor."""
         fmt = weights[0].format
         found = [torch.empty(weight.codes_shape, dtype=fmt.storage) for weight in weights]
-        for experts, feedback in self._feedbacks(weights[0], seen):
+        for experts, feedback in self._feedbacks(weights[0], moments):
             parts = [(w, n, e) for n, w in enumerate(weights) for e in (experts or range(_experts(w)))]
             values = [_matrix(weight, expert) for weight, _, expert in parts]
             scales = [_scales(weight, chosen[weight], expert) for weight, _, expert in parts]
@@ -118,14 +118,11 @@ class Gptq(Algorithm[GptqSettings]):
             for (_, n, expert), own in zip(parts, torch.split(numbers, rows), strict=True):
                 target = found[n] if found[n].ndim == 2 else found[n][expert]
                 target.copy_(fmt.encode(own.contiguous()))
-        yield from found
+        return found
 
-    def _feedbacks(self, weight: Operand, seen: Seen) -> Iterator[tuple[list[int], Feedback]]:
+    def _feedbacks(self, weight: Operand, moments: InputMoments) -> Iterator[tuple[list[int], Feedback]]:
         """How columns are rounded: of each expert, or of all (no number) at once."""
-        columns = weight.shape[-1]
-        moment = input_moment(weight, seen)
-        assert moment is not None
-        parts = moment.blocks(columns, columns)
+        parts = moments.blocks(weight, weight.shape[-1])
         assert parts is not None
         dtype = torch.float64 if self.settings.double else torch.float32
         for expert in range(len(parts)):

@@ -11,7 +11,7 @@ from torch.fx import Node
 from passes.formats import Format
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View
-from qcompile.algorithms.inputs import has_input, input_moment, tell_few_tokens, watch_inputs
+from qcompile.algorithms.inputs import InputMoments, tell_few_tokens, watch_inputs
 from qcompile.algorithms.search import ScaleSearch, SearchSettings, Weigh, Weighing
 from qcompile.algorithms.statistics import Statistic
 from qcompile.messages import some
@@ -55,8 +55,18 @@ class HessianMse(Algorithm[HessianMseSettings]):
         return watch_inputs(view.weights, block_width)
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
-        tell_unweighed(view, seen)
-        return ScaleSearch(self.settings, weighed_by(seen)).weights(view)
+        moments = InputMoments(view.weights, seen)
+        self._tell(view, seen, moments)
+        return ScaleSearch(self.settings, weighed_by(moments)).weights(view)
+
+    def _tell(self, view: View, seen: Seen, moments: InputMoments) -> None:
+        """Notices of weights that are chosen without their inputs, and of those with few."""
+        left = [weight.name for weight in view.weights if not moments.key(weight)]
+        if view.weights and not seen:
+            view.notices.append("no calibration data for weights: their scales are those of mse, not of hessian_mse")
+        elif left:
+            view.notices.append(f"no input of a linear layer was seen for {some(left)}: their scales are those of mse")
+        tell_few_tokens(view, moments, block_width)
 
 
 def block_width(weight: Operand) -> int:
@@ -65,13 +75,12 @@ def block_width(weight: Operand) -> int:
     return width if width <= 4 * _WIDTH else _WIDTH
 
 
-def weighed_by(seen: Seen) -> Weigh:
+def weighed_by(moments: InputMoments) -> Weigh:
     """Errors weighed by what was kept of the inputs."""
 
     @cache
     def blocks(weight: Operand) -> torch.Tensor | None:
-        moment = input_moment(weight, seen) if seen else None
-        return None if moment is None else moment.blocks(block_width(weight), weight.shape[-1])
+        return moments.blocks(weight, block_width(weight))
 
     @cache
     def weigh(weight: Operand, expert: int) -> Weighing:
@@ -113,15 +122,3 @@ class Weighted(Weighing):
         """`[M, n, w]` with `[n, w, w]` -> `[n, M]`."""
         split = errors.transpose(0, 1).contiguous()
         return torch.bmm(split, moment.to(split.device)).mul_(split).sum(-1)
-
-
-def tell_unweighed(view: View, seen: Seen) -> None:
-    """Notices of weights that are chosen without their inputs, and of those with few."""
-    if not seen:
-        if view.weights:
-            view.notices.append("no calibration data for weights: their scales are those of mse, not of hessian_mse")
-        return
-    tell_few_tokens(view, seen, view.weights, block_width)
-    left = [weight.name for weight in view.weights if not has_input(weight) or input_moment(weight, seen) is None]
-    if left:
-        view.notices.append(f"no input of a linear layer was seen for {some(left)}: their scales are those of mse")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,7 @@ from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 
-__all__ = ["has_input", "input_moment", "tell_few_tokens", "watch_inputs"]
+__all__ = ["InputMoments", "has_input", "tell_few_tokens", "watch_inputs"]
 
 _FEW = 2  # tokens for each feature of a block: with fewer, a second moment describes just them
 
@@ -101,35 +101,68 @@ def watch_inputs(
     return found
 
 
-def input_moment(weight: Operand, seen: Seen) -> SecondMoment | None:
-    """What was kept for a weight; None where there was no data, or nothing but zeros.
+class InputMoments:
+    """What was kept for weights; of a weight that several layers multiply with, the sum of what each of them reads."""
 
-    Raises:
-        CalibrationError: there was a NaN or an infinity.
-    """
-    found = seen.get(_kept_at(weight)) if has_input(weight) else None
-    if not isinstance(found, SecondMoment):
-        return None
+    def __init__(self, weights: Iterable[Operand], seen: Seen) -> None:
+        self._kept: dict[Hashable, list[SecondMoment]] = {}
+        self._keys: dict[Operand, Hashable] = {}
+        for weight in weights if seen else ():
+            found = seen.get(_kept_at(weight)) if has_input(weight) else None
+            if isinstance(found, SecondMoment):
+                _check_finite(weight, found)
+                key = self._keys[weight] = _expression(weight.node)
+                known = self._kept.setdefault(key, [])
+                if found not in known:
+                    known.append(found)
+
+    def key(self, weight: Operand) -> Hashable:
+        """The same for weights that are multiplied with the same."""
+        return tuple(id(moment) for moment in self._of(weight))
+
+    def tokens(self, weight: Operand) -> torch.Tensor | None:
+        """How many there were, `[1]` or `[E]`; None where there was nothing but zeros."""
+        found = self._of(weight)
+        return torch.stack([moment.tokens for moment in found]).sum(0) if found else None
+
+    def blocks(self, weight: Operand, width: int) -> torch.Tensor | None:
+        """As of `SecondMoment`."""
+        found = [moment.blocks(width, weight.shape[-1]) for moment in self._of(weight)]
+        return sum(block for block in found if block is not None) if found else None  # type: ignore[return-value]
+
+    def _of(self, weight: Operand) -> list[SecondMoment]:
+        kept = self._kept.get(self._keys[weight], []) if weight in self._keys else []
+        return [moment for moment in kept if moment.sum.high is not None]
+
+
+def tell_few_tokens(view: View, moments: InputMoments, width: Callable[[Operand], int]) -> None:
+    """A notice where second moments, in blocks of some `width`, are of few tokens."""
+    found = {}
+    for weight in view.weights:
+        tokens, wanted = moments.tokens(weight), _FEW * width(weight)
+        if tokens is not None and float(tokens.min()) < wanted:
+            experts = tokens.numel()
+            part = f"{int((tokens < wanted).sum())} of {experts} experts, " if experts > 1 else ""
+            found[weight.name] = f"{part}{float(tokens.min()):.0f} and not {wanted}"
+    if found:
+        told = some([f"{name} ({what})" for name, what in found.items()])
+        view.notices.append(f"calibration has so few tokens that weights may be fitted to these: {told}")
+
+
+def _check_finite(weight: Operand, found: SecondMoment) -> None:
     if found.broken:
         raise CalibrationError(
             f"{weight.name}: calibration found NaN or infinity in {_kept_at(weight).name}, which the layer reads, in"
             f" {found.broken} of {found.runs} runs"
         )
-    return found if found.sum.high is not None else None
 
 
-def tell_few_tokens(view: View, seen: Seen, weights: Iterable[Operand], width: Callable[[Operand], int]) -> None:
-    """A notice where second moments, in blocks of some `width`, are of few tokens."""
-    found = {}
-    for weight in weights:
-        moment, wanted = input_moment(weight, seen), _FEW * width(weight)
-        if moment is not None and float(moment.tokens.min()) < wanted:
-            experts = moment.tokens.numel()
-            part = f"{int((moment.tokens < wanted).sum())} of {experts} experts, " if experts > 1 else ""
-            found[weight.name] = f"{part}{float(moment.tokens.min()):.0f} and not {wanted}"
-    if found:
-        told = some([f"{name} ({what})" for name, what in found.items()])
-        view.notices.append(f"calibration has so few tokens that weights may be fitted to these: {told}")
+def _expression(node: Node) -> Hashable:
+    """What a weight is made of, the same for one that is read in several places."""
+    if node.op == "get_attr":
+        return id(node.graph.owning_module), str(node.target)
+    parts = tuple(_expression(arg) if isinstance(arg, Node) else repr(arg) for arg in node.args)
+    return str(node.target), parts, repr(node.kwargs)
 
 
 def _kept_at(weight: Operand) -> Node:

@@ -15,7 +15,7 @@ from passes.quantize.sites import find_sites
 from passes.testing import graph_of
 from qcompile.algorithms.base import View
 from qcompile.algorithms.hessian_mse import HessianMse, HessianMseSettings
-from qcompile.algorithms.inputs import input_moment
+from qcompile.algorithms.inputs import InputMoments
 from qcompile.algorithms.observe import observe
 from qcompile.errors import CheckpointError
 from qcompile.quantization.view import graph_view
@@ -103,18 +103,17 @@ def test_experts_are_seen_with_the_tokens_that_they_got() -> None:
     watched = step.watch(view)
     program = torch.export.export(model, (x,))
     observe(gm, program, {node: [statistic] for node, statistic in watched.items()}, [x], progress=False)
-    asked = model.asked(x)[..., 0].bool()
+    asked, moments = model.asked(x)[..., 0].bool(), InputMoments(view.weights, watched)
     for weight, given in zip(view.weights, (x.expand(3, -1, -1), (x @ model.up.transpose(-1, -2)).relu()), strict=True):
-        moment = input_moment(weight, watched)
-        assert moment is not None and moment.tokens.tolist() == asked.sum(-1).tolist() and int(moment.tokens.min()) > 0
-        blocks = moment.blocks(16, weight.shape[-1])
+        tokens, blocks = moments.tokens(weight), moments.blocks(weight, 16)
+        assert tokens is not None and tokens.tolist() == asked.sum(-1).tolist() and int(tokens.min()) > 0
         assert blocks is not None
         for expert in range(3):
-            tokens = given[expert][asked[expert]].detach().double()
+            own = given[expert][asked[expert]].detach().double()
             for index, block in enumerate(blocks[expert]):
-                part = tokens[:, index * 16 : index * 16 + 16]
+                part = own[:, index * 16 : index * 16 + 16]
                 torch.testing.assert_close(block, part.T @ part, rtol=1e-5, atol=1e-4)
-    few = int(moment.tokens.min())
+    few = int(tokens.min())
     view.notices.clear()
     step.solve(view, watched)
     assert (f"{few} and not 32" in " ".join(view.notices)) == (few < 32)
@@ -165,3 +164,24 @@ def test_the_view_keeps_its_notices() -> None:
     view = View([])
     view.of([], {}).notices.append("told")
     assert view.notices == ["told"]
+
+
+class Tied(nn.Module):
+    """One weight, two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("algorithm", ["hessian_mse", "gptq"])
+@pytest.mark.parametrize("name", ["nvfp4_weight_only", "fp8_per_channel_per_token"])
+def test_a_weight_that_two_layers_read_has_one_set_of_codes(algorithm: str, name: str) -> None:
+    program = quantized(Tied(), [inputs(80, 32)], recipe(name, algorithm=algorithm), torch.float32)
+    assert len(weights_of(program)) == 1 and sum("weight" in n and "scale" not in n for n in program.state_dict) == 1
