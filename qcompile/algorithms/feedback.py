@@ -41,10 +41,12 @@ def feedback_of(moment: torch.Tensor, damping: float, *, by_size: bool, dtype: t
 
     Returns None for a moment that no damping helps.
     """
-    size = moment.diagonal() / moment.diagonal().mean()
-    order = size.argsort(descending=True, stable=True) if by_size else torch.arange(len(size))
+    unit = moment.diagonal().mean()
+    unit = unit if bool(unit > 0) else torch.ones_like(unit)
+    size = moment.diagonal() / unit
+    order = size.argsort(descending=True, stable=True) if by_size else torch.arange(len(size), device=size.device)
     backward = order.flip(0)  # torch has H = L L^T only: the L of the reversed H, reversed, is U D^(1/2)
-    turned = moment[backward][:, backward].div_(moment.diagonal().mean()).to(dtype)
+    turned = moment[backward][:, backward].div_(unit).to(dtype)
     size = size[backward]
     for tried in range(_TRIES):
         added = damping if not tried else max(damping, 1e-8) * 10**tried

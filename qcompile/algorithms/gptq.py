@@ -107,27 +107,30 @@ class Gptq(Algorithm[GptqSettings]):
     ) -> list[torch.Tensor]:
         """The codes of each of `weights`, which read one tensor."""
         fmt = weights[0].format
-        found = [torch.empty(weight.codes_shape, dtype=fmt.storage) for weight in weights]
-        for experts, feedback in self._feedbacks(weights[0], moments):
+        device = next(values.device for _, values in weights[0].rows())
+        found = [torch.empty(weight.codes_shape, dtype=fmt.storage, device=device) for weight in weights]
+        for experts, feedback in self._feedbacks(weights[0], moments, device):
             parts = [(w, n, e) for n, w in enumerate(weights) for e in (experts or range(_experts(w)))]
             values = [_matrix(weight, expert) for weight, _, expert in parts]
             scales = [_scales(weight, chosen[weight], expert) for weight, _, expert in parts]
             rows = [len(own) for own in values]
-            scale_of = _of_column(scales, rows, fmt)
+            scale_of = _of_column([own.to(device) for own in scales], rows, fmt)
             numbers = rounded(torch.cat(values), feedback, scale_of, fmt, self.settings.block)
             for (_, n, expert), own in zip(parts, torch.split(numbers, rows), strict=True):
                 target = found[n] if found[n].ndim == 2 else found[n][expert]
                 target.copy_(fmt.encode(own.contiguous()))
         return found
 
-    def _feedbacks(self, weight: Operand, moments: InputMoments) -> Iterator[tuple[list[int], Feedback]]:
+    def _feedbacks(
+        self, weight: Operand, moments: InputMoments, device: torch.device
+    ) -> Iterator[tuple[list[int], Feedback]]:
         """How columns are rounded: of each expert, or of all (no number) at once."""
         parts = moments.blocks(weight, weight.shape[-1])
         assert parts is not None
         dtype = torch.float64 if self.settings.double else torch.float32
         for expert in range(len(parts)):
             by_size = self.settings.order == "activation"
-            own = feedback_of(parts[expert, 0], self.settings.damping, by_size=by_size, dtype=dtype)
+            own = feedback_of(parts[expert, 0].to(device), self.settings.damping, by_size=by_size, dtype=dtype)
             if own is None:
                 raise CalibrationError(
                     f"{weight.name}: the second moment of what the layer reads, with numbers up to"

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from passes.constants import constant, replace_with_constant
-from passes.graph import is_call
+from passes.graph import is_call, val
 from passes.ir import DEQUANTIZE
 from passes.quantize.insert import InsertQdq, Quantizer
 from passes.quantize.sites import Site
@@ -70,7 +70,8 @@ class Segments:
         place = segment_of(operands[0].site.module)
         chosen = {site: quantizer for site, quantizer in self.known.items() if segment_of(site.module) == place}
         chosen |= {operand.site: quantizer for operand, quantizer in solved.items()}
-        moved = {replace(site, consumer=self._copies[site.consumer]): q for site, q in chosen.items()}
+        placed = {site: quantizer.to(val(site.tensor).device) for site, quantizer in chosen.items()}
+        moved = {replace(site, consumer=self._copies[site.consumer]): quantizer for site, quantizer in placed.items()}
         InsertQdq(moved)(copy)
         for site in moved:
             if site.operand == "weight":

@@ -14,6 +14,7 @@ import qcompile
 from passes.quantize.sites import find_sites
 from passes.testing import graph_of
 from qcompile.algorithms.base import View
+from qcompile.algorithms.gptq import Gptq, GptqSettings
 from qcompile.algorithms.hessian_mse import HessianMse, HessianMseSettings
 from qcompile.algorithms.inputs import InputMoments
 from qcompile.algorithms.observe import observe
@@ -21,7 +22,7 @@ from qcompile.errors import CheckpointError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import QuantizerConfig
 from qcompile.report.record import record_of
-from tests.qcompile.algorithms.test_gptq import inputs, nearest, quantized, recipe, weights_of
+from tests.qcompile.algorithms.test_gptq import inputs, nearest, paper, quantized, recipe, weights_of
 from tests.qcompile.checkpoint.models import save, tiny
 
 Array = np.ndarray
@@ -117,6 +118,30 @@ def test_experts_are_seen_with_the_tokens_that_they_got() -> None:
     view.notices.clear()
     step.solve(view, watched)
     assert (f"{few} and not 32" in " ".join(view.notices)) == (few < 32)
+
+
+def test_gptq_rounds_each_expert_with_its_own_tokens() -> None:
+    model, x = Mixture().eval(), inputs(90, 32)
+    with torch.no_grad():
+        model.router.bias[2] = -1e9  # nobody asks it
+    gm = graph_of(model, x)
+    experts = [site for site in find_sites(gm) if site.operand == "weight" and site.operator.groups]
+    view = graph_view(gm, dict.fromkeys(experts, QuantizerConfig("int8", "per_channel")), torch.float32)
+    step = Gptq(GptqSettings(algorithm="gptq", scales="max", double=True))
+    watched = step.watch(view)
+    program = torch.export.export(model, (x,))
+    observe(gm, program, {node: [statistic] for node, statistic in watched.items()}, [x], progress=False)
+    solved, asked = step.solve(view, watched), model.asked(x)[..., 0].bool()
+    up, first = model.up.detach(), solved[view.weights[0]]
+    assert first.codes is not None and first.scale is not None
+    for expert in range(3):
+        scale = first.scale[expert].double().expand(-1, 32).numpy()
+        plain = nearest((up[expert].numpy() / scale).astype(np.float32), "int8")
+        tokens = x[asked[expert]].double().numpy()
+        expected = paper(up[expert].numpy(), tokens, scale, "int8", 0.01, True) if len(tokens) else plain
+        np.testing.assert_array_equal(first.codes[expert].numpy(), expected)
+        assert (expected == plain).all() == (expert == 2)
+    assert "up.weight_quantizer" in view.notices[0] or "1 of 3 experts, 0 and not 64" in view.notices[0]
 
 
 def test_without_data_it_is_mse_and_says_so() -> None:
