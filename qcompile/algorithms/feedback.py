@@ -46,7 +46,7 @@ def feedback_of(moment: torch.Tensor, damping: float, *, by_size: bool, dtype: t
     size = moment.diagonal() / unit
     order = size.argsort(descending=True, stable=True) if by_size else torch.arange(len(size), device=size.device)
     backward = order.flip(0)  # torch has H = L L^T only: the L of the reversed H, reversed, is U D^(1/2)
-    turned = moment[backward][:, backward].div_(unit).to(dtype)
+    turned = moment.div(unit).to(dtype)[backward[:, None], backward]
     size = size[backward]
     for tried in range(_TRIES):
         added = damping if not tried else max(damping, 1e-8) * 10**tried

@@ -31,35 +31,36 @@ class ExactSum:
         self.place = 0
 
     def add(self, part: torch.Tensor) -> None:
-        """Add finite numbers in float64."""
-        largest = float(part.abs().max()) if part.numel() else 0.0
+        """Add finite numbers in float64, whose memory is used up."""
+        least, most = torch.aminmax(part) if part.numel() else (torch.zeros(()), torch.zeros(()))
+        largest = max(-float(least), float(most))
         if not largest:
             return
         place = max(-30, -(-math.frexp(largest)[1] // self.BITS) - 1)  # 2^-960: what is less would leave float64
         own = max(place, self.place) if self.high is not None else place
-        scaled = torch.ldexp(part, torch.tensor(-own * self.BITS))
+        scaled = part.mul_(2.0 ** (-own * self.BITS))
         high = scaled.trunc()
         self._sum(own, high, scaled.sub_(high).mul_(2.0**self.BITS).trunc_())
 
     def merge(self, other: ExactSum) -> None:
         if other.high is not None and other.low is not None:
             own = max(self.place, other.place) if self.high is not None else other.place
-            self._sum(own, *_shifted(other.high, other.low, own - other.place))
+            self._sum(own, *(half.clone() for half in _shifted(other.high, other.low, own - other.place)))
 
     def _sum(self, place: int, high: torch.Tensor, low: torch.Tensor) -> None:
         if self.high is None or self.low is None:
             self.high, self.low = high, low
         else:
             self.high, self.low = _shifted(self.high, self.low, place - self.place)
-            self.high, self.low = self.high + high, self.low + low
+            self.high.add_(high)
+            self.low.add_(low)
         self.place = place
 
     def total(self) -> torch.Tensor | None:
         """In float64; None for nothing but zeros."""
         if self.high is None or self.low is None:
             return None
-        together = self.low.mul(2.0**-self.BITS).add_(self.high)
-        return torch.ldexp(together, torch.tensor(self.place * self.BITS))
+        return self.low.mul(2.0**-self.BITS).add_(self.high).mul_(2.0 ** (self.place * self.BITS))
 
 
 def _shifted(high: torch.Tensor, low: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +109,7 @@ class SecondMoment(Statistic):
         if not bool(found.isfinite().all()):
             self.broken += 1
             return
-        self.sum.add(found.cpu().double() * weight)
+        self.sum.add(found.cpu().double().mul_(weight))
         self.tokens = self.tokens + (x != 0).any(-1).sum(-1).cpu().double() * weight
 
     def merge(self, other: Self) -> None:

@@ -99,7 +99,7 @@ def codes_of(program: Any) -> dict[str, Tensor]:
     return {name: t for name, t in program.state_dict.items() if t.ndim and t.dtype.itemsize == 1}
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("steps", DATA)
 @pytest.mark.parametrize("name", ["nvfp4", "fp8_gemm", "int8"])
 def test_codes_that_data_chose_are_in_files_and_run(steps: str, name: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def weight_only(sequential: bool) -> dict[str, object]:
     return {"metadata": {"name": "weights", "description": "Weights in INT8."}, "calibration": step, "rules": [rule]}
 
 
-@pytest.mark.everyday(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "nvfp4", "fp8"])
 @pytest.mark.parametrize("algorithm", ["gptq", "hessian_mse"])
 def test_activations_are_quantized_in_front_of_a_block(name: str, algorithm: str) -> None:
