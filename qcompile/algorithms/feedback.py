@@ -24,27 +24,43 @@ class Feedback:
     """In which order columns are rounded, and what their errors add to those behind them.
 
     Attributes:
-        order: `[K]`, which column comes first. factors: U in that order, `[K, K]`.
+        order: `[K]`, which column comes first. factors: U in that order, `[K, K]`. weights: D, `[K]`.
     """
 
     order: torch.Tensor
     factors: torch.Tensor
+    weights: torch.Tensor
 
 
-def feedback_of(moment: torch.Tensor, damping: float, *, by_size: bool, dtype: torch.dtype) -> Feedback | None:
+def column_order(size: torch.Tensor, kind: str, width: int) -> torch.Tensor:
+    """Which column is rounded first.
+
+    Args:
+        size: `[K]`, the mean of squares of each input. width: of blocks that share a scale, 1 for none.
+        kind: `activation`, the largest inputs first; `block`, the same for whole blocks, and within each; or `none`.
+    """
+    if kind == "none":
+        return torch.arange(len(size), device=size.device)
+    if kind == "activation" or width == 1:
+        return size.argsort(descending=True, stable=True)
+    blocks = torch.split(size, width)  # one that is cut stays the last, so that all others begin at multiples
+    whole = torch.stack([block.sum() if len(block) == width else block.sum() - torch.inf for block in blocks])
+    first = whole.argsort(descending=True, stable=True)
+    return torch.cat([blocks[b].argsort(descending=True, stable=True) + b * width for b in first.tolist()])
+
+
+def feedback_of(moment: torch.Tensor, damping: float, order: torch.Tensor, dtype: torch.dtype) -> Feedback | None:
     """
     Args:
         moment: `H`, `[K, K]`, in float64. A column whose input was always zero is rounded to the nearest.
         damping: what is added to the diagonal, as a part of its mean; ten times as much as long as H is singular.
-        by_size: columns with the largest inputs first.
-        dtype: of the factors.
+        order: which column comes first. dtype: of the factors.
 
     Returns None for a moment that no damping helps.
     """
     unit = moment.diagonal().mean()
     unit = unit if bool(unit > 0) else torch.ones_like(unit)
     size = moment.diagonal() / unit
-    order = size.argsort(descending=True, stable=True) if by_size else torch.arange(len(size), device=size.device)
     backward = order.flip(0)  # torch has H = L L^T only: the L of the reversed H, reversed, is U D^(1/2)
     turned = moment.div(unit).to(dtype)[backward[:, None], backward]
     size = size[backward]
@@ -53,21 +69,23 @@ def feedback_of(moment: torch.Tensor, damping: float, *, by_size: bool, dtype: t
         turned.diagonal().copy_(torch.where(size == 0, 1.0, size + added))
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
-            return Feedback(order, lower.div_(lower.diagonal().clone()).flip(0, 1))
+            roots = lower.diagonal().clone()
+            return Feedback(order, lower.div_(roots).flip(0, 1), roots.flip(0).square_())
     return None
 
 
 def rounded(
     weight: torch.Tensor,
     feedback: Feedback,
-    scale_of: Callable[[int], torch.Tensor],
+    scale_of: Callable[[int, int, torch.Tensor], torch.Tensor],
     fmt: Format,
     block: int,
 ) -> torch.Tensor:
     """The numbers of `fmt` that stand for a weight `[N, K]`, in units of the scale, in float32.
 
     Args:
-        scale_of: of a column, `[N]` or `[1]`.
+        scale_of: of a column, `[N]`, by its number, by its place in the order, and by what it and the columns behind it
+            in the block have become, `[at least those that share its scale, N]`.
         block: how many columns' errors reach those behind them in one product.
     """
     order, factors = feedback.order, feedback.factors
@@ -78,7 +96,7 @@ def rounded(
         end = min(start + block, len(places))
         wanted = torch.addmm(columns[start:end], factors[:start, start:end].T, errors[:start])
         for index, at in enumerate(range(start, end)):
-            scale = scale_of(places[at]).to(factors.dtype)
+            scale = scale_of(places[at], at, wanted[index:]).to(factors.dtype)
             number = fmt.nearest((wanted[index] / scale).float())
             units[at] = number
             error = torch.sub(columns[at], number.to(factors.dtype) * scale, out=errors[at])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,11 +15,11 @@ from passes.formats import Format
 from passes.ir import block_amax, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View, quantizer
-from qcompile.algorithms.feedback import Feedback, feedback_of, rounded
-from qcompile.algorithms.hessian_mse import HessianMseSettings, weighed_by
+from qcompile.algorithms.column_scales import KnownScales, SearchedScales
+from qcompile.algorithms.feedback import Feedback, column_order, feedback_of, rounded
+from qcompile.algorithms.hessian_mse import weighed_by
 from qcompile.algorithms.inputs import InputMoments, tell_few_tokens, watch_inputs
-from qcompile.algorithms.mse import MseSettings
-from qcompile.algorithms.search import ScaleSearch
+from qcompile.algorithms.search import ScaleSearch, SearchSettings, squares
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
@@ -36,13 +36,14 @@ class GptqSettings(Settings):
     far as the second moment of the layer's inputs tells (Frantar et al. 2022). Ranges of activations stay those of
     `max`."""
     scales: Scales = "hessian_mse"
-    """How the scales that weights are rounded with are found, of a tensor, of channels and of blocks: before the first
-    column is rounded."""
+    """How the scales that weights are rounded with are found."""
     damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] = 0.01
     """What is added to the diagonal of the second moment, as a part of its mean: the more, the nearer the codes are to
     those next to the weight. Ten times as much is added where that is singular."""
-    order: Literal["activation", "none"] = "activation"
-    """Columns with the largest inputs first, or from left to right. The scales of blocks stay in their places."""
+    order: Literal["block", "activation", "none"] = "block"
+    """Which columns are rounded first: those with the largest inputs (`activation`), whole blocks of columns with the
+    largest inputs (`block`; the same where blocks along a row have no scales of their own), or from left to right. But
+    with `activation` the scales of such blocks are found when the first of their columns is rounded."""
     block: Annotated[int, Field(ge=1, le=8192)] = 128
     """How many columns are rounded before their errors are added to all others. It does not change what is computed,
     only how fast."""
@@ -78,7 +79,9 @@ class Gptq(Algorithm[GptqSettings]):
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
         moments = InputMoments(view.weights, seen)
-        found = self._scales(view, moments)
+        later = [weight for weight in view.weights if moments.key(weight) and self._searches(weight.format)]
+        before = view.of([weight for weight in view.weights if weight not in later], view.quantizers)
+        found = self._scales(before, moments) | _largest(view, later, self.settings.power_of_two)
         left = [weight.name for weight in view.weights if not moments.key(weight)]
         if left:
             view.notices.append(f"gptq rounds to the nearest where it saw no input of a linear layer: {some(left)}")
@@ -93,14 +96,22 @@ class Gptq(Algorithm[GptqSettings]):
         return found
 
     def _scales(self, view: View, moments: InputMoments) -> dict[Operand, Quantizer]:
+        """Those that are found before the first column is rounded."""
+        if self.settings.scales == "max":
+            return _largest(view, view.weights, self.settings.power_of_two)
+        weighed = self.settings.scales == "hessian_mse"
+        return ScaleSearch(self._search, weighed_by(moments) if weighed else squares).weights(view)
+
+    def _searches(self, fmt: Format) -> bool:
+        """Whether scales are found when the turn of a block comes."""
+        return len(fmt.sizes) == 1 and self.settings.order != "activation"
+
+    @property
+    def _search(self) -> SearchSettings:
         power_of_two = self.settings.power_of_two
-        if self.settings.scales == "mse":
-            return ScaleSearch(MseSettings(algorithm="mse", power_of_two=power_of_two)).weights(view)
-        if self.settings.scales == "hessian_mse":
-            settings = HessianMseSettings(algorithm="hessian_mse", power_of_two=power_of_two)
-            return ScaleSearch(settings, weighed_by(moments)).weights(view)
-        largest = {weight: quantizer(weight, view.amax(weight), power_of_two) for weight in view.weights}
-        return {weight: _measured(weight, chosen) for weight, chosen in largest.items()}
+        if self.settings.scales == "max":  # what a block measures, and nothing beside it
+            return SearchSettings(algorithm="max", power_of_two=power_of_two, smallest=1, largest=1, candidates=2)
+        return SearchSettings(algorithm=self.settings.scales, power_of_two=power_of_two)
 
     def _codes(
         self, weights: Sequence[Operand], chosen: Mapping[Operand, Quantizer], moments: InputMoments
@@ -112,13 +123,23 @@ class Gptq(Algorithm[GptqSettings]):
         for experts, feedback in self._feedbacks(weights[0], moments, device):
             parts = [(w, n, e) for n, w in enumerate(weights) for e in (experts or range(_experts(w)))]
             values = [_matrix(weight, expert) for weight, _, expert in parts]
-            scales = [_scales(weight, chosen[weight], expert) for weight, _, expert in parts]
-            rows = [len(own) for own in values]
-            scale_of = _of_column([own.to(device) for own in scales], rows, fmt)
-            numbers = rounded(torch.cat(values), feedback, scale_of, fmt, self.settings.block)
-            for (_, n, expert), own in zip(parts, torch.split(numbers, rows), strict=True):
-                target = found[n] if found[n].ndim == 2 else found[n][expert]
-                target.copy_(fmt.encode(own.contiguous()))
+            quantizers, rows = [chosen[weight] for weight, _, _ in parts], [len(own) for own in values]
+            scale_of: KnownScales | SearchedScales
+            if self._searches(fmt):
+                wide = [q.scale if q.scale is None else q.scale.to(device) for q in quantizers]
+                weighed = self.settings.scales == "hessian_mse"
+                scale_of = SearchedScales(ScaleSearch(self._search), weighed, feedback, wide, rows, fmt)
+            else:
+                known = [_scales(weight, chosen[weight], expert).to(device) for weight, _, expert in parts]
+                scale_of = KnownScales(known, rows, fmt)
+            step = max(1, self.settings.block // block_of(fmt)) * block_of(fmt)
+            numbers = rounded(torch.cat(values), feedback, scale_of, fmt, step)
+            for index, own in enumerate(torch.split(numbers, rows)):
+                _, n, expert = parts[index]
+                _place(found[n], expert).copy_(fmt.encode(own.contiguous()))
+                scales = quantizers[index].block_scales
+                if isinstance(scale_of, SearchedScales) and scales is not None:
+                    _place(scales, expert).copy_(scale_of.stored(index))
         return found
 
     def _feedbacks(
@@ -129,8 +150,9 @@ class Gptq(Algorithm[GptqSettings]):
         assert parts is not None
         dtype = torch.float64 if self.settings.double else torch.float32
         for expert in range(len(parts)):
-            by_size = self.settings.order == "activation"
-            own = feedback_of(parts[expert, 0].to(device), self.settings.damping, by_size=by_size, dtype=dtype)
+            moment = parts[expert, 0].to(device)
+            order = column_order(moment.diagonal(), self.settings.order, block_of(weight.format))
+            own = feedback_of(moment, self.settings.damping, order, dtype)
             if own is None:
                 raise CalibrationError(
                     f"{weight.name}: the second moment of what the layer reads, with numbers up to"
@@ -164,12 +186,18 @@ def _scales(weight: Operand, chosen: Quantizer, expert: int) -> torch.Tensor:
     return numbers.repeat_interleave(high, 0)[: weight.shape[-2]]
 
 
-def _of_column(scales: Sequence[torch.Tensor], rows: Sequence[int], fmt: Format) -> Callable[[int], torch.Tensor]:
-    """The scale of each row in a column of weights that are rounded together, `rows` of each."""
-    whole = torch.cat([own.expand(count, -1) for own, count in zip(scales, rows, strict=True)]).T.contiguous()
-    if not fmt.sizes:
-        return lambda column: whole[0]
-    return lambda column: whole[column // fmt.sizes[-1]]
+def block_of(fmt: Format) -> int:
+    """How many columns share the scales of blocks along a row; 1 where there are none."""
+    return fmt.sizes[0] if len(fmt.sizes) == 1 else 1
+
+
+def _place(tensor: torch.Tensor, expert: int) -> torch.Tensor:
+    return tensor[expert] if tensor.ndim == 3 else tensor
+
+
+def _largest(view: View, weights: Iterable[Operand], power_of_two: bool) -> dict[Operand, Quantizer]:
+    found = {weight: quantizer(weight, view.amax(weight), power_of_two) for weight in weights}
+    return {weight: _measured(weight, chosen) for weight, chosen in found.items()}
 
 
 def _measured(weight: Operand, chosen: Quantizer) -> Quantizer:

@@ -106,13 +106,13 @@ class ScaleSearch:
         if has_constant(weight.config):
             scale = scale_of(amax, weight.config, self.settings.power_of_two)
         parts = [
-            self._block_scales(piece.float(), scale, fmt, self.weigh(weight, expert))
+            self.block_scales(piece.float(), scale, fmt, self.weigh(weight, expert))
             for _, expert, values in _matrices(weight)
             for piece in _pieces(values, fmt)
         ]
         return Quantizer(fmt, scale, torch.cat(parts).reshape(weight.blocks_shape), amax=amax)
 
-    def _block_scales(
+    def block_scales(
         self, values: torch.Tensor, scale: torch.Tensor | None, fmt: Format, weighing: Weighing
     ) -> torch.Tensor:
         """`[M, K]` -> the best scale of each block, as it is stored."""

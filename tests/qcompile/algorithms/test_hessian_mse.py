@@ -138,7 +138,7 @@ def test_gptq_rounds_each_expert_with_its_own_tokens() -> None:
         scale = first.scale[expert].double().expand(-1, 32).numpy()
         plain = nearest((up[expert].numpy() / scale).astype(np.float32), "int8")
         tokens = x[asked[expert]].double().numpy()
-        expected = paper(up[expert].numpy(), tokens, scale, "int8", 0.01, True) if len(tokens) else plain
+        expected = paper(up[expert].numpy(), tokens, scale, "int8", 0.01, "block") if len(tokens) else plain
         np.testing.assert_array_equal(first.codes[expert].numpy(), expected)
         assert (expected == plain).all() == (expert == 2)
     assert "up.weight_quantizer" in view.notices[0] or "1 of 3 experts, 0 and not 64" in view.notices[0]

@@ -54,7 +54,7 @@ def test_a_block_is_solved_behind_quantized_ones() -> None:
         behind = model.layers[0](x)
         numbers, scale = found[True]["layers.1.up.weight"]
         weight = model.get_parameter("layers.1.up.weight").numpy()
-        expected = paper(weight, behind.double().numpy(), scale.double().numpy(), "int8", 0.01, False)
+        expected = paper(weight, behind.double().numpy(), scale.double().numpy(), "int8", 0.01, "none")
     np.testing.assert_array_equal(numbers.numpy(), expected)
 
 
