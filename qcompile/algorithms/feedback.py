@@ -14,7 +14,7 @@ import torch
 
 from passes.formats import Format
 
-__all__ = ["Feedback", "feedback_of", "rounded"]
+__all__ = ["Feedback", "column_order", "feedback_of", "rounded"]
 
 _TRIES = 12  # times ten each: more than any second moment needs
 
