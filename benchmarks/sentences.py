@@ -31,6 +31,22 @@ def sentences(calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
     return unique[:calibration], unique[calibration:wanted]
 
 
+def data_set_sentences() -> list[str]:
+    """Descriptions of data sets."""
+    return _spread(_data_sets())
+
+
+def docstring_sentences() -> list[str]:
+    """First sentences of docstrings of the standard library."""
+    return _spread(_docstrings())
+
+
+def reference_sentences() -> list[str]:
+    """The Python language reference, less what the two other kinds have."""
+    known = {*data_set_sentences(), *docstring_sentences()}
+    return [sentence for sentence in _spread(_reference()) if sentence not in known]
+
+
 def _spread(found: Iterator[str]) -> list[str]:
     """Reordered so that neighbours come from different places; 37 is coprime to any length but its multiples."""
     items = list(dict.fromkeys(found))
@@ -51,6 +67,11 @@ def _docstrings() -> Iterator[str]:
         for member in sorted(dir(module)):
             if not member.startswith("_"):
                 yield from list(_split(inspect.getdoc(getattr(module, member)) or ""))[:2]
+
+
+def _reference() -> Iterator[str]:
+    for _, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
+        yield from _split(text)
 
 
 def _split(text: str) -> Iterator[str]:

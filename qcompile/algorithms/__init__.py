@@ -18,9 +18,12 @@ __all__ = ["ALGORITHMS", "algorithm_called", "find_installed"]
 ALGORITHMS: dict[str, str | type[Algorithm[Any]]] = {
     "max": "qcompile.algorithms.max.Max",
     "mse": "qcompile.algorithms.mse.Mse",
-    "svdquant": "qcompile.algorithms.svdquant.Svdquant",
+    "hessian_mse": "qcompile.algorithms.hessian_mse.HessianMse",
+    "gptq": "qcompile.algorithms.gptq.Gptq",
+    "percentile": "qcompile.algorithms.percentile.Percentile",
     "smoothquant": "qcompile.algorithms.smoothquant.SmoothQuant",
     "awq": "qcompile.algorithms.awq.Awq",
+    "svdquant": "qcompile.algorithms.svdquant.Svdquant",
 }
 """What a recipe calls an algorithm -> its class, or the place of it: they need torch, and reading a recipe does not."""
 

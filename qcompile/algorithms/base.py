@@ -31,8 +31,11 @@ from qcompile.algorithms import algorithm_called
 from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.algorithms.settings import Settings
 from qcompile.algorithms.statistics import Largest, Statistic
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 from qcompile.schemes.config import QuantizerConfig, format_of
+
+WEIGHTS, RANGES = "weights", "ranges of activations"
+"""What an algorithm can choose."""
 
 Seen = Mapping[Node, Statistic]
 """What was kept of the nodes that an algorithm watched."""
@@ -152,6 +155,7 @@ class View:
         quantizers: what earlier steps chose.
         gm: the graph; None for weights of a directory.
         configs: all that the recipe quantizes in the graph, also what has no scale to be found.
+        notices: what the user should know; algorithms add to it.
     """
 
     operands: Sequence[Operand]
@@ -159,6 +163,7 @@ class View:
     quantizers: Mapping[Operand, Quantizer] = field(default_factory=dict)
     gm: GraphModule | None = None
     configs: Mapping[Site, QuantizerConfig] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
     _amax: dict[Operand, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -186,7 +191,7 @@ class View:
 
     def of(self, operands: Sequence[Operand], quantizers: Mapping[Operand, Quantizer]) -> View:
         """The part of this view that has `operands`, for a step behind others."""
-        return View(operands, self.groups, quantizers, self.gm, self.configs, self._amax)
+        return View(operands, self.groups, quantizers, self.gm, self.configs, self.notices, self._amax)
 
 
 _Settings = TypeVar("_Settings", bound=Settings)
@@ -198,12 +203,30 @@ class Algorithm(Generic[_Settings]):
     Attributes:
         model: the pydantic model of its settings, whose `algorithm` is its name in recipes.
         settings: what the recipe says.
+        needs_data: whether what it watches is needed. Otherwise `seen` is empty where there are ranges and no data.
     """
 
     model: ClassVar[type[Settings]]
 
+    needs_data: ClassVar[bool] = True
+
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
+
+    @property
+    def chooses(self) -> frozenset[str]:
+        """Of what it chooses all scales, `WEIGHTS` or `RANGES` or both, if that is known: a step of which nothing stays
+        behind later ones is refused."""
+        return frozenset()
+
+    @property
+    def sequential(self) -> bool:
+        """Whether it solves weights segment by segment, each with inputs that the quantized ones before it give."""
+        return False
+
+    def instead(self, earlier: Algorithm[Any]) -> str:
+        """What to write where this step leaves nothing of an `earlier` one, if there is something."""
+        return "leave one of them out"
 
     def watch(self, view: View) -> dict[Node, Statistic]:
         """What to keep of which tensors over all batches: `{operand.node: Largest()}`. Nothing needs no data."""
@@ -277,5 +300,20 @@ def told(steps: Sequence[Algorithm[Any]]) -> list[str]:
 
 
 def make(settings: Sequence[Settings]) -> tuple[Algorithm[Any], ...]:
-    """The steps of a recipe, ready to run."""
-    return tuple(algorithm_called(step.algorithm)(step) for step in settings)
+    """The steps of a recipe, ready to run.
+
+    Raises:
+        RecipeError: one of them would be without effect.
+    """
+    steps = tuple(algorithm_called(step.algorithm)(step) for step in settings)
+    for index, step in enumerate(steps):
+        left = set(step.chooses)
+        for later in steps[index + 1 :]:
+            left -= later.chooses
+            if step.chooses and not left:
+                name, other = step.settings.algorithm, later.settings.algorithm
+                raise RecipeError(
+                    f"calibration[{index}]: nothing that {name} chooses ({' and '.join(sorted(step.chooses))}) is left"
+                    f" behind {other}: {later.instead(step)}"
+                )
+    return steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from passes.quantize.insert import Quantizer
-from qcompile.algorithms.base import Algorithm, Operand, Seen, View, quantizer, ranges
+from qcompile.algorithms.base import RANGES, WEIGHTS, Algorithm, Operand, Seen, View, quantizer, ranges
 from qcompile.algorithms.settings import MaxSettings
 from qcompile.algorithms.statistics import Largest, Statistic
 
@@ -14,6 +14,10 @@ class Max(Algorithm[MaxSettings]):
     """Watches the largest magnitude of activations; weights are read."""
 
     model = MaxSettings
+
+    @property
+    def chooses(self) -> frozenset[str]:
+        return frozenset({WEIGHTS, RANGES})
 
     def watch(self, view: View) -> dict[Node, Statistic]:
         return {operand.node: Largest() for operand in view.activations}

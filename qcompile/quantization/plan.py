@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from passes.base import Decline, PassLog, run_pipeline
@@ -15,11 +16,12 @@ from passes.dependence import fixed_nodes
 from passes.formats import FP8
 from passes.pipelines import CANONICALIZE, NORMALIZE, place_pipeline, rotate_pipeline
 from passes.places import Pipeline
-from passes.quantize.insert import misfit
+from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site, find_sites
 from passes.reading import Operand
 from passes.subgraphs import graphs
 from qcompile.algorithms.base import Algorithm, make
+from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.errors import RecipeError
 from qcompile.frontends.quantized import refuse_quantized_graph
 from qcompile.messages import some
@@ -85,6 +87,13 @@ class Plan:
     def activations(self) -> Plan:
         """This plan less the weights, for who wants nothing but ranges."""
         return replace(self, configs={s: config for s, config in self.configs.items() if s.operand != "weight"})
+
+    def uncalibrated(self, config: QuantizerConfig) -> Quantizer:
+        """What needs no calibration: a scale of run time, or a range that the recipe says or that is known."""
+        if not has_constant(config):
+            return Quantizer(format_of(config), None)
+        largest = torch.tensor(config.constant_amax or 1.0, dtype=torch.float32)  # probabilities are at most 1
+        return Quantizer(format_of(config), scale_of(largest, config, self.power_of_two))
 
     def without(self, unreached: Mapping[Site, str], log: PassLog) -> Plan:
         """This plan less all operands of the layers and attentions in `unreached`, which has the reason for each: the

@@ -25,7 +25,6 @@ from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms.base import told
-from qcompile.algorithms.scales import has_constant, scale_of
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.frontends.quantized import is_finished
 from qcompile.messages import some
@@ -34,7 +33,6 @@ from qcompile.quantization.dtypes import compute_dtype, model_dtype
 from qcompile.quantization.plan import Plan, Planner, Work
 from qcompile.quantization.solve import Calibration, Data, Solution, solve
 from qcompile.quantization.state import largest_by_name, mask_state
-from qcompile.recipe import QuantizerConfig, format_of
 from qcompile.report.record import QuantizeRecord, record
 
 logger = logging.getLogger("qcompile")
@@ -111,20 +109,12 @@ def carry_out(work: Work, plan: Plan, found: Solution, source: torch.dtype, targ
     """
     plan = plan.without(found.unreached, work.log)
     _tell_small_weights(work, plan, found.weights, target)
-    known = {site: found.quantizers.get(site) or _told(plan, site, config) for site, config in plan.configs.items()}
+    known = {site: found.quantizers.get(site) or plan.uncalibrated(config) for site, config in plan.configs.items()}
     placed = {site: quantizer.to(val(site.tensor).device) for site, quantizer in known.items()}
     softmax = {s.consumer: q.scale for s, q in placed.items() if s.operand == "softmax" and q.scale is not None}
     quantizers = {site: quantizer for site, quantizer in placed.items() if site.operand != "softmax"}
     masked = found.fully_masked
     work.run(quantize_pipeline(quantizers, None if plan.fuses else softmax, source, target, masked))
-
-
-def _told(plan: Plan, site: Site, config: QuantizerConfig) -> Quantizer:
-    """What needs no calibration: a scale of run time, or a range that the recipe says or that is known."""
-    if not has_constant(config):
-        return Quantizer(format_of(config), None)
-    largest = torch.tensor(config.constant_amax or 1.0, dtype=torch.float32)  # probabilities are at most 1
-    return Quantizer(format_of(config), scale_of(largest, config, plan.power_of_two))
 
 
 def _amax(quantizer: Quantizer) -> torch.Tensor:

@@ -23,7 +23,8 @@ class Observation:
 
     Attributes:
         watch: of the last walk that looked at the graph as it is now.
-        notices: what the user should know of the data. samples: how many there were.
+        notices: what the user should know of the data. samples: how many there were. asked: whether an algorithm
+            watched something.
         ranges: how the ranges grew over them, of the first walk through the graph as it is now.
     """
 
@@ -44,6 +45,7 @@ class Observation:
         self.notices: list[str] = []
         self.samples: int | None = None
         self.ranges: RangeLog | None = None
+        self.asked = False
         self._kept: dict[Node, list[Statistic]] = {}
         self._stands: dict[Statistic, Statistic] = {}  # what was asked for -> what is kept for it
 
@@ -53,9 +55,17 @@ class Observation:
 
     def of(self, wanted: Mapping[Node, Statistic], also: Mapping[Node, Statistic]) -> dict[Node, Statistic]:
         """What is kept of the nodes in `wanted`; if data has to be walked for it, keep `also` for later, too."""
+        self.asked = self.asked or bool(wanted)
         if self.watch is None or any(self._known(node, kind) is None for node, kind in wanted.items()):
             self._walk([*wanted.items(), *also.items()])
         return {node: self._known(node, kind) or kind for node, kind in wanted.items()}
+
+    def through(self, gm: GraphModule, kept: Mapping[Node, Statistic]) -> None:
+        """Update what is kept of another graph with all data."""
+        self.asked = True
+        statistics = {node: [statistic] for node, statistic in kept.items()}
+        log = observe(gm, self.program, statistics, self.batches, widen=True, progress=self.progress)
+        self.samples, self.notices = log.samples, log.notices()
 
     def _known(self, node: Node, wanted: Statistic) -> Statistic | None:
         """Every kind of `Largest` tells the largest magnitude; of the others each is asked for what it is."""

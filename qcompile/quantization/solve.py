@@ -26,6 +26,7 @@ from qcompile.messages import some
 from qcompile.quantization.headroom import Headroom
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
+from qcompile.quantization.sequential import Segments
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
@@ -104,13 +105,16 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
         _take_state(found, work, plan, static, state, dtypes)
     elif calibration is not None:
         assert data.program is not None
-        again = len(plan.steps) > 1 or any(type(step).edits is not Algorithm.edits for step in plan.steps)
+        again = len(plan.steps) > 1 or any(
+            step.sequential or type(step).edits is not Algorithm.edits for step in plan.steps
+        )
         observation = Observation(work.gm, data.program, calibration, dtypes, again=again, progress=data.progress)
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
     quantizers, seen = _run_steps(work, plan, view, observation)
     if seen is not view:
         found.weights = {operand.site: seen.amax(operand) for operand in view.weights}
+    found.notices += view.notices
     found.quantizers |= {operand.site: chosen for operand, chosen in quantizers.items()}
     if observation is not None:
         _take_observation(found, view, quantizers, observation, target)
@@ -128,6 +132,9 @@ def _run_steps(
     for index, step in enumerate((*plan.steps, rest)):
         wanted = [operand for operand in view.operands if operand not in quantizers] if step is rest else view.operands
         part = view.of(wanted, quantizers)
+        if step.sequential and observation is not None:
+            quantizers |= Segments(observation, _of_activations(plan, view, quantizers, observation)).solve(step, part)
+            continue
         watched = ask.watch(step, part)
         seen = _observed(step, watched, view, observation)
         if pipeline := ask.edits(step, part, seen):
@@ -137,7 +144,7 @@ def _run_steps(
                     " chosen scales for: put it in front of them"
                 )
             if work.run(pipeline):
-                view = View(view.operands, view.groups, gm=work.gm, configs=view.configs)
+                view = View(view.operands, view.groups, gm=work.gm, configs=view.configs, notices=view.notices)
                 if observation is not None:
                     observation.forget()
                 part = view
@@ -146,13 +153,27 @@ def _run_steps(
     return quantizers, view
 
 
+def _of_activations(
+    plan: Plan, view: View, quantizers: Mapping[Operand, Quantizer], observation: Observation
+) -> dict[Site, Quantizer]:
+    """The quantizers of all that is no weight, with the ranges of `max` where no step has chosen others yet."""
+    known = {site: plan.uncalibrated(config) for site, config in plan.configs.items() if site.operand != "weight"}
+    rest = Max(MaxSettings(power_of_two=plan.power_of_two))
+    left = view.of([operand for operand in view.activations if operand not in quantizers], quantizers)
+    watched = ask.watch(rest, left)
+    chosen = dict(quantizers) | ask.solve(rest, left, observation.of(watched, {}))
+    # where there is no range, nothing came, or zeros only
+    ranges = {operand.site: chosen.get(operand) for operand in view.activations}
+    return {site: found for site, q in known.items() if (found := ranges.get(site, q)) is not None}
+
+
 def _observed(
     step: Algorithm[Any], watched: Mapping[Node, Statistic], view: View, observation: Observation | None
 ) -> Mapping[Node, Statistic]:
     if observation is not None:
         # what no step takes gets the scale of `max`: its range is seen on the same walk
         return observation.of(watched, {operand.node: Largest() for operand in view.activations})
-    if watched:
+    if watched and step.needs_data:
         raise CalibrationError(
             f"the recipe's algorithm {step.settings.algorithm} needs calibration data: batches of inputs, which no"
             " calibrated state stands for"
@@ -176,7 +197,7 @@ def _take_observation(
     for operand, largest in zip(left, _largest(observation, left), strict=True):
         found.unreached[operand.site] = ZEROS if largest.reached else NEVER
     notices = observation.notices
-    if not watch.statistics:
+    if not watch.statistics and not observation.asked:
         notices = [
             "calibration data is used to see what masks hide, and for nothing else: the recipe needs none, and no range"
             f" ends in {target}"

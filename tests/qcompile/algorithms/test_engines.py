@@ -23,16 +23,17 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.everyday(1)
+@pytest.mark.parametrize("algorithm", ["mse", "gptq"])
 @pytest.mark.parametrize(("recipe", "target"), [("nvfp4_fp8_attention", "sm120"), ("fp8", "sm89"), ("int8", "sm89")])
-def test_an_engine_of_mse_runs_the_kernels_of_max(recipe: str, target: str, tmp_path: Path) -> None:
+def test_an_engine_runs_the_kernels_of_max(recipe: str, target: str, algorithm: str, tmp_path: Path) -> None:
     x = torch.randn(2, 64, 64)
     engines = []
-    for algorithm in ("max", "mse"):
-        chosen = qcompile.load_recipe(recipe, [f"calibration.algorithm={algorithm}"])
+    for name in ("max", algorithm):
+        chosen = qcompile.load_recipe(recipe, [f"calibration={{algorithm: {name}}}"])
         program = qcompile.quantize(Block(), (x,), recipe=chosen, calibration=[x], progress=False)
-        path = tmp_path / f"{algorithm}.onnx"
+        path = tmp_path / f"{name}.onnx"
         assert all(check.passed for check in qcompile.export_onnx(program, path).checks)
         engines.append(qcompile.build_engine(path, target=target, progress=False))
-    of_max, of_mse = engines
-    assert (of_mse.kernels, of_mse.gemms, of_mse.attention) == (of_max.kernels, of_max.gemms, of_max.attention)
-    assert sum(count for precision, count in of_mse.gemms.items() if precision in ("fp4", "fp8", "int8")) == 3
+    of_max, ours = engines
+    assert (ours.kernels, ours.gemms, ours.attention) == (of_max.kernels, of_max.gemms, of_max.attention)
+    assert sum(count for precision, count in ours.gemms.items() if precision in ("fp4", "fp8", "int8")) == 3

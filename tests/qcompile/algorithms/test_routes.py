@@ -1,10 +1,14 @@
-"""`mse` through every door: the same codes in the program, the checkpoints, the ONNX file and the compiled model."""
+"""Algorithms through every door: the same codes in the program, the checkpoints, the ONNX file, the compiled model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,3 +80,81 @@ def test_directory_and_program_give_the_same_checkpoint(tmp_path: Path, family: 
     ]
     codes = [n for n, t in streamed.items() if t.dtype.itemsize == 1]
     assert any(not torch.equal(streamed[n].view(torch.uint8), plain[n].view(torch.uint8)) for n in codes)
+
+
+DATA = {
+    "hessian_mse": "{algorithm: hessian_mse}",
+    "gptq": "{algorithm: gptq}",
+    "gptq in order": "{algorithm: mse}, {algorithm: gptq, scales: mse, sequential: true}",
+}
+"""Algorithms that see data: steps of a recipe. One more is a row more."""
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> set[bytes]:
+    return {t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors}
+
+
+def codes_of(program: Any) -> dict[str, Tensor]:
+    """The codes of weights, and of the scales of their blocks."""
+    return {name: t for name, t in program.state_dict.items() if t.ndim and t.dtype.itemsize == 1}
+
+
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("steps", DATA)
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_gemm", "int8"])
+def test_codes_that_data_chose_are_in_files_and_run(steps: str, name: str, tmp_path: Path) -> None:
+    model, recipe = Net().eval(), qcompile.load_recipe(name, [f"calibration=[{DATA[steps]}]"])
+    program = qcompile.quantize(model, (X,), recipe=recipe, calibration=[X], dtype=torch.float32, progress=False)
+    plain = qcompile.quantize(model, (X,), recipe=name, calibration=[X], dtype=torch.float32, progress=False)
+    codes = codes_of(program)
+    assert codes.keys() == codes_of(plain).keys() and bytes_of(codes.values()) != bytes_of(codes_of(plain).values())
+    torch.export.save(program, tmp_path / "m.pt2")
+    loaded = torch.export.load(tmp_path / "m.pt2")
+    assert bytes_of(codes_of(loaded).values()) == bytes_of(codes.values())
+    for target in ("portable", "tensorrt"):
+        checks = qcompile.export_onnx(program, tmp_path / f"{target}.onnx", target=target).checks
+        assert all(check.passed for check in checks)
+        held = onnx.load(tmp_path / f"{target}.onnx").graph.initializer
+        stored = bytes_of(code for name, code in codes.items() if "scale" not in name)
+        turned = bytes_of(code.T for name, code in codes.items() if "scale" not in name)
+        found = {raw_of(tensor) for tensor in held}
+        assert stored <= found or turned <= found
+    if name != "nvfp4":
+        (got,) = qcompile.onnx_session(tmp_path / "portable.onnx").run(None, {"x": X.numpy()})
+        np.testing.assert_allclose(got, program.module()(X).detach().numpy(), rtol=0.02, atol=0.02)
+    torch._dynamo.reset()
+    module = program.module()
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="qcompile", options={"target": "eager"})(X)
+    torch._dynamo.reset()
+    assert torch.equal(compiled, module(X))
+
+
+def raw_of(tensor: onnx.TensorProto) -> bytes:
+    raw = onnx.numpy_helper.to_array(tensor)
+    if tensor.data_type == onnx.TensorProto.FLOAT4E2M1:
+        numbers = raw.astype(ml_dtypes.float4_e2m1fn).view(np.uint8).reshape(-1, 2)
+        return bytes((numbers[:, 0] | numbers[:, 1] << 4).tobytes())
+    return bytes(np.ascontiguousarray(raw).tobytes())
+
+
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("steps", ["gptq", "hessian_mse"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("nvfp4", "compressed-tensors"),
+        ("nvfp4_weight_only", "modelopt"),
+        ("fp8_per_channel_per_token", "compressed-tensors"),
+        ("fp8_block", "fp8"),
+    ],
+)
+def test_codes_that_data_chose_are_in_checkpoints(steps: str, name: str, format: str, tmp_path: Path) -> None:
+    model, recipe = tiny("llama"), qcompile.load_recipe(name, [f"calibration=[{DATA[steps]}]"])
+    source, inputs = save(model, tmp_path / "source"), {"input_ids": torch.arange(48)[None]}
+    program = qcompile.quantize(
+        model, kwargs=inputs, recipe=recipe, calibration=[inputs], dtype=torch.float32, progress=False
+    )
+    options: dict[str, Any] = {"format": format, "progress": False}
+    qcompile.save_checkpoint(program, tmp_path / "out", source=source, **options)
+    assert bytes_of(codes_of(program).values()) <= bytes_of(read(tmp_path / "out").values())

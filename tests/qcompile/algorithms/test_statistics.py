@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompile.algorithms.second_moment import SecondMoment
 from qcompile.algorithms.statistics import (
     FullyMasked,
     Histogram,
@@ -26,6 +28,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "score": lambda: LargestScore(0.25, 1.0),
     "masked": FullyMasked,
     "histogram": Histogram,
+    "second moment": SecondMoment,
+    "its blocks": lambda: SecondMoment(2),
 }
 
 
@@ -73,3 +77,17 @@ def test_pieces_of_a_batch_count_by_their_weight() -> None:
     for _ in range(3):
         thirds.update(x, (), 1 / 3)
     assert same(whole, thirds)
+
+
+@pytest.mark.parametrize("width", [None, 2, 5])
+def test_a_second_moment_is_that_of_all_tokens(width: int | None) -> None:
+    flat = X.flatten(0, 1).double().numpy()
+    moment = seen(lambda: SecondMoment(width, double=True), X)
+    found = moment.blocks(width or 5, 5)[0].numpy()
+    whole = np.zeros((6, 6))
+    whole[:5, :5] = flat.T @ flat
+    size = width or 5
+    for index, block in enumerate(found):
+        part = slice(index * size, index * size + size)
+        np.testing.assert_allclose(block, whole[part, part][:size, :size], rtol=0, atol=whole.max() * 2**-31)
+    assert float(moment.tokens) == 21

@@ -48,7 +48,7 @@ def test_both_forms_load_and_are_written_again(tmp_path: Path, calibration: str)
 
 ONE, TWO = "calibration:\n  algorithm: ", "calibration:\n- algorithm: max\n- algorithm: "
 WRONG = [
-    (f"{ONE}mes\n", "3: unknown algorithm 'mes' at calibration.algorithm; known: max, mse"),
+    (f"{ONE}mes\n", "3: unknown algorithm 'mes' at calibration.algorithm; known: max, mse, hessian_mse, gptq, percent"),
     (f"{TWO}maxx\n", "4: unknown algorithm 'maxx' at calibration[1].algorithm"),
     (f"{TWO}mse\n  candidate: 3\n", "5: unknown key 'candidate' in calibration[1]; did you mean 'candidates'?"),
     (f"{ONE}max\n  width: 3\n", "4: unknown key 'width' in calibration; known: algorithm, power_of_two"),
