@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -57,6 +57,7 @@ def progress_bar(what: str, total: int | None, show: bool, *, of_bytes: bool = F
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    watched = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, transient=True, disable=not (show and watched)) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    shown = show and (console.is_terminal or console.is_jupyter)
+    with bar if shown else nullcontext():  # `disable=True` of older releases of rich ends with an empty line
         yield Bar(bar, bar.add_task(what, total=total, told=""))
