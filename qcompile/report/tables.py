@@ -74,10 +74,8 @@ def show_coverage(console: Console, report: Mapping[str, Any]) -> None:
     show_rows(console, "Not quantized", ("module", "what", "why"), left)
 
 
-def show_export(console: Console, report: Mapping[str, Any]) -> None:
-    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
-    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report[key])
-    console.print(plain(f"ONNX file: {size(report['bytes'])}; {head}", "bold"))
+def show_model(console: Console, report: Mapping[str, Any]) -> None:
+    """What the reports of programs and of files have in common."""
     show_coverage(console, report)
     show_declines(console, report["declined"])
     show_notices(console, report["notices"])
@@ -85,6 +83,13 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
     show_ranges(console, report.get("ranges"))
     show_convolutions(console, report["convolutions"])
     show_low_rank(console, report["low_rank"])
+
+
+def show_export(console: Console, report: Mapping[str, Any]) -> None:
+    """The report of `qcompile.export_onnx`, as `Report.to_json` writes it."""
+    head = ", ".join(f"{key} {report[key]}" for key in ("recipe", "target", "opset") if report[key])
+    console.print(plain(f"ONNX file: {size(report['bytes'])}; {head}", "bold"))
+    show_model(console, report)
     show_checks(console, report["checks"])
     if report["comparison"]:
         show_comparison(console, report["comparison"])
@@ -97,13 +102,7 @@ def show_program(console: Console, report: Mapping[str, Any]) -> None:
     recipe = report["recipe"] and f"recipe {report['recipe']}"
     head = "; ".join(filter(None, (size(report["bytes"]), recipe, calibrated, dynamic)))
     console.print(plain(f"Program: {head}", "bold"))
-    show_coverage(console, report)
-    show_declines(console, report["declined"])
-    show_notices(console, report["notices"])
-    show_headroom(console, report["headroom"])
-    show_ranges(console, report.get("ranges"))
-    show_convolutions(console, report["convolutions"])
-    show_low_rank(console, report["low_rank"])
+    show_model(console, report)
 
 
 def show_headroom(console: Console, headroom: Sequence[Mapping[str, Any]], shown: int = 5) -> None:

@@ -102,7 +102,7 @@ class ModelOpt(CheckpointFormat):
                 found.append(f"{some(ragged)}: 128 does not divide their rows, which vLLM pads from 0.33 on")
         if parts := by_algorithm.get(_SVD):
             found.append(
-                f"{some(parts)}: {_SVD} is read by qcompile, and by no server of language models that was tried"
+                f"{some(parts)}: {_SVD} is read by qcompile, and by no server of language models that we know of"
             )
         late = [name for name in by_algorithm if name not in (*_ALWAYS_MIXED, _SVD)]
         if self._mixes(contents) and late:

@@ -182,7 +182,7 @@ class Convolved(nn.Module):
 
 def test_convolutions_are_declined_with_the_reason() -> None:
     x = torch.randn(4, 16, 8, 8)
-    recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant, alpha: 0.5}]"])
+    recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant, alpha: 0.5}]", "convolutions=all"])
     program = qcompile.quantize(Convolved(), (x,), recipe=recipe, calibration=[x], progress=False)
     told = [d for d in record_of(program).declined if d.pass_name == "SmoothLinears"]
     assert [(d.module, "kind convolution are not smoothed" in d.reason) for d in told] == [("conv", True)]
