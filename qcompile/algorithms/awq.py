@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from qcompile.algorithms.channels import Sizes
-from qcompile.algorithms.smoothing import Smoother, SmoothingSettings
-
-
-class AwqSettings(SmoothingSettings):
-    """`awq`: columns of weights by how large the activations are that they meet."""
-
-    algorithm: Literal["awq"]
-    """`awq`: multiply each column of a linear layer's weight by the mean magnitude of its channel of the input, to the
-    power of alpha, and divide the channel by it. Scales are left to the step behind it, or to `max`."""
+from qcompile.algorithms.settings import AwqSettings
+from qcompile.algorithms.smoothing import Smoother
 
 
 class Awq(Smoother[AwqSettings]):

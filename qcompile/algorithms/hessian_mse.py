@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -12,25 +11,15 @@ from passes.formats import Format
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import WEIGHTS, Algorithm, Operand, Seen, View
 from qcompile.algorithms.inputs import InputMoments, tell_few_tokens, watch_inputs
-from qcompile.algorithms.search import ScaleSearch, SearchSettings, Weigh, Weighing
+from qcompile.algorithms.search import ScaleSearch, Weigh, Weighing
+from qcompile.algorithms.settings import HessianMseSettings
 from qcompile.algorithms.statistics import Statistic
 from qcompile.messages import some
 
-__all__ = ["HessianMse", "HessianMseSettings", "block_width", "weighed_by"]
+__all__ = ["HessianMse", "block_width", "weighed_by"]
 
 _WIDTH = 16  # of blocks along the reduction axis, where the format has none of a like size
 _LEAST = 1e-6  # part of the mean that each input counts at least: one that was always zero in calibration need not stay
-
-
-class HessianMseSettings(SearchSettings):
-    """`hessian_mse`: scales by the squared error of what they round, weighed by the inputs."""
-
-    algorithm: Literal["hessian_mse"]
-    """`hessian_mse`: the scale of a weight whose rounding changes the layer's results least, as far as the second
-    moment of its inputs tells that, in blocks of 16. Ranges of activations stay those of `max`."""
-    sequential: bool = False
-    """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
-    them: data is walked once for each block, half the model on average."""
 
 
 class HessianMse(Algorithm[HessianMseSettings]):

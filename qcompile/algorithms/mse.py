@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch.fx import Node
 
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import RANGES, WEIGHTS, Algorithm, Operand, Seen, View, quantizer, ranges
 from qcompile.algorithms.scales import scale_of
-from qcompile.algorithms.search import ScaleSearch, SearchSettings, least
+from qcompile.algorithms.search import ScaleSearch, least
+from qcompile.algorithms.settings import MseSettings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
-
-
-class MseSettings(SearchSettings):
-    """`mse`: scales by the squared error of what they round."""
-
-    algorithm: Literal["mse"]
-    """`mse`: the scale with the least squared error, of each weight by its numbers, of activations with a constant
-    scale by a histogram of the calibration data. Weights need no data."""
-    smallest_range: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=False)] = 0.05
-    """The least range of an activation that is tried, as a part of the largest magnitude that was seen; 1 leaves them
-    to `max`. Four times as many `candidates` are tried as for a weight."""
 
 
 class Mse(Algorithm[MseSettings]):

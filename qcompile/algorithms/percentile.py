@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch.fx import Node
 
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import RANGES, Algorithm, Operand, Seen, View, quantizer, ranges
-from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.settings import PercentileSettings
 from qcompile.algorithms.statistics import Histogram, Largest, Statistic
-
-
-class PercentileSettings(Settings):
-    """`percentile`: ranges of activations without the largest few numbers."""
-
-    algorithm: Literal["percentile"]
-    """`percentile`: the range of an activation with a constant scale ends where so many percent of the magnitudes that
-    calibration shows are below; the rest saturates. Weights are left to other steps. Where outliers carry meaning, as
-    in transformers, it is worse than `max`: measure."""
-    percentile: Annotated[float, Field(gt=50, le=100, allow_inf_nan=False, strict=False)] = 99.99
-    """How many percent."""
 
 
 class Percentile(Algorithm[PercentileSettings]):

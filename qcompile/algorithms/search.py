@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
 from passes.codes import block_scale_numbers, rows_together
 from passes.formats import Format
@@ -18,23 +16,11 @@ from passes.ir import block_numbers, block_scale_values
 from passes.quantize.insert import Quantizer
 from qcompile.algorithms.base import Operand, View
 from qcompile.algorithms.scales import has_constant, scale_of
-from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.settings import SearchSettings
 
-__all__ = ["ScaleSearch", "SearchSettings", "Weighing", "least"]
+__all__ = ["ScaleSearch", "Weighing", "least"]
 
 _PIECE = 1 << 16  # elements that are tried at once: larger intermediates leave the caches
-
-
-class SearchSettings(Settings):
-    """What a search for scales can be told."""
-
-    smallest: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=False)] = 0.5
-    """The least scale of a weight that is tried, as a part of that of `max`: what is larger then saturates."""
-    largest: Annotated[float, Field(ge=1, le=4, allow_inf_nan=False, strict=False)] = 1.75
-    """The largest scale of a weight that is tried: a block whose largest number becomes 4 and not 6 may lose less."""
-    candidates: Annotated[int, Field(ge=2, le=1000)] = 32
-    """How many scales of a weight are tried, beside that of `max`. The scales of nvfp4's blocks are e4m3 numbers, of
-    which all in the range are."""
 
 
 class Weighing:
