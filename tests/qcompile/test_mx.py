@@ -62,14 +62,15 @@ def test_transformers_has_the_weights_that_come_back(name: str, tmp_path: Path) 
     torch.testing.assert_close(back(**ids).logits, theirs(**ids).logits)
 
 
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_torch_compile_runs_them_and_files_do_not(name: str, tmp_path: Path) -> None:
+def test_torch_compile_runs_them_and_files_do_not(name: str, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8)).eval(), torch.randn(3, 64)
     both = recipe(name, "*.{weight,input}_quantizer")
     program = qcompile.quantize(model, (x,), recipe=both, dtype=torch.float32, progress=False)
     with torch.no_grad():
-        run = torch.compile(model, backend="qcompile", options={"recipe": both})
+        run = torch.compile(model, backend="qcompile", options={"recipe": both, "target": target})
         torch.testing.assert_close(run(x), program.module()(x))
         assert 0 < float((run(x) - model(x)).norm() / model(x).norm()) < (0.1 if name == "mxfp8" else 0.4)
     torch._dynamo.reset()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,11 +32,14 @@ _WRITERS = {
 """File -> what it writes to a disk, and how that is whole or not at all."""
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> list[tuple[str, ast.Module]]:
+    found = []
     for package in (passes, qcompile):
         root = Path(next(iter(package.__path__)))
         for path in sorted(root.rglob("*.py")):
-            yield path.relative_to(root.parent).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+            found.append((path.relative_to(root.parent).as_posix(), ast.parse(path.read_text(encoding="utf-8"))))
+    return found
 
 
 def writes(node: ast.AST) -> bool:
