@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from qcompile.algorithms.channels import Sizes
-from qcompile.algorithms.smoothing import Smoother, SmoothingSettings
+from qcompile.algorithms.settings import SmoothingSettings
+from qcompile.algorithms.smoothing import Smoother
 
 
 class AwqSettings(SmoothingSettings):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from pydantic import Field
 from torch.fx import Node
 
 from passes.codes import block_scale_numbers, rows_together
@@ -20,38 +19,12 @@ from qcompile.algorithms.feedback import Feedback, column_order, feedback_of, ro
 from qcompile.algorithms.hessian_mse import weighed_by
 from qcompile.algorithms.inputs import InputMoments, tell_few_tokens, watch_inputs
 from qcompile.algorithms.search import ScaleSearch, SearchSettings, squares
-from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.settings import GptqSettings, Scales
 from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 
-Scales = Literal["max", "mse", "hessian_mse"]
-
-
-class GptqSettings(Settings):
-    """`gptq`: weights are rounded a column at a time, and what is left makes up for the error."""
-
-    algorithm: Literal["gptq"]
-    """`gptq`: codes of weights, rounded a column at a time, so that the columns that are left make up for the error as
-    far as the second moment of the layer's inputs tells (Frantar et al. 2022). Ranges of activations stay those of
-    `max`."""
-    scales: Scales = "hessian_mse"
-    """How the scales that weights are rounded with are found."""
-    damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] = 0.01
-    """What is added to the diagonal of the second moment, as a part of its mean: the more, the nearer the codes are to
-    those next to the weight. Ten times as much is added where that is singular."""
-    order: Literal["block", "activation", "none"] = "block"
-    """Which columns are rounded first: those with the largest inputs (`activation`), whole blocks of columns with the
-    largest inputs (`block`; the same where blocks along a row have no scales of their own), or from left to right. But
-    with `activation` the scales of such blocks are found when the first of their columns is rounded."""
-    block: Annotated[int, Field(ge=1, le=8192)] = 128
-    """How many columns are rounded before their errors are added to all others. It does not change what is computed,
-    only how fast."""
-    double: bool = False
-    """Compute in float64: twice the time and memory, and in general the same codes but for a few in a million."""
-    sequential: bool = False
-    """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
-    them: data is walked once for each block, half the model on average."""
+__all__ = ["Gptq", "GptqSettings", "block_of"]
 
 
 class Gptq(Algorithm[GptqSettings]):
@@ -69,6 +42,17 @@ class Gptq(Algorithm[GptqSettings]):
     @property
     def sequential(self) -> bool:
         return self.settings.sequential
+
+    @property
+    def without_data(self) -> str | None:
+        if self.settings.without_data == "error":
+            return None
+        scales = "max" if self.settings.scales == "max" else "mse"
+        return f"no calibration data for weights: they are rounded to the nearest with scales of {scales}, not by gptq"
+
+    @property
+    def memory(self) -> float | None:
+        return self.settings.memory
 
     def instead(self, earlier: Algorithm[Any]) -> str:
         name = earlier.settings.algorithm

@@ -1,12 +1,14 @@
 """What a step of calibration can say in a recipe.
 
-The settings of an algorithm stand in its own file, which imports torch; only those of `max` are here, so that a recipe
-without others is read without torch.
+The settings of an algorithm stand in its own file, which imports torch; here are those that most shipped recipes name,
+so that these are read, listed and checked without torch (`LIGHT`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from qcompile.schemes.strict import Strict
 
@@ -26,3 +28,93 @@ class MaxSettings(Settings):
 
     algorithm: Literal["max"] = "max"
     """`max`: the largest magnitude seen in the calibration data."""
+
+
+Scales = Literal["max", "mse", "hessian_mse"]
+"""How `gptq` finds scales."""
+
+
+class GptqSettings(Settings):
+    """`gptq`: weights are rounded a column at a time, and what is left makes up for the error."""
+
+    algorithm: Literal["gptq"]
+    """`gptq`: codes of weights, rounded a column at a time, so that the columns that are left make up for the error as
+    far as the second moment of the layer's inputs tells (Frantar et al. 2022). Ranges of activations stay those of
+    `max`."""
+    scales: Scales = "hessian_mse"
+    """How the scales that weights are rounded with are found."""
+    damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] = 0.01
+    """What is added to the diagonal of the second moment, as a part of its mean: the more, the nearer the codes are to
+    those next to the weight. Ten times as much is added where that is singular."""
+    order: Literal["block", "activation", "none"] = "block"
+    """Which columns are rounded first: those with the largest inputs (`activation`), whole blocks of columns with the
+    largest inputs (`block`; the same where blocks along a row have no scales of their own), or from left to right. But
+    with `activation` the scales of such blocks are found when the first of their columns is rounded."""
+    block: Annotated[int, Field(ge=1, le=8192)] = 128
+    """How many columns are rounded before their errors are added to all others. It does not change what is computed,
+    only how fast."""
+    double: bool = False
+    """Compute in float64: twice the time and memory, and in general the same codes but for a few in a million."""
+    sequential: bool = False
+    """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
+    them: data is walked once for each block, half the model on average."""
+    memory: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] = 4e9
+    """How many bytes second moments may take, 16 for each pair of features of a tensor that layers read. Where all of
+    them take more, weights are solved in parts, and data is walked once for each: the codes are the same. Those of one
+    tensor are kept whatever they take."""
+    without_data: Literal["error", "mse"] = "error"
+    """What to do where there is no calibration data, as in a directory of weights or a model with given ranges:
+    refuse, or round weights to the nearest with scales as `mse` finds them, which a notice says."""
+
+
+class SmoothingSettings(Settings):
+    """What `smoothquant` and `awq` can say."""
+
+    alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] | None = None
+    """The exponent of how large a channel gets, the same for all layers; without it one is searched for each group of
+    layers that read one tensor, by the error of their outputs, and a group that none helps stays as it is."""
+    steps: Annotated[int, Field(ge=1, le=100)] = 20
+    """How fine exponents from 0 to 1 are told apart: 20 is to .05. Every fourth is tried, then those near the best."""
+    rows: Annotated[int, Field(ge=1, le=1 << 16)] = 256
+    """How many rows (tokens) of the calibration data exponents are judged on. They stay in memory, for every group."""
+    multiply: bool = True
+    """Whether a factor that no norm and no layer can take may stay in the model as a multiplication, which checkpoints
+    cannot hold. Without it such a group is left alone."""
+    without_data: Literal["error", "skip"] = "error"
+    """What to do where there is no calibration data, as in a directory of weights or a model with given ranges:
+    refuse, or leave this step out, which a notice says."""
+
+
+class SmoothQuantSettings(SmoothingSettings):
+    """`smoothquant`: channels of activations and columns of weights meet in between."""
+
+    algorithm: Literal["smoothquant"]
+    """`smoothquant`: divide each channel of a linear layer's input by max|x|^alpha / max|w|^(1 - alpha), and multiply
+    the column of the weight by it. Scales are left to the step behind it, or to `max`."""
+
+
+class SvdquantSettings(Settings):
+    """`svdquant`: the largest part of weights stays in half."""
+
+    algorithm: Literal["svdquant"]
+    """`svdquant`: the part of the weights with the largest singular values stays in half, as a product of two thin
+    matrices beside the quantized rest. Two products more for each group of layers that read one tensor; scales are for
+    the steps behind it to choose."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Of the part, for each layer: q, k and v, which read one tensor, have three times that together. Multiples of 16
+    are what hardware multiplies; others are padded. It is halved, down to 8, for a group whose factors would take more
+    bytes than its codes save."""
+    weighting: Literal["inputs", "none"] = "inputs"
+    """What makes a part the largest: `inputs` weighs each column of a weight by the root mean square of its inputs in
+    the calibration data; `none` needs no data."""
+    iterations: Annotated[int, Field(ge=0, le=100)] = 4
+    """How often what rounding the rest loses is taken into the low-rank part, and the rest is taken anew."""
+
+
+LIGHT: dict[str, type[Settings]] = {
+    "max": MaxSettings,
+    "gptq": GptqSettings,
+    "smoothquant": SmoothQuantSettings,
+    "svdquant": SvdquantSettings,
+}
+"""The settings of algorithms of this package that are known without their files."""

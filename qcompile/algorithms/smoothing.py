@@ -14,10 +14,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import Field
 from torch.fx import Node
 
 from passes.absorb import Absorber, find_absorber
@@ -27,7 +26,7 @@ from passes.place.smooth import Smoothing, unfit
 from passes.places import Pipeline
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View
 from qcompile.algorithms.channels import Channels, Sizes
-from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.settings import SmoothingSettings
 from qcompile.algorithms.simulate import rounded
 from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
@@ -37,21 +36,6 @@ __all__ = ["Group", "Smoother", "SmoothingSettings"]
 
 _WORTH = 0.995  # of the error without: a factor that gains less is not worth an edit
 _REACH = 12  # powers of two that a factor can be away from 1: half precision has room for them
-
-
-class SmoothingSettings(Settings):
-    """What both can say."""
-
-    alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] | None = None
-    """The exponent of how large a channel gets, the same for all layers; without it one is searched for each group of
-    layers that read one tensor, by the error of their outputs, and a group that none helps stays as it is."""
-    steps: Annotated[int, Field(ge=1, le=100)] = 20
-    """How fine exponents from 0 to 1 are told apart: 20 is to .05. Every fourth is tried, then those near the best."""
-    rows: Annotated[int, Field(ge=1, le=1 << 16)] = 256
-    """How many rows (tokens) of the calibration data exponents are judged on. They stay in memory, for every group."""
-    multiply: bool = True
-    """Whether a factor that no norm and no layer can take may stay in the model as a multiplication, which checkpoints
-    cannot hold. Without it such a group is left alone."""
 
 
 _Settings = TypeVar("_Settings", bound=SmoothingSettings)
@@ -120,8 +104,14 @@ class Smoother(Algorithm[_Settings]):
             size: of each. columns: largest magnitude of each column of the weights, `[K]`.
         """
 
+    @property
+    def without_data(self) -> str | None:
+        if self.settings.without_data == "error":
+            return None
+        return f"no calibration data for weights: {self.settings.algorithm} is left out"
+
     def watch(self, view: View) -> dict[Node, Statistic]:
-        if not view.weights:
+        if not view.weights and self.without_data is None:
             raise CalibrationError(
                 f"{self.settings.algorithm} changes weights by what data shows, and no weight is quantized here: give"
                 " the batches to quantize(calibration=...), as ranges of activations do not say it"

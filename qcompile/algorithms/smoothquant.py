@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from qcompile.algorithms.channels import Sizes
-from qcompile.algorithms.smoothing import Smoother, SmoothingSettings
-
-
-class SmoothQuantSettings(SmoothingSettings):
-    """`smoothquant`: channels of activations and columns of weights meet in between."""
-
-    algorithm: Literal["smoothquant"]
-    """`smoothquant`: divide each channel of a linear layer's input by max|x|^alpha / max|w|^(1 - alpha), and multiply
-    the column of the weight by it. Scales are left to the step behind it, or to `max`."""
+from qcompile.algorithms.settings import SmoothQuantSettings
+from qcompile.algorithms.smoothing import Smoother
 
 
 class SmoothQuant(Smoother[SmoothQuantSettings]):

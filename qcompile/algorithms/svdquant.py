@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch.fx import Node
 
 from passes.codes import block_scale_numbers
@@ -20,7 +19,7 @@ from passes.places import Pipeline
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View
 from qcompile.algorithms.low_rank import largest_part
 from qcompile.algorithms.scales import has_constant, scale_of
-from qcompile.algorithms.settings import Settings
+from qcompile.algorithms.settings import SvdquantSettings
 from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 
@@ -33,24 +32,6 @@ _LEAST_RANK = 8  # back ends multiply no fewer at a time
 _LEAST = 1e-4  # of the largest channel: one that was zero in calibration may not be later
 
 Group = Sequence[Operand]
-
-
-class SvdquantSettings(Settings):
-    """`svdquant`: the largest part of weights stays in half."""
-
-    algorithm: Literal["svdquant"]
-    """`svdquant`: the part of the weights with the largest singular values stays in half, as a product of two thin
-    matrices beside the quantized rest. Two products more for each group of layers that read one tensor; scales are for
-    the steps behind it to choose."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Of the part, for each layer: q, k and v, which read one tensor, have three times that together. Multiples of 16
-    are what hardware multiplies; others are padded. It is halved, down to 8, for a group whose factors would take more
-    bytes than its codes save."""
-    weighting: Literal["inputs", "none"] = "inputs"
-    """What makes a part the largest: `inputs` weighs each column of a weight by the root mean square of its inputs in
-    the calibration data; `none` needs no data."""
-    iterations: Annotated[int, Field(ge=0, le=100)] = 4
-    """How often what rounding the rest loses is taken into the low-rank part, and the rest is taken anew."""
 
 
 class Svdquant(Algorithm[SvdquantSettings]):

@@ -1,6 +1,6 @@
 """`calibration:` of a recipe: one step, or a list of steps, each an algorithm with its settings.
 
-A recipe that names no algorithm but `max` is read without torch.
+A recipe that names no algorithms but those of `LIGHT` is read without torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Discriminator, Field, Tag
 
 from qcompile.algorithms import ALGORITHMS, algorithm_called, find_installed
-from qcompile.algorithms.settings import MaxSettings, Settings
+from qcompile.algorithms.settings import LIGHT, MaxSettings, Settings
 from qcompile.errors import AlgorithmError
 
 ONE_TAG, LIST_TAG = "<step>", "<steps>"
@@ -25,8 +25,8 @@ def settings_of(name: str) -> type[Settings]:
     Raises:
         AlgorithmError: it has none, or they are those of another name.
     """
-    if ALGORITHMS[name] == "qcompile.algorithms.max.Max":
-        return MaxSettings
+    if name in LIGHT and str(ALGORITHMS[name]).startswith("qcompile.algorithms."):  # not replaced by another's
+        return LIGHT[name]
     found = algorithm_called(name)
     model = getattr(found, "model", None)
     if not isinstance(model, type) or not issubclass(model, Settings):

@@ -37,7 +37,9 @@ class Net(nn.Module):
 
 def recipe(rank: int = 4, name: str = "nvfp4", behind: str = "", **settings: Any) -> qcompile.Recipe:
     own = "".join(f", {key}: {value}" for key, value in settings.items())
-    return qcompile.load_recipe(name, [f"calibration=[{{algorithm: svdquant, rank: {rank}{own}}}{behind}]"])
+    return qcompile.load_recipe(
+        name, [f"calibration=[{{algorithm: svdquant, rank: {rank}{own}}}{behind}]", "convolutions=all"]
+    )
 
 
 def quantized(
