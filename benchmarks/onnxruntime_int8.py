@@ -2,9 +2,9 @@
 
 An MLP (768 wide, 3072 between, GELU) on 256 rows, one thread, default sessions: in float32, quantized by ONNX
 Runtime's `quantize_static` (Q/DQ, per channel, the same samples) and `quantize_dynamic`, and exported by qcompile with
-the recipe `int8_fast`; beside them `torch.compile(model, backend="qcompile")`. One run of each in turn, medians. `error`
-is the relative one against float32 of a session without optimizations: a default one saturates sums on CPUs without
-VNNI.
+the recipe `int8_fast`; beside them `torch.compile(model, backend="qcompile")`. One run of each in turn, medians.
+`error` is the relative one against float32 of a session without optimizations: a default one saturates sums on CPUs
+without VNNI.
 """
 
 from __future__ import annotations
