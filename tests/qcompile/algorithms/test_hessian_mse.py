@@ -188,11 +188,10 @@ def test_without_data_it_is_mse_and_says_so() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["gptq", "hessian_mse"])
-def test_a_directory_has_no_data(algorithm: str, tmp_path: Any) -> None:
+def test_a_directory_has_no_data(tmp_path: Any) -> None:
     source = save(tiny("llama"), tmp_path / "source")
-    chosen = recipe("nvfp4_weight_only", algorithm=algorithm)
-    with pytest.raises(CheckpointError, match=f"{algorithm} needs calibration data: program = qcompile"):
+    chosen = recipe("nvfp4_weight_only", algorithm="gptq")
+    with pytest.raises(CheckpointError, match="gptq needs calibration data: program = qcompile"):
         qcompile.save_checkpoint(source, tmp_path / "out", format="modelopt", recipe=chosen, progress=False)
 
 
