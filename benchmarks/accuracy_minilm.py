@@ -55,8 +55,11 @@ CASES = (
     Case("fp8_gemm", mean=BAR),
     Case("fp8_per_channel_per_token", mean=BAR),
     Case("fp8_block", mean=BAR),
-    Case("int8"),  # one scale per activation tensor
+    Case("int8"),
+    Case("int8_fast"),  # one scale per activation tensor, outliers and all
     Case("nvfp4", mean=0.965, spearman=0.94),
+    Case("nvfp4_fast"),
+    Case("nvfp4_low_rank"),
     Case("nvfp4", (_ROTATE,)),
     Case("nvfp4_fp8_attention"),
     Case("nvfp4_fp8_attention", (_ROTATE,)),

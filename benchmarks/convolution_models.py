@@ -26,6 +26,7 @@ import torch
 import qcompile
 from benchmarks import record
 from benchmarks.convolution_zoo import MODELS
+from benchmarks.fast import of_max
 from benchmarks.fusion import export_unquantized
 from benchmarks.kernels import differences
 from benchmarks.models import Example
@@ -111,7 +112,7 @@ def _said(error: Exception) -> str:
 
 
 def _equal(example: Example, row: Row, folder: Path) -> None:
-    exact = qcompile.load_recipe(row.recipe, ["calibration.power_of_two=true", *ALL])
+    exact = of_max(row.recipe, "calibration.power_of_two=true", *ALL)
     program = example.quantized(recipe=exact, dtype=torch.float32)
     for target in ("tensorrt", "portable"):
         batch = example.args or example.kwargs
@@ -136,9 +137,7 @@ def left(report: Report) -> dict[str, str]:
 
 def _build(example: Example, row: Row, folder: Path) -> None:
     path, half = folder / "half.onnx", folder / "rival.onnx"
-    report = qcompile.export_onnx(
-        example.quantized(recipe=qcompile.load_recipe(row.recipe, ALL)), path, io_dtype=torch.float16
-    )
+    report = qcompile.export_onnx(example.quantized(recipe=of_max(row.recipe, *ALL)), path, io_dtype=torch.float16)
     built = qcompile.build_engine(path, target=TARGET, progress=False)
     row.kernels, row.convolutions = built.kernels, {k: n for k, n in built.convolutions.items() if n}
     row.attention = built.attention.low_precision, built.attention.total

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import qcompile
 from benchmarks import record
 from benchmarks.convnets import ResNet, basic, conv
+from benchmarks.fast import of_max
 from benchmarks.fusion import export_unquantized
 from benchmarks.models import Example
 
@@ -134,7 +135,7 @@ def trained(data: Data, seed: int, *, width: int = 16, epochs: int = 30) -> ResN
 
 
 def measure(example: Example, held_out: Data, recipe: str, path: Path) -> Network:
-    program = example.quantized(recipe=qcompile.load_recipe(recipe, ["convolutions=all"]))
+    program = example.quantized(recipe=of_max(recipe, "convolutions=all"))
     report = qcompile.export_onnx(program, path, target="portable")
     session = qcompile.onnx_session(path)
     found = session.run(None, {session.get_inputs()[0].name: held_out.images.numpy()})[0]

@@ -22,6 +22,7 @@ import torch
 
 import qcompile
 from benchmarks import record
+from benchmarks.fast import of_max
 from benchmarks.zoo import ZOO, Model
 from qcompile import EngineReport
 from qcompile.recipe import QuantizerName, resolve
@@ -106,7 +107,7 @@ def measure(model: Model, recipe: str, *, dynamic: bool, targets: Sequence[str] 
 
 def _compile(model: Model, row: Row, folder: Path, targets: Sequence[str]) -> None:
     example = model.example(dynamic=row.dynamic)
-    program = example.quantized(recipe=row.recipe, dtype=model.dtype)
+    program = example.quantized(recipe=of_max(row.recipe), dtype=model.dtype)
     batch = None
     if model.dtype is torch.bfloat16:
         row.not_compared = "ONNX Runtime has no bfloat16 kernels on the CPU"

@@ -222,7 +222,7 @@ def measure(model: torch.nn.Module, batch: dict[str, torch.Tensor], path: Path) 
 def quantize(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.export.ExportedProgram:
-    return qcompile.quantize(model, (), batch, recipe="nvfp4", calibration=[batch], dtype=dtype, progress=False)
+    return qcompile.quantize(model, (), batch, recipe="nvfp4_fast", calibration=[batch], dtype=dtype, progress=False)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import qcompile
 from benchmarks import record
 from benchmarks.cases import CASES, Case
+from benchmarks.fast import of_max
 from benchmarks.models import Example
 from qcompile import EngineReport
 
@@ -69,7 +70,7 @@ class Row:
 
 def compile_case(case: Case, example: Example, path: Path) -> qcompile.Report:
     """Quantize and export `example` to `path`."""
-    return qcompile.export_onnx(example.quantized(recipe=case.recipe, dtype=case.dtype), path)
+    return qcompile.export_onnx(example.quantized(recipe=of_max(case.recipe), dtype=case.dtype), path)
 
 
 def export_unquantized(example: Example, dtype: torch.dtype, path: Path) -> None:

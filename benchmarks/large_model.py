@@ -2,7 +2,8 @@
 
 Random weights in half precision; each case in a fresh process. The peak is that of the process, the model in it, from
 start to verified file. Interpreter, imports and exporter take some of it whatever the model, as a tiny one shows that
-goes first; the ratio is shown with and without that.
+goes first; the ratio is shown with and without that. Scales are those of `max`: what gptq keeps of the inputs is a
+setting of it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import transformers
 
 import qcompile
 from benchmarks.export_worker import peak_mb
+from benchmarks.fast import of_max
 
 _TOKENS = 32
 
@@ -76,7 +77,7 @@ def compile_to_onnx(model: torch.nn.Module, recipe: str, path: Path) -> dict[str
     ids = torch.randint(0, 100, (1, _TOKENS))
     batch = {"input_ids": ids}
     start = time.perf_counter()
-    program = qcompile.quantize(model, (), batch, recipe=recipe, calibration=[batch], progress=False)
+    program = qcompile.quantize(model, (), batch, recipe=of_max(recipe), calibration=[batch], progress=False)
     quantized, after_quantize = time.perf_counter(), peak_mb()
     report = qcompile.export_onnx(program, path)
     exported = time.perf_counter()

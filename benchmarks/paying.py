@@ -20,6 +20,7 @@ import torch
 
 import qcompile
 from benchmarks import convnets_more, convolution_zoo, diffusion_zoo, record
+from benchmarks.fast import of_max
 from benchmarks.models import Example
 
 app = cyclopts.App(help=__doc__)
@@ -80,7 +81,7 @@ def measure(name: str, recipe: str, targets: Sequence[str] = TARGETS) -> Iterato
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for which in ("none", "where_it_pays"):
             path = Path(folder) / "model.onnx"
-            program = example.quantized(recipe=qcompile.load_recipe(recipe, [f"convolutions={which}"]))
+            program = example.quantized(recipe=of_max(recipe, f"convolutions={which}"))
             counts = qcompile.export_onnx(program, path, io_dtype=torch.float16).coverage["convolution"]
             for target in targets:
                 kernels[which, target] = qcompile.build_engine(path, target=target, progress=False).kernels

@@ -93,7 +93,7 @@ SCHEMES = (
     Scheme("tensor", "fp8", "fp8_gemm", _one_scale, _one_scale, static=True),
     ROWS,
     Scheme("block", "fp8", "fp8_block", lambda x: _dynamic(x, FP8_1X128), _squares),
-    Scheme("nvfp4", "nvfp4", "nvfp4", _nvfp4, _nvfp4, static=True, capability=(10, 0)),
+    Scheme("nvfp4", "nvfp4", "nvfp4_fast", _nvfp4, _nvfp4, static=True, capability=(10, 0)),
 )
 
 

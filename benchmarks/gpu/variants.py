@@ -91,7 +91,7 @@ VARIANTS = (
     Variant("torchao-row", _torchao_row, _judge_torchao, capability=(8, 9)),
     _qcompile("block", "fp8_block"),
     Variant("bf16-eager", lambda model, *_: model, _judge_exact, graph=False),
-    _qcompile("nvfp4", "nvfp4", static=True, capability=(10, 0)),
+    _qcompile("nvfp4", "nvfp4_fast", static=True, capability=(10, 0)),
 )
 
 

@@ -203,12 +203,9 @@ class Algorithm(Generic[_Settings]):
     Attributes:
         model: the pydantic model of its settings, whose `algorithm` is its name in recipes.
         settings: what the recipe says.
-        needs_data: whether what it watches is needed. Otherwise `seen` is empty where there are ranges and no data.
     """
 
     model: ClassVar[type[Settings]]
-
-    needs_data: ClassVar[bool] = True
 
     def __init__(self, settings: _Settings) -> None:
         self.settings = settings
@@ -218,6 +215,18 @@ class Algorithm(Generic[_Settings]):
         """Of what it chooses all scales, `WEIGHTS` or `RANGES` or both, if that is known: a step of which nothing stays
         behind later ones is refused."""
         return frozenset()
+
+    @property
+    def without_data(self) -> str | None:
+        """What to tell the user where there is no data and the step does without: `edits` is not asked then, and
+        `solve` sees nothing. None if what it watches is needed."""
+        return None
+
+    @property
+    def memory(self) -> float | None:
+        """The most bytes that what it watches may take at once, None if there is no limit: where it takes more, weights
+        are shown to it in parts, those that share a tensor or a scale together, and data is walked for each part."""
+        return None
 
     @property
     def sequential(self) -> bool:

@@ -41,6 +41,17 @@ class Gptq(Algorithm[GptqSettings]):
     def sequential(self) -> bool:
         return self.settings.sequential
 
+    @property
+    def without_data(self) -> str | None:
+        if self.settings.without_data == "error":
+            return None
+        scales = "max" if self.settings.scales == "max" else "mse"
+        return f"no calibration data for weights: they are rounded to the nearest with scales of {scales}, not by gptq"
+
+    @property
+    def memory(self) -> float | None:
+        return self.settings.memory
+
     def instead(self, earlier: Algorithm[Any]) -> str:
         name = earlier.settings.algorithm
         return f"say {{algorithm: gptq, scales: {name}}}" if name in get_args(Scales) else super().instead(earlier)

@@ -30,7 +30,7 @@ class HessianMse(Algorithm[HessianMseSettings]):
     """
 
     model = HessianMseSettings
-    needs_data = False
+    without_data = "no calibration data for weights: their scales are those of mse, not of hessian_mse"
 
     @property
     def chooses(self) -> frozenset[str]:
@@ -45,15 +45,13 @@ class HessianMse(Algorithm[HessianMseSettings]):
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
         moments = InputMoments(view.weights, seen)
-        self._tell(view, seen, moments)
+        self._tell(view, moments)
         return ScaleSearch(self.settings, weighed_by(moments)).weights(view)
 
-    def _tell(self, view: View, seen: Seen, moments: InputMoments) -> None:
+    def _tell(self, view: View, moments: InputMoments) -> None:
         """Notices of weights that are chosen without their inputs, and of those with few."""
         left = [weight.name for weight in view.weights if not moments.key(weight)]
-        if view.weights and not seen:
-            view.notices.append("no calibration data for weights: their scales are those of mse, not of hessian_mse")
-        elif left:
+        if left:
             view.notices.append(f"no input of a linear layer was seen for {some(left)}: their scales are those of mse")
         tell_few_tokens(view, moments, block_width)
 

@@ -17,12 +17,27 @@ from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 
-__all__ = ["InputMoments", "has_input", "tell_few_tokens", "watch_inputs"]
+__all__ = ["InputMoments", "expression", "has_input", "tell_few_tokens", "watch_inputs"]
 
 _FEW = 2  # tokens for each feature of a block: with fewer, a second moment describes just them
 
 
-class RoutedMoment(SecondMoment):
+class ExpertMoment(SecondMoment):
+    """The second moments of what the experts of a mixture are multiplied with, kept at the product."""
+
+    def __init__(self, width: int | None, *, double: bool = False) -> None:
+        super().__init__(width, grouped=True, double=double)
+
+    def memory(self, node: Node) -> int:
+        given = node.args[0]
+        assert isinstance(given, Node)
+        return self._bytes(shape(node)[0], shape(given)[-1])
+
+    def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
+        super().update(args[0], (), weight)
+
+
+class RoutedMoment(ExpertMoment):
     """The second moments of what the experts of a mixture get, each of its own tokens.
 
     The graph multiplies every token with every expert, and what an expert was not asked for with zero, later: `Routing`
@@ -30,7 +45,7 @@ class RoutedMoment(SecondMoment):
     """
 
     def __init__(self, width: int | None, *, double: bool = False) -> None:
-        super().__init__(width, grouped=True, double=double)
+        super().__init__(width, double=double)
         self._waiting: tuple[torch.Tensor, float] | None = None
         self._routing: torch.Tensor | None = None
 
@@ -90,9 +105,12 @@ def watch_inputs(
             widths[node] = None if known is None or wanted is None else math.lcm(known, wanted)
     found: dict[Node, Statistic] = {}
     for node, kept in widths.items():
-        routing = _routing(node) if node.target is BATCHED_LINEAR else None
+        if node.target is not BATCHED_LINEAR:
+            found[node] = SecondMoment(kept, double=double)
+            continue
+        routing = _routing(node)
         if routing is None:
-            found[node] = SecondMoment(kept, grouped=node.target is BATCHED_LINEAR, double=double)
+            found[node] = ExpertMoment(kept, double=double)
             continue
         moment = found[node] = RoutedMoment(kept, double=double)
         listening = found.setdefault(routing, Routing())
@@ -111,7 +129,7 @@ class InputMoments:
             found = seen.get(_kept_at(weight)) if has_input(weight) else None
             if isinstance(found, SecondMoment):
                 _check_finite(weight, found)
-                key = self._keys[weight] = _expression(weight.node)
+                key = self._keys[weight] = expression(weight.node)
                 known = self._kept.setdefault(key, [])
                 if found not in known:
                     known.append(found)
@@ -157,11 +175,11 @@ def _check_finite(weight: Operand, found: SecondMoment) -> None:
         )
 
 
-def _expression(node: Node) -> Hashable:
+def expression(node: Node) -> Hashable:
     """What a weight is made of, the same for one that is read in several places."""
     if node.op == "get_attr":
         return id(node.graph.owning_module), str(node.target)
-    parts = tuple(_expression(arg) if isinstance(arg, Node) else repr(arg) for arg in node.args)
+    parts = tuple(expression(arg) if isinstance(arg, Node) else repr(arg) for arg in node.args)
     return str(node.target), parts, repr(node.kwargs)
 
 

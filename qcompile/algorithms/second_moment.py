@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+from torch.fx import Node
 
+from passes.graph import shape
 from qcompile.algorithms.statistics import Statistic
 
 
@@ -88,6 +90,15 @@ class SecondMoment(Statistic):
         self.sum = ExactSum()
         self.tokens = torch.zeros(1, dtype=torch.float64)
         self.runs = self.broken = 0
+
+    def memory(self, node: Node) -> int:
+        sizes = shape(node)
+        return self._bytes(sizes[0] if self.grouped else 1, sizes[-1])
+
+    def _bytes(self, experts: int, columns: int) -> int:
+        """Two sums in float64."""
+        width = columns if self.width is None else self.width
+        return int(16 * experts * -(-columns // width) * width**2)
 
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         x: torch.Tensor = result.detach()

@@ -91,6 +91,13 @@ class GptqSettings(Settings):
     sequential: bool = False
     """Solve the blocks that the model repeats one after another, each with inputs as quantized ones before it give
     them: data is walked once for each block, half the model on average."""
+    memory: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] = 4e9
+    """How many bytes second moments may take, 16 for each pair of features of a tensor that layers read. Where all of
+    them take more, weights are solved in parts, and data is walked once for each: the codes are the same. Those of one
+    tensor are kept whatever they take."""
+    without_data: Literal["error", "mse"] = "error"
+    """What to do where there is no calibration data, as in a directory of weights or a model with given ranges:
+    refuse, or round weights to the nearest with scales as `mse` finds them, which a notice says."""
 
 
 class PercentileSettings(Settings):
@@ -105,7 +112,7 @@ class PercentileSettings(Settings):
 
 
 class SmoothingSettings(Settings):
-    """What both can say."""
+    """What `smoothquant` and `awq` can say."""
 
     alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] | None = None
     """The exponent of how large a channel gets, the same for all layers; without it one is searched for each group of
@@ -117,6 +124,9 @@ class SmoothingSettings(Settings):
     multiply: bool = True
     """Whether a factor that no norm and no layer can take may stay in the model as a multiplication, which checkpoints
     cannot hold. Without it such a group is left alone."""
+    without_data: Literal["error", "skip"] = "error"
+    """What to do where there is no calibration data, as in a directory of weights or a model with given ranges:
+    refuse, or leave this step out, which a notice says."""
 
 
 class SmoothQuantSettings(SmoothingSettings):

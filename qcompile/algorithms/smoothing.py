@@ -104,8 +104,14 @@ class Smoother(Algorithm[_Settings]):
             size: of each. columns: largest magnitude of each column of the weights, `[K]`.
         """
 
+    @property
+    def without_data(self) -> str | None:
+        if self.settings.without_data == "error":
+            return None
+        return f"no calibration data for weights: {self.settings.algorithm} is left out"
+
     def watch(self, view: View) -> dict[Node, Statistic]:
-        if not view.weights:
+        if not view.weights and self.without_data is None:
             raise CalibrationError(
                 f"{self.settings.algorithm} changes weights by what data shows, and no weight is quantized here: give"
                 " the batches to quantize(calibration=...), as ranges of activations do not say it"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+from torch.fx import Node
 
 from passes.ir import repeat_kv
 from passes.sdpa import HIDDEN, fully_masked
@@ -22,6 +23,11 @@ class Statistic(ABC):
     """
 
     additive: ClassVar[bool] = False
+
+    def memory(self, node: Node) -> int:
+        """The bytes that it will take of the results of `node`, as far as they depend on its size; known before data
+        comes."""
+        return 0
 
     @abstractmethod
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:

@@ -101,6 +101,11 @@ class Watch:
         kept.append(statistic)
         return statistic
 
+    def drop(self, statistic: Statistic) -> None:
+        """Let go what `keep` was asked for, unless it is kept anyhow."""
+        for node, others in self._others.items():
+            self._others[node] = [other for other in others if other is not statistic]
+
     def _mask(self, mask: Node) -> FullyMasked:
         return self.masks.setdefault(self._copies.get(mask, mask), FullyMasked())
 

@@ -98,7 +98,7 @@ def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tenso
     plan, dtype = planner(work), model_dtype(work.gm)
     found = solve(work, plan, Data(state, how=how), (dtype, dtype))
     carry_out(work, plan, found, dtype, dtype)
-    return [*map(str, plan.notices), *told(plan.steps), *work.log.notices]
+    return [*map(str, plan.notices), *told(plan.steps), *found.notices, *work.log.notices]
 
 
 def carry_out(work: Work, plan: Plan, found: Solution, source: torch.dtype, target: torch.dtype) -> None:

@@ -60,6 +60,14 @@ class Observation:
             self._walk([*wanted.items(), *also.items()])
         return {node: self._known(node, kind) or kind for node, kind in wanted.items()}
 
+    def drop(self, wanted: Mapping[Node, Statistic]) -> None:
+        """Let go what was kept for `wanted`."""
+        for node, kind in wanted.items():
+            kept = self._stands.pop(kind, None)
+            self._kept[node] = [other for other in self._kept.get(node, []) if other is not kept]
+            if self.watch is not None and kept is not None:
+                self.watch.drop(kept)
+
     def through(self, gm: GraphModule, kept: Mapping[Node, Statistic]) -> None:
         """Update what is kept of another graph with all data."""
         self.asked = True

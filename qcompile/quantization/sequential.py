@@ -23,6 +23,7 @@ from passes.subgraphs import copied_graph, owner
 from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.process import alone
+from qcompile.quantization.parts import once, parts_of
 from qcompile.quantization.seen import Observation
 
 _BLOCK = re.compile(r"(.*?\.\d+|\d+)(?:\.|$)")  # layers.3.mlp.up_proj -> layers.3
@@ -54,15 +55,17 @@ class Segments:
         found: dict[Operand, Quantizer] = {}
         notices: list[str] = []
         for operands in _in_order(view.weights):
-            part = replace(view.of(operands, view.quantizers), notices=notices)
-            watched = ask.watch(step, part)
-            if watched:
-                self.observation.through(copy, {self._copies[node]: kept for node, kept in watched.items()})
-            solved = ask.solve(step, part, watched)
+            solved: dict[Operand, Quantizer] = {}
+            for members in parts_of(step, view.of(operands, view.quantizers)):
+                part = replace(view.of(members, view.quantizers), notices=notices)
+                watched = ask.watch(step, part)
+                if watched:
+                    self.observation.through(copy, {self._copies[node]: kept for node, kept in watched.items()})
+                solved |= ask.solve(step, part, watched)
             found |= solved
             with alone():
                 self._quantize(copy, operands, solved)
-        view.notices += _once(notices)
+        view.notices += once(notices)
         return found
 
     def _quantize(self, copy: GraphModule, operands: Sequence[Operand], solved: Mapping[Operand, Quantizer]) -> None:
@@ -84,14 +87,6 @@ def _in_order(weights: Iterable[Operand]) -> list[list[Operand]]:
     for weight in sorted(weights, key=lambda weight: weight.site.consumer):
         segments.setdefault(segment_of(weight.site.module), []).append(weight)
     return list(segments.values())
-
-
-def _once(notices: Iterable[str]) -> list[str]:
-    """Of notices that begin alike, as one step gives them of each segment, the first."""
-    first: dict[str, str] = {}
-    for notice in notices:
-        first.setdefault(notice.partition(":")[0], notice)
-    return list(first.values())
 
 
 def _store(gm: GraphModule, pair: Node) -> None:

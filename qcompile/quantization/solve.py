@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from qcompile.capture.batch_forms import calibration_form
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.messages import some
 from qcompile.quantization.headroom import Headroom
+from qcompile.quantization.parts import parts_of, solve_parts
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
 from qcompile.quantization.sequential import Segments
@@ -105,9 +106,7 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
         _take_state(found, work, plan, static, state, dtypes)
     elif calibration is not None:
         assert data.program is not None
-        again = len(plan.steps) > 1 or any(
-            step.sequential or type(step).edits is not Algorithm.edits for step in plan.steps
-        )
+        again = len(plan.steps) > 1 or any(_walks_again(step, view) for step in plan.steps)
         observation = Observation(work.gm, data.program, calibration, dtypes, again=again, progress=data.progress)
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
@@ -135,8 +134,15 @@ def _run_steps(
         if step.sequential and observation is not None:
             quantizers |= Segments(observation, _of_activations(plan, view, quantizers, observation)).solve(step, part)
             continue
+        if observation is not None and len(parts := parts_of(step, part)) > 1:
+            quantizers |= solve_parts(step, part, parts, observation)
+            continue
         watched = ask.watch(step, part)
-        seen = _observed(step, watched, view, observation)
+        if observation is None and _lacks(step, watched):
+            quantizers |= ask.solve(step, replace(part, notices=[]), {})  # what it does, is said in one notice
+            view.notices.append(step.without_data or "")
+            continue
+        seen = _observed(watched, view, observation)
         if pipeline := ask.edits(step, part, seen):
             if quantizers:
                 raise RecipeError(
@@ -167,18 +173,28 @@ def _of_activations(
     return {site: found for site, q in known.items() if (found := ranges.get(site, q)) is not None}
 
 
-def _observed(
-    step: Algorithm[Any], watched: Mapping[Node, Statistic], view: View, observation: Observation | None
-) -> Mapping[Node, Statistic]:
-    if observation is not None:
-        # what no step takes gets the scale of `max`: its range is seen on the same walk
-        return observation.of(watched, {operand.node: Largest() for operand in view.activations})
-    if watched and step.needs_data:
+def _walks_again(step: Algorithm[Any], view: View) -> bool:
+    """Whether data may have to be walked more than once for it."""
+    return step.sequential or type(step).edits is not Algorithm.edits or len(parts_of(step, view)) > 1
+
+
+def _lacks(step: Algorithm[Any], watched: Mapping[Node, Statistic]) -> bool:
+    """Whether it does without the data that it would watch. Raises CalibrationError if it cannot."""
+    if watched and step.without_data is None:
         raise CalibrationError(
             f"the recipe's algorithm {step.settings.algorithm} needs calibration data: batches of inputs, which no"
             " calibrated state stands for"
         )
-    return {}
+    return bool(watched)
+
+
+def _observed(
+    watched: Mapping[Node, Statistic], view: View, observation: Observation | None
+) -> Mapping[Node, Statistic]:
+    if observation is None:
+        return {}
+    # what no step takes gets the scale of `max`: its range is seen on the same walk
+    return observation.of(watched, {operand.node: Largest() for operand in view.activations})
 
 
 def _take_observation(

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qcompile.algorithms.settings import Settings
 from qcompile.errors import RecipeError
 from qcompile.messages import cut
 from qcompile.messages import value as shown
@@ -42,7 +43,8 @@ def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     A path is keys and list positions: `metadata.name=mine`, `rules[0].format=int8`.
     `rules[+]={quantizer: "*lm_head*", enable: true}` appends a rule (so it wins), `rules[+]={import: fp8_attention}`
     the rules of a fragment, and `rules[format=nvfp4].rotate=true` changes every rule whose key has that value. Values
-    are YAML. Rules are counted after imports, as `qcompile recipes show NAME --expanded` lists them.
+    are YAML. A step of `calibration` that gets another `algorithm` has only those of its settings that every algorithm
+    has. Rules are counted after imports, as `qcompile recipes show NAME --expanded` lists them.
 
     Raises:
         RecipeError: names the override that cannot be read, leads nowhere, or makes the recipe invalid.
@@ -118,6 +120,9 @@ def _assign(node: Any, steps: tuple[Any, ...], done: Path, override: _Override) 
             if isinstance(node, list) and key == len(node):
                 node.append(override.value)
             else:
+                if (*done[:1], key) == ("calibration", "algorithm") and node.get(key) != override.value:
+                    for other in set(node) - set(Settings.model_fields):  # settings of the algorithm that it was
+                        del node[other]
                 node[key] = override.value
             paths.append((*done, key))
         elif isinstance(node, dict):

@@ -273,8 +273,8 @@ def test_rules_that_ask_and_rules_that_are_overridden() -> None:
     off = load_recipe("nvfp4", ['rules[+]={quantizer: "*", enable: false}'])
     assert not asked_formats(off)
     assert {name for name in qcompile.list_recipes() if calibrates(load_recipe(name))} == {
-        *("fp8", "fp8_gemm", "int8", "int8_attention", "nvfp4", "nvfp4_fp8_attention", "fp8_qkvo-nvfp4_mlp"),
-        "nvfp4_low_rank",
+        *("fp8", "fp8_gemm", "int8", "int8_attention", "int8_fast", "nvfp4", "nvfp4_fast", "nvfp4_fp8_attention"),
+        *("nvfp4_low_rank", "fp8_qkvo-nvfp4_mlp"),
     }
 
 

@@ -90,7 +90,7 @@ def read_job(model: Any, source: Any, recipe: Any, format: str) -> Job:
         steps = make(chosen.steps)
         plan.notices += told(steps)
         job = Job(origin, plan, chosen.metadata.name, steps, chosen.power_of_two)
-        job.solver().check()
+        plan.notices += job.solver().check()
         job.kv_scales = {origin.hub.attentions[path].name: scales for path, scales in plan.kv_scales.items()}
         return job
     if source is None:

@@ -78,10 +78,14 @@ class Solver:
         self._groups = {name: list(group) for group in groups for name in group}
         self._found: dict[str, Quantizer] = {}
 
-    def check(self) -> None:
-        """Raise `CheckpointError` for a step that needs data, or a graph, before anything is written."""
+    def check(self) -> list[str]:
+        """Raise `CheckpointError` for a step that needs data, or a graph, before anything is written.
+
+        Returns what there is to say of steps that do without.
+        """
         if not self.plan.schemes:
-            return
+            return []
+        notices = []
         name = next(iter(self.plan.schemes))
         view = self._view(name, self.parts[name][0])
         for step in self.steps:
@@ -89,10 +93,13 @@ class Solver:
                 wants = bool(ask.watch(step, view) or ask.edits(step, view, {}))
             except CalibrationError:  # it asked for the graph
                 wants = True
-            if wants:
+            if wants and step.without_data is not None:
+                notices.append(step.without_data)
+            elif wants:
                 raise CheckpointError(
                     f"the recipe's algorithm {step.settings.algorithm} needs calibration data: {HOW_TO_CALIBRATE}"
                 )
+        return notices
 
     def quantizer(self, layer: str, part: Part) -> Quantizer:
         """The scales of one weight, and its codes if an algorithm chose them."""

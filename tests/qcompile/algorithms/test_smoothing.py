@@ -192,7 +192,7 @@ def test_ranges_alone_do_not_say_it() -> None:
     recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant}]"])
     with pytest.raises(CalibrationError, match="smoothquant changes weights by what data shows"):
         qcompile.calibrate(Block(), (X,), recipe=recipe, calibration=[X], progress=False)
-    state = qcompile.calibrate(Block(), (X,), recipe="int8", calibration=[X], progress=False)
+    state = qcompile.calibrate(Block(), (X,), recipe="int8_fast", calibration=[X], progress=False)
     with pytest.raises(CalibrationError, match="smoothquant needs calibration data"):
         qcompile.quantize(Block(), (X,), recipe=recipe, calibration=state, progress=False)
 
@@ -204,7 +204,7 @@ def test_files_saved_programs_and_compiled_ones_have_it(target: Any, tmp_path: P
     steps = ", ".join(f"{{{one}, power_of_two: true}}" for one in (first, second))
     recipe = qcompile.load_recipe("int8", [f"calibration=[{steps}]"])
     program = qcompile.quantize(Block(), (X,), recipe=recipe, calibration=[X], dtype=torch.float32, progress=False)
-    plain = qcompile.quantize(Block(), (X,), recipe="int8", calibration=[X], dtype=torch.float32, progress=False)
+    plain = qcompile.quantize(Block(), (X,), recipe="int8_fast", calibration=[X], dtype=torch.float32, progress=False)
     scales = [float(p.state_dict["q.input_scale"]) for p in (program, plain)]
     assert scales[0] < 0.7 * scales[1]  # data ran through the edited graph
     with torch.no_grad():

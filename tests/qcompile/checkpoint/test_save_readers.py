@@ -111,7 +111,7 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MODELOPT = [
     ("fp8", "FP8_DEFAULT_CFG"),
     ("fp8_per_channel_per_token", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
-    pytest.param("nvfp4", "NVFP4_DEFAULT_CFG", marks=SLOW),
+    pytest.param("nvfp4_fast", "NVFP4_DEFAULT_CFG", marks=SLOW),
 ]
 
 

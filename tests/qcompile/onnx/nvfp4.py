@@ -18,8 +18,10 @@ from qcompile.recipe import Recipe
 
 
 def recipe(rotate: bool = False, weight_only: bool = False) -> Recipe:
+    """With the codes next to the weights, which an oracle can tell."""
     name = "nvfp4_weight_only" if weight_only else "nvfp4"
-    return qcompile.load_recipe(name, ["rules[format=nvfp4].rotate=true"] if rotate else [])
+    rotated = ["rules[format=nvfp4].rotate=true"] if rotate else []
+    return qcompile.load_recipe(name, ["calibration.algorithm=max", *rotated])
 
 
 class Mlp(nn.Module):

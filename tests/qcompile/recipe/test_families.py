@@ -34,9 +34,11 @@ RECIPES: dict[str, dict[str, str | None]] = {
     "fp8_block": FP8 | {"bmm": None},
     "fp8_per_channel_per_token": FP8 | {"bmm": None},
     "int8": dict.fromkeys(FP8, "int8") | {"bmm": None},
+    "int8_fast": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "int8_attention": dict.fromkeys(FP8, "int8"),
     "int8_per_channel_per_token": dict.fromkeys(FP8, "int8") | {"bmm": None},
     "nvfp4": NVFP4,
+    "nvfp4_fast": NVFP4,
     "nvfp4_low_rank": NVFP4,
     "nvfp4_weight_only": NVFP4 | {"conv": None},
     "int4_weight_only": dict.fromkeys(("attn", "mlp", "other"), "int4") | dict.fromkeys(("conv", "tower", "bmm")),
@@ -147,8 +149,8 @@ def test_a_wrapper_changes_no_decision(recipe: str, family: str) -> None:
 def test_the_recipes_of_the_wrappers_import_all_fragments() -> None:
     recipes = [load_recipe(name) for name in ("fp8_qkvo-nvfp4_mlp", "nvfp4_mlp_only")]
     files = {rule.where.file.rpartition("/")[2] for recipe in recipes for rule in recipe.rules}
-    # one of two bare globs, one by what is in a graph, which these names do not know, and one for --set
-    asked_for = {"nvfp4_linears.yaml", "convolutions_half.yaml", "fp8_kv_cast.yaml"}
+    # two of bare globs, one by what is in a graph, which these names do not know, and one for --set
+    asked_for = {"nvfp4_linears.yaml", "int8_linears.yaml", "convolutions_half.yaml", "fp8_kv_cast.yaml"}
     assert files == {f"{name}.yaml" for name in list_fragments()} - asked_for
 
 

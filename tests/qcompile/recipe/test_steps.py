@@ -71,6 +71,8 @@ def test_what_is_wrong_has_its_line(tmp_path: Path, calibration: str, message: s
 def test_overrides_reach_into_steps() -> None:
     recipe = load_recipe("fp8")
     assert [step.algorithm for step in with_overrides(recipe, ["calibration.algorithm=mse"]).steps] == ["mse"]
+    other = with_overrides(load_recipe("nvfp4", ["calibration.power_of_two=true"]), ["calibration.algorithm=mse"]).steps
+    assert other[0].model_dump(exclude_defaults=True) == {"algorithm": "mse", "power_of_two": True}
     steps = with_overrides(recipe, ["calibration=[{algorithm: max}, {algorithm: mse}]"])
     both = [f"calibration[{step}].power_of_two=true" for step in (0, 1)]
     changed = with_overrides(steps, ["calibration[algorithm=mse].candidates=5", *both])
