@@ -37,7 +37,7 @@ CASES: dict[tuple[str, ...], float | None] = {
     ("algorithm: gptq",): MOST,
     ("algorithm: smoothquant", "algorithm: hessian_mse"): MOST,
 }
-"""Steps of calibration -> the most that is claimed of the perplexity on docs, in that of the float model."""
+"""Steps of calibration -> the most that is claimed of the perplexity on either kind, in that of the float model."""
 
 _BATCH = 2
 app = cyclopts.App(help=__doc__)
@@ -133,6 +133,7 @@ def main(
     unquantized = {"cpu_s": 0.0, **judge.unquantized, "times_docs": 1.0, "times_prose": 1.0}
     rows: list[dict[str, Any]] = [{"steps": "float", **unquantized, "bar": None, "ok": None}]
     print(rows[0], flush=True)
+    settings = {"draws": draws, "calibration": calibration, "evaluation": evaluation, "length": length}
     samples = [spread(texts["reference"][number::draws], calibration) for number in range(draws)]
     for steps, most in CASES.items():
         name = " + ".join(step.removeprefix("algorithm: ") for step in steps)
@@ -140,13 +141,13 @@ def main(
             continue
         found = [judge.measure(steps, batches) for batches in samples]
         medians: dict[str, Any] = {key: statistics.median(row[key] for row in found) for key in found[0]}
-        bar = {"bar": most and f"<= {most} x", "ok": None if most is None else medians["times_docs"] <= most}
+        worst = max(medians["times_docs"], medians["times_prose"])
+        bar = {"bar": most and f"<= {most} x", "ok": None if most is None else worst <= most}
         rows.append({"steps": name, **medians, **bar})
         print(rows[-1], flush=True)
+        if not match or output:
+            record.write("algorithms_language", rows, output, **settings)
     record.show("SmolLM2-135M, nvfp4: perplexity", rows)
-    if not match or output:
-        settings = {"draws": draws, "calibration": calibration, "evaluation": evaluation, "length": length}
-        record.write("algorithms_language", rows, output, **settings)
     return int(any(row["ok"] is False for row in rows))
 
 
