@@ -1,4 +1,4 @@
-"""Claim: SmoothQuant and AWQ are as near to fp32 as Model Optimizer's, in at most half of its CPU time.
+"""Claim: SmoothQuant, AWQ and SVDQuant are as near to fp32 as Model Optimizer's, in at most half of its CPU time.
 
 MiniLM with its real weights; both tools quantize the same linear layers with the same samples of calibration, and are
 judged on sentences that neither saw. Model Optimizer's presets also quantize what LayerNorms read, which is switched
@@ -9,6 +9,7 @@ x 1000 of the pooled embeddings; CPU seconds from the model to the quantized one
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,22 +28,24 @@ from qcompile.algorithms.simulate import rounded
 from qcompile.recipe import QuantizerConfig
 
 CASES = {
-    "smoothquant": ("int8", "INT8_SMOOTHQUANT_CFG"),
-    "awq": ("nvfp4", "NVFP4_AWQ_LITE_CFG"),
+    "{algorithm: smoothquant}": ("int8", "INT8_SMOOTHQUANT_CFG"),
+    "{algorithm: awq}": ("nvfp4", "NVFP4_AWQ_LITE_CFG"),
+    "{algorithm: svdquant}": ("nvfp4", "NVFP4_SVDQUANT_DEFAULT_CFG"),
+    "{algorithm: svdquant}, {algorithm: gptq}": ("nvfp4", "NVFP4_SVDQUANT_DEFAULT_CFG"),
 }
-"""Our algorithm -> the recipe that it stands in, and Model Optimizer's preset."""
+"""Our steps of calibration -> the recipe that it stands in, and Model Optimizer's preset."""
 
 _NEAR, _TIME = 1.03, 0.5
 app = cyclopts.App(help=__doc__)
 
 
-def ours(model: Embedder, calibration: Sequence[Batch], algorithm: str, recipe: str) -> Callable[[Batch], Any]:
+def ours(model: Embedder, calibration: Sequence[Batch], steps: str, recipe: str) -> Callable[[Batch], Any]:
     free = torch.export.Dim.DYNAMIC
     program = qcompile.quantize(
         model,
         (),
         calibration[0],
-        recipe=qcompile.load_recipe(recipe, [f"calibration={{algorithm: {algorithm}}}"]),
+        recipe=qcompile.load_recipe(recipe, [f"calibration=[{steps}]"]),
         calibration=list(calibration),
         dynamic_shapes={name: {0: free, 1: free} for name in calibration[0]},
         dtype=torch.float32,
@@ -69,12 +72,12 @@ def _nvfp4(x: torch.Tensor, block: int, amax: torch.Tensor, *_: object) -> torch
     return rounded(x.float(), QuantizerConfig("nvfp4", "per_block", (1, block), dynamic=True), amax.amax()).to(x.dtype)
 
 
-def measure(algorithm: str, calibration: Sequence[Batch], evaluation: Sequence[Batch]) -> dict[str, Any]:
-    model, (recipe, preset) = Embedder().eval(), CASES[algorithm]
+def measure(steps: str, calibration: Sequence[Batch], evaluation: Sequence[Batch]) -> dict[str, Any]:
+    model, (recipe, preset) = Embedder().eval(), CASES[steps]
     reference = embed(lambda batch: model(**batch).numpy(), evaluation)
-    row: dict[str, Any] = {"algorithm": algorithm, "recipe": recipe}
+    row: dict[str, Any] = {"steps": re.sub(r"[{}]|algorithm: ", "", steps).replace(", ", " + "), "recipe": recipe}
     make = {
-        "": lambda: ours(model, calibration, algorithm, recipe),
+        "": lambda: ours(model, calibration, steps, recipe),
         "modelopt_": lambda: theirs(model, calibration, preset),
     }
     for name, quantize in make.items():
@@ -98,7 +101,7 @@ def main(*, calibration: int = 64, evaluation: int = 120, output: Path | None = 
     output: JSON file, in place of benchmarks/results/smoothing_modelopt.json.
     """
     calibrating, evaluating = (tokenize(texts) for texts in sentences(calibration, evaluation))
-    rows = [measure(algorithm, calibrating, evaluating) for algorithm in CASES]
+    rows = [measure(steps, calibrating, evaluating) for steps in CASES]
     record.show("MiniLM-L6: 1 - cosine x 1000 against fp32, and CPU seconds", rows)
     record.write("smoothing_modelopt", rows, output, calibration=calibration, evaluation=evaluation)
     return int(any(row["ok"] is False for row in rows))

@@ -54,8 +54,10 @@ def render(template: str) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
-    results = {path.stem: json.loads(path.read_text())["results"] for path in RESULTS.glob("*.json")}
-    return environment.get_template(template).render(results, row=row, same=same)
+    records = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    results = {name: record["results"] for name, record in records.items()}
+    settings = {name: record["settings"] for name, record in records.items()}
+    return environment.get_template(template).render(results, row=row, same=same, settings=settings)
 
 
 def texts() -> dict[Path, str]:
