@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from passes.formats import get_format
 from qcompile.schemes.config import QuantizerConfig, format_of
 
 
@@ -25,7 +24,7 @@ def scale_of(amax: torch.Tensor, config: QuantizerConfig, power_of_two: bool) ->
     For a format of two levels the global scale, with which the scale of the block of the largest magnitude is e4m3's
     largest: amax / (6 * 448) for NVFP4, as Model Optimizer has it.
     """
-    scale = amax / get_format(config.format).global_max
+    scale = amax / format_of(config).global_max
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     # below it what divides by the scale, as files of compressed-tensors do, would be infinite

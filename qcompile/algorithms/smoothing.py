@@ -111,7 +111,8 @@ class Smoother(Algorithm[_Settings]):
         return f"no calibration data for weights: {self.settings.algorithm} is left out"
 
     def watch(self, view: View) -> dict[Node, Statistic]:
-        if not view.weights and self.without_data is None:
+        has_weights = any(site.operand == "weight" for site in view.configs)
+        if not has_weights and self.without_data is None:
             raise CalibrationError(
                 f"{self.settings.algorithm} changes weights by what data shows, and no weight is quantized here: give"
                 " the batches to quantize(calibration=...), as ranges of activations do not say it"

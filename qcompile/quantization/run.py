@@ -143,7 +143,9 @@ def _tell_nothing(log: PassLog) -> None:
 def _tell_small_weights(work: Work, plan: Plan, amax: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:
     """A weight of which the compute dtype keeps few digits, or none, if its format does not say so by its scale."""
     least = torch.finfo(target).smallest_normal
-    small = {s.name: float(amax[s].max()) for s in plan.configs if s.operand == "weight" and 0 < amax[s].max() < least}
+    small = {
+        site.name: float(amax[site].max()) for site in plan.configs if site in amax and 0 < amax[site].max() < least
+    }
     if small:
         told = some([f"{name} ({largest:.3g})" for name, largest in small.items()])
         work.log.notices.append(

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from passes.errors import PassError
 from passes.legalize.ranges import beyond
-from passes.quantize.insert import Quantizer
+from passes.quantize.insert import Quantizer, misfit
 from passes.quantize.sites import Site
 from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
@@ -94,10 +94,11 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     source, target = dtypes
     static = [s for s, c in plan.configs.items() if s.operand not in ("weight", "softmax") and is_calibrated(c)]
     weights = [site for site in plan.configs if site.operand == "weight"]
+    ragged = {site for site in weights if misfit(site.tensor, format_of(plan.configs[site]))}
     calibration, state = data.calibration, None
     if is_state(calibration):
         state, calibration = calibration, None
-    asked = [*weights, *(static if state is None else ())]
+    asked = [site for site in (*weights, *(static if state is None else ())) if site not in ragged]
     view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target, plan.configs)
     found = Solution(weights={operand.site: view.amax(operand) for operand in view.weights})
     _check_range(found.weights, target)
@@ -115,6 +116,8 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
         found.weights = {operand.site: seen.amax(operand) for operand in view.weights}
     found.notices += view.notices
     found.quantizers |= {operand.site: chosen for operand, chosen in quantizers.items()}
+    # which `InsertQdq` declines with the reason, so that nobody looks for scales and codes of them
+    found.quantizers |= {site: Quantizer(format_of(plan.configs[site]), None) for site in ragged}
     if observation is not None:
         _take_observation(found, view, quantizers, observation, target)
     else:
