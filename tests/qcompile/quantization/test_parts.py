@@ -26,11 +26,12 @@ def same(first: Any, second: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].float(), b[name].float()) for name in a)
 
 
-@pytest.mark.everyday(2)
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("sequential", ["false", "true"])
 def test_parts_have_the_codes_of_one_walk(sequential: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, kept, most, made = inputs(120, 32) / 4, weakref.WeakSet[Any](), [0], {}
     add = second_moment.SecondMoment.add
+    gc.freeze()  # what stands now is not walked by the collections below
 
     def watched(self: Any, *args: Any) -> None:
         add(self, *args)
