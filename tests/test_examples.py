@@ -22,7 +22,8 @@ EXAMPLES = {
     "own_pass": (["tensorrt_rtx"], "own passes: 1; GEMMs in FP8: 2;"),
     "read_a_report": (["onnxruntime"], "unquantized: {'memory': 'recurrent'}"),
 }
-SLOW = ("torch_compile", "from_modelopt")  # a C++ compiler, and the import of modelopt
+# a C++ compiler, the import of modelopt, and what tests of the same route run every day
+SLOW = ("torch_compile", "from_modelopt", "own_data", "checkpoint", "build_an_engine")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-MODULES = ("formats", "constants", "pipelines", "ir")
+MODULES = ("formats", "pipelines")
 HEAVY = "{'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'transformers', 'tensorrt_rtx'}"
 
 # each case in a process of its own that has imported torch, and nothing of ours

@@ -42,16 +42,23 @@ def program() -> ExportedProgram:
     return qcompile.quantize(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)), (X,), recipe=recipe, progress=False)
 
 
+@pytest.fixture(scope="module")
+def filled(program: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    save(program, folder / "p.pt2")
+    qcompile.export_onnx(program, folder / "m.onnx")
+    torch.save({"x": X}, folder / "cal.pt")
+    (folder / "r.yaml").write_text("metadata: {name: mine}\nrules: []\n")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture
-def here(program: ExportedProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a program, an ONNX file, data and other things that people have."""
     monkeypatch.chdir(tmp_path)
-    save(program, tmp_path / "p.pt2")
-    qcompile.export_onnx(program, tmp_path / "m.onnx")
-    torch.save({"x": X}, tmp_path / "cal.pt")
-    (tmp_path / "r.yaml").write_text("metadata: {name: mine}\nrules: []\n")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
     (tmp_path / "same.pt2").symlink_to("p.pt2")
     (tmp_path / "nowhere").symlink_to("none")
     os.mkfifo(tmp_path / "pipe")
