@@ -23,7 +23,7 @@ EXAMPLES = {
     "read_a_report": (["onnxruntime"], "unquantized: {'memory': 'recurrent'}"),
 }
 # a C++ compiler, the import of modelopt, and what tests of the same route run every day
-SLOW = ("torch_compile", "from_modelopt", "own_data", "checkpoint", "build_an_engine")
+SLOW = ("torch_compile", "from_modelopt", "own_data", "checkpoint", "build_an_engine", "calibration_data")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -116,7 +116,7 @@ CASES = {
 }
 
 
-@pytest.mark.everyday(4)
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_program_and_its_file(case: Case, tmp_path: Path) -> None:
     model = Holder(case.held).eval()

@@ -96,6 +96,7 @@ WEIGHTS = arrays(
 )
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=12, deadline=None)
 @given(weight=WEIGHTS, power_of_two=st.booleans())

@@ -36,7 +36,8 @@ def weights_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.everyday(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @torch.no_grad()
 def test_transformers_has_the_weights_of_the_program(dtype: torch.dtype, tmp_path: Path) -> None:
     """In the dtype of the model, whose scales the codes were chosen with: of a directory, and of a program."""
@@ -60,6 +61,7 @@ def test_transformers_has_the_weights_of_the_program(dtype: torch.dtype, tmp_pat
     assert all(torch.equal(linears[name], weight) for name, weight in expected.items())
 
 
+@pytest.mark.everyday(1)
 @pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
 @torch.no_grad()
 def test_a_directory_comes_in_as_it_was_written(format: Any, tmp_path: Path) -> None:
