@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from packaging.version import Version
 from torch import Tensor, nn
 
 import qcompile
@@ -78,7 +79,9 @@ def test_onnx_runtime_multiplies_by_the_codes_as_they_are(group: int, target: An
         expected = program.module()(X).numpy()
     exact, rounded = (run(session(tmp_path / "m.onnx", tmp_path / "opt.onnx", level)) for level in (1, None))
     operators = [node.op_type for node in onnx.load(tmp_path / "opt.onnx").graph.node]
-    assert operators.count("MatMulNBits") == 4 and "DequantizeLinear" not in operators
+    left = operators.count("DequantizeLinear")  # of one product in releases such as 1.24
+    assert left <= (0 if Version(ort.__version__) >= Version("1.31") else 1)
+    assert operators.count("MatMulNBits") == 4 - left
     assert distance(exact, expected) < 1e-6 and 1e-4 < distance(rounded, expected) < 5e-2
     for options in (None, ort.SessionOptions()):
         assert distance(run(qcompile.onnx_session(tmp_path / "m.onnx", sess_options=options)), expected) < 1e-6
