@@ -255,9 +255,7 @@ def _program(program: ExportedProgram, graph: Graph) -> ExportedProgram:
     signature = program.graph_signature
     outputs = graph.output_node().args[0]
     specs = [
-        dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=value.name))
-        if isinstance(value, Node)
-        else spec
+        _named(spec, value.name) if isinstance(value, Node) else spec
         for spec, value in zip(signature.output_specs, outputs, strict=True)  # type: ignore[arg-type]
     ]
     gm = GraphModule(program.graph_module, graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from passes.ir import block_amax, block_scale_values
+from passes.ir import block_numbers, block_scale_values
 from qcompile.algorithms.scales import scale_of
 from qcompile.schemes.config import QuantizerConfig, format_of
 
@@ -24,7 +24,7 @@ def rounded(x: torch.Tensor, config: QuantizerConfig, amax: torch.Tensor, power_
         if fmt.scale is not None:
             scale = fmt.scale.nearest(block_scale_values(x, unit, fmt)) * unit
         else:
-            scale = block_amax(x, fmt) / fmt.max
+            scale = block_numbers(x, fmt)
         width = fmt.sizes[-1]
         if len(fmt.sizes) == 1 and x.shape[-1] % width == 0:
             blocks = x.reshape(*x.shape[:-1], -1, width)
