@@ -21,6 +21,7 @@ def test_blocks_are_rounded_as_in_the_program(fmt: str) -> None:
     recipe = qcompile.load_recipe("nvfp4_weight_only", rules)
     program = qcompile.quantize(model, (eye,), recipe=recipe, dtype=torch.float32, progress=False)
     weight = model[0].weight.detach()
-    config = resolve(recipe, [QuantizerName("0.weight_quantizer", "torch.nn.modules.linear.Linear")]).configs["0.weight_quantizer"]
+    name = QuantizerName("0.weight_quantizer", "torch.nn.modules.linear.Linear")
+    config = resolve(recipe, [name]).configs[name.name]
     with torch.no_grad():
         assert torch.equal(rounded(weight, config, weight.abs().max()), program.module()(eye).T)
