@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from passes.graph import aten, is_call, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
+from passes.state import cache_kind
 
 __all__ = [
     "NORMS",
@@ -40,6 +42,8 @@ SUFFIXES = {
     "k": "k_bmm_quantizer",
     "v": "v_bmm_quantizer",
     "softmax": "softmax_bmm_quantizer",
+    "k_cache": "k_cache_quantizer",
+    "v_cache": "v_cache_quantizer",
 }
 """Operand -> the last part of its quantizer's name."""
 
@@ -136,6 +140,8 @@ def _residual(call: Node) -> Operator | None:
     left, right = call.args[:2]
     if not isinstance(left, Node) or not isinstance(right, Node) or left is right or call.kwargs.get("alpha", 1) != 1:
         return PLAIN_ADD
+    if not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in (left, right)):
+        return PLAIN_ADD
     if shape(left) != shape(right) or "get_attr" in (left.op, right.op):
         return PLAIN_ADD
     if added_convolution(left) is not None:
@@ -155,12 +161,23 @@ def added_convolution(operand: object) -> Node | None:
 RESIDUAL_FIRST = Operator("residual", {"residual": 0}, gemm=False)
 RESIDUAL = Operator("residual", {"residual": 1}, gemm=False, instead=_residual)
 
+CACHES = {kind: Operator("cache", {f"{kind}_cache": None}, gemm=False) for kind in ("k", "v")}
+PLAIN_CAT = Operator("cat")
+
+
+def _cache(call: Node) -> Operator:
+    """The row of a concatenation: a cache of keys or of values where it appends to one."""
+    kind = cache_kind(call)
+    return PLAIN_CAT if kind is None else CACHES[kind]
+
+
 OPERATORS: dict[Any, Operator] = {
     aten.linear.default: Operator("linear", _LAYER, counted=True),
     BATCHED_LINEAR: Operator("experts", _LAYER, counted=True, groups=1),
     aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
     aten.add.Tensor: RESIDUAL,
+    aten.cat.default: Operator("cat", instead=_cache),
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),

@@ -28,12 +28,15 @@ from passes.fold.expands import ExpandsLast
 from passes.fold.fixed import FoldFixed
 from passes.fold.masks import FoldMasks
 from passes.fold.weights import FoldWeights
+from passes.formats import FP8
 from passes.fuse.attention_qdq import FuseAttentionQdq
+from passes.fuse.caches import StoreCaches
 from passes.legalize.attention import DecomposeAttention, is_long_causal
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.boundary import ConvertBoundary
+from passes.legalize.cached_codes import AppendInFloat
 from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
@@ -175,6 +178,7 @@ def quantize_pipeline(
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
+        StoreCaches,
         FoldMasks,
         RoundScales,
         FoldWeights,
@@ -185,7 +189,9 @@ def quantize_pipeline(
 BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
-TENSORRT_KERNELS = Pipeline(*RESTORE, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True))
+TENSORRT_KERNELS = Pipeline(
+    *RESTORE, AppendInFloat, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
+)
 """In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
 TENSORRT = Pipeline(
@@ -213,6 +219,7 @@ TENSORRT = Pipeline(
 """The forms that TensorRT fuses into the fewest kernels."""
 
 PORTABLE = Pipeline(
+    partial(AppendInFloat, [FP8.name]),
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,

@@ -27,6 +27,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from passes.constants import constant
 from passes.errors import PassError
@@ -175,10 +176,26 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
         state_dict=state,
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
+        example_inputs=_examples(program, inputs),
         constants=constants,
         verifiers=[program.verifier],
     )
+
+
+def _examples(program: ExportedProgram, inputs: list[Node]) -> Any:
+    """The example inputs of `program` for placeholders of which a pass may have changed the dtype."""
+    if program.example_inputs is None:
+        return None
+    leaves, spec = pytree.tree_flatten(program.example_inputs)
+    if len(leaves) != len(inputs):
+        return program.example_inputs
+
+    def fitting(leaf: Any, node: Node) -> Any:
+        value = node.meta.get("val")
+        tensors = isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor)
+        return leaf.to(value.dtype) if tensors and leaf.dtype is not value.dtype else leaf
+
+    return pytree.tree_unflatten(map(fitting, leaves, inputs), spec)
 
 
 def _frozen(tensor: torch.Tensor | None) -> torch.Tensor | None:

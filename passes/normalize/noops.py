@@ -47,11 +47,11 @@ _VIEWS = (
 
 
 class RemoveNoOps(Pass):
-    """Remove assertions about metadata, copies and views of the same layout, empty padding, arithmetic with 1 or 0.
+    """Remove assertions about metadata, copies and views of the same layout, padding with nothing, arithmetic with 1 or 0.
 
     Before:
         _assert_tensor_metadata(x)
-        y = relu(slice(mul(clone(x), 1.0), 0, 0, maxint))
+        y = relu(slice(mul(clone(cat([tensor([]), x])), 1.0), 0, 0, maxint))
     After:
         y = relu(x)
 
@@ -98,11 +98,13 @@ def _unchanged_input(node: Node) -> Node | None:
     source = node.args[0] if node.op == "call_function" and node.args else None
     if _is_squeezed_again(source, node):  # as an addition in place on a squeezed tensor captures
         return source.args[0]  # type: ignore[union-attr,return-value]
+    if is_call(node, aten.cat.default):
+        source = _only_part(node)
     if not isinstance(source, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if not isinstance(source.meta.get("val"), torch.Tensor) or not _same_type(val(source), val(node)):
         return None
-    if is_call(node, *_METADATA_ONLY):
+    if is_call(node, *_METADATA_ONLY) or is_call(node, aten.cat.default):
         return source
     if is_call(node, aten.slice.Tensor):  # as long as the axis, so all of it
         return source if argument(node, "step") == 1 else None
@@ -119,6 +121,13 @@ def _unchanged_input(node: Node) -> Node | None:
         if is_call(node, *targets) and isinstance(node.args[1], int | float) and node.args[1] == neutral:
             return source
     return None
+
+
+def _only_part(cat: Node) -> Node | None:
+    """The only part of a concatenation that is not the empty tensor `[]`, which fits everything: a cache begins so."""
+    parts = [part for part in cat.args[0] if isinstance(part, Node)]  # type: ignore[union-attr]
+    found = [part for part in parts if tuple(val(part).shape) != (0,)]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_squeezed_again(source: object, node: Node) -> bool:

@@ -18,6 +18,9 @@ from passes.graph import Emitter, following, is_call, shape
 from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.pairs import chosen_pair, constant_pair, measured_pair, name_quantizer, store_codes
 from passes.quantize.sites import Site
+from passes.state import cache_kind
+
+_RESULTS = ("output", "k_cache", "v_cache")  # operands that are what the consumer makes
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class InsertQdq(Pass):
         codes: dict[Node, torch.Tensor] = {}
         # outputs first, then in the order of the graph, so that a shared pair stands before all its readers
         chosen = [item for item in self.quantizers.items() if item[0].consumer.graph is gm.graph]
-        ordered = sorted(chosen, key=lambda item: (item[0].operand != "output", item[0].consumer))
+        ordered = sorted(chosen, key=lambda item: (item[0].operand not in _RESULTS, item[0].consumer))
         for site, quantizer in ordered:
             if site.operand == "softmax":
                 continue
@@ -96,10 +99,12 @@ class InsertQdq(Pass):
             if reason := misfit(source, quantizer.format):  # and `PadReduction` has not filled it up
                 self.decline(reason, site.consumer)
                 continue
+            if site.operand in ("k", "v") and _is_cached(source, quantizer):
+                continue
             if is_call(source, DEQUANTIZE) and source.kwargs["format"] == quantizer.format.name:
                 self.decline("this tensor is quantized already, by the output quantizer before it", source)
                 continue
-            if site.operand == "output" and any(_is_quantize(user) for user in source.users):
+            if site.operand in _RESULTS and any(_is_quantize(user) for user in source.users):
                 self.decline("this output is quantized already", source)
                 continue
             known = pairs[source, quantizer.format.name]
@@ -110,7 +115,7 @@ class InsertQdq(Pass):
                 if quantizer.codes is not None:
                     codes[pair] = quantizer.codes
                 self.fire()
-            if site.operand == "output":
+            if site.operand in _RESULTS:
                 source.replace_all_uses_with(pair, delete_user_cb=lambda user: not _is_quantize(user))
             else:
                 assert site.index is not None
@@ -166,6 +171,13 @@ def misfit(source: Node, fmt: Format) -> str | None:
     if isinstance(size, int) and size % block == 0:
         return None
     return f"{fmt.name} has blocks of {block} elements, and the reduction axis has {size}"
+
+
+def _is_cached(source: Node, quantizer: Quantizer) -> bool:
+    """Whether keys or values are those of a cache that is quantized as `quantizer` says."""
+    codes = source.args[0] if is_call(source, DEQUANTIZE) else None
+    made = isinstance(codes, Node) and is_call(codes, QUANTIZE) and cache_kind(codes.args[0]) is not None  # type: ignore[arg-type]
+    return made and source.kwargs["format"] == quantizer.format.name
 
 
 def _is_quantize(node: Node) -> bool:

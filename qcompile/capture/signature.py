@@ -10,6 +10,9 @@ from torch.utils import _pytree as pytree
 
 from passes.program import written_tensors
 
+_CACHES = {"past_key_values": ".", "present": "."}
+"""Inputs and outputs whose parts runtimes call `past_key_values.0.key`, and what is between these words."""
+
 
 def interface_problem(program: ExportedProgram, container: str) -> str | None:
     """What a program does with its inputs and outputs that `container` ("an ONNX graph") cannot; None if nothing."""
@@ -39,12 +42,27 @@ def output_names(program: ExportedProgram) -> list[str]:
     for (keys, _), output in zip(pytree.tree_flatten_with_path(_keyed(leaves))[0], user_outputs, strict=True):
         if isinstance(output.arg, ConstantArgument):
             continue
-        name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+        parts = _parts(keys)
+        name = (_CACHES.get(parts[0], "_") if parts else "").join(parts)
         name = name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name)))
         while name in inputs or name in names:  # {"a": {"b": x}, "a_b": y} makes one name twice
             name += "_output"
         names.append(name)
     return names
+
+
+def input_names(program: ExportedProgram) -> list[str]:
+    """Names of what `tensor_inputs` finds: those of the placeholders, and of a cache as runtimes have them."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [_parts(keys)[1:] for keys, _ in pytree.tree_flatten_with_path(leaves)[0]]  # the first: args or kwargs
+    found = tensor_inputs(program)
+    return [".".join(paths[i]) if paths[i][0] in _CACHES and paths[i][1:] else name for i, name in found]
+
+
+def _parts(keys: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys]
 
 
 def _keyed(tree: Any) -> Any:

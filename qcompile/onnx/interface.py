@@ -44,7 +44,7 @@ def name_interface(
     an Identity, as one value has one name.
     """
     graph = model.graph
-    inputs = _chosen("input_names", input_names, [name for _, name in tensor_inputs(program)])
+    inputs = _chosen("input_names", input_names, signature.input_names(program))
     outputs = _chosen("output_names", output_names, signature.output_names(program))
     if twice := sorted(name for name, count in Counter(inputs + outputs).items() if count > 1):
         raise ExportError(

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from passes.pipelines import route
 from passes.places import OwnPasses, Placed
 from qcompile.capture import capture
+from qcompile.decoders import Cache, as_cache, decoder_of
 from qcompile.frontends.quantized import refuse_quantized
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype
@@ -31,6 +32,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     passes: Iterable[Placed] | Placed | None = None,
+    cache: str | Cache | None = None,
 ) -> ExportedProgram:
     """Capture `model`, put quantize/dequantize where `recipe` says, and store weights as codes.
 
@@ -51,6 +53,9 @@ def quantize(
         progress: show a bar while calibrating.
         passes: passes of your own, each with its place: `[passes.after("fuse", MyPass)]`. What every pass promises is
             checked of them.
+        cache: capture a decoder of transformers with its keys and values as inputs and outputs: "dynamic", or a
+            `qcompile.Cache`. Example inputs and dynamic shapes are then its own, and batches are `input_ids` with, where
+            there is padding, `attention_mask`; each is calibrated as a prompt and, its second half, behind one.
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
@@ -68,6 +73,10 @@ def quantize(
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     own = OwnPasses(passes, route("quantize"))
     refuse_quantized(model)
+    if cache is not None:
+        decoder = decoder_of(model, as_cache(cache))
+        model, args, kwargs, dynamic_shapes = decoder.module, (), decoder.kwargs, decoder.dynamic_shapes
+        calibration = decoder.batches(calibration)
     with alone():
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     planner = partial(planned, recipe=chosen_recipe, whole=True)

@@ -15,6 +15,7 @@ OUTPUT = "output_quantizer"
 RESIDUAL = "residual_quantizer"
 SOFTMAX = "softmax_bmm_quantizer"
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", SOFTMAX)
+CACHES = ("k_cache_quantizer", "v_cache_quantizer")
 MULTIPLIED_IN_ATTENTION = ((ATTENTION[0], ATTENTION[1]), (SOFTMAX, ATTENTION[2]))
 """The two products of an attention: of its queries and keys, and of its probabilities and values."""
 MEANING = {
@@ -26,6 +27,8 @@ MEANING = {
     ATTENTION[1]: "keys of an attention; with the values, the key/value cache of a checkpoint",
     ATTENTION[2]: "values of an attention; with the keys, the key/value cache of a checkpoint",
     SOFTMAX: "softmax of an attention",
+    CACHES[0]: "cache of the keys of an attention that generates: what it takes, appends to and gives back",
+    CACHES[1]: "cache of the values",
 }
 """The last component of every quantizer's name, and what that quantizes."""
 KINDS = tuple(MEANING)

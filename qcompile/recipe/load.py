@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qcompile.recipe.diagnose import show_path
@@ -20,7 +21,7 @@ def load_recipe(source: RecipeSource, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that `source` stands for, validated, with its imports resolved.
 
     Args:
-        source: a shipped name ("fp8"), a path to a YAML file, a mapping of the same shape, or a `Recipe`.
+        source: a shipped name ("fp8"), one with fragments behind it ("fp8+fp8_kv"), a path to a YAML file, a mapping of the same shape, or a `Recipe`.
             A string is a path if it is no shipped name and has a suffix .yaml or .yml, a separator, or exists.
         overrides: `--set` expressions, see `with_overrides`.
 
@@ -34,9 +35,28 @@ def load_recipe(source: RecipeSource, overrides: Iterable[str] = ()) -> Recipe:
             Written(dict(source), lambda path: "recipe mapping", lambda i: Location(show_path(("rules", i))))
         )
     else:
-        path = path_of(source)
-        recipe = recipe_of(in_file(read(path, "recipe"), path))
+        base, *fragments = _parts(source)
+        path = path_of(base)
+        recipe = recipe_of(_with_fragments(in_file(read(path, "recipe"), path), fragments))
     return with_overrides(recipe, overrides)
+
+
+def _parts(source: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """`fp8+fp8_kv` -> `fp8`, `fp8_kv`; a path, which may have a plus in it, is one part."""
+    if isinstance(source, str) and "+" in source and not looks_like_path(source) and not os.path.exists(source):
+        return [*map(str.strip, source.split("+"))]
+    return [source]
+
+
+def _with_fragments(text: Written, fragments: Iterable[str | os.PathLike[str]]) -> Written:
+    """`text` with imports of `fragments` behind its rules, and their names behind its own."""
+    names = [str(name) for name in fragments]
+    if not names or not isinstance(text.data, dict):
+        return text
+    rules = [*(text.data.get("rules") or ()), *({"import": name} for name in names)]
+    metadata = dict(text.data.get("metadata") or {})
+    metadata["name"] = "+".join([str(metadata.get("name", "")), *names])
+    return replace(text, data={**text.data, "metadata": metadata, "rules": rules})
 
 
 def path_of(source: str | os.PathLike[str]) -> Path:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from qcompile.messages import value
 from qcompile.recipe.globs import (
     ATTENTION,
+    CACHES,
     INPUT,
     LONGEST_GLOB,
     SOFTMAX,
@@ -72,7 +73,7 @@ class Rule(Strict):
     called fc, and not one inside a block: `{quantizer: "*.fc.*", unless: "*.layers.*", enable: false}`."""
     module_class: Annotated[str, Field(min_length=1)] | None = None
     """Glob over the owning module's class: its qualified name or the last component (`Embedding`, `*Router`)."""
-    operator: Literal["linear", "experts", "convolution", "attention", "norm", "residual"] | None = None
+    operator: Literal["linear", "experts", "convolution", "attention", "norm", "residual", "cache"] | None = None
     """What the quantizer belongs to, by what it is in the graph: a convolution that cuts an image into patches is
     rewritten as a `linear` there, whatever its class."""
     enable: bool | None = None
@@ -195,6 +196,8 @@ class Rule(Strict):
         reason = self._layout_misfit(kind)[1]
         if reason:
             return reason
+        if kind in CACHES and (self.format in BLOCK_FORMATS or self.granularity == "per_block" or self.dynamic):
+            return f"a cache has one constant scale, so {kind} cannot be {self.format} in blocks or dynamic"
         if kind in ATTENTION and (self.format in BLOCK_FORMATS or self.granularity == "per_block"):
             return f"attention operands have one scale per tensor, so {kind} cannot be {self.format} in blocks"
         if kind not in (WEIGHT, INPUT) and self.rotate:

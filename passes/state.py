@@ -1,0 +1,104 @@
+"""State that a program is given and gives back: caches of keys and values, read off the graph.
+
+A program keeps nothing between calls. Its state goes in as an input and comes out, longer or written to, as an output;
+who calls it hands the one to the next call as the other. Nothing but the graph says which are a pair, so that a program
+that was saved, or that somebody else wrote, has them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Graph, Node
+
+from passes.constants import LAYOUT
+from passes.graph import TRANSPARENT, aten, is_call, shape, strip
+from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.sdpa import SDPA, SOFTMAXES
+
+__all__ = ["State", "cache_kind", "states"]
+
+Kind = Literal["k", "v"]
+
+# What stands between a cache and its input or output: other forms of the same numbers.
+_SAME = (*TRANSPARENT, aten._to_copy.default, QUANTIZE, DEQUANTIZE)
+# What stands between a cache and the product that reads it: heads are repeated, axes moved, and casts.
+_ON_THE_WAY = (
+    *LAYOUT,
+    *_SAME,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.repeat_interleave.self_int,
+    aten.mul.Tensor,
+)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+
+
+@dataclass(frozen=True)
+class State:
+    """One piece of state.
+
+    Attributes:
+        past: the input. update: the call that makes what is given back: `cat([past, new], axis)`. index: which output.
+    """
+
+    past: Node
+    update: Node
+    index: int
+
+    @property
+    def new(self) -> tuple[Node, ...]:
+        """What is appended."""
+        return tuple(part for part in self.update.args[0][1:])  # type: ignore[index,union-attr,misc]
+
+
+def states(graph: Graph) -> Iterator[State]:
+    """The pieces of state of a graph, in the order of its outputs."""
+    for index, value in enumerate(graph.output_node().args[0]):  # type: ignore[arg-type,var-annotated]
+        if isinstance(value, Node) and (past := past_of(update := strip(value, *_SAME))) is not None:
+            yield State(past, update, index)
+
+
+def past_of(update: Node) -> Node | None:
+    """The input that `update` appends to, `cat([past, new, ...], axis)`; None for another node."""
+    if not is_call(update, aten.cat.default):
+        return None
+    parts = update.args[0]
+    first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) > 1 else None
+    past = strip(first, *_SAME) if isinstance(first, Node) else None
+    return past if past is not None and past.op == "placeholder" and len(shape(past)) > 1 else None
+
+
+def is_returned(node: Node) -> bool:
+    """Whether `node` is an output of its graph, perhaps in another form of the same numbers."""
+    return any(user.op == "output" or (is_call(user, *_SAME) and is_returned(user)) for user in node.users)
+
+
+def cache_kind(update: Node) -> Kind | None:
+    """Whether what `update` makes is a cache of keys or of values of an attention; None if it is no cache."""
+    if past_of(update) is None or not is_returned(update):
+        return None
+    seen, pending = {update}, [update]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if is_call(user, SDPA):
+                found = [operand for operand, arg in zip(("q", "k", "v"), user.args, strict=False) if arg is node]
+                return "v" if found == ["v"] else "k" if "k" in found else None
+            if is_call(user, *_PRODUCTS):
+                return "v" if _is_softmax(user.args[0]) else "k"
+            if is_call(user, *_ON_THE_WAY) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return None
+
+
+def _is_softmax(node: object) -> bool:
+    """Whether `node` holds probabilities, perhaps cast, cut or rearranged since."""
+    while isinstance(node, Node) and not is_call(node, *SOFTMAXES):
+        if not is_call(node, *_ON_THE_WAY) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return isinstance(node, Node)
