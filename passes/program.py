@@ -192,8 +192,7 @@ def _examples(program: ExportedProgram, inputs: list[Node]) -> Any:
 
     def fitting(leaf: Any, node: Node) -> Any:
         value = node.meta.get("val")
-        tensors = isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor)
-        return leaf.to(value.dtype) if tensors and leaf.dtype is not value.dtype else leaf
+        return leaf.to(value.dtype) if isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor) else leaf
 
     return pytree.tree_unflatten(map(fitting, leaves, inputs), spec)
 

@@ -56,7 +56,7 @@ class State:
 
 def states(graph: Graph) -> Iterator[State]:
     """The pieces of state of a graph, in the order of its outputs."""
-    for index, value in enumerate(graph.output_node().args[0]):  # type: ignore[arg-type,var-annotated]
+    for index, value in enumerate(graph.output_node().args[0]):  # type: ignore[arg-type]
         if isinstance(value, Node) and (past := past_of(update := strip(value, *_SAME))) is not None:
             yield State(past, update, index)
 

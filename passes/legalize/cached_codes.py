@@ -52,6 +52,6 @@ class AppendInFloat(Pass):
 
 def _appended(node: Node) -> list[Node]:
     """What `node` appends to a cache of codes: calls of quantize with one scale; nothing where it is none."""
-    new = list(node.args[0][1:])  # type: ignore[index,arg-type,union-attr]
+    new = list(node.args[0][1:])  # type: ignore[index,arg-type]
     alike = all(is_call(part, QUANTIZE) and part.args[1:] == new[0].args[1:] for part in new)
     return new if alike and past_of(node) is node.args[0][0] else []  # type: ignore[index]

@@ -13,7 +13,7 @@ from qcompile.messages import first_line
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The cache of one layer: keys `[batch, heads, tokens, key_width]`, values `[batch, heads, tokens, value_width]`."""
+    """The cache of one layer: keys `[batch, heads, tokens, key_width]`, values with a width of their own."""
 
     heads: int
     key_width: int
@@ -59,10 +59,9 @@ def layout_of(model: Any) -> list[LayerCache]:
 
 def _layer(layer: Any, index: int, name: str) -> LayerCache:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    tensors = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)
-    if not tensors or keys.ndim != 4 or values.ndim != 4 or not keys.numel():
-        raise CaptureError(
-            f"layer {index} of {name} keeps {type(layer).__name__}, which is not keys and values [batch, heads, tokens,"
-            " width]: capture it without a cache"
-        )
-    return LayerCache(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == values.ndim == 4:
+        return LayerCache(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+    raise CaptureError(
+        f"layer {index} of {name} keeps {type(layer).__name__}, which is not keys and values [batch, heads, tokens,"
+        " width]: capture it without a cache"
+    )

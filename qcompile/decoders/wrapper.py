@@ -24,7 +24,7 @@ class WithCache(torch.nn.Module):
             setattr(self, name, getattr(model, name))
         self.training = model.training
         self.config = model.config
-        object.__setattr__(self, "_model", model)
+        self._call = [model.forward]  # in a list, where torch does not find a module
         takes = inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
         self.cuts = last and not self.options
@@ -42,11 +42,13 @@ class WithCache(torch.nn.Module):
         """
         from transformers import DynamicCache
 
-        torch._check(attention_mask.shape[1] == past_key_values[0]["key"].shape[2] + input_ids.shape[1])
+        torch._check(  # type: ignore[no-untyped-call]
+            attention_mask.shape[1] == past_key_values[0]["key"].shape[2] + input_ids.shape[1]
+        )
         cache = DynamicCache()  # of no config: a sliding window is a matter of the mask, and every layer has all tokens
         for index, layer in enumerate(past_key_values):
             cache.update(layer["key"], layer["value"], index)
-        given = self._model.forward(
+        given = self._call[0](
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -54,8 +54,8 @@ def quantize(
         passes: passes of your own, each with its place: `[passes.after("fuse", MyPass)]`. What every pass promises is
             checked of them.
         cache: capture a decoder of transformers with its keys and values as inputs and outputs: "dynamic", or a
-            `qcompile.Cache`. Example inputs and dynamic shapes are then its own, and batches are `input_ids` with, where
-            there is padding, `attention_mask`; each is calibrated as a prompt and, its second half, behind one.
+            `qcompile.Cache`. Example inputs and dynamic shapes are then its own, and batches are `input_ids` with,
+            where there is padding, `attention_mask`; each is calibrated as a prompt and, its second half, behind one.
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and

@@ -21,7 +21,8 @@ def load_recipe(source: RecipeSource, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that `source` stands for, validated, with its imports resolved.
 
     Args:
-        source: a shipped name ("fp8"), one with fragments behind it ("fp8+fp8_kv"), a path to a YAML file, a mapping of the same shape, or a `Recipe`.
+        source: a shipped name ("fp8"), one with fragments behind it ("fp8+fp8_kv"), a path to a YAML file, a mapping of
+            the same shape, or a `Recipe`.
             A string is a path if it is no shipped name and has a suffix .yaml or .yml, a separator, or exists.
         overrides: `--set` expressions, see `with_overrides`.
 
