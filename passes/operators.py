@@ -161,15 +161,17 @@ def added_convolution(operand: object) -> Node | None:
 RESIDUAL_FIRST = Operator("residual", {"residual": 0}, gemm=False)
 RESIDUAL = Operator("residual", {"residual": 1}, gemm=False, instead=_residual)
 
-CACHES = {kind: Operator("cache", {f"{kind}_cache": None}, gemm=False) for kind in ("k", "v")}
 PLAIN_CAT = Operator("cat")
 
 
-def _cache(call: Node) -> Operator:
-    """The row of a concatenation: a cache of keys or of values where it appends to one."""
+def _cache(call: Node) -> Operator | None:
+    """The row of a concatenation, by whether it appends to a cache of keys, of values, or to none."""
     kind = cache_kind(call)
-    return PLAIN_CAT if kind is None else CACHES[kind]
+    return PLAIN_CAT if kind is None else VALUE_CACHE if kind == "v" else None
 
+
+VALUE_CACHE = Operator("cache", {"v_cache": None}, counted=True, gemm=False)
+KEY_CACHE = Operator("cache", {"k_cache": None}, counted=True, gemm=False, instead=_cache)
 
 OPERATORS: dict[Any, Operator] = {
     aten.linear.default: Operator("linear", _LAYER, counted=True),
@@ -177,7 +179,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
     aten.add.Tensor: RESIDUAL,
-    aten.cat.default: Operator("cat", instead=_cache),
+    aten.cat.default: KEY_CACHE,
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),

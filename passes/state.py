@@ -15,10 +15,10 @@ from torch.fx import Graph, Node
 
 from passes.constants import LAYOUT
 from passes.graph import TRANSPARENT, aten, is_call, shape, strip
-from passes.ir import DEQUANTIZE, QUANTIZE
+from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, SOFTMAXES
 
-__all__ = ["State", "cache_kind", "states"]
+__all__ = ["State", "cache_kind", "states", "stored_format"]
 
 Kind = Literal["k", "v"]
 
@@ -71,6 +71,16 @@ def past_of(update: Node) -> Node | None:
     return past if past is not None and past.op == "placeholder" and len(shape(past)) > 1 else None
 
 
+def stored_format(update: Node) -> str | None:
+    """Name of the format that a cache is kept in, whose codes `update` appends, or whose values it does before they are
+    quantized; None for one in floating point."""
+    last = update.args[0][-1]  # type: ignore[index,union-attr]
+    for node in (last, *update.users):
+        if is_call(node, QUANTIZE):
+            return str(node.kwargs["format"])  # type: ignore[union-attr]
+    return None
+
+
 def is_returned(node: Node) -> bool:
     """Whether `node` is an output of its graph, perhaps in another form of the same numbers."""
     return any(user.op == "output" or (is_call(user, *_SAME) and is_returned(user)) for user in node.users)
@@ -84,7 +94,7 @@ def cache_kind(update: Node) -> Kind | None:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if is_call(user, SDPA):
+            if is_call(user, SDPA, ATTENTION):
                 found = [operand for operand, arg in zip(("q", "k", "v"), user.args, strict=False) if arg is node]
                 return "v" if found == ["v"] else "k" if "k" in found else None
             if is_call(user, *_PRODUCTS):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from qcompile.capture import capture
 from qcompile.capture.batches import PlacedBatches
 from qcompile.decoders.layout import LayerCache, is_decoder, layout_of
 from qcompile.decoders.options import Cache
@@ -119,6 +120,21 @@ def decoder_of(model: Any, cache: Cache) -> Decoder:
     decoder = Decoder(module, layers, {}, _dynamic_shapes(len(layers)))
     decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past))
     return decoder
+
+
+def captured_with_cache(
+    model: Any, cache: Cache, calibration: Any, dynamic_shapes: Any = None
+) -> tuple[ExportedProgram, Any]:
+    """The program of `model` with its cache, and `calibration` as it takes it.
+
+    Raises:
+        CaptureError: as of `decoder_of`, and for sizes: those of a decoder are known.
+    """
+    if dynamic_shapes is not None:
+        raise CaptureError("with cache= the batch, the new tokens and the past are dynamic: leave dynamic_shapes out")
+    decoder = decoder_of(model, cache)
+    program = capture(decoder.module, (), decoder.kwargs, dynamic_shapes=decoder.dynamic_shapes)
+    return program, decoder.batches(calibration)
 
 
 def _dynamic_shapes(layers: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.capture import capture
+from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.frontends.quantized import refuse_quantized
-from qcompile.process import alone
 from qcompile.quantization.plan import planned
 from qcompile.quantization.run import calibrated_state
 from qcompile.recipe import Recipe, load_recipe
@@ -26,6 +26,7 @@ def calibrate(
     calibration: Iterable[Any],
     dynamic_shapes: Any = None,
     progress: bool = True,
+    cache: str | Cache | None = None,
 ) -> dict[str, torch.Tensor]:
     """The ranges of activations that `recipe` gives constant scales to, for a model that is quantized later.
 
@@ -42,6 +43,8 @@ def calibrate(
     """
     chosen_recipe = load_recipe(recipe)
     refuse_quantized(model)
-    with alone():
+    if cache is not None:
+        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes)
+    else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return calibrated_state(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, progress)

@@ -12,9 +12,8 @@ from torch.export import ExportedProgram
 from passes.pipelines import route
 from passes.places import OwnPasses, Placed
 from qcompile.capture import capture
-from qcompile.decoders import Cache, as_cache, decoder_of
+from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.frontends.quantized import refuse_quantized
-from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype
 from qcompile.quantization.plan import planned
 from qcompile.quantization.run import quantized_program
@@ -74,10 +73,8 @@ def quantize(
     own = OwnPasses(passes, route("quantize"))
     refuse_quantized(model)
     if cache is not None:
-        decoder = decoder_of(model, as_cache(cache))
-        model, args, kwargs, dynamic_shapes = decoder.module, (), decoder.kwargs, decoder.dynamic_shapes
-        calibration = decoder.batches(calibration)
-    with alone():
+        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes)
+    else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     planner = partial(planned, recipe=chosen_recipe, whole=True)
     return quantized_program(program, planner, calibration, dtype, progress, own)

@@ -21,6 +21,7 @@ from passes.place.rotate import FACTOR
 from passes.quantize.sites import linear_name, weight_name
 from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
+from passes.state import cache_kind, stored_format
 from passes.subgraphs import graphs, inner, is_worked_on, operator_name, subgraph_calls
 from qcompile.report.convolutions import ConvolutionEstimate, estimates
 from qcompile.report.low_rank import KIND, WHY, LowRankCost, low_rank_costs
@@ -116,6 +117,9 @@ def _modules_of(gm: GraphModule) -> Iterator[tuple[str, str, str | None]]:
                 yield "norm", module_path(node), fmt
         elif (row := operator_of(node)) is not None and not row.refusal:
             yield KIND if is_low_rank(node) else row.kind, linear_name(node), _linear_format(node)
+    for node in calls(gm.graph, *of_kind("cache")):
+        if (cache := cache_kind(node)) is not None:
+            yield "cache", f"{module_path(node)}.{cache}_cache".lstrip("."), stored_format(node)
     for node in calls(gm.graph, *of_kind("residual")):
         row = operator_of(node)
         index = None if row is None else row.operands.get("residual")

@@ -143,7 +143,7 @@ def test_nested_and_empty_alternatives() -> None:
         ("*weight_quantizer", ("weight_quantizer",)),
         ("*[qk]_bmm_quantizer", ("q_bmm_quantizer", "k_bmm_quantizer")),
         ("*.[qk]_bmm_quantizer", ("q_bmm_quantizer", "k_bmm_quantizer")),
-        ("*_bmm_quantizer", KINDS[4:]),
+        ("*_bmm_quantizer", KINDS[4:8]),
         ("a.fc1.input_quantizer", ("input_quantizer",)),
         ("*.lm_head", ()),
         ("*.weight_quantiser", ()),
