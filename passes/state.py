@@ -74,7 +74,7 @@ def past_of(update: Node) -> Node | None:
 def stored_format(update: Node) -> str | None:
     """Name of the format that a cache is kept in, whose codes `update` appends, or whose values it does before they are
     quantized; None for one in floating point."""
-    last = update.args[0][-1]  # type: ignore[index,union-attr]
+    last = update.args[0][-1]  # type: ignore[index]
     for node in (last, *update.users):
         if is_call(node, QUANTIZE):
             return str(node.kwargs["format"])  # type: ignore[union-attr]

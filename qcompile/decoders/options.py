@@ -9,6 +9,7 @@ from qcompile.errors import CaptureError
 
 Kind = Literal["dynamic", "static"]
 Logits = Literal["all", "last"]
+Part = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,23 @@ class Cache:
         kind: `dynamic`: what is new is appended to what is given (`past`), as transformers' DynamicCache does.
             `static`: it is written at its positions into a buffer of `length`, which is given and given back.
         length: of a static cache, in tokens.
+        part: of a model with both, which is two programs: the `encoder`, which gives the keys and values that the
+            decoder's attention to it reads, computed once, or the `decoder`, which takes them with its own cache.
         logits: of `all` new tokens, or of the `last` one alone, which is all that generation reads.
     """
 
     kind: Kind = "dynamic"
     length: int | None = None
     logits: Logits = "all"
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise CaptureError(f"unknown kind of cache {self.kind!r}; known: {', '.join(get_args(Kind))}")
         if self.logits not in get_args(Logits):
             raise CaptureError(f"unknown logits {self.logits!r}; known: {', '.join(get_args(Logits))}")
+        if self.part is not None and self.part not in get_args(Part):
+            raise CaptureError(f"unknown part {self.part!r}; known: {', '.join(get_args(Part))}")
         if self.length is not None and (isinstance(self.length, bool) or not isinstance(self.length, int)):
             raise CaptureError(f"the length of a cache is a number of tokens, not {self.length!r}")
         if (self.kind == "static") != (self.length is not None):

@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from qcompile.capture import capture
 from qcompile.capture.batches import PlacedBatches
+from qcompile.decoders.encoder_decoder import captured_part, is_encoder_decoder
 from qcompile.decoders.layout import LayerCache, is_decoder, layout_of
 from qcompile.decoders.options import Cache
 from qcompile.decoders.wrapper import WithCache
@@ -123,15 +124,24 @@ def decoder_of(model: Any, cache: Cache) -> Decoder:
 
 
 def captured_with_cache(
-    model: Any, cache: Cache, calibration: Any, dynamic_shapes: Any = None
+    model: Any,
+    cache: Cache,
+    calibration: Any,
+    dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[ExportedProgram, Any]:
     """The program of `model` with its cache, and `calibration` as it takes it.
+
+    Args:
+        kwargs: example inputs of the encoder of a model that has one.
 
     Raises:
         CaptureError: as of `decoder_of`, and for sizes: those of a decoder are known.
     """
     if dynamic_shapes is not None:
         raise CaptureError("with cache= the batch, the new tokens and the past are dynamic: leave dynamic_shapes out")
+    if cache.part is not None or is_encoder_decoder(model):
+        return captured_part(model, cache, calibration, kwargs)
     decoder = decoder_of(model, cache)
     program = capture(decoder.module, (), decoder.kwargs, dynamic_shapes=decoder.dynamic_shapes)
     return program, decoder.batches(calibration)

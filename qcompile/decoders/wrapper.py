@@ -11,20 +11,27 @@ from torch import Tensor
 Layers = list[dict[str, Tensor]]
 
 
-class WithCache(torch.nn.Module):
-    """`model` with a cache among its inputs and outputs; its parts keep their names, as they are those of `model`.
+class Around(torch.nn.Module):
+    """A module with the parts of `model`, under their names, that is called in another way."""
 
-    Args:
-        last: give the logits of the last position only.
-    """
-
-    def __init__(self, model: Any, *, last: bool = False) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         for name in ("_parameters", "_buffers", "_modules"):
             setattr(self, name, getattr(model, name))
         self.training = model.training
         self.config = model.config
         self._call = [model.forward]  # in a list, where torch does not find a module
+
+
+class WithCache(Around):
+    """A decoder with a cache among its inputs and outputs.
+
+    Args:
+        last: give the logits of the last position only.
+    """
+
+    def __init__(self, model: Any, *, last: bool = False) -> None:
+        super().__init__(model)
         takes = inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if last and "logits_to_keep" in takes else {}
         self.cuts = last and not self.options

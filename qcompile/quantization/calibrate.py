@@ -44,7 +44,7 @@ def calibrate(
     chosen_recipe = load_recipe(recipe)
     refuse_quantized(model)
     if cache is not None:
-        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes)
+        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
     else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return calibrated_state(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, progress)

@@ -73,7 +73,7 @@ def quantize(
     own = OwnPasses(passes, route("quantize"))
     refuse_quantized(model)
     if cache is not None:
-        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes)
+        program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
     else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     planner = partial(planned, recipe=chosen_recipe, whole=True)
