@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.formats import get_format
-from passes.graph import Emitter, aten, dtype, is_call, only_user, val
+from passes.graph import Emitter, aten, dtype, is_call, val
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.state import State, states
 
@@ -56,7 +56,7 @@ class StoreCaches(Pass):
         if any(user is not state.update for user in rest):
             return "the cache that is given is read by something else than what appends to it"
         quantize = _quantize(state)
-        if quantize is None or quantize is only_user(state.update):
+        if quantize is None or all(user is quantize or _is_given_back(user) for user in state.update.users):
             return None
         return "the cache is read with and without its quantizer"
 
@@ -72,12 +72,18 @@ class StoreCaches(Pass):
             new = [emit(QUANTIZE, part, *quantize.args[1:], **quantize.kwargs) for part in state.new]
             kept = emit(aten.cat.default, [state.past, *new], *update.args[1:])
             quantize.replace_all_uses_with(kept)
+            update.replace_all_uses_with(kept, delete_user_cb=lambda user: user.op == "output")
         else:
             update.args = ([state.past, *state.new], *update.args[1:])
         results = list(output.args[0])  # type: ignore[arg-type]
         results[state.index] = kept
         output.args = (tuple(results),)
         return True
+
+
+def _is_given_back(user: Node) -> bool:
+    """Whether `user` is the output of the graph, or makes the type that this has and nothing else reads."""
+    return user.op == "output" or (is_call(user, aten._to_copy.default) and all(u.op == "output" for u in user.users))
 
 
 def _quantize(state: State) -> Node | None:

@@ -15,6 +15,7 @@ from passes.pipelines import route
 from passes.places import OwnPasses, Placed
 from passes.subgraphs import all_calls
 from qcompile.capture import capture
+from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.errors import QCompileError
 from qcompile.frontends import modelopt, torchao
 from qcompile.process import alone
@@ -35,6 +36,7 @@ def import_quantized(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     passes: Iterable[Placed] | Placed | None = None,
+    cache: str | Cache | None = None,
 ) -> ExportedProgram:
     """Capture a model that is quantized already, with the codes and scales that it has.
 
@@ -50,6 +52,8 @@ def import_quantized(
             scale for a whole tensor or channel is rounded to it.
         progress: show a bar while calibrating.
         passes: passes of your own, as of `qcompile.quantize`.
+        cache: as of `qcompile.quantize`. Where the model quantizes keys and values, as checkpoints with an FP8
+            key/value cache do, the cache is in FP8.
 
     Returns:
         A program like that of `qcompile.quantize`, for the same back ends. Attention whose q, k and v are quantized
@@ -64,7 +68,10 @@ def import_quantized(
         for tool in _TOOLS:
             if isinstance(model, torch.nn.Module) and tool.is_quantized(model):
                 model = stack.enter_context(tool.capture_ready(model))
-        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        if cache is not None:
+            program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
+        else:
+            program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     planner = partial(_plan, calibrated=calibration is not None)
     return quantized_program(program, planner, calibration, dtype, progress, own)
 

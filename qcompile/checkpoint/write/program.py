@@ -22,6 +22,7 @@ from passes.place.smooth import EDITED, SMOOTHED, is_factor
 from passes.program import unlift
 from passes.reading import Operand, QuantizedLayer
 from passes.sdpa import SDPA
+from passes.state import past_of
 from passes.subgraphs import graphs
 from qcompile.checkpoint.hub.layout import Part
 from qcompile.checkpoint.write.activations import KvScales
@@ -171,7 +172,8 @@ def _static_scale(gm: GraphModule, operand: object) -> torch.Tensor | None:
     quantized = Operand.read(operand)
     if quantized is None or quantized.format != FP8:
         return None
-    scale = _scales(gm, quantized)[0] if is_call(quantized.codes, QUANTIZE) else None
+    made = is_call(quantized.codes, QUANTIZE) or past_of(quantized.codes) is not None
+    scale = _scales(gm, quantized)[0] if made else None
     if scale is None or scale.numel() != 1:
         raise CheckpointError(
             f"{module_path(quantized.node)}: a key/value cache has one constant scale, and this has not"
