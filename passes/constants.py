@@ -176,13 +176,17 @@ class ConstantRows:
 
     _CHUNK = 1 << 20  # elements; in smaller pieces a rotation spends its time waiting for threads
 
-    def __init__(self, gm: GraphModule, node: Node, multiple: int = 1) -> None:
-        """`multiple`: how many rows belong together; each piece but the last has a multiple of them."""
+    def __init__(self, gm: GraphModule, node: Node, multiple: int = 1, piece: int = _CHUNK) -> None:
+        """
+        Args:
+            multiple: how many rows belong together; each piece but the last has a multiple of them.
+            piece: how many elements to give at a time, at least one row; of a rotated weight more.
+        """
         rotated = strip(node, aten._to_copy.default)
         self._rotate = is_call(rotated, HADAMARD)
         self._tensor = evaluate_constant(gm, rotated.all_input_nodes[0] if self._rotate else node)
         self.shape, self.device = self._tensor.shape, self._tensor.device
-        rows = self._CHUNK * self.shape[0] // max(1, self._tensor.numel())
+        rows = (self._CHUNK if self._rotate else piece) * self.shape[0] // max(1, self._tensor.numel())
         self._step = max(1, rows // multiple) * multiple
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -23,6 +23,8 @@ from passes.pairs import measured_by, store_codes
 from passes.reading import Operand
 from passes.sdpa import SDPA
 
+_PIECE = 1 << 17  # elements: their fp32 numbers come and go among the codes that stay, and leave holes there
+
 
 class FoldWeights(Pass):
     """Evaluate the quantize of a constant, and keep the codes.
@@ -74,7 +76,7 @@ class FoldWeights(Pass):
         """Scales for the tensor, for each channel or for each block, which are known."""
         fmt, weight, scale = get_format(str(node.kwargs["format"])), node.args[0], constant(gm, _levels(node)[0])
         assert isinstance(weight, Node)
-        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)) if fmt.sizes else 1)
+        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)) if fmt.sizes else 1, _PIECE)
         if fmt.sizes:
             stored = constant(gm, _levels(node)[-1])
             assert stored is not None
@@ -103,7 +105,7 @@ class FoldWeights(Pass):
         fmt, weight = get_format(str(node.kwargs["format"])), node.args[0]
         assert isinstance(weight, Node)
         global_scale = constant(gm, node.args[1])
-        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)))
+        rows = ConstantRows(gm, weight, rows_together(fmt, len(val(weight).shape)), _PIECE)
         codes, scales = (self._room(node, index, rows.device) for index in (0, 1))
         write_codes(rows, fmt, codes, global_scale, scales)
         if global_scale is not None:

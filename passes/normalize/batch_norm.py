@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,6 +17,7 @@ from passes.constants import (
 )
 from passes.evaluation import computable_nodes, evaluate
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, only_user, shape
+from passes.normalize.folded_layer import Affine, FoldedLayer
 from passes.normalize.weight_names import Names, layer_of
 
 __all__ = ["NORMS", "Affine", "FoldBatchNorm", "affine_of", "skip_norm"]
@@ -25,71 +25,6 @@ __all__ = ["NORMS", "Affine", "FoldBatchNorm", "affine_of", "skip_norm"]
 NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
 _POINTWISE = (aten.mul.Tensor, aten.add.Tensor)
 _COMPUTED = "the weight or bias of the layer beside it is computed at run time, or quantized already"
-
-
-@dataclass(frozen=True)
-class Affine:
-    """`x * factor + shift` along the channels, each float64 `[C]`."""
-
-    factor: torch.Tensor
-    shift: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A convolution or linear layer, its norms beside it: float64 numbers for the channels, as `weight` is large.
-
-    Attributes:
-        stored: the weight as it was, `[out, in / groups, ...]`, transposed `[in, out / groups, ...]`.
-        bias: `[out]`. outer, inner: factors that the weight of each output and input has by now, `[out]` and `[in]`.
-    """
-
-    stored: torch.Tensor
-    bias: torch.Tensor
-    outer: torch.Tensor
-    inner: torch.Tensor
-    groups: int = 1
-    transposed: bool = False
-
-    @classmethod
-    def of(cls, gm: GraphModule, node: Node) -> _Layer | None:
-        """None where the weight or bias is no constant."""
-        weight, bias = argument(node, "weight"), argument(node, "bias")
-        if not is_constant_expression(weight) or not (bias is None or is_constant_expression(bias)):
-            return None
-        values = evaluate_constant(gm, weight)
-        is_convolution = is_call(node, aten.convolution.default)
-        groups, transposed = (argument(node, "groups"), argument(node, "transposed")) if is_convolution else (1, False)
-        first, second = values.shape[:2]
-        outputs, inputs = (second * groups, first) if transposed else (first, second * groups)
-        outer = torch.ones(outputs, dtype=torch.float64, device=values.device)
-        known = torch.zeros_like(outer) if bias is None else evaluate_constant(gm, bias).double()
-        return cls(values, known, outer, outer.new_ones(inputs), groups, transposed)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as it is by now, in float64: made anew, and as short-lived as the reader lets it be."""
-        outer, inner = self.outer.reshape(self.groups, -1), self.inner.reshape(self.groups, -1)
-        factors = inner[:, :, None] * outer[:, None] if self.transposed else outer[:, :, None] * inner[:, None]
-        rest = [1] * (self.stored.ndim - 2)
-        return self.stored.double() * factors.reshape(*self.stored.shape[:2], *rest)
-
-    def before(self, norm: Affine) -> _Layer:
-        """The layer that gives what `norm` makes of this one's results."""
-        return replace(self, bias=self.bias * norm.factor + norm.shift, outer=self.outer * norm.factor)
-
-    def behind(self, norm: Affine) -> _Layer:
-        """The layer that makes of the input of `norm` what this one makes of its results; not for transposed ones."""
-        outputs, inputs = self.stored.shape[:2]
-        split = self.weight.reshape(self.groups, outputs // self.groups, inputs, -1)
-        added = (split.sum(-1) * norm.shift.reshape(self.groups, 1, -1)).sum(-1).flatten()
-        return replace(self, bias=self.bias + added, inner=self.inner * norm.factor)
-
-    def leaves(self, kind: torch.dtype) -> bool:
-        """Whether a number of it is beyond `kind`."""
-        # rounding keeps the order, so the two ends tell; they carry a NaN on
-        ends = torch.stack([end for tensor in (self.weight, self.bias) for end in tensor.aminmax()])
-        return not bool(ends.to(kind).isfinite().all())
 
 
 class FoldBatchNorm(Pass):
@@ -119,7 +54,7 @@ class FoldBatchNorm(Pass):
         self.again = again
 
     def rewrite(self, gm: GraphModule) -> None:
-        folded: dict[Node, _Layer] = {}
+        folded: dict[Node, FoldedLayer] = {}
         for node in calls(gm.graph, *NORMS):
             if (norm := affine_of(gm, node)) is not None:
                 self._fold(gm, node, norm, folded)
@@ -133,7 +68,7 @@ class FoldBatchNorm(Pass):
                     self.fire()
         _store(gm, folded)
 
-    def _fold(self, gm: GraphModule, node: Node, norm: Affine, folded: dict[Node, _Layer]) -> None:
+    def _fold(self, gm: GraphModule, node: Node, norm: Affine, folded: dict[Node, FoldedLayer]) -> None:
         source = node.args[0]
         assert isinstance(source, Node)
         results = _results(node)
@@ -147,16 +82,18 @@ class FoldBatchNorm(Pass):
         skip_norm(node)
         self.fire()
 
-    def _before(self, gm: GraphModule, layer: Node, norm: Affine, folded: dict[Node, _Layer]) -> str | None:
+    def _before(self, gm: GraphModule, layer: Node, norm: Affine, folded: dict[Node, FoldedLayer]) -> str | None:
         """Fold `norm` into `layer`, whose results it reads; why not, or None."""
         if only_user(layer) is None:
             return "the layer before it has another reader, which wants its values as they are"
-        known = folded.get(layer) or _Layer.of(gm, layer)
+        known = folded.get(layer) or FoldedLayer.of(gm, layer)
         if known is None:
             return _COMPUTED
         return _keep({layer: known.before(norm)}, folded)
 
-    def _behind(self, gm: GraphModule, results: list[Node], norm: Affine, folded: dict[Node, _Layer]) -> str | None:
+    def _behind(
+        self, gm: GraphModule, results: list[Node], norm: Affine, folded: dict[Node, FoldedLayer]
+    ) -> str | None:
         """Fold `norm` into every layer that reads it; why not, or None; "" where there is another reader."""
         readers = [user for result in results for user in result.users]
         if not readers or not all(_takes(reader, results) for reader in readers):
@@ -165,14 +102,14 @@ class FoldBatchNorm(Pass):
         for layer in readers:
             if is_call(layer, aten.convolution.default) and any(argument(layer, "padding")) and bool(norm.shift.any()):
                 return "the convolution behind it pads with zeros, which the norm does not see"
-            known = folded.get(layer) or _Layer.of(gm, layer)
+            known = folded.get(layer) or FoldedLayer.of(gm, layer)
             if known is None:
                 return _COMPUTED
             found[layer] = known.behind(norm)
         return _keep(found, folded)
 
 
-def _keep(found: Mapping[Node, _Layer], folded: dict[Node, _Layer]) -> str | None:
+def _keep(found: Mapping[Node, FoldedLayer], folded: dict[Node, FoldedLayer]) -> str | None:
     for node, layer in found.items():
         kind = dtype(argument(node, "weight"))
         if layer.leaves(kind):
@@ -253,7 +190,7 @@ def _of_pointwise(gm: GraphModule, node: Node, source: Node, constants: Mapping[
     return Affine(torch.ones_like(values), values)
 
 
-def _store(gm: GraphModule, folded: Mapping[Node, _Layer]) -> None:
+def _store(gm: GraphModule, folded: Mapping[Node, FoldedLayer]) -> None:
     """Give the layers of the graph their new weights and biases."""
     pending: dict[Node, tuple[torch.Tensor, str, str]] = {}
     for node, layer in folded.items():
@@ -262,7 +199,7 @@ def _store(gm: GraphModule, folded: Mapping[Node, _Layer]) -> None:
         fresh = emit(aten.alias.default, weight), emit(aten.alias.default, argument(node, "bias") or weight)
         node.args = (node.args[0], *fresh, *node.args[3:])
         kind = dtype(weight)
-        pending[fresh[0]] = layer.weight.to(kind), path, leaf
+        pending[fresh[0]] = layer.weight(kind), path, leaf
         pending[fresh[1]] = layer.bias.to(kind), path, "bias" if leaf == "weight" else f"{leaf}_bias"
     names = Names(gm, dict.fromkeys(pending))
     for name in {str(root.target) for place in pending for root in root_constants(place)}:

@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.convolution_models import Row, measure
-from benchmarks.convolutions import Network, joined, run
+from benchmarks.convolutions import FOLDS, Data, Network, joined, run
 
 
 def test_networks_are_judged_together_and_the_engine_by_its_layers() -> None:
-    one = Network(98.0, 97.6, 98.0, quantized=9, convolutions=9, low_precision=9, kernels=18)
-    row = joined("fp8", [one, replace(one, program=98.0)], 1797, 12)
-    assert row.ok and (row.program, row.furthest) == pytest.approx((97.8, 0.4))
-    assert not joined("fp8", [one], 898, 12).ok
-    assert not joined("fp8", [replace(one, program=98.0, low_precision=8)], 898, 12).ok
+    right, wrong = torch.ones(1000, dtype=torch.bool), torch.arange(1000) >= 4
+    one = Network(right, wrong, right, quantized=9, convolutions=9, low_precision=9, kernels=18)
+    row = joined("fp8", [one, replace(one, unquantized=wrong.flip(0), program=wrong.flip(0))], 12)
+    assert row.ok and (row.images, row.lost, row.won) == (2000, 4, 0)
+    assert (row.unquantized, row.program, row.onnxruntime) == pytest.approx((99.8, 99.6, 100.0))
+    assert not joined("fp8", [one], 12).ok
+    assert not joined("fp8", [replace(one, program=right, low_precision=8)], 12).ok
+
+
+def test_every_digit_is_held_out_once() -> None:
+    images = torch.arange(1797)
+    every = Data(images, images)
+    held_out = torch.cat([every.images[slice(fold, None, FOLDS)] for fold in range(FOLDS)])
+    assert torch.equal(held_out.sort().values, images)
+    seen = every.without(slice(3, None, FOLDS))
+    assert not torch.isin(seen.images, every.images[3::FOLDS]).any() and torch.equal(seen.images, seen.digits)
 
 
 def test_a_claim_or_many_codes_are_a_miss() -> None:

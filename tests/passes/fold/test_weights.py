@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from torch.testing import FileCheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.fold.weights import FoldWeights
 from passes.formats import FP8, INT8, Format
@@ -52,6 +55,32 @@ def test_codes_are_those_of_ml_dtypes(weight: np.ndarray, scale: float) -> None:
     assert FoldWeights()(gm).modified
     expected = np.clip(weight / np.float32(scale), -448, 448).astype(ml_dtypes.float8_e4m3fn)
     np.testing.assert_array_equal(gm.get_parameter("w").float().detach().numpy(), expected.astype(np.float32))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor in float32 that is made; a view is none."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_new = all(returned.alias_info is None for returned in func._schema.returns)
+        if is_new and isinstance(result, Tensor) and result.dtype is torch.float32:
+            self.size = max(self.size, result.numel())
+        return result
+
+
+def test_a_large_weight_is_quantized_in_pieces() -> None:
+    linear, x = nn.Linear(512, 600, bias=False), torch.randn(1, 512)
+    gm = graph_of(linear, x)
+    scale = scale_of(linear.weight.detach(), FP8, per_channel=True)
+    insert(gm, {"weight": scale})
+    with Largest() as largest:
+        FoldWeights()(gm)
+    assert 0 < largest.size <= 1 << 17 < linear.weight.numel()
+    expected = (linear.weight.detach() / scale).clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn)
+    codes = gm.get_parameter("weight").detach().float().numpy()
+    np.testing.assert_array_equal(codes, expected.astype(np.float32))
 
 
 def test_a_weight_that_something_else_reads_stays_beside_its_codes() -> None:

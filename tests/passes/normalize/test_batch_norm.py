@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.base import run_pipeline
 from passes.graph import aten
+from passes.normalize import folded_layer
 from passes.normalize.batch_norm import FoldBatchNorm
 from passes.normalize.convolution import NormalizeConvolution
+from passes.normalize.folded_layer import PIECE
 from passes.normalize.views import ViewsToReshape
 from passes.testing import count, declines, graph_of, rewrites
 
@@ -77,7 +81,9 @@ def test_behind_a_convolution(
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_in_front_of_a_convolution(groups: int) -> None:
+@pytest.mark.parametrize("piece", [PIECE, 100])
+def test_in_front_of_a_convolution(groups: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded_layer, "PIECE", piece)
     x = torch.randn(2, 4, 6, 6)
     gm = graph(nn.Sequential(trained(nn.BatchNorm2d(4)), nn.Conv2d(4, 8, 3, groups=groups)), x)
     rewrites(FoldBatchNorm, gm, x, **TOLERANCE)
@@ -125,6 +131,32 @@ class SecondReader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return self.norm(y).relu() + y
+
+
+class Wide(TorchDispatchMode):
+    """Notes the largest tensor in float64 that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype is torch.float64:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_large_weight_is_never_whole_in_float64(transposed: bool) -> None:
+    layer: Any = nn.ConvTranspose2d(64, 128, 3) if transposed else nn.Conv2d(64, 128, 3, groups=2)
+    norm = trained(nn.BatchNorm2d(128))
+    x = torch.randn(1, 64, 3, 3, dtype=torch.float16)
+    gm = graph(nn.Sequential(layer, norm).half(), x)
+    wide = Wide()
+    with wide:
+        FoldBatchNorm()(gm)
+    assert 0 < wide.largest <= PIECE < layer.weight.numel()
+    fused = fuse_conv_bn_eval(layer.double(), norm.double(), transpose=transposed)  # torch's own
+    assert torch.equal(dict(gm.named_parameters())["0.weight"], fused.weight.half())
 
 
 def test_a_second_reader_keeps_its_values() -> None:
