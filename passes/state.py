@@ -7,18 +7,18 @@ that was saved, or that somebody else wrote, has them, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
 from passes.constants import LAYOUT
-from passes.graph import TRANSPARENT, aten, is_call, shape, strip
+from passes.graph import TRANSPARENT, argument, aten, is_call, shape, strip
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, SOFTMAXES
 
-__all__ = ["State", "cache_kind", "states"]
+__all__ = ["UPDATES", "State", "arguments_of", "cache_kind", "new_of", "past_of", "states"]
 
 Kind = Literal["k", "v"]
 
@@ -34,6 +34,15 @@ _ON_THE_WAY = (
     aten.mul.Tensor,
 )
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_WRITES = {
+    aten.index_copy.default: 3,
+    aten.index_put.default: 2,
+    aten.slice_scatter.default: 1,
+    aten.scatter.src: 3,
+}
+"""What writes something new over a part of its first argument, and which argument that is."""
+UPDATES = (aten.cat.default, *_WRITES)
+"""What makes state of state."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class State:
     """One piece of state.
 
     Attributes:
-        past: the input. update: the call that makes what is given back: `cat([past, new], axis)`. index: which output.
+        past: the input. update: the call that makes what is given back: `cat([past, new], axis)`, or a write into
+            `past`: `index_copy(past, axis, positions, new)`. index: which output.
     """
 
     past: Node
@@ -50,8 +60,13 @@ class State:
 
     @property
     def new(self) -> tuple[Node, ...]:
-        """What is appended."""
-        return tuple(part for part in self.update.args[0][1:])  # type: ignore[index,union-attr,misc]
+        """What is appended or written."""
+        return new_of(self.update)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the state has a fixed size that is written into, and does not grow."""
+        return is_call(self.update, *_WRITES)
 
 
 def states(graph: Graph) -> Iterator[State]:
@@ -61,12 +76,31 @@ def states(graph: Graph) -> Iterator[State]:
             yield State(past, update, index)
 
 
+def new_of(update: Node) -> tuple[Node, ...]:
+    """What `update` appends or writes."""
+    if is_call(update, *_WRITES):
+        return (update.args[_WRITES[update.target]],)  # type: ignore[index,return-value]
+    return tuple(update.args[0][1:])  # type: ignore[index,arg-type]
+
+
+def arguments_of(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, ...]:
+    """The arguments of `update` with `past` and `new` in the place of its own."""
+    if not is_call(update, *_WRITES):
+        return ([past, *new], *update.args[1:])
+    args = list(update.args)
+    args[0], args[_WRITES[update.target]] = past, new[0]  # type: ignore[index]
+    return tuple(args)
+
+
 def past_of(update: Node) -> Node | None:
-    """The input that `update` appends to, `cat([past, new, ...], axis)`; None for another node."""
-    if not is_call(update, aten.cat.default):
+    """The input that `update` appends to, `cat([past, new, ...], axis)`, or writes into; None for another node."""
+    if is_call(update, *_WRITES):
+        first = None if is_call(update, aten.index_put.default) and argument(update, "accumulate") else update.args[0]
+    elif is_call(update, aten.cat.default):
+        parts = update.args[0]
+        first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) > 1 else None
+    else:
         return None
-    parts = update.args[0]
-    first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) > 1 else None
     past = strip(first, *_SAME) if isinstance(first, Node) else None
     return past if past is not None and past.op == "placeholder" and len(shape(past)) > 1 else None
 
