@@ -51,6 +51,7 @@ from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
 from passes.legalize.weight_layout import StoreWeightsTransposed
 from passes.legalize.wide_sums import WideIndexedSums
+from passes.legalize.written_caches import ChooseWritten, ScatterWritten
 from passes.lower.cpu.pipeline import cpu_pipeline
 from passes.lower.cuda.pipeline import cuda_pipeline
 from passes.lower.device import Device
@@ -190,7 +191,7 @@ BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
 TENSORRT_KERNELS = Pipeline(
-    *RESTORE, AppendInFloat, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
+    *RESTORE, AppendInFloat, ChooseWritten, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
 )
 """In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
@@ -220,6 +221,7 @@ TENSORRT = Pipeline(
 
 PORTABLE = Pipeline(
     partial(AppendInFloat, [FP8.name]),
+    ScatterWritten,
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import Graph, Node
 
 from passes.constants import LAYOUT
-from passes.graph import TRANSPARENT, argument, aten, is_call, shape, strip
+from passes.graph import TRANSPARENT, argument, aten, is_call, shape, strip, val
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, SOFTMAXES
 
-__all__ = ["UPDATES", "State", "arguments_of", "cache_kind", "new_of", "past_of", "states"]
+__all__ = ["UPDATES", "State", "cache_kind", "new_of", "past_of", "states", "updated", "written_at"]
 
 Kind = Literal["k", "v"]
 
@@ -38,7 +39,6 @@ _WRITES = {
     aten.index_copy.default: 3,
     aten.index_put.default: 2,
     aten.slice_scatter.default: 1,
-    aten.scatter.src: 3,
 }
 """What writes something new over a part of its first argument, and which argument that is."""
 UPDATES = (aten.cat.default, *_WRITES)
@@ -83,13 +83,32 @@ def new_of(update: Node) -> tuple[Node, ...]:
     return tuple(update.args[0][1:])  # type: ignore[index,arg-type]
 
 
-def arguments_of(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, ...]:
-    """The arguments of `update` with `past` and `new` in the place of its own."""
+def updated(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, tuple[Any, ...]]:
+    """The call of `update` with `past` and `new` in the place of its own, for which torch has kernels in every dtype."""
+    if is_call(update, aten.index_copy.default):  # index_copy has none for FP8
+        axis, positions = update.args[1] % len(shape(update)), update.args[2]  # type: ignore[operator]
+        return aten.index_put.default, (past, [*[None] * axis, positions], new[0])
     if not is_call(update, *_WRITES):
-        return ([past, *new], *update.args[1:])
+        return update.target, ([past, *new], *update.args[1:])
     args = list(update.args)
     args[0], args[_WRITES[update.target]] = past, new[0]  # type: ignore[index]
-    return tuple(args)
+    return update.target, tuple(args)
+
+
+def written_at(update: Node) -> tuple[int, Node] | None:
+    """The axis along which `update` writes whole slices, and their positions `[n]`; None for another node."""
+    if past_of(update) is None or is_call(update, aten.cat.default, aten.slice_scatter.default):
+        return None
+    if is_call(update, aten.index_copy.default):
+        axis, positions = update.args[1:3]
+    else:
+        indices = update.args[1]
+        if any(index is not None for index in indices[:-1]):  # type: ignore[index,union-attr]
+            return None
+        axis, positions = len(indices) - 1, indices[-1]  # type: ignore[arg-type,index]
+    assert isinstance(axis, int) and isinstance(positions, Node)
+    is_list = val(positions).dtype in (torch.int64, torch.int32) and len(shape(positions)) == 1
+    return (axis % len(shape(update)), positions) if is_list else None
 
 
 def past_of(update: Node) -> Node | None:

@@ -9,7 +9,7 @@ from passes.base import Pass
 from passes.formats import get_format
 from passes.graph import Emitter, aten, dtype, is_call, only_user, val
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.state import State, arguments_of, states
+from passes.state import State, states, updated
 
 __all__ = ["StoreCaches"]
 
@@ -71,11 +71,11 @@ class StoreCaches(Pass):
         if quantize is not None:
             emit = Emitter(quantize, like=update)
             new = [emit(QUANTIZE, part, *quantize.args[1:], **quantize.kwargs) for part in state.new]
-            assert callable(update.target)
-            kept = emit(update.target, *arguments_of(update, state.past, new), **update.kwargs)
+            target, args = updated(update, state.past, new)
+            kept = emit(target, *args, **update.kwargs)
             quantize.replace_all_uses_with(kept)
         else:
-            update.args = arguments_of(update, state.past, state.new)
+            update.target, update.args = updated(update, state.past, state.new)
         results = list(output.args[0])  # type: ignore[arg-type]
         results[state.index] = kept
         output.args = (tuple(results),)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass
 from passes.graph import Emitter, calls, dtype, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.state import UPDATES, arguments_of, new_of, past_of
+from passes.state import UPDATES, new_of, past_of, updated
 
 __all__ = ["AppendInFloat"]
 
@@ -46,8 +46,8 @@ class AppendInFloat(Pass):
             sources = [part.args[0] for part in new]
             compute = dtype(sources[0])  # type: ignore[arg-type]
             past = emit(DEQUANTIZE, past_of(node), scale, format=fmt, dtype=compute)
-            assert callable(node.target)
-            whole = emit(node.target, *arguments_of(node, past, sources), **node.kwargs)  # type: ignore[arg-type]
+            target, args = updated(node, past, sources)  # type: ignore[arg-type]
+            whole = emit(target, *args, **node.kwargs)
             node.replace_all_uses_with(emit(QUANTIZE, whole, scale, format=fmt))
             self.fire()
 
