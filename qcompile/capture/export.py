@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from passes.aliases import merge_aliases
 from passes.carried import carry_writes
 from passes.functional import functional
 from passes.program import drop_idle_writes, separated
@@ -112,7 +113,7 @@ def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgr
             warnings.filterwarnings(
                 "ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning
             )  # torch 2.13, of itself
-            return functional(program)
+            return functional(merge_aliases(program))
     except Exception as error:  # caches, guards on strides, and what torch asserts of itself
         name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
         found = reason(error, model, program.example_inputs)
