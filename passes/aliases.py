@@ -1,4 +1,4 @@
-"""One input for one tensor: torch.export can have it twice, as a buffer and as a constant that the model holds as well."""
+"""One input for one tensor: torch.export can have it twice, as a buffer and as a constant that the model holds, too."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ def _tensor(program: ExportedProgram, name: str) -> object:
 
 def _key(tensor: object) -> tuple[object, ...] | None:
     """The same for two names of one tensor; None for what is none, or has no memory."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.layout is not torch.strided
+        or tensor.is_meta
+        or not tensor.numel()
+    ):
         return None
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device

@@ -1,4 +1,4 @@
-"""What a program writes to, as inputs and outputs: it keeps nothing between calls, and passes take buffers for constants.
+"""What a program writes to, as inputs and outputs: it keeps nothing itself, and passes take buffers for constants.
 
 A functional program of torch.export computes what a buffer or an input holds afterwards, and torch copies it there
 behind the call. Here it is handed over instead: buffers come in by the argument `state`, and what is written goes out
@@ -8,7 +8,7 @@ beside what the model returns.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -18,36 +18,15 @@ from torch.export.graph_signature import (
     InputSpec,
     OutputKind,
     OutputSpec,
-    TensorArgument,
 )
 from torch.utils import _pytree as pytree
 
 from passes.program import separated
+from passes.result import Carried
 
-__all__ = ["Carried", "carry_writes", "initial_state", "state_names"]
+__all__ = ["carry_writes", "initial_state", "state_names"]
 
 _STATE = "state"  # the argument
-
-
-class Carried(NamedTuple):
-    """What a program gives back that carries its state.
-
-    Attributes:
-        outputs: what the model returns. state: path of a buffer, or name of an input -> what is written to it, for the
-            next call.
-    """
-
-    outputs: Any
-    state: dict[str, torch.Tensor]
-
-
-pytree.register_pytree_node(
-    Carried,
-    lambda carried: (list(carried), None),
-    lambda parts, _: Carried(*parts),
-    serialized_type_name="qcompile.Carried",
-    flatten_with_keys_fn=lambda carried: ([*zip(map(pytree.GetAttrKey, Carried._fields), carried, strict=True)], None),
-)
 
 
 def carry_writes(program: ExportedProgram) -> ExportedProgram:
@@ -86,11 +65,11 @@ def state_names(program: ExportedProgram) -> list[str]:
     """What `program` carries: paths of buffers and names of inputs, in the order of its last outputs."""
     spec = program.call_spec.out_spec
     carries = spec is not None and Carried in (spec.type, spec.context)  # torch calls all named tuples by one type
-    return list(spec.children()[1].context) if carries else []  # type: ignore[union-attr]
+    return list(spec.children()[1].context) if carries else []
 
 
 def initial_state(program: ExportedProgram) -> dict[str, dict[str, torch.Tensor]]:
-    """The argument by which buffers come in, with the values that they had when it was captured; nothing without one."""
+    """The argument by which buffers come in, with the values that they had at capture; nothing without one."""
     names, example = set(state_names(program)), program.example_inputs
     found = example[1] if example is not None else {}
     last = next(reversed(found), None)
@@ -118,7 +97,8 @@ def _inputs(program: ExportedProgram, buffers: list[str]) -> tuple[list[InputSpe
 def _outputs(program: ExportedProgram) -> list[OutputSpec]:
     """The outputs with what is written behind all others, where it is moved to."""
     output, specs = program.graph.output_node(), program.graph_signature.output_specs
-    both = sorted(zip(specs, output.args[0], strict=True), key=lambda pair: pair[0].kind is not OutputKind.USER_OUTPUT)  # type: ignore[arg-type]
+    results: Any = output.args[0]
+    both = sorted(zip(specs, results, strict=True), key=lambda pair: pair[0].kind is not OutputKind.USER_OUTPUT)
     output.args = (tuple(value for _, value in both),)
     return [
         spec if spec.kind is OutputKind.USER_OUTPUT else OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None)
@@ -138,7 +118,7 @@ def _call_spec(program: ExportedProgram, buffers: list[str], written: list[str])
     outputs = pytree.tree_unflatten(range(before.out_spec.num_leaves), before.out_spec)
     return (
         pytree.tree_structure((args, {**kwargs, **carried})),
-        pytree.tree_structure(Carried(outputs, dict.fromkeys(written, 0))),  # type: ignore[arg-type]
+        pytree.tree_structure(Carried(outputs, dict.fromkeys(written, 0))),
     )
 
 

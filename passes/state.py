@@ -15,11 +15,11 @@ import torch
 from torch.fx import Graph, Node
 
 from passes.constants import LAYOUT
-from passes.graph import TRANSPARENT, argument, aten, is_call, shape, strip, val
+from passes.graph import TRANSPARENT, argument, aten, calls, is_call, shape, strip, val
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, SOFTMAXES
 
-__all__ = ["UPDATES", "State", "cache_kind", "new_of", "past_of", "states", "updated", "written_at"]
+__all__ = ["UPDATES", "State", "Write", "cache_kind", "new_of", "past_of", "states", "updated", "writes"]
 
 Kind = Literal["k", "v"]
 
@@ -84,9 +84,9 @@ def new_of(update: Node) -> tuple[Node, ...]:
 
 
 def updated(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, tuple[Any, ...]]:
-    """The call of `update` with `past` and `new` in the place of its own, for which torch has kernels in every dtype."""
+    """The call of `update` with `past` and `new` in the place of its own, one that torch has in every dtype."""
     if is_call(update, aten.index_copy.default):  # index_copy has none for FP8
-        axis, positions = update.args[1] % len(shape(update)), update.args[2]  # type: ignore[operator]
+        axis, positions = int(argument(update, "dim")) % len(shape(update)), argument(update, "index")
         return aten.index_put.default, (past, [*[None] * axis, positions], new[0])
     if not is_call(update, *_WRITES):
         return update.target, ([past, *new], *update.args[1:])
@@ -95,20 +95,50 @@ def updated(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, tuple[A
     return update.target, tuple(args)
 
 
-def written_at(update: Node) -> tuple[int, Node] | None:
-    """The axis along which `update` writes whole slices, and their positions `[n]`; None for another node."""
-    if past_of(update) is None or is_call(update, aten.cat.default, aten.slice_scatter.default):
-        return None
-    if is_call(update, aten.index_copy.default):
-        axis, positions = update.args[1:3]
+@dataclass(frozen=True)
+class Write:
+    """A write of whole slices into state.
+
+    Attributes:
+        node: the call. past: what it writes into. new: the slices, `n` of them along `axis`.
+        at: where: positions `[n]`, or the first of a row of them, which is a number or a size.
+    """
+
+    node: Node
+    past: Node
+    new: Node
+    axis: int
+    at: int | Node
+
+    @property
+    def trailing(self) -> int:
+        """How many axes follow `axis`."""
+        return len(shape(self.past)) - self.axis - 1
+
+
+def writes(graph: Graph) -> Iterator[Write]:
+    """The writes of whole slices into inputs that are given back (safe to edit while iterating)."""
+    for node in calls(graph, *_WRITES):
+        if past_of(node) is not None and is_returned(node) and (found := _place(node)) is not None:
+            past, (new,) = node.args[0], new_of(node)
+            assert isinstance(past, Node)
+            yield Write(node, past, new, found[0] % len(shape(past)), found[1])
+
+
+def _place(node: Node) -> tuple[int, int | Node] | None:
+    """The axis of a write, and where along it; None for one of other forms."""
+    if is_call(node, aten.slice_scatter.default):
+        start = argument(node, "start") or 0
+        forward = argument(node, "step") == 1 and (isinstance(start, Node) or start >= 0)
+        return (argument(node, "dim"), start) if forward else None
+    if is_call(node, aten.index_copy.default):
+        axis, positions = argument(node, "dim"), argument(node, "index")
     else:
-        indices = update.args[1]
-        if any(index is not None for index in indices[:-1]):  # type: ignore[index,union-attr]
+        *before, positions = argument(node, "indices")
+        axis = len(before)
+        if any(index is not None for index in before) or val(positions).dtype not in (torch.int64, torch.int32):
             return None
-        axis, positions = len(indices) - 1, indices[-1]  # type: ignore[arg-type,index]
-    assert isinstance(axis, int) and isinstance(positions, Node)
-    is_list = val(positions).dtype in (torch.int64, torch.int32) and len(shape(positions)) == 1
-    return (axis % len(shape(update)), positions) if is_list else None
+    return (axis, positions) if len(shape(positions)) == 1 else None
 
 
 def past_of(update: Node) -> Node | None:

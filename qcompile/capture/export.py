@@ -89,7 +89,8 @@ def _check_pure(program: ExportedProgram) -> None:
             f"the model has effects beside its outputs while it runs, by {', '.join(dict.fromkeys(ordered))}: leave"
             " that out of what is captured"
         )
-    parameters = [str(s.target) for s in program.graph_signature.output_specs if s.kind is OutputKind.PARAMETER_MUTATION]
+    outputs = program.graph_signature.output_specs
+    parameters = [str(spec.target) for spec in outputs if spec.kind is OutputKind.PARAMETER_MUTATION]
     if parameters:
         raise CaptureError(
             f"the model writes to {some(parameters)} while it runs, which are parameters: state that it carries from"

@@ -18,7 +18,10 @@ _CACHES = {"past_key_values": ".", "present": "."}
 def interface_problem(program: ExportedProgram, container: str) -> str | None:
     """What a program does with its inputs and outputs that `container` ("an ONNX graph") cannot; None if nothing."""
     if written := written_tensors(program):
-        return f"the program writes to {', '.join(written)}, and {container} keeps no state between runs"
+        return (
+            f"the program writes to {', '.join(written)}, and {container} keeps no state between runs: quantize it, and"
+            " that is among its inputs and outputs"
+        )
     for spec in program.graph_signature.output_specs:
         constant = isinstance(spec.arg, ConstantArgument) and spec.arg.value is None
         if not constant and not isinstance(spec.arg, TensorArgument):

@@ -46,9 +46,12 @@ def _cache(layers: Layers, start: Tensor, positions: Tensor) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    class Written(DynamicLayer):
+    class Written(DynamicLayer):  # type: ignore[no-untyped-call]
         """One layer. It is none of transformers' static ones, which count their tokens themselves and write in place;
         a sliding window is a matter of the mask."""
+
+        keys: Tensor
+        values: Tensor
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             self.keys = self.keys.index_copy(2, positions, key_states)
@@ -63,8 +66,8 @@ def _cache(layers: Layers, start: Tensor, positions: Tensor) -> Any:
 
     cache = DynamicCache()
     for given in layers:
-        layer = Written()
-        layer.lazy_initialization(given["key"], given["value"])  # type: ignore[no-untyped-call]
+        layer = Written()  # type: ignore[no-untyped-call]
+        layer.lazy_initialization(given["key"], given["value"])
         layer.keys, layer.values = given["key"], given["value"]
         cache.layers.append(layer)
     return cache
