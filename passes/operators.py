@@ -17,7 +17,7 @@ from torch.fx import Node
 from passes.graph import aten, is_call, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
-from passes.state import cache_kind
+from passes.state import UPDATES, cache_kind
 
 __all__ = [
     "NORMS",
@@ -161,13 +161,13 @@ def added_convolution(operand: object) -> Node | None:
 RESIDUAL_FIRST = Operator("residual", {"residual": 0}, gemm=False)
 RESIDUAL = Operator("residual", {"residual": 1}, gemm=False, instead=_residual)
 
-PLAIN_CAT = Operator("cat")
+PLAIN_UPDATE = Operator("write")
 
 
 def _cache(call: Node) -> Operator | None:
-    """The row of a concatenation, by whether it appends to a cache of keys, of values, or to none."""
+    """The row of a concatenation or a write, by whether it is of a cache of keys, of values, or of none."""
     kind = cache_kind(call)
-    return PLAIN_CAT if kind is None else VALUE_CACHE if kind == "v" else None
+    return PLAIN_UPDATE if kind is None else VALUE_CACHE if kind == "v" else None
 
 
 VALUE_CACHE = Operator("cache", {"v_cache": None}, counted=True, gemm=False)
@@ -179,7 +179,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
     aten.add.Tensor: RESIDUAL,
-    aten.cat.default: KEY_CACHE,
+    **dict.fromkeys(UPDATES, KEY_CACHE),
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),

@@ -37,15 +37,18 @@ from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.boundary import ConvertBoundary
 from passes.legalize.cached_codes import AppendInFloat
+from passes.legalize.choose_written import ChooseWritten
 from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.group_norm import SpellOutGroupNorm
+from passes.legalize.group_queries import GroupQueries
 from passes.legalize.k_split import SplitK
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
+from passes.legalize.scatter_written import ScatterWritten
 from passes.legalize.unfit_convolutions import LeaveUnfitConvolutions
 from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
@@ -190,7 +193,12 @@ BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
 TENSORRT_KERNELS = Pipeline(
-    *RESTORE, AppendInFloat, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
+    *RESTORE,
+    AppendInFloat,
+    ChooseWritten,
+    LeaveUnfusedAttention,
+    LeaveUnfitConvolutions,
+    partial(FoldBatchNorm, again=True),
 )
 """In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
@@ -210,6 +218,7 @@ TENSORRT = Pipeline(
     PadHeadWidths,
     SpellOutGroupNorm,
     FoldToConvolution,
+    GroupQueries,
     partial(DecomposeAttention, unless=is_long_causal),
     StoreWeightsTransposed,
     FoldConstants,
@@ -220,6 +229,7 @@ TENSORRT = Pipeline(
 
 PORTABLE = Pipeline(
     partial(AppendInFloat, [FP8.name]),
+    ScatterWritten,
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,

@@ -17,7 +17,7 @@ from qcompile.decoders.options import Cache
 from qcompile.decoders.wrapper import WithCache
 from qcompile.errors import CalibrationError, CaptureError
 
-_BATCH, _SEQUENCE, _PAST = 2, 6, 8  # of the example: sizes that torch.export takes for no special ones
+BATCH, _SEQUENCE, _PAST = 2, 6, 8  # of the example: sizes that torch.export takes for no special ones
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Decoder:
     kwargs: dict[str, Any]
     dynamic_shapes: dict[str, Any]
 
-    def inputs(self, batch: Mapping[str, Any], past: list[dict[str, torch.Tensor]] | None = None) -> dict[str, Any]:
-        """What the module takes for `input_ids` and, where there is one, `attention_mask` over past and new tokens."""
+    def inputs(
+        self, batch: Mapping[str, Any], past: list[dict[str, torch.Tensor]] | None = None, before: int = 0
+    ) -> dict[str, Any]:
+        """What the module takes for `input_ids` and, where there is one, `attention_mask` over past and new tokens;
+        `past` holds `before` tokens."""
         ids = batch["input_ids"]
         rows, new = ids.shape
-        given = past if past is not None else [layer.empty(rows, 0) for layer in self.layers]
-        before = given[0]["key"].shape[2]
+        given = past if past is not None else [layer.empty(rows, before) for layer in self.layers]
         mask = batch.get("attention_mask")
         mask = torch.ones((rows, before + new), dtype=torch.int64, device=ids.device) if mask is None else mask
         positions = batch.get("position_ids")
@@ -84,7 +86,7 @@ class CachedBatches(Iterable[Any]):
                     past = self.decoder.module.eval()(**self.decoder.inputs(first))["present"]
                 self.decoder.module.train(was_training)
                 second["attention_mask"] = tokens.get("attention_mask")
-                yield self.decoder.inputs(second, past)
+                yield self.decoder.inputs(second, past, length // 2)
 
 
 def _part(batch: Mapping[str, Any], part: slice) -> dict[str, Any]:
@@ -114,12 +116,16 @@ def decoder_of(model: Any, cache: Cache) -> Decoder:
             " takes keys and values and returns them, and it is captured as it is"
         )
     layers = layout_of(model)
+    if cache.length is not None:
+        from qcompile.decoders.static import static_decoder
+
+        return static_decoder(model, layers, cache.length, last=cache.logits == "last")
     module = WithCache(model, last=cache.logits == "last")
     device = model.device
-    ids = torch.zeros((_BATCH, _SEQUENCE), dtype=torch.int64, device=device)
-    past = [layer.empty(_BATCH, _PAST) for layer in layers]
+    ids = torch.zeros((BATCH, _SEQUENCE), dtype=torch.int64, device=device)
+    past = [layer.empty(BATCH, _PAST) for layer in layers]
     decoder = Decoder(module, layers, {}, _dynamic_shapes(len(layers)))
-    decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past))
+    decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past, _PAST))
     return decoder
 
 
