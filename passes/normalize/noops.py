@@ -47,7 +47,7 @@ _VIEWS = (
 
 
 class RemoveNoOps(Pass):
-    """Remove assertions about metadata, copies and views of the same layout, padding with nothing, arithmetic with 1 or 0.
+    """Remove assertions about metadata, copies and views of the same layout, empty padding, arithmetic with 1 or 0.
 
     Before:
         _assert_tensor_metadata(x)
