@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 
 from qcompile.ahead import check_model_target
 from qcompile.engine.backend import find_backend
-from qcompile.engine.build import Profiles, build_network, check_profiles
+from qcompile.engine.build import Profiles, build_network, checked
 from qcompile.engine.build import build_engine as build_engine_from_file
-from qcompile.engine.profiles import listed
+from qcompile.engine.generation import Generate
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
@@ -59,18 +59,16 @@ def build_engine(
         raise EngineError(f"unknown route {route!r}; known: onnx, torch_tensorrt")
     if not isinstance(model, (str, os.PathLike, ExportedProgram)):
         raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
-    limits = check_profiles(profiles)
+    given = checked(profiles)
     if isinstance(model, ExportedProgram):
         _check_before(model, output, target, expect)
     if route == "torch_tensorrt":
         if not isinstance(model, ExportedProgram):
             raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
-        if limits is not None:
+        if isinstance(given, Generate):
             raise EngineError("the profiles of generation are for route='onnx': give those of this route by name")
         network = ProgramNetwork(model, block_fp8, io_dtype)
-        return build_network(
-            network, output, target=target, profiles=listed(profiles), expect=expect, progress=progress
-        )
+        return build_network(network, output, target=target, profiles=given, expect=expect, progress=progress)
     if not isinstance(model, ExportedProgram):
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:

@@ -7,7 +7,7 @@ from torch.fx import Node
 from passes.formats import FP8
 from passes.graph import bounds, calls, is_call, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
-from passes.state import is_returned, past_of
+from passes.state import is_returned
 
 __all__ = ["has_operator", "is_long_causal", "reads_cache"]
 
@@ -38,14 +38,14 @@ def is_long_causal(node: Node) -> bool:
 
 
 def reads_cache(node: Node) -> bool:
-    """Whether keys and values are the codes of a cache that new ones were appended to, and that the program gives back.
+    """Whether keys and values are the codes of a cache that new ones were put into, and that the program gives back.
 
     The operator reads these codes as they are. For products the kernel that appends writes keys and values a second
     time, keys transposed and both repeated for every query head: with four of these to a key head that is ten bytes of
     traffic for a byte of the cache in place of three. The operator costs one kernel more, which quantizes its output.
     """
     masked = node.args[3] is not None and not node.kwargs["is_causal"]
-    return masked and _fits(node) and all(_is_appended(operand) for operand in node.args[1:3])
+    return masked and _fits(node) and all(_is_cache(operand) for operand in node.args[1:3])
 
 
 def _fits(node: Node) -> bool:
@@ -54,11 +54,13 @@ def _fits(node: Node) -> bool:
     return node.kwargs["format"] == FP8.name and shape(key)[-1] == shape(value)[-1]
 
 
-def _is_appended(operand: object) -> bool:
-    """Whether `operand` is `dequantize(quantize(cat([past, new])))`, the codes of which are given back."""
+def _is_cache(operand: object) -> bool:
+    """Whether `operand` is `dequantize(quantize(cat([dequantize(past), new])))`, or of a `where` in the place of `cat`,
+    past an input, and the codes are given back."""
     if not isinstance(operand, Node) or not is_call(operand, DEQUANTIZE):
         return False
     codes = operand.args[0]
     if not isinstance(codes, Node) or not is_call(codes, QUANTIZE) or not is_returned(codes):
         return False
-    return isinstance(codes.args[0], Node) and past_of(codes.args[0]) is not None
+    parts = codes.args[0].all_input_nodes if isinstance(codes.args[0], Node) else []
+    return any(is_call(part, DEQUANTIZE) and part.all_input_nodes[0].op == "placeholder" for part in parts)

@@ -56,10 +56,10 @@ def build_engine(
         ExpectationError: the engine falls short of `expect`.
     """
     check_keys(expect or {})
-    limits = check_profiles(profiles)
+    given = checked(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
-    named = generation_profiles(graph, limits) if limits is not None else {}
+    named = generation_profiles(graph, given) if isinstance(given, Generate) else {}
     backend = find_backend(target)
     precheck(graph, backend.target)
     if destination is not None and graph.path is not None:
@@ -70,21 +70,20 @@ def build_engine(
         check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
-    given = list(named.values()) if limits is not None else listed(profiles)
+    chosen = list(named.values()) if isinstance(given, Generate) else given
     fill = parse_file(graph.path or model, graph, backend)
-    return _build(fill, backend, destination, given, expect, progress, list(named))
+    return _build(fill, backend, destination, chosen, expect, progress, list(named))
 
 
-def check_profiles(profiles: Profiles) -> Generate | None:
-    """The limits of generation, if `profiles` are those. Raises EngineError for what no file could make a profile."""
+def checked(profiles: Profiles) -> Generate | list[Profile]:
+    """The profiles, or limits of which a file makes them. Raises EngineError for what no file could make a profile."""
     if isinstance(profiles, Generate):
         return profiles
     if isinstance(profiles, str):
         if profiles != "generate":
             raise EngineError(f"profiles {profiles!r}: the one word for them is 'generate'")
         return Generate()
-    listed(profiles)
-    return None
+    return listed(profiles)
 
 
 def build_network(
