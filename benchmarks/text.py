@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = {ROOT / "docs" / "results.md": "results.md"}
 README = ROOT / "README.md"
-WITH_BLOCKS = (README, ROOT / "docs" / "start.md")
+WITH_BLOCKS = (README, ROOT / "docs" / "start.md", ROOT / "docs" / "decoders-engines.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 

@@ -31,7 +31,8 @@ from passes.fold.weights import FoldWeights
 from passes.formats import FP8
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.fuse.caches import StoreCaches
-from passes.legalize.attention import DecomposeAttention, is_long_causal
+from passes.legalize.attention import DecomposeAttention
+from passes.legalize.attention_operator import has_operator
 from passes.legalize.block_activations import SpellOutBlockActivations
 from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
@@ -219,7 +220,7 @@ TENSORRT = Pipeline(
     SpellOutGroupNorm,
     FoldToConvolution,
     GroupQueries,
-    partial(DecomposeAttention, unless=is_long_causal),
+    partial(DecomposeAttention, unless=has_operator),
     StoreWeightsTransposed,
     FoldConstants,
     ExpandsLast,

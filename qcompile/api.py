@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 
 from qcompile.ahead import check_model_target
 from qcompile.engine.backend import find_backend
+from qcompile.engine.build import Profiles, build_network, checked
 from qcompile.engine.build import build_engine as build_engine_from_file
-from qcompile.engine.build import build_network
-from qcompile.engine.profiles import Profile, listed
+from qcompile.engine.generation import Generate
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
@@ -29,7 +29,7 @@ def build_engine(
     output: str | os.PathLike[str] | None = None,
     *,
     target: str | None = None,
-    profiles: Profile | Sequence[Profile] | None = None,
+    profiles: Profiles = None,
     route: Literal["onnx", "torch_tensorrt"] = "onnx",
     block_fp8: BlockFp8 = "k_split",
     io_dtype: torch.dtype | None = None,
@@ -43,12 +43,13 @@ def build_engine(
         output: where to write the engine; None builds and reports only.
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
         profiles: for dynamic shapes, {dimension: (min, opt, max)} by the names that the file has, or {input: (min, opt,
-            max)} with whole shapes, or several of those.
+            max)} with whole shapes, or several of those. "generate", for a decoder with a cache: one for prompts and
+            one for single tokens, of the sizes that fuse; `qcompile.Generate(context=2048, batch=8)` has limits.
         route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
             file; it has to be installed, and needs a GPU to load.
         block_fp8, io_dtype: of a program, as in `export_onnx`.
         expect: what the engine must reach, such as {"attention_fp8": 12, "gemm_fp8": 49, "kernels": 149}: counts of
-            attentions and GEMMs are least counts, `kernels` is a largest one.
+            attentions and GEMMs are least counts, `kernels` is a largest one. "decode.attention_fp8" is of one profile.
         progress: show a bar on stderr.
 
     Raises:
@@ -58,14 +59,16 @@ def build_engine(
         raise EngineError(f"unknown route {route!r}; known: onnx, torch_tensorrt")
     if not isinstance(model, (str, os.PathLike, ExportedProgram)):
         raise EngineError(f"a {type(model).__name__} is neither a path nor a program: give what quantize returns")
-    listed(profiles)
+    given = checked(profiles)
     if isinstance(model, ExportedProgram):
         _check_before(model, output, target, expect)
     if route == "torch_tensorrt":
         if not isinstance(model, ExportedProgram):
             raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
+        if isinstance(given, Generate):
+            raise EngineError("the profiles of generation are for route='onnx': give those of this route by name")
         network = ProgramNetwork(model, block_fp8, io_dtype)
-        return build_network(network, output, target=target, profiles=profiles, expect=expect, progress=progress)
+        return build_network(network, output, target=target, profiles=given, expect=expect, progress=progress)
     if not isinstance(model, ExportedProgram):
         return build_engine_from_file(model, output, target=target, profiles=profiles, expect=expect, progress=progress)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:

@@ -9,13 +9,9 @@ from torch.fx import GraphModule, Node
 
 from passes.base import Pass
 from passes.dependence import fixed_nodes
-from passes.formats import FP8
-from passes.graph import Emitter, aten, bounds, calls, dtype, is_call, place_of, shape
+from passes.graph import Emitter, aten, calls, dtype, is_call, place_of, shape
 from passes.ir import ATTENTION, DEQUANTIZE, QUANTIZE
 from passes.subgraphs import all_calls
-
-SHORT = 512
-"""Keys up to which a causal attention is products with a mask for TensorRT: see `is_long_causal`."""
 
 
 class DecomposeAttention(Pass):
@@ -71,20 +67,6 @@ class DecomposeAttention(Pass):
         quantized = emit(DEQUANTIZE, codes, scale, format=fmt, dtype=dtype(query))
         out = emit(aten.matmul.default, quantized, _before_qdq(value, shape(query)[1], transpose=False))
         node.replace_all_uses_with(out)
-
-
-def is_long_causal(node: Node) -> bool:
-    """Whether TensorRT's own operator is the better form: it knows the causal mask, of which products read a number for
-    each query and key.
-
-    It writes half precision, so that a kernel quantizes behind it. Up to 512 keys that costs more than the products
-    that it leaves out: both grow with the heads, so the length alone decides. It takes FP8 only, and values of the
-    width of the keys (multi-head latent attention has narrower ones).
-    """
-    key, value = node.args[1:3]
-    assert isinstance(key, Node) and isinstance(value, Node)
-    plain = bool(node.kwargs["is_causal"]) and node.args[3] is None and node.kwargs["format"] == FP8.name
-    return plain and shape(key)[-1] == shape(value)[-1] and bounds(shape(key)[2])[1] > SHORT
 
 
 def _before_qdq(operand: Node, heads: int, *, transpose: bool) -> Node:

@@ -8,14 +8,25 @@ from passes.lazy import public
 
 if TYPE_CHECKING:
     from qcompile.engine.build import build_engine
+    from qcompile.engine.generation import Generate
     from qcompile.engine.layer_list import parse_layers
     from qcompile.engine.layers import Layer, Tensor
     from qcompile.engine.report import AttentionCount, EngineReport, NotLowPrecision
 
-__all__ = ["AttentionCount", "EngineReport", "Layer", "NotLowPrecision", "Tensor", "build_engine", "parse_layers"]
+__all__ = [
+    "AttentionCount",
+    "EngineReport",
+    "Generate",
+    "Layer",
+    "NotLowPrecision",
+    "Tensor",
+    "build_engine",
+    "parse_layers",
+]
 
 _PLACES = {
     "build_engine": "qcompile.engine.build",
+    "Generate": "qcompile.engine.generation",
     "parse_layers": "qcompile.engine.layer_list",
     "Layer": "qcompile.engine.layers",
     "Tensor": "qcompile.engine.layers",

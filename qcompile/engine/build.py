@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qcompile.engine.backend import Backend, find_backend
+from qcompile.engine.generation import Generate, generation_profiles
 from qcompile.engine.graph import OnnxGraph
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
@@ -24,13 +25,15 @@ from qcompile.onnxfile.read import external_files
 from qcompile.outputs import check_distinct, check_room, check_writable
 from qcompile.progress import progress_bar
 
+Profiles = Profile | Sequence[Profile] | Generate | Literal["generate"] | None
+
 
 def build_engine(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
     target: str | None = None,
-    profiles: Profile | Sequence[Profile] | None = None,
+    profiles: Profiles = None,
     expect: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> EngineReport:
@@ -44,6 +47,7 @@ def build_engine(
         output: where to write the engine; None builds and judges only. It replaces an existing file when complete.
         target: compute capability, such as "sm89", "sm120" or "8.9". None: the GPU of this machine.
         profiles: for files with dynamic shapes, {dimension or input: (min, opt, max)}, of sizes or shapes, or several.
+            "generate", or `Generate` with limits: those of a decoder with a cache, `prefill` and `decode`.
         expect: see `EngineReport.check`; a shortfall is an error, and nothing is written.
         progress: show a progress bar on stderr.
 
@@ -52,9 +56,10 @@ def build_engine(
         ExpectationError: the engine falls short of `expect`.
     """
     check_keys(expect or {})
-    listed(profiles)
+    given = checked(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
+    named = generation_profiles(graph, given) if isinstance(given, Generate) else {}
     backend = find_backend(target)
     precheck(graph, backend.target)
     if destination is not None and graph.path is not None:
@@ -65,7 +70,20 @@ def build_engine(
         check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
-    return _build(parse_file(graph.path or model, graph, backend), backend, destination, profiles, expect, progress)
+    chosen = list(named.values()) if isinstance(given, Generate) else given
+    fill = parse_file(graph.path or model, graph, backend)
+    return _build(fill, backend, destination, chosen, expect, progress, list(named))
+
+
+def checked(profiles: Profiles) -> Generate | list[Profile]:
+    """The profiles, or limits of which a file makes them. Raises EngineError for what no file could make a profile."""
+    if isinstance(profiles, Generate):
+        return profiles
+    if isinstance(profiles, str):
+        if profiles != "generate":
+            raise EngineError(f"profiles {profiles!r}: the one word for them is 'generate'")
+        return Generate()
+    return listed(profiles)
 
 
 def build_network(
@@ -94,21 +112,22 @@ def build_network(
         precheck(graph, backend.target)
         return graph
 
-    return _build(fill, backend, destination, profiles, expect, progress)
+    return _build(fill, backend, destination, listed(profiles), expect, progress)
 
 
 def _build(
     fill: Fill,
     backend: Backend,
     destination: Path | None,
-    profiles: Profile | Sequence[Profile] | None,
+    profiles: Sequence[Profile],
     expect: Mapping[str, int] | None,
     progress: bool,
+    names: Sequence[str] = (),
 ) -> EngineReport:
     started = time.perf_counter()
     with _progress(f"sm{backend.target}", progress) as step:
         built = build(fill, backend, profiles, step)
-    report = summarize(built, backend, time.perf_counter() - started)
+    report = summarize(built, backend, time.perf_counter() - started, names)
     report.check(expect or {})
     if destination is not None:
         _write(destination, built.plan)

@@ -44,7 +44,7 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
     kernels = [layer for layer in layers if layer.is_kernel]
     attentions = find_attentions(graph)
     products = find_gemms(graph, attentions)
-    count, gaps, short = _attentions(kernels, attentions, graph, shapes)
+    count, gaps, short, ran = _attentions(kernels, attentions, graph, shapes)
     found: dict[str, list[str]] = {}
     for product in products:
         kernel = _main_kernel(product, kernels)
@@ -64,6 +64,7 @@ def judge(layers: list[Layer], graph: OnnxGraph, shapes: Mapping[str, tuple[int,
         convolutions=_by_precision(convolutions),
         not_low_precision=gaps,
         low_rank=sum(not low_rank.isdisjoint(kernel.onnx_nodes) for kernel in gemms),
+        attentions=ran,
     )
     return Judgement(counts, precisions, _convolution_kernels(products, kernels), short)
 
@@ -84,8 +85,9 @@ def _by_precision(kernels: list[Layer]) -> dict[str, int]:
 
 def _attentions(
     kernels: list[Layer], attentions: list[Attention], graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[AttentionCount, list[NotLowPrecision], list[tuple[str, int]]]:
+) -> tuple[AttentionCount, list[NotLowPrecision], list[tuple[str, int]], dict[str, str]]:
     gaps: list[NotLowPrecision] = []
+    ran: dict[str, str] = {}
     short: list[tuple[str, int]] = []
     precisions: list[str] = []
     present = {name for k in kernels for name in k.onnx_nodes}
@@ -98,6 +100,7 @@ def _attentions(
         unmatched = [k for k in unmatched if k not in mine]
         precision = mine[0].precision if mine else "unfused"
         precisions.append(precision)
+        ran[attention.module] = "+".join(sorted({*ran.get(attention.module, precision).split("+"), precision}))
         if precision not in LOW_PRECISION:
             parts = [k for k in kernels if attention.nodes.intersection(k.onnx_nodes)]
             why = _why_attention(attention, precision, parts, shapes)
@@ -108,8 +111,9 @@ def _attentions(
                 short.append((attention.module, keys))
     for kernel in unmatched:  # an attention that was written in a way that the file's index does not know
         precisions.append(kernel.precision)
+        name = graph.module(kernel.onnx_nodes[0]) if kernel.onnx_nodes else kernel.name
+        ran[name] = kernel.precision
         if kernel.precision not in LOW_PRECISION:
-            name = graph.module(kernel.onnx_nodes[0]) if kernel.onnx_nodes else kernel.name
             gaps.append(NotLowPrecision("attention", name, f"one fused kernel, in {kernel.precision}"))
     count = AttentionCount(
         total=len(precisions),
@@ -117,7 +121,7 @@ def _attentions(
         fp8=precisions.count("fp8"),
         int8=precisions.count("int8"),
     )
-    return count, gaps, short
+    return count, gaps, short, ran
 
 
 def _kernel(attention: Attention) -> FusedAttention | None:

@@ -67,12 +67,13 @@ class Layer(BaseModel):
     def precision(self) -> str:
         """The precision in which a GEMM, convolution or attention multiplies: fp4, fp8, int8, half or float.
 
-        A GEMM that unpacks the INT4 codes of its weight itself is int4, whatever it multiplies in.
+        A GEMM that unpacks the INT4 codes of its weight itself is int4, whatever it multiplies in. An attention of one
+        query is what it reads keys and values in, as these are what it spends its time on: the query may be half.
         """
         if self.is_gemm and any(t.datatype == "Int4" for t in self.constants):
             return "int4"
         operands = [_PRECISION.get(t.datatype, "") for t in (*self.inputs, *self.constants)]
-        needed = 3 if self.is_attention else 2
+        needed = 3 if self.is_attention and "gemv" not in (self.tactic or self.name) else 2
         if not self._casts_operands():
             for low in LOW_PRECISION:
                 # An FP8 weight beside a half activation is stored in FP8, but multiplied in half.

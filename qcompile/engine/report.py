@@ -36,16 +36,24 @@ class NotLowPrecision(NamedTuple):
 
 
 class ProfileCounts(BaseModel):
-    """What one profile runs. The builder compiles, and lists, every kernel once for each profile."""
+    """What one profile runs. The builder compiles, and lists, every kernel once for each profile.
+
+    Attributes:
+        name: what the profile is for, `prefill` or `decode`; empty for profiles that were given without one.
+        attentions: module path of each attention of the file -> the type that its kernel reads keys and values in, or
+            `unfused`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
+    name: str = ""
     kernels: int
     attention: AttentionCount
     gemms: dict[str, int]
     convolutions: dict[str, int]
     not_low_precision: list[NotLowPrecision]
     low_rank: int = 0
+    attentions: dict[str, str] = Field(default_factory=dict)
 
 
 class EngineReport(ReportBase):
@@ -111,7 +119,8 @@ class EngineReport(ReportBase):
         Args:
             expect: `attention_fp8`, `attention_int8`, `attention` (fused, in any type), `gemm_fp8`, `gemm_fp4`,
                 `gemm_int8`, `gemm_int4`, `convolution_fp8`, `convolution_int8`: at least so many; `kernels`: at most so
-                many. Every profile has to reach them.
+                many. Every profile has to reach them, or with `decode.` in front, as in `decode.attention_fp8`, the one
+                of that name or number.
 
         Raises:
             EngineError: an unknown key, or a value that is no count.
@@ -119,12 +128,16 @@ class EngineReport(ReportBase):
         """
         check_keys(expect)
         found: list[ProfileCounts | EngineReport] = [*self.profiles] if len(self.profiles) > 1 else [self]
-        shortfalls = [
-            line
-            for key, wanted in expect.items()
-            for index, counts in enumerate(found)
-            for line in _shortfall(counts, key, wanted, f" (profile {index})" if len(found) > 1 else "")
-        ]
+        names = [getattr(counts, "name", "") or str(index) for index, counts in enumerate(found)]
+        shortfalls = []
+        for given, wanted in expect.items():
+            profile, _, key = given.rpartition(".")
+            if profile and profile not in names:
+                raise EngineError(f"expect: there is no profile {profile!r}, but {', '.join(names)}")
+            for name, counts in zip(names, found, strict=True):
+                where = f" (profile {name})" if len(found) > 1 else ""
+                if profile in ("", name):
+                    shortfalls += _shortfall(counts, key, wanted, where)
         if shortfalls:
             raise ExpectationError(
                 f"the engine for {self.target} falls short of what was expected:\n" + "\n".join(shortfalls)
@@ -160,7 +173,7 @@ EXPECTATIONS = (
 def check_keys(expect: Mapping[str, int]) -> None:
     """Refuse an expectation that cannot be checked. Raises EngineError."""
     for key, value in expect.items():
-        if key not in EXPECTATIONS:
+        if key.rpartition(".")[2] not in EXPECTATIONS:
             raise EngineError(f"expect: unknown key {key!r}; known are {', '.join(EXPECTATIONS)}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise EngineError(f"expect: {key} must be a count, not {value!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.backend import Backend
 from qcompile.engine.judge import NO_KERNEL, READER, Judgement, judge
@@ -13,8 +15,8 @@ from qcompile.engine.trt_build import Built
 _MIN_KEYS = FUSED_ATTENTION["fp8"].least_keys  # INT8 takes any
 
 
-def summarize(built: Built, backend: Backend, seconds: float) -> EngineReport:
-    """Judge the layers of each profile against the graph that they were built from."""
+def summarize(built: Built, backend: Backend, seconds: float, names: Sequence[str] = ()) -> EngineReport:
+    """Judge the layers of each profile, which may have `names`, against the graph that they were built from."""
     judged = []
     for index in range(max(1, len(built.profiles))):
         minima = {name: shapes[0] for name, shapes in built.profiles[index].items()} if built.profiles else {}
@@ -33,11 +35,18 @@ def summarize(built: Built, backend: Backend, seconds: float) -> EngineReport:
         convolution_kernels=judged[worst].convolution_kernels,
         not_low_precision=counts.not_low_precision,
         low_rank=counts.low_rank,
-        notices=[*_unread(built.layers), *_several(judged, worst), *_unfused(judged[worst], worst, built.profiles)],
+        notices=[
+            *_unread(built.layers),
+            *_several(judged, worst, names),
+            *_unfused(judged[worst], worst, built.profiles),
+        ],
         bytes=built.plan.nbytes,
         seconds=seconds,
         layers=built.layers,
-        profiles=[one.counts for one in judged],
+        profiles=[
+            one.counts.model_copy(update={"name": name})
+            for one, name in zip(judged, names or [""] * len(judged), strict=True)
+        ],
     )
 
 
@@ -52,13 +61,14 @@ def _unread(layers: list[Layer]) -> list[str]:
     ]
 
 
-def _several(judged: list[Judgement], worst: int) -> list[str]:
+def _several(judged: list[Judgement], worst: int, names: Sequence[str]) -> list[str]:
     if len(judged) == 1:
         return []
     kernels = ", ".join(str(one.counts.kernels) for one in judged)
+    called = f"{worst}, {names[worst]}" if names else str(worst)
     return [
-        f"{len(judged)} profiles: the counts are those of profile {worst}, the worst of them; the builder compiles and "
-        f"lists every kernel once for each (kernels by profile: {kernels})"
+        f"{len(judged)} profiles: the counts are those of profile {called}, the worst of them; the builder compiles "
+        f"and lists every kernel once for each (kernels by profile: {kernels})"
     ]
 
 

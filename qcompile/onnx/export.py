@@ -33,7 +33,7 @@ from qcompile.onnx.biases import biases_to_rows
 from qcompile.onnx.costs import cost_notices
 from qcompile.onnx.empty import allow_empty
 from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
-from qcompile.onnx.functions import DOMAIN, FUNCTIONS
+from qcompile.onnx.functions import DOMAIN, body_of
 from qcompile.onnx.int4 import INT4_OPSET, uses_int4
 from qcompile.onnx.interface import (
     check_interface,
@@ -175,9 +175,9 @@ def _say_where_from(model: onnx_ir.Model, noted: QuantizeRecord, target: Target)
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
     """Put the bodies of TensorRT's operators that `model` calls beside its graph."""
-    called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    called = {node.op_type: node for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for name in sorted(called):
-        function = FUNCTIONS[name](opset)
+        function = body_of(called[name], opset)
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
 

@@ -7,8 +7,6 @@ Attributes that only the body needs (`kv_repeats`, `kv_shape`) TensorRT ignores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import ml_dtypes
 import numpy as np
 import onnx
@@ -51,10 +49,10 @@ def _schema() -> onnx.defs.OpSchema:
 QUANTIZED_ATTENTION = values.Op(values.Opset(DOMAIN, 1), NAME, _schema())
 
 
-def quantized_attention_function(opset: int) -> onnx_ir.Function:
-    """The body for a causal attention without a mask: `QDQ(softmax(q k^T + causal)) v`, keys and values repeated."""
+def quantized_attention_function(opset: int, *, masked: bool = False) -> onnx_ir.Function:
+    """The body: `QDQ(softmax(q k^T + mask)) v`, keys and values repeated; the mask is the input of that name if
+    `masked`, else the causal one."""
     zero = helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], np.zeros(1, ml_dtypes.float8_e4m3fn))
-    lowest = helper.make_tensor("lowest", onnx.TensorProto.FLOAT, [], [float(np.finfo(np.float16).min) / 2])
     node = helper.make_node
 
     def repeated(name: str) -> list[onnx.NodeProto]:
@@ -66,23 +64,14 @@ def quantized_attention_function(opset: int) -> onnx_ir.Function:
 
     nodes = [
         node("Constant", [], ["zero_point"], value=zero),
-        node("Constant", [], ["hidden"], value=lowest),
-        constant("nought", np.float32(0)),
-        constant("start", np.int64(0)),
-        constant("step", np.int64(1)),
-        constant("one", np.array([1])),
         constant("two", np.array([2])),
         *(_attribute_constant(name) for name in ("kv_repeats", "kv_shape")),
         *repeated("key"),
         *repeated("value"),
         node("Transpose", ["key_all"], ["key_t"], perm=[0, 1, 3, 2]),
         node("MatMul", ["query", "key_t"], ["scores"]),
-        *(line for axis, name in ((2, "rows"), (3, "columns")) for line in _range(axis, name)),
-        node("Unsqueeze", ["rows", "one"], ["row"]),
-        node("LessOrEqual", ["columns", "row"], ["visible"]),
-        node("Where", ["visible", "nought", "hidden"], ["causal_float"]),
-        node("CastLike", ["causal_float", "scores"], ["causal"]),
-        node("Add", ["scores", "causal"], ["masked"]),
+        *([] if masked else _causal()),
+        node("Add", ["scores", "mask" if masked else "causal"], ["masked"]),
         node("Softmax", ["masked"], ["probabilities"], axis=-1),
         node("QuantizeLinear", ["probabilities", _INPUTS[4], "zero_point"], ["codes"]),
         node("DequantizeLinear", ["codes", _INPUTS[4], "zero_point"], ["quantized"]),
@@ -102,6 +91,23 @@ def _attribute_constant(name: str) -> onnx.NodeProto:
     return constant
 
 
+def _causal() -> list[onnx.NodeProto]:
+    """`causal` = 0 where a query sees a key, and a large negative number elsewhere."""
+    node = helper.make_node
+    return [
+        constant("hidden", np.float32(np.finfo(np.float16).min / 2)),
+        constant("nought", np.float32(0)),
+        constant("start", np.int64(0)),
+        constant("step", np.int64(1)),
+        constant("one", np.array([1])),
+        *(line for axis, name in ((2, "rows"), (3, "columns")) for line in _range(axis, name)),
+        node("Unsqueeze", ["rows", "one"], ["row"]),
+        node("LessOrEqual", ["columns", "row"], ["visible"]),
+        node("Where", ["visible", "nought", "hidden"], ["causal_float"]),
+        node("CastLike", ["causal_float", "scores"], ["causal"]),
+    ]
+
+
 def _range(axis: int, name: str) -> list[onnx.NodeProto]:
     """`name` = 0, 1, ... as long as that axis of the scores."""
     return [
@@ -111,8 +117,8 @@ def _range(axis: int, name: str) -> list[onnx.NodeProto]:
     ]
 
 
-FUNCTIONS: Mapping[str, Callable[[int], onnx_ir.Function]] = {
-    NAME: quantized_attention_function,
-    fp4.NAME: fp4.fp4_dynamic_quantize_function,
-}
-"""TensorRT operator -> its body, for an opset."""
+def body_of(call: onnx_ir.Node, opset: int) -> onnx_ir.Function:
+    """What a call of one of TensorRT's operators stands for, in standard operators."""
+    if call.op_type == NAME:
+        return quantized_attention_function(opset, masked=call.inputs[3] is not None)
+    return fp4.fp4_dynamic_quantize_function(opset)

@@ -95,7 +95,7 @@ def _zero_point(op: Any, scale: Any, format: str) -> Any:
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, softmax_scale: Any, is_causal: bool, format: str) -> Any:
-    """A causal attention as TensorRT's own operator; the pipeline has decomposed every other one."""
+    """An attention as TensorRT's own operator; the pipeline has decomposed those that are better products."""
     if format != FP8.name:
         raise NotImplementedError(f"TensorRT's operator has FP8 attention, and this one is in {format}")
     heads, kv_heads = int(q.shape[1]), int(k.shape[1])

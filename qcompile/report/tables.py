@@ -245,12 +245,27 @@ def show_engine(console: Console, report: Mapping[str, Any]) -> None:
     if report["low_rank"]:
         add(found, "of low-rank parts", f"{report['low_rank']} gemms")
     console.print(found)
+    several = report["profiles"] if len(report["profiles"]) > 1 else []
+    show_rows(
+        console,
+        "Profiles",
+        ("profile", "kernels", "attentions", "gemms"),
+        [_profile(index, counts) for index, counts in enumerate(several)],
+    )
     parts = [(path, report["precisions"].get(path, ""), n) for path, n in report["convolution_kernels"].items()]
     show_rows(console, "Convolutions", ("module", "runs in", "kernels"), parts)
     show_rows(
         console, "Not in low precision", ("kind", "module", "why"), [tuple(gap) for gap in report["not_low_precision"]]
     )
     show_notices(console, report["notices"])
+
+
+def _profile(index: int, counts: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A profile's line."""
+    attention = counts["attention"]
+    fused = f"{attention['total']}: {attention['fused']} fused, {attention['fp8']} in FP8"
+    gemms = ", ".join(f"{count} {precision}" for precision, count in counts["gemms"].items() if count)
+    return counts.get("name") or str(index), str(counts["kernels"]), fused, gemms or "none"
 
 
 def show_explanation(console: Console, report: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from passes.base import run_pipeline
 from passes.graph import aten, bounds, place_of, val
-from passes.legalize.attention import SHORT
+from passes.legalize.attention_operator import SHORT
 from passes.pipelines import BLOCKS_TO_CHANNELS, TENSORRT, TENSORRT_KERNELS, boundary
 from passes.sdpa import SDPA, Attention
 from qcompile.errors import EngineError

@@ -19,7 +19,8 @@ from torch.testing import FileCheck
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten
 from passes.ir import ATTENTION, QUANTIZE
-from passes.legalize.attention import DecomposeAttention, is_long_causal
+from passes.legalize.attention import DecomposeAttention
+from passes.legalize.attention_operator import is_long_causal
 from passes.quantize.sites import find_sites
 from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 from tests.passes.support import Attention, insert

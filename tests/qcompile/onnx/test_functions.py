@@ -19,19 +19,24 @@ from qcompile.onnx.session import onnx_session
 OPSETS = range(19, 24)
 
 
-def model_of(heads: int, kv_heads: int, width: int, opset: int = 21, dtype: int = 1) -> onnx.ModelProto:
+def model_of(
+    heads: int, kv_heads: int, width: int, opset: int = 21, dtype: int = 1, *, masked: bool = False
+) -> onnx.ModelProto:
     """One call of the function, with dynamic batch and lengths."""
+    mask = ["mask"] if masked else [""]
     call = helper.make_node(
-        NAME, ["q", "k", "v", "", "scale"], ["y"], domain=DOMAIN, normalization_quantize_to_type=17, scale=1.0,
-        is_causal=1, TRT_decomposable=1, kv_repeats=[1, 1, heads // kv_heads, 1, 1], kv_shape=[0, heads, -1, width],
+        NAME, ["q", "k", "v", *mask, "scale"], ["y"], domain=DOMAIN, normalization_quantize_to_type=17, scale=1.0,
+        is_causal=int(not masked), TRT_decomposable=1, kv_repeats=[1, 1, heads // kv_heads, 1, 1],
+        kv_shape=[0, heads, -1, width],
     )  # fmt: skip
     cache: list[object] = ["b", kv_heads, "t", width]
-    shapes = {"q": ["b", heads, "s", width], "k": cache, "v": cache, "scale": []}
+    shapes: dict[str, list[object]] = {"q": ["b", heads, "s", width], "k": cache, "v": cache, "scale": []}
+    shapes |= {"mask": ["b", 1, "s", "t"]} if masked else {}
     inputs = [helper.make_tensor_value_info(name, dtype, shape) for name, shape in shapes.items()]
     output = helper.make_tensor_value_info("y", dtype, ["b", heads, "s", width])
     graph = helper.make_graph([call], "g", inputs, [output])
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    function = onnx_ir.serde.serialize_function(quantized_attention_function(opset))
+    function = onnx_ir.serde.serialize_function(quantized_attention_function(opset, masked=masked))
     return helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=10)
 
 
@@ -59,6 +64,21 @@ def test_the_body_equals_the_reference_in_onnx_runtime(
     unequal = np.abs(found - expected) > 1e-5 * np.abs(v.numpy()).max()
     assert unequal.mean() < 0.02
     assert np.abs(found - expected).max() <= np.abs(v.numpy()).max() / 8
+
+
+def test_a_mask_is_added() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, length, 8, generator=generator) for h, length in ((4, 3), (2, 9), (2, 9)))
+    mask = torch.randn(2, 1, 3, 9, generator=generator)
+    mask[..., 5] = -3e4
+    scale = torch.tensor(2.0**-9)
+    expected = passes.ir.attention(q, k, v, mask, scale, is_causal=False, format="fp8").numpy()
+    model = model_of(4, 2, 8, masked=True)
+    checker.check_model(model, full_check=True)
+    feeds = {n: t.numpy() for n, t in {"q": q, "k": k, "v": v, "mask": mask, "scale": scale}.items()}
+    for run in (onnx_session(model.SerializeToString()), ReferenceEvaluator(model)):
+        (found,) = run.run(None, feeds)
+        np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 @settings(max_examples=15)
