@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from passes.graph import aten, is_call, shape
+from passes.graph import aten, is_call, shape, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 
@@ -136,6 +137,8 @@ def _residual(call: Node) -> Operator | None:
     left, right = call.args[:2]
     if not isinstance(left, Node) or not isinstance(right, Node) or left is right or call.kwargs.get("alpha", 1) != 1:
         return PLAIN_ADD
+    if not all(isinstance(val(operand), torch.Tensor) for operand in (left, right)):
+        return PLAIN_ADD  # a size, read off a tensor
     if shape(left) != shape(right) or "get_attr" in (left.op, right.op):
         return PLAIN_ADD
     if added_convolution(left) is not None:
