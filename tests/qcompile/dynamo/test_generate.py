@@ -110,9 +110,14 @@ def graphs() -> int:
 
 
 def assert_quantized_tokens(out: Any, expected: Tensor, plain: Tensor) -> None:
-    """Logits and tokens of each step are those expected, and not those of the float model."""
-    logits = torch.stack(out.logits)
-    assert_same(logits, expected)
+    """Logits and tokens of each step are those expected, and not those of the float model.
+
+    Sums of another order may lie on the other side of the middle between two codes: in one row of twenty an element
+    may be one code off, which no wrong cache looks like: that has all rows behind it wrong.
+    """
+    logits, largest = torch.stack(out.logits), float(expected.abs().max())
+    errors = (logits - expected).abs().amax(-1) / largest  # of each step and row of the batch
+    assert float(errors.max()) < 0.05 and float((errors > 1e-5).float().mean()) < 0.05, errors
     assert torch.equal(out.sequences[:, -len(logits) :].T, expected.argmax(-1))
     assert float((plain - expected).abs().max()) > 1e-3 * float(expected.abs().max()), "nothing was quantized"
 
