@@ -93,7 +93,8 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _mark_static(gm: GraphModule, constants: Sequence[Node]) -> None:
     """Say as Dynamo does that the tensors behind `constants` stay where they are: CUDA graphs do not copy them then.
 
-    Of buffers and caches that the graph writes to it was said where they were read. AOTAutograd believes it of graphs that look like Dynamo's own only, with a source for each input.
+    Of buffers and caches that the graph writes to it was said where they were read. AOTAutograd believes it of graphs
+    that look like Dynamo's own only, with a source for each input.
     """
     gm.meta["dynamo_compile_id"] = None
     gm.__dict__["_param_name_to_source"] = {}

@@ -246,7 +246,7 @@ def test_caches_that_are_written_to_stay_where_they_are() -> None:
     """Or Inductor makes no CUDA graph of a step: it skips one that writes to an input that may move."""
     for seen, backend in ((_Seen(), "inductor"), (_Seen(), "qcompile")):
         torch._dynamo.reset()
-        model, settings = Cache(), {"post_grad_custom_post_pass": seen, "force_disable_caches": True}
+        model, settings = Cache(), {"post_grad_custom_post_pass": seen, "fx_graph_cache": False}
         options = settings if backend == "inductor" else {"recipe": WEIGHT_ONLY, "inductor": settings}
         with torch.no_grad():
             torch.compile(model, backend=backend, options=options)(torch.randn(1, 16), torch.tensor([3]))
