@@ -14,7 +14,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from passes.graph import aten, is_call, shape
+from passes.graph import aten, is_call, shape, val
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
 from passes.state import UPDATES, cache_kind
@@ -140,8 +140,8 @@ def _residual(call: Node) -> Operator | None:
     left, right = call.args[:2]
     if not isinstance(left, Node) or not isinstance(right, Node) or left is right or call.kwargs.get("alpha", 1) != 1:
         return PLAIN_ADD
-    if not all(isinstance(operand.meta.get("val"), torch.Tensor) for operand in (left, right)):
-        return PLAIN_ADD
+    if not all(isinstance(val(operand), torch.Tensor) for operand in (left, right)):
+        return PLAIN_ADD  # a size, read off a tensor
     if shape(left) != shape(right) or "get_attr" in (left.op, right.op):
         return PLAIN_ADD
     if added_convolution(left) is not None:

@@ -129,6 +129,14 @@ def backend_inside(wrapped: Any) -> Any:
     return wrapped._torchdynamo_orig_backend
 
 
+def backend_of_module(module: Any) -> Any:
+    """The back end as the user gave it, of what `torch.compile` made of a module."""
+    found = module.dynamo_ctx.callback
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return found
+
+
 def source(node: Node) -> Any:
     """Where Dynamo found the input that `node` is; None if it says nothing of it."""
     return getattr(node, "_dynamo_source", None)
@@ -149,6 +157,7 @@ def probes() -> Iterator[Private]:
     yield Private("torch._dynamo.eval_frame", "_stance", _COMPILE, lambda found: isinstance(found.stance, str))
     yield Private("torch._dynamo.eval_frame", "dynamo_tls", _COMPILE)
     yield Private("torch._dynamo.eval_frame", "get_compiler_fn", _COMPILE, _keeps_backend)
+    yield Private("torch", "compile", _COMPILE, _module_keeps_backend)
     yield Private("torch._dynamo", "disable", _COMPILE, _disables)
 
 
@@ -162,6 +171,16 @@ def _keeps_backend(get_compiler_fn: Any) -> bool:
         return gm
 
     found = backend_inside(get_compiler_fn(backend))
+    return getattr(found, "compiler_fn", found) is backend
+
+
+def _module_keeps_backend(compile_module: Any) -> bool:
+    import torch
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return gm
+
+    found = backend_of_module(compile_module(torch.nn.Identity(), backend=backend))
     return getattr(found, "compiler_fn", found) is backend
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes.compat import FakeTensorMode
 from passes.constants import constant, equal_bits
 from qcompile.compat.dynamo import set_source
+from qcompile.dynamo.names import STATIC
 from qcompile.dynamo.trace import Traced
 
 
@@ -92,11 +93,12 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _mark_static(gm: GraphModule, constants: Sequence[Node]) -> None:
     """Say as Dynamo does that the tensors behind `constants` stay where they are: CUDA graphs do not copy them then.
 
-    AOTAutograd believes it of graphs that look like Dynamo's own only, with a source for each input.
+    Of buffers and caches that the graph writes to it was said where they were read. AOTAutograd believes it of graphs
+    that look like Dynamo's own only, with a source for each input.
     """
     gm.meta["dynamo_compile_id"] = None
     gm.__dict__["_param_name_to_source"] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         set_source(node, None)
     for node in constants:
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.meta.update(STATIC)

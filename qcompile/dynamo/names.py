@@ -12,6 +12,9 @@ from torch.fx import Graph, Node
 
 from qcompile.compat.dynamo import source
 
+# What AOTAutograd reads of an input that does not move: CUDA graphs do not copy it, and may write to it.
+STATIC = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+
 
 def roots_of(placeholders: Sequence[Node], graph: Graph) -> set[str]:
     """The variables of the user's code that hold modules: `self`, as a rule."""

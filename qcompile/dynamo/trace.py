@@ -26,7 +26,7 @@ from qcompile.compat.torch import (
     functional_value,
     set_grad_enabled,
 )
-from qcompile.dynamo.names import Naming, clean_stack, roots_of, weight_names
+from qcompile.dynamo.names import STATIC, Naming, clean_stack, roots_of, weight_names
 from qcompile.dynamo.packed import Packed, unpack
 from qcompile.dynamo.untraced import named
 from qcompile.frontends import modelopt
@@ -222,6 +222,8 @@ def _read(traced: GraphModule, captured: Captured, arguments: Sequence[int]) -> 
             inputs.append(index)
             copied[node] = graph.placeholder(placeholders[index].name)
         copied[node].meta = copy.copy(node.meta)
+        if index in names:
+            copied[node].meta.update(STATIC)
     constants: dict[str, Any] = {}
     for node in traced.graph.nodes:
         if node in copied or node.target in _CONTEXTS:

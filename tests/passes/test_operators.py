@@ -41,6 +41,20 @@ def test_rows_name_operands_that_recipes_know() -> None:
     assert refusals() == {row.kind: row.refusal for row in (*OPERATORS.values(), TRANSPOSED) if row.refusal}
 
 
+def test_a_size_that_is_added_to_a_tensor_is_no_skip_branch() -> None:
+    """The length of a cache is a tensor, and grows by the number of new tokens."""
+
+    class Longer(nn.Module):
+        def forward(self, x: Tensor, length: Tensor) -> Tensor:
+            return length.add(x.shape[0])
+
+    length = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Longer(), (torch.randn(3, 4), torch.tensor(2)), dynamic_shapes=(length, {}))
+    add = only_call(program.graph_module, aten.add.Tensor)
+    row = operator_of(add)
+    assert isinstance(add.args[1], torch.fx.Node) and row is not None and not row.operands
+
+
 def test_a_scale_for_each_channel_stands_for_so_many_products() -> None:
     _, emit, (x, w, several, experts) = blank(*(torch.ones(s) for s in ((2, 12), (8, 12), (5, 2, 12), (5, 8, 12))))
     linear, batched = emit(aten.linear.default, x, w), emit(BATCHED_LINEAR, several, experts)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import qcompile
@@ -224,6 +225,32 @@ def test_key_value_cache_and_counter(target: str) -> None:
             assert_same(model.keys, judge.keys)
             assert model.count == judge.count == step + 1
     assert len(qcompile.explain(model).graphs) == 1
+
+
+class _Seen(CustomGraphPass):
+    """Keeps which inputs Inductor is told are written to, and which of them stay where they are."""
+
+    written: list[bool]
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        known = torch._guards.TracingContext.get().fw_metadata
+        written = [i for i, info in enumerate(known.input_info) if info.mutates_data]
+        self.written = [i in known.static_input_indices for i in written]
+
+    def uuid(self) -> None:
+        """No part of a cache's key: the graph is compiled anew."""
+
+
+@pytest.mark.slow
+def test_caches_that_are_written_to_stay_where_they_are() -> None:
+    """Or Inductor makes no CUDA graph of a step: it skips one that writes to an input that may move."""
+    for seen, backend in ((_Seen(), "inductor"), (_Seen(), "qcompile")):
+        torch._dynamo.reset()
+        model, settings = Cache(), {"post_grad_custom_post_pass": seen, "fx_graph_cache": False}
+        options = settings if backend == "inductor" else {"recipe": WEIGHT_ONLY, "inductor": settings}
+        with torch.no_grad():
+            torch.compile(model, backend=backend, options=options)(torch.randn(1, 16), torch.tensor([3]))
+        assert seen.written == [True, True]
 
 
 def test_batch_norm_in_training_updates_its_buffers() -> None:
