@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import qcompile
 from passes.base import run_pipeline
+from passes.place.smooth import is_factor
 from passes.program import unlift
 from passes.quantize.sites import find_sites
 from passes.testing import graph_of, run
@@ -223,3 +224,30 @@ def test_files_saved_programs_and_compiled_ones_have_it(target: Any, tmp_path: P
         with torch.no_grad():
             torch.testing.assert_close(compiled(OTHER), expected, rtol=1e-5, atol=1e-5)
         torch._dynamo.reset()
+
+
+def test_awq_sizes_columns_within_what_shares_a_scale() -> None:
+    torch.manual_seed(4)
+    module = Plain()
+    module.a.weight.data[:16, 3] = 0
+    for config, width in ((NVFP4["weight"], 16), (INT8["weight"], 32)):
+        gm = graph_of(module, X)
+        view = graph_view(gm, {s: config for s in find_sites(gm) if s.operand == "weight"}, torch.float32)
+        w = module.a.weight.detach().abs().double().numpy()
+        expected = [
+            sum(w[n, j] / max(w[n, j // width * width : (j // width + 1) * width]) for n in range(32)) / 32
+            for j in range(32)
+        ]
+        np.testing.assert_allclose(step("awq").columns(view.weights).numpy(), expected, rtol=1e-5)
+
+
+def test_awq_can_give_each_layer_a_factor_of_its_own() -> None:
+    module = Block()
+    module.q.weight.data[:, 5] *= 20  # that column alone, so that q and k want other factors
+    gm, log = edited(module, step("awq", separate=True), NVFP4)
+    assert log.fired["SmoothLinears"] >= 3
+    assert torch.equal(gm.get_parameter("norm.weight"), module.norm.weight)
+    factors = [value for name, value in gm.named_buffers() if is_factor(name)]
+    assert len(factors) >= 2 and not torch.equal(factors[0], factors[1])
+    with torch.no_grad():
+        torch.testing.assert_close(run(gm, OTHER)[0], module(OTHER), rtol=2e-5, atol=2e-5)
