@@ -191,7 +191,9 @@ class _Trial:
         self.group, self.power_of_two = group, power_of_two
         self.rows, self.magnitudes = seen.held_out, seen.fitting.largest
         if not bool(seen.sizes.largest.isfinite().all()):
-            raise CalibrationError(f"{group.name}: calibration found NaN or infinity in {group.tensor.name}, its input")
+            raise CalibrationError(
+                f"{group.name}: calibration found NaN or infinity in {group.tensor.name}, its input{seen.first_lost}"
+            )
         self._each = [column_magnitudes(weight) for weight in group.weights]
         self._outputs = [[self.rows @ piece.T for piece in pieces(weight)] for weight in group.weights]
 
@@ -232,6 +234,8 @@ def _groups(view: View) -> tuple[list[Group], dict[Node, str]]:
     left: dict[Node, str] = {}
     for weight in view.weights:
         node = weight.site.consumer
+        if weight.site.operator.kind == "convolution":
+            continue  # nothing that was to be expected here
         if not is_call(node, aten.linear.default):
             left[node] = f"inputs of layers of kind {weight.site.operator.kind} are not smoothed, those of linear are"
         elif reason := unfit(node):

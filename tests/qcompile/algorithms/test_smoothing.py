@@ -20,7 +20,7 @@ from passes.testing import graph_of, run
 from qcompile.algorithms import algorithm_called
 from qcompile.algorithms.channels import Channels
 from qcompile.algorithms.smoothing import Smoother
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import QuantizerConfig
 from qcompile.report.record import record_of
@@ -165,9 +165,28 @@ def test_dead_channels_one_sample_and_equal_rows(name: str, configs: dict[str, Q
 def test_a_number_that_is_none_is_one_error(bad: float) -> None:
     x = X.clone()
     x[3, 5] = bad
-    recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant}]"])
-    with pytest.raises(CalibrationError, match="a: calibration found NaN or infinity"):
-        qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[x], progress=False)
+    told = r"a\b.*: calibration found (NaN|nan|inf).*, first in calibration batch 1"
+    for name in ("smoothquant", "gptq", "gptq, sequential: true", "hessian_mse", "svdquant"):
+        recipe = qcompile.load_recipe("nvfp4_weight_only", [f"calibration=[{{algorithm: {name}}}]"])
+        with pytest.raises(CalibrationError, match=told):
+            qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X, x], progress=False)
+
+
+def test_an_edit_that_is_given_twice_is_refused() -> None:
+    for one, other in (("alpha: 0.5", "alpha: 0.8"), ("steps: 4", "steps: 4")):
+        steps = f"[{{algorithm: awq, {one}}}, {{algorithm: awq, {other}}}]"
+        recipe = qcompile.load_recipe("int8", [f"calibration={steps}"])
+        with pytest.raises(RecipeError, match=r"calibration\[1\]: awq has edited the graph already"):
+            qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+
+
+def test_percentile_without_a_constant_scale_says_so() -> None:
+    recipe = qcompile.load_recipe("nvfp4_fast", ["calibration=[{algorithm: percentile}]"])
+    program = qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+    assert "percentile chose nothing" in " ".join(record_of(program).notices)
+    recipe = qcompile.load_recipe("int8_fast", ["calibration=[{algorithm: percentile}]"])
+    program = qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+    assert "percentile chose nothing" not in " ".join(record_of(program).notices)
 
 
 class Convolved(nn.Module):
@@ -181,12 +200,11 @@ class Convolved(nn.Module):
         return result
 
 
-def test_convolutions_are_declined_with_the_reason() -> None:
+def test_convolutions_are_no_declines() -> None:
     x = torch.randn(4, 16, 8, 8)
     recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant, alpha: 0.5}]", "convolutions=all"])
     program = qcompile.quantize(Convolved(), (x,), recipe=recipe, calibration=[x], progress=False)
-    told = [d for d in record_of(program).declined if d.pass_name == "SmoothLinears"]
-    assert [(d.module, "kind convolution are not smoothed" in d.reason) for d in told] == [("conv", True)]
+    assert not [d for d in record_of(program).declined if d.pass_name == "SmoothLinears"]
 
 
 def test_ranges_alone_do_not_say_it() -> None:
