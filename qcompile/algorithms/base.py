@@ -286,9 +286,8 @@ def ranges(
         largest = seen[operand.node]
         assert isinstance(largest, Largest)
         if not bool(torch.isfinite(largest.value)):
-            lost = f", first in {largest.lost}" if largest.lost else ""
             raise CalibrationError(
-                f"{operand.name}: calibration found {float(largest.value)} in {operand.node.name}{lost}"
+                f"{operand.name}: calibration found {float(largest.value)} in {operand.node.name}{largest.first_lost}"
             )
         found[operand] = choose(operand, largest) if float(largest.value) else largest.value
         of_layer[operand.name] = torch.maximum(of_layer.get(operand.name, found[operand]), found[operand])
@@ -316,11 +315,14 @@ def make(settings: Sequence[Settings]) -> tuple[Algorithm[Any], ...]:
     """
     steps = tuple(algorithm_called(step.algorithm)(step) for step in settings)
     for index, step in enumerate(steps):
+        name = step.settings.algorithm
+        if type(step).edits is not Algorithm.edits and name in {one.settings.algorithm for one in steps[:index]}:
+            raise RecipeError(f"calibration[{index}]: {name} has edited the graph already: leave one of the two out")
         left = set(step.chooses)
         for later in steps[index + 1 :]:
             left -= later.chooses
             if step.chooses and not left:
-                name, other = step.settings.algorithm, later.settings.algorithm
+                other = later.settings.algorithm
                 raise RecipeError(
                     f"calibration[{index}]: nothing that {name} chooses ({' and '.join(sorted(step.chooses))}) is left"
                     f" behind {other}: {later.instead(step)}"

@@ -46,6 +46,10 @@ class Channels(Statistic):
         self.count = 0.0
         self.rows, self.keys = torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
 
+    @property
+    def spoiled(self) -> bool:
+        return not bool((self.largest.isfinite() & self.held.isfinite()).all())
+
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         x = result.detach().float().reshape(-1, result.shape[-1]).cpu()
         if not x.numel():
@@ -82,6 +86,7 @@ class Channels(Statistic):
         self.rows = (torch.cat([self.rows, rows]) if len(self.rows) else rows)[kept]
 
     def merge(self, other: Self) -> None:
+        self.lost = self.lost or other.lost
         if other.count:
             self._add(other.largest, other.held, other.total, other.count)
             self._sample(other.rows, other.keys)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 from qcompile.algorithms.statistics import Largest, Statistic
@@ -17,17 +16,18 @@ class RangeLog:
 
     def __init__(self, statistics: Iterable[Statistic], total: int | None) -> None:
         """`total` is the number of batches, None where nobody knows."""
-        self._watched = list(dict.fromkeys(one for one in statistics if isinstance(one, Largest)))
+        self._all = list(dict.fromkeys(statistics))
+        self._watched = [one for one in self._all if isinstance(one, Largest)]
         self._half = None if total is None else (total + 1) // 2
         self._seen: dict[int, dict[Largest, float]] = {}  # samples -> largest magnitudes
         self._samples = 0
 
-    def add(self, batches: int, samples: int) -> list[Largest]:
-        """So many were seen by now. Returns the ranges that the last one made NaN or infinite."""
+    def add(self, batches: int, samples: int) -> list[Statistic]:
+        """So many were seen by now. Returns what the last one brought NaN or infinity to."""
         self._samples = samples
         if batches & (batches - 1) == 0 or batches == self._half:
             self._seen[samples] = {statistic: float(statistic.value) for statistic in self._watched}
-        return [one for one in self._watched if not one.lost and not math.isfinite(float(one.value))]
+        return [one for one in self._all if not one.lost and one.spoiled]
 
     def growth(self, names: Mapping[Largest, str]) -> RangeGrowth | None:
         """Of the ranges in `names`, which has their quantizers; None if there is nothing to compare."""

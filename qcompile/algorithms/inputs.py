@@ -171,7 +171,7 @@ def _check_finite(weight: Operand, found: SecondMoment) -> None:
     if found.broken:
         raise CalibrationError(
             f"{weight.name}: calibration found NaN or infinity in {_kept_at(weight).name}, which the layer reads, in"
-            f" {found.broken} of {found.runs} runs"
+            f" {found.broken} of {found.runs} runs{found.first_lost}"
         )
 
 

@@ -25,6 +25,8 @@ class Percentile(Algorithm[PercentileSettings]):
 
     def solve(self, view: View, seen: Seen) -> dict[Operand, Quantizer]:
         part = view.of(self._clipped(view), view.quantizers)
+        if view.gm is not None and not part.operands:
+            view.notices.append("percentile chose nothing: no activation here has a constant scale to be found")
         return {
             operand: quantizer(operand, amax, self.settings.power_of_two)
             for operand, amax in ranges(part, seen, self._range).items()

@@ -100,6 +100,10 @@ class SecondMoment(Statistic):
         width = columns if self.width is None else self.width
         return int(16 * experts * -(-columns // width) * width**2)
 
+    @property
+    def spoiled(self) -> bool:
+        return self.broken > 0
+
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         x: torch.Tensor = result.detach()
         self.add(x.reshape(x.shape[0] if self.grouped else 1, -1, x.shape[-1]), weight)
@@ -124,6 +128,7 @@ class SecondMoment(Statistic):
         self.tokens = self.tokens + (x != 0).any(-1).sum(-1).cpu().double() * weight
 
     def merge(self, other: Self) -> None:
+        self.lost = self.lost or other.lost
         self.sum.merge(other.sum)
         self.runs, self.broken = self.runs + other.runs, self.broken + other.broken
         self.tokens = self.tokens + other.tokens

@@ -143,6 +143,9 @@ class AwqSettings(SmoothingSettings):
     algorithm: Literal["awq"]
     """`awq`: multiply each column of a linear layer's weight by the mean magnitude of its channel of the input, to the
     power of alpha, and divide the channel by it. Scales are left to the step behind it, or to `max`."""
+    separate: bool = False
+    """Give every layer a factor of its own, also those that read one tensor (q, k and v; gate and up). Each is then a
+    multiplication and a quantizer in front of its layer, where one for all costs nothing or a kernel."""
 
 
 class SvdquantSettings(Settings):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
 from qcompile.schemes.config import QuantizerConfig
 
-__all__ = ["Group", "Smoother"]
+__all__ = ["Group", "Smoother", "column_magnitudes", "pieces"]
 
 _WORTH = 0.995  # of the error without: a factor that gains less is not worth an edit
 _REACH = 12  # powers of two that a factor can be away from 1: half precision has room for them
@@ -90,19 +91,24 @@ class _Choice:
 
 
 class Smoother(Algorithm[_Settings]):
-    """A subclass says which factors an exponent makes."""
+    """A subclass says which factor an exponent makes."""
 
     @abstractmethod
     def size(self, sizes: Sizes) -> torch.Tensor:
         """How large each channel of an input is, `[K]`."""
 
-    @abstractmethod
-    def divisors(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What the channels can be divided by, `[K]`, for an exponent: one way or several, of which the best is taken.
+    def rounds_input(self, config: QuantizerConfig) -> bool:
+        """Whether exponents are told apart with the input rounded so. Whether the best of them is better than nothing
+        is always judged with it."""
+        return True
 
-        Args:
-            size: of each. columns: largest magnitude of each column of the weights, `[K]`.
-        """
+    def columns(self, weights: Sequence[Operand]) -> torch.Tensor:
+        """How large each column of weights that have one factor is, `[K]`: its largest magnitude."""
+        return torch.stack([column_magnitudes(weight) for weight in weights]).amax(0)
+
+    @abstractmethod
+    def divisor(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """What the channels are divided by, `[K]`, for an exponent; `size` and `columns` as above."""
 
     @property
     def without_data(self) -> str | None:
@@ -117,11 +123,11 @@ class Smoother(Algorithm[_Settings]):
                 f"{self.settings.algorithm} changes weights by what data shows, and no weight is quantized here: give"
                 " the batches to quantize(calibration=...), as ranges of activations do not say it"
             )
-        groups, _ = _groups(view)
+        groups, _ = self._groups(view)
         return {group.tensor: Channels(self.settings.rows) for group in groups}
 
     def edits(self, view: View, seen: Seen) -> Pipeline:
-        groups, left = _groups(view)
+        groups, left = self._groups(view)
         choices: dict[Group, _Choice] = {}
         for group in groups:
             found = seen[group.tensor]
@@ -133,36 +139,35 @@ class Smoother(Algorithm[_Settings]):
         smoothings = [Smoothing(group.linears, choice.factor) for group, choice in choices.items()]
         return smooth_pipeline(smoothings, left, self._told(groups, choices)) if groups or left else Pipeline()
 
+    def _groups(self, view: View) -> tuple[list[Group], dict[Node, str]]:
+        return _groups(view)
+
     def _choose(self, group: Group, seen: Channels) -> _Choice | None:
         own, trial = self.settings, _Trial(group, seen, self.settings.power_of_two)
-        before = trial.error(torch.ones_like(trial.columns))
-        errors: dict[float, list[float]] = {}
+        columns = group.shared(self.columns(group.weights))
 
-        def tried(alpha: float) -> float:
-            if alpha not in errors:
-                errors[alpha] = [trial.error(factor) for factor in self._factors(alpha, trial, seen.fitting)]
-            return min(errors[alpha])
+        def factor(alpha: float, sizes: Sizes) -> torch.Tensor:
+            return self._factor(alpha, group.shared(self.size(sizes)), columns)
 
-        best = own.alpha if own.alpha is not None else _least(tried, own.steps)
-        least = tried(best)
-        if own.alpha is None and not least < before * _WORTH:
+        @cache
+        def error(alpha: float, rounds_input: bool) -> float:
+            return trial.error(factor(alpha, seen.fitting), rounds_input)
+
+        rounds = group.input is None or self.rounds_input(group.input)
+        best = own.alpha if own.alpha is not None else _least(lambda alpha: error(alpha, rounds), own.steps)
+        before, after = trial.error(torch.ones_like(columns), True), error(best, True)
+        if own.alpha is None and not after < before * _WORTH:
             return None
-        factor = self._factors(best, trial, seen.sizes)[errors[best].index(least)]
-        return _Choice(best, factor, least / before if before else 1.0)
+        return _Choice(best, factor(best, seen.sizes), after / before if before else 1.0)
 
-    def _factors(self, alpha: float, trial: _Trial, sizes: Sizes) -> list[torch.Tensor]:
+    def _factor(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """What the input is multiplied by: around 1, with 8 bits, which any dtype holds; 1 for dead channels."""
-        size, columns = trial.group.shared(self.size(sizes)), trial.columns
         live = (size > 0) & (columns > 0)
-        return [
-            self._factor(divisor, live) for divisor in self.divisors(alpha, size.where(live, 1), columns.where(live, 1))
-        ]
-
-    def _factor(self, divisor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         if not bool(live.any()):
-            return torch.ones_like(divisor)
-        low, high = torch.aminmax(divisor[live].log2())
-        exponent = torch.where(live, (low + high) / 2 - divisor.log2(), 0).clamp(-_REACH, _REACH)
+            return torch.ones_like(size)
+        divisor = self.divisor(alpha, size.where(live, 1), columns.where(live, 1)).log2()
+        low, high = torch.aminmax(divisor[live])
+        exponent = torch.where(live, (low + high) / 2 - divisor, 0).clamp(-_REACH, _REACH)
         return torch.exp2(exponent.round() if self.settings.power_of_two else exponent).bfloat16().float()
 
     def _told(self, groups: Sequence[Group], choices: dict[Group, _Choice]) -> str:
@@ -180,36 +185,34 @@ class Smoother(Algorithm[_Settings]):
 
 
 class _Trial:
-    """The error of a group's outputs on held-out rows, for one factor after another.
-
-    Attributes:
-        columns: largest magnitude of each column of the weights, of those that share a factor together.
-    """
+    """The error of a group's outputs on held-out rows, for one factor after another."""
 
     def __init__(self, group: Group, seen: Channels, power_of_two: bool) -> None:
         self.group, self.power_of_two = group, power_of_two
         self.rows, self.magnitudes = seen.held_out, seen.fitting.largest
         if not bool(seen.sizes.largest.isfinite().all()):
-            raise CalibrationError(f"{group.name}: calibration found NaN or infinity in {group.tensor.name}, its input")
-        self._each = [_column_magnitudes(weight) for weight in group.weights]
-        self.columns = group.shared(torch.stack(self._each).amax(0))
-        self._energies = [sum(float((self.rows @ w.T).square().sum()) for w in _pieces(o)) for o in group.weights]
+            raise CalibrationError(
+                f"{group.name}: calibration found NaN or infinity in {group.tensor.name}, its input{seen.first_lost}"
+            )
+        self._each = [column_magnitudes(weight) for weight in group.weights]
+        self._outputs = [[self.rows @ piece.T for piece in pieces(weight)] for weight in group.weights]
 
-    def error(self, factor: torch.Tensor) -> float:
+    def error(self, factor: torch.Tensor, rounds_input: bool) -> float:
         """Sum over the layers of the squared error of their outputs, as a part of the squared outputs."""
         x = self.rows * factor
-        if self.group.input is not None:
+        if rounds_input and self.group.input is not None:
             x = rounded(x, self.group.input, (self.magnitudes * factor).amax(), self.power_of_two)
         largest = [(columns / factor).amax() for columns in self._each]
         together = torch.stack(largest).amax()
         total = 0.0
-        for weight, energy in zip(self.group.weights, self._energies, strict=True):
-            found = 0.0
-            for piece in _pieces(weight):
+        for weight, outputs in zip(self.group.weights, self._outputs, strict=True):
+            found = energy = 0.0
+            for piece, output in zip(pieces(weight), outputs, strict=True):
                 w = piece / factor
                 amax = w.abs().amax(-1, keepdim=True) if weight.per_channel else together
                 made = x @ rounded(w, weight.config, amax, self.power_of_two).T
-                found += float(made.sub_(self.rows @ piece.T).square_().sum())
+                found += float(made.sub_(output).square_().sum())
+                energy += float(output.square().sum())
             total += found / energy if energy else 0.0
         return total
 
@@ -231,6 +234,8 @@ def _groups(view: View) -> tuple[list[Group], dict[Node, str]]:
     left: dict[Node, str] = {}
     for weight in view.weights:
         node = weight.site.consumer
+        if weight.site.operator.kind == "convolution":
+            continue  # nothing that was to be expected here
         if not is_call(node, aten.linear.default):
             left[node] = f"inputs of layers of kind {weight.site.operator.kind} are not smoothed, those of linear are"
         elif reason := unfit(node):
@@ -255,12 +260,13 @@ def _group(weights: Sequence[Operand], config: QuantizerConfig | None) -> Group:
     return Group(weights, config, find_absorber(x, linears))
 
 
-def _pieces(weight: Operand) -> Iterator[torch.Tensor]:
+def pieces(weight: Operand) -> Iterator[torch.Tensor]:
     """The rows of a weight, some at a time, in float32."""
     sizes = weight.format.sizes
     for _, values in weight.rows(sizes[0] if len(sizes) == 2 else 1):
         yield values.float().cpu()
 
 
-def _column_magnitudes(weight: Operand) -> torch.Tensor:
-    return torch.stack([piece.abs().amax(0) for piece in _pieces(weight)]).amax(0)
+def column_magnitudes(weight: Operand) -> torch.Tensor:
+    """Of each column of a weight the largest, `[K]`."""
+    return torch.stack([piece.abs().amax(0) for piece in pieces(weight)]).amax(0)

@@ -18,5 +18,5 @@ class SmoothQuant(Smoother[SmoothQuantSettings]):
     def size(self, sizes: Sizes) -> torch.Tensor:
         return sizes.largest
 
-    def divisors(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> list[torch.Tensor]:
-        return [size**alpha / columns ** (1 - alpha)]
+    def divisor(self, alpha: float, size: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return size**alpha / columns ** (1 - alpha)

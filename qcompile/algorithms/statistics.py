@@ -20,14 +20,26 @@ class Statistic(ABC):
     Attributes:
         additive: whether a sample that is seen twice counts twice, as in sums and histograms. Then pieces of batches
             come with a weight, and are cut so that all of their samples have the same.
+        lost: the first batch after which it was `spoiled`, in words; empty if there was none.
     """
 
     additive: ClassVar[bool] = False
+    lost: str = ""
 
     def memory(self, node: Node) -> int:
         """The bytes that it will take of the results of `node`, as far as they depend on its size; known before data
         comes."""
         return 0
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether a NaN or an infinity came."""
+        return False
+
+    @property
+    def first_lost(self) -> str:
+        """`lost` for the end of a message."""
+        return f", first in {self.lost}" if self.lost else ""
 
     @abstractmethod
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
@@ -53,14 +65,16 @@ class Largest(Statistic):
     Attributes:
         value: over all elements, a float32 scalar; NaN or infinity if one of them is. finite: over those that are
             finite. reached: whether there was an element at all.
-        lost: the first batch that made `value` NaN or infinite, in words; empty if none did.
     """
 
     def __init__(self) -> None:
         self.value = torch.zeros((), dtype=torch.float32)
         self.finite = 0.0
         self.reached = False
-        self.lost = ""
+
+    @property
+    def spoiled(self) -> bool:
+        return not bool(self.value.isfinite())
 
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         if not result.numel():

@@ -131,7 +131,10 @@ class Svdquant(Algorithm[SvdquantSettings]):
         size: torch.Tensor = total.sqrt()
         largest = size.max()
         if not bool(largest.isfinite()):
-            raise CalibrationError(f"{first.name}: calibration found {float(largest)} in what the layer reads")
+            first_lost = next((one.first_lost for one in kept if one.lost), "")
+            raise CalibrationError(
+                f"{first.name}: calibration found {float(largest)} in what the layer reads{first_lost}"
+            )
         if not bool(largest > 0):  # never reached, or zero in all of it
             return torch.ones(first.shape[1])
         weights: torch.Tensor = (size / largest).clamp_min(_LEAST).float()
@@ -150,6 +153,10 @@ class Squares(Statistic):
     def __init__(self) -> None:
         self.total, self.count = torch.zeros(()), 0.0
 
+    @property
+    def spoiled(self) -> bool:
+        return not bool(self.total.isfinite().all())
+
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         rows = result.detach().reshape(-1, result.shape[-1])
         self.total = self.total + rows.double().square().sum(0).cpu() * weight
@@ -157,6 +164,7 @@ class Squares(Statistic):
 
     def merge(self, other: Squares) -> None:
         self.total, self.count = self.total + other.total, self.count + other.count
+        self.lost = self.lost or other.lost
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"total": self.total, "count": torch.tensor(self.count, dtype=torch.float64)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Container
 from pathlib import Path
+from typing import get_args
 
 from qcompile.ahead import check_model_target, check_recipe_target, formats_of
 from qcompile.checkpoint.load import is_quantized_checkpoint
@@ -16,6 +17,7 @@ from qcompile.engine.report import check_keys
 from qcompile.errors import CalibrationError, EngineError
 from qcompile.frontends.quantized import is_quantized
 from qcompile.onnx.export import OPSETS
+from qcompile.onnx.export import Target as OnnxTarget
 from qcompile.onnx.fp4 import FP4_OPSET
 from qcompile.outputs import check_room
 from qcompile.recipe import Recipe
@@ -78,6 +80,8 @@ def _target(wanted: Wanted) -> int | None:
     try:
         return find_backend(wanted.target).target
     except EngineError as error:
+        if wanted.target in get_args(OnnxTarget):
+            raise EngineError(f"{error}; what the file is for is --onnx-target {wanted.target}") from error
         if wanted.target is not None:
             raise
         raise EngineError(f"{error}\nOn the command line: --target sm89") from error

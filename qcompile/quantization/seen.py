@@ -72,7 +72,8 @@ class Observation:
         """Update what is kept of another graph with all data."""
         self.asked = True
         statistics = {node: [statistic] for node, statistic in kept.items()}
-        log = observe(gm, self.program, statistics, self.batches, widen=True, progress=self.progress)
+        ranges = RangeLog(kept.values(), batch_count(self.batches))
+        log = observe(gm, self.program, statistics, self.batches, widen=True, progress=self.progress, ranges=ranges)
         self.samples, self.notices = log.samples, log.notices()
 
     def _known(self, node: Node, wanted: Statistic) -> Statistic | None:

@@ -79,6 +79,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*NEVER, "--target", "sm90"), ("unknown target sm90",)),
         ((*NEVER, "--expect", "kernels=9"), ("no target was given", "--target sm89")),
         ((*NEVER, "--engine", "e"), ("no target was given", "--target sm89")),
+        ((*NEVER, "--target", "portable"), ("not a compute capability", "--onnx-target portable")),
         ((*NEVER, "--target", "sm89", "--expect", "speed=3"), ("unknown key 'speed'",)),
         ((*NEVER, "--target", "sm89", "--profile", "x=1,2"), ("write it as dimension=min,opt,max",)),
         ((*NEVER, "--profile", "x=1,2,3"), ("--profile is for an engine",)),

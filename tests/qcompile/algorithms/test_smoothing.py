@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import qcompile
 from passes.base import run_pipeline
+from passes.place.smooth import is_factor
 from passes.program import unlift
 from passes.quantize.sites import find_sites
 from passes.testing import graph_of, run
 from qcompile.algorithms import algorithm_called
 from qcompile.algorithms.channels import Channels
 from qcompile.algorithms.smoothing import Smoother
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, RecipeError
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import QuantizerConfig
 from qcompile.report.record import record_of
@@ -164,9 +165,28 @@ def test_dead_channels_one_sample_and_equal_rows(name: str, configs: dict[str, Q
 def test_a_number_that_is_none_is_one_error(bad: float) -> None:
     x = X.clone()
     x[3, 5] = bad
-    recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant}]"])
-    with pytest.raises(CalibrationError, match="a: calibration found NaN or infinity"):
-        qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[x], progress=False)
+    told = r"a\b.*: calibration found (NaN|nan|inf).*, first in calibration batch 1"
+    for name in ("smoothquant", "gptq", "gptq, sequential: true", "hessian_mse", "svdquant"):
+        recipe = qcompile.load_recipe("nvfp4_weight_only", [f"calibration=[{{algorithm: {name}}}]"])
+        with pytest.raises(CalibrationError, match=told):
+            qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X, x], progress=False)
+
+
+def test_an_edit_that_is_given_twice_is_refused() -> None:
+    for one, other in (("alpha: 0.5", "alpha: 0.8"), ("steps: 4", "steps: 4")):
+        steps = f"[{{algorithm: awq, {one}}}, {{algorithm: awq, {other}}}]"
+        recipe = qcompile.load_recipe("int8", [f"calibration={steps}"])
+        with pytest.raises(RecipeError, match=r"calibration\[1\]: awq has edited the graph already"):
+            qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+
+
+def test_percentile_without_a_constant_scale_says_so() -> None:
+    recipe = qcompile.load_recipe("nvfp4_fast", ["calibration=[{algorithm: percentile}]"])
+    program = qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+    assert "percentile chose nothing" in " ".join(record_of(program).notices)
+    recipe = qcompile.load_recipe("int8_fast", ["calibration=[{algorithm: percentile}]"])
+    program = qcompile.quantize(Plain(), (X,), recipe=recipe, calibration=[X], progress=False)
+    assert "percentile chose nothing" not in " ".join(record_of(program).notices)
 
 
 class Convolved(nn.Module):
@@ -180,12 +200,11 @@ class Convolved(nn.Module):
         return result
 
 
-def test_convolutions_are_declined_with_the_reason() -> None:
+def test_convolutions_are_no_declines() -> None:
     x = torch.randn(4, 16, 8, 8)
     recipe = qcompile.load_recipe("int8", ["calibration=[{algorithm: smoothquant, alpha: 0.5}]", "convolutions=all"])
     program = qcompile.quantize(Convolved(), (x,), recipe=recipe, calibration=[x], progress=False)
-    told = [d for d in record_of(program).declined if d.pass_name == "SmoothLinears"]
-    assert [(d.module, "kind convolution are not smoothed" in d.reason) for d in told] == [("conv", True)]
+    assert not [d for d in record_of(program).declined if d.pass_name == "SmoothLinears"]
 
 
 def test_ranges_alone_do_not_say_it() -> None:
@@ -223,3 +242,30 @@ def test_files_saved_programs_and_compiled_ones_have_it(target: Any, tmp_path: P
         with torch.no_grad():
             torch.testing.assert_close(compiled(OTHER), expected, rtol=1e-5, atol=1e-5)
         torch._dynamo.reset()
+
+
+def test_awq_sizes_columns_within_what_shares_a_scale() -> None:
+    torch.manual_seed(4)
+    module = Plain()
+    module.a.weight.data[:16, 3] = 0
+    for config, width in ((NVFP4["weight"], 16), (INT8["weight"], 32)):
+        gm = graph_of(module, X)
+        view = graph_view(gm, {s: config for s in find_sites(gm) if s.operand == "weight"}, torch.float32)
+        w = module.a.weight.detach().abs().double().numpy()
+        expected = [
+            sum(w[n, j] / max(w[n, j // width * width : (j // width + 1) * width]) for n in range(32)) / 32
+            for j in range(32)
+        ]
+        np.testing.assert_allclose(step("awq").columns(view.weights).numpy(), expected, rtol=1e-5)
+
+
+def test_awq_can_give_each_layer_a_factor_of_its_own() -> None:
+    module = Block()
+    module.q.weight.data[:, 5] *= 20  # that column alone, so that q and k want other factors
+    gm, log = edited(module, step("awq", separate=True), NVFP4)
+    assert log.fired["SmoothLinears"] >= 3
+    assert torch.equal(gm.get_parameter("norm.weight"), module.norm.weight)
+    factors = [value for name, value in gm.named_buffers() if is_factor(name)]
+    assert len(factors) >= 2 and not torch.equal(factors[0], factors[1])
+    with torch.no_grad():
+        torch.testing.assert_close(run(gm, OTHER)[0], module(OTHER), rtol=2e-5, atol=2e-5)
