@@ -199,6 +199,19 @@ def test_as_many_graphs_as_another_back_end(kind: str, cache: str) -> None:
     assert counts["eager"][1] == counts["eager"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_dynamic_true_compiles_few_graphs_for_all_prompts(cache: str) -> None:
+    """Prefill and decode; batches of one row, which Dynamo compiles apart, are two more, and it may guard a batch."""
+    model = decoder("llama", num_hidden_layers=1)
+    run = compiled(model, DYNAMIC, dynamic=True, fullgraph=False)
+    counts = []
+    for batch, length in [(2, 9), (2, 11), (3, 12), (1, 12), (4, 7), (1, 9), (5, 15)]:
+        generate(run, *prompt(False, batch, length), cache, 4)
+        counts.append(graphs())
+    assert counts == [2, 2, 3, 5, 5, 5, 5]
+
+
 # ways to compile a model that generates
 
 
