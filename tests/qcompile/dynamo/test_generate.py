@@ -186,7 +186,8 @@ def test_without_a_recipe_tokens_are_those_of_the_model(kind: str, cache: str) -
 def test_as_many_graphs_as_another_back_end(kind: str, cache: str) -> None:
     """Over several prompts: a second of the same shape compiles nothing, others what Dynamo compiles for any."""
     counts: dict[str, list[int]] = {}
-    for backend, options in (("eager", None), ("qcompile", {"recipe": DYNAMIC, "target": "eager"})):
+    ours: dict[str, Any] = {"recipe": DYNAMIC, "target": "eager"}
+    for backend, options in (("eager", None), ("qcompile", ours)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = decoder(kind, num_hidden_layers=2)
@@ -233,7 +234,7 @@ def in_place(model: Any) -> Any:
     return model
 
 
-OPTIONS = {"recipe": DYNAMIC, "target": "eager"}
+OPTIONS: dict[str, Any] = {"recipe": DYNAMIC, "target": "eager"}
 WAYS = [by_forward, in_place, by_module]
 
 
