@@ -186,7 +186,8 @@ def test_without_a_recipe_tokens_are_those_of_the_model(kind: str, cache: str) -
 def test_as_many_graphs_as_another_back_end(kind: str, cache: str) -> None:
     """Over several prompts: a second of the same shape compiles nothing, others what Dynamo compiles for any."""
     counts: dict[str, list[int]] = {}
-    for backend, options in (("eager", None), ("qcompile", {"recipe": DYNAMIC, "target": "eager"})):
+    ours: dict[str, Any] = {"recipe": DYNAMIC, "target": "eager"}
+    for backend, options in (("eager", None), ("qcompile", ours)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = decoder(kind, num_hidden_layers=2)
@@ -197,6 +198,19 @@ def test_as_many_graphs_as_another_back_end(kind: str, cache: str) -> None:
             counts[backend].append(graphs())
     assert counts["qcompile"] == counts["eager"]
     assert counts["eager"][1] == counts["eager"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_dynamic_true_compiles_few_graphs_for_all_prompts(cache: str) -> None:
+    """Prefill and decode; batches of one row, which Dynamo compiles apart, are two more, and it may guard a batch."""
+    model = decoder("llama", num_hidden_layers=1)
+    run = compiled(model, DYNAMIC, dynamic=True, fullgraph=False)
+    counts = []
+    for batch, length in [(2, 9), (2, 11), (3, 12), (1, 12), (4, 7), (1, 9), (5, 15)]:
+        generate(run, *prompt(False, batch, length), cache, 4)
+        counts.append(graphs())
+    assert counts == [2, 2, 3, 5, 5, 5, 5]
 
 
 # ways to compile a model that generates
@@ -220,7 +234,7 @@ def in_place(model: Any) -> Any:
     return model
 
 
-OPTIONS = {"recipe": DYNAMIC, "target": "eager"}
+OPTIONS: dict[str, Any] = {"recipe": DYNAMIC, "target": "eager"}
 WAYS = [by_forward, in_place, by_module]
 
 
