@@ -63,7 +63,7 @@ def quantized_program(
         own.check_placed()
         _check_dependence(needed, input_dependence(work.gm))
         quantized = lift(work.gm, program)
-    if not is_finished(quantized):
+    if plan.quantizes and not is_finished(quantized):
         _tell_nothing(work.log)
     notices = [*map(str, plan.notices), *told(plan.steps), *found.notices, *work.log.notices]
     seen = found.headroom, found.source, noted_dimensions(program), found.ranges
