@@ -48,7 +48,7 @@ def test_files_that_do_something_else_fail(made: Callable[..., Any], tmp_path: P
 
     def forget(graph: onnx.GraphProto) -> None:
         """The output is as long as it should be, and holds nothing."""
-        for node in graph.node:
+        for node in list(graph.node):
             for i, name in enumerate(node.output):
                 if name.startswith("present."):
                     node.output[i] = f"{name}_kept"
