@@ -4,6 +4,9 @@
 >>> report = qcompile.export_onnx(program, "model.onnx", target="tensorrt")
 >>> engine = qcompile.build_engine("model.onnx", "model.engine", target="sm89")
 
+>>> program = qcompile.quantize(decoder, recipe="fp8+fp8_kv", calibration=batches, cache="dynamic")
+>>> qcompile.Generator("out/").generate("The capital of France is").texts
+
 >>> compiled = torch.compile(model, backend="qcompile", options={"recipe": "fp8_per_channel_per_token"})
 
 >>> qcompile.save_checkpoint("./llama", "./llama-fp8", format="fp8")
@@ -22,11 +25,13 @@ if TYPE_CHECKING:
     from qcompile.checkpoint.load import load_checkpoint
     from qcompile.checkpoint.write.report import CheckpointReport
     from qcompile.checkpoint.write.save import save_checkpoint
+    from qcompile.decoders.options import Cache
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
     from qcompile.engine.generation import Generate
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
+    from qcompile.generation.generator import Generator
     from qcompile.onnx.export import export_onnx
     from qcompile.onnx.repair import RepairReport, repair_onnx
     from qcompile.onnx.session import onnx_session
@@ -40,11 +45,13 @@ if TYPE_CHECKING:
     from qcompile.version import __version__
 
 __all__ = [
+    "Cache",
     "CheckpointReport",
     "CompileReport",
     "EngineReport",
     "Explanation",
     "Generate",
+    "Generator",
     "QCompileError",
     "Recipe",
     "RepairReport",
@@ -69,11 +76,13 @@ __all__ = [
 ]
 
 _PLACES = {
+    "Cache": "qcompile.decoders.options",
     "CheckpointReport": "qcompile.checkpoint.write.report",
     "CompileReport": "qcompile.dynamo.explain",
     "EngineReport": "qcompile.engine.report",
     "Explanation": "qcompile.dynamo.explain",
     "Generate": "qcompile.engine.generation",
+    "Generator": "qcompile.generation.generator",
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",

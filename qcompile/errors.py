@@ -13,6 +13,7 @@ __all__ = [
     "EngineError",
     "ExpectationError",
     "ExportError",
+    "GenerationError",
     "PassError",
     "QCompileError",
     "RecipeError",
@@ -65,6 +66,10 @@ class CheckpointError(QCompileError):
 
 class RepairError(QCompileError):
     """An ONNX file cannot be turned into one of standard operators; nothing was written."""
+
+
+class GenerationError(QCompileError):
+    """A file generates no text, or not what was asked for."""
 
 
 class ReportError(QCompileError):

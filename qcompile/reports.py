@@ -22,6 +22,7 @@ KINDS = {
     "graph": ("qcompile.dynamo.explain", "CompileReport"),
     "program": ("qcompile.report.program", "ProgramReport"),
     "repair": ("qcompile.onnx.repair.report", "RepairReport"),
+    "steps": ("qcompile.report.steps", "StepsReport"),
 }
 
 

@@ -13,6 +13,7 @@ EXAMPLES = {
     "quantize_to_onnx": (["onnxruntime"], "quantized: {'linear': (8, 8), 'attention': (2, 2)}"),
     "build_an_engine": (["tensorrt_rtx"], "FP8 attentions: 2 of 2; {'fp8': 8,"),
     "torch_compile": ([], "linear, quantized    2 of 2"),
+    "generate": (["transformers", "onnxruntime"], "bytes of cache for each token: 128"),
     "checkpoint": (["transformers"], "quantized: 14 layers; left as they are: model.embed_tokens lm_head"),
     "from_modelopt": (["modelopt"], "quantized: {'0': 'fp8', '2': 'fp8'}\nchecks passed: True"),
     "own_recipe": ([], "not: layers.0.self_attn layers.1.self_attn layers.2.self_attn.in_proj"),
@@ -23,7 +24,7 @@ EXAMPLES = {
     "read_a_report": (["onnxruntime"], "unquantized: {'memory': 'recurrent'}"),
 }
 # a C++ compiler, the import of modelopt, and what tests of the same route run every day
-SLOW = ("torch_compile", "from_modelopt", "own_data", "checkpoint", "build_an_engine", "calibration_data")
+SLOW = ("torch_compile", "generate", "from_modelopt", "own_data", "checkpoint", "build_an_engine", "calibration_data")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -56,12 +56,14 @@ def check_before_loading(wanted: Wanted) -> Data | None:
 
 def check_before_quantizing(wanted: Wanted, source: Source) -> bool:
     """Raise what the model tells without being run. Returns whether it is quantized already."""
-    if wanted.builds:
+    if wanted.builds and wanted.cache is None:
         require_profile(source.dims, wanted.profiles)
         checked_profiles(wanted.profiles, source.dims)
     finished = is_quantized(source.model)
     if finished:
         _refuse_recipe(wanted)
+        if wanted.cache is not None:
+            raise UsageError(f"{source.name} is quantized already, and a cache is made where a model is quantized")
         if target := _target(wanted):
             check_model_target(source.model, target)
         _check_opset(wanted, {format for _, format in formats_of(source.model)})
@@ -93,6 +95,8 @@ def _refuse_recipe(wanted: Wanted) -> None:
 
 
 def _check_recipe(wanted: Wanted) -> None:
+    if wanted.recipe is None:
+        return
     if target := _target(wanted):
         check_recipe_target(wanted.recipe, target, wanted.dtype)
     _check_opset(wanted, asked_formats(wanted.recipe))
@@ -102,7 +106,7 @@ def _check_recipe(wanted: Wanted) -> None:
 
 
 def _check_calibration(wanted: Wanted) -> None:
-    if wanted.calibration is None and not wanted.dry_run:
+    if wanted.calibration is None and wanted.recipe is not None and not wanted.dry_run:
         check_needs_no_data(wanted.recipe)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
+from qcompile.cli.alone import with_values
 from qcompile.cli.build import build
 from qcompile.cli.checkpoint import checkpoint
 from qcompile.cli.command import better_command
@@ -20,6 +21,7 @@ from qcompile.cli.console import err
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
+from qcompile.cli.generate import generate
 from qcompile.cli.inspect import inspect
 from qcompile.cli.options import UsageError, check_given
 from qcompile.cli.process import Process, nobody_reads
@@ -47,6 +49,11 @@ _HELP = """Quantize a PyTorch model, export it to ONNX, build a TensorRT engine,
 
     qcompile checkpoint ./llama -o ./llama-fp8 --format fp8
 
+**From a language model to text**, with its key/value cache, for ONNX Runtime and onnxruntime-genai
+
+    qcompile export ./llama -o llama-fp8/ --recipe fp8+fp8_kv --cache --calibration texts.jsonl
+    qcompile generate llama-fp8/ --prompt "The capital of France is"
+
 **What this machine allows**: `qcompile doctor` looks at packages, builders and devices.
 
 **Without a model at hand**: `qcompile demo` trains a small one on real images and shows the whole route.
@@ -66,6 +73,7 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the command line is called
 app.command(export)
 app.command(checkpoint)
+app.command(generate)
 app.command(build)
 app.command(inspect)
 app.command(repair)
@@ -109,7 +117,7 @@ def run(tokens: Sequence[str], process: Process) -> int:
     debug = "--debug" in tokens or bool(os.environ.get("QCOMPILE_DEBUG"))
     try:
         check_given(tokens)
-        result = app.meta(current(tokens), exit_on_error=False, print_error=False)
+        result = app.meta(with_values(current(tokens)), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         _say(f"{error}\n'qcompile --help' and 'qcompile COMMAND --help' tell more")
         return WRONG_USAGE

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from qcompile.cli.data import NO_DATA, DataOptions
-from qcompile.cli.options import UsageError, parse_expect, parse_profiles
+from qcompile.cli.options import UsageError, cache_of, check_cache, parse_expect, parse_profiles
 from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
 from qcompile.outputs import check_distinct, check_writable
 
 _ONNX = Parameter(group=Group("ONNX file", sort_key=5))
-_ENGINE = Parameter(group=Group("Engine", sort_key=6))
+_GENERATION = Parameter(group=Group("Generation", sort_key=6))
+_ENGINE = Parameter(group=Group("Engine", sort_key=7))
 
 
 def export(
@@ -34,11 +35,14 @@ def export(
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, QUANTIZATION] = None,
     save_program: Annotated[Path | None, QUANTIZATION] = None,
     data: DataOptions = NO_DATA,
-    onnx_target: Annotated[Literal["tensorrt", "portable"], _ONNX] = "tensorrt",
+    onnx_target: Annotated[Literal["tensorrt", "portable"] | None, _ONNX] = None,
     opset: Annotated[int | None, _ONNX] = None,
     block_fp8: Annotated[Literal["k_split", "per_channel"], _ONNX] = "k_split",
     io_dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, _ONNX] = None,
     compare: Annotated[bool, _ONNX] = True,
+    cache: Annotated[Literal["dynamic", "static"] | None, _GENERATION] = None,
+    cache_length: Annotated[int | None, _GENERATION] = None,
+    logits: Annotated[Literal["all", "last"], _GENERATION] = "all",
     engine: Annotated[Path | None, _ENGINE] = None,
     target: Annotated[str | None, _ENGINE] = None,
     profile: Annotated[list[str], _ENGINE, SEVERAL] = [],  # noqa: B006
@@ -54,6 +58,7 @@ def export(
     qcompile export ./vit-base -o vit.onnx --recipe nvfp4 --dry-run
     qcompile export ./bert -o bert.onnx --recipe fp8_per_channel_per_token --dynamic-batch
     qcompile export ./llama -o llama.onnx --recipe nvfp4_fp8_attention --calibration texts.jsonl --target sm120
+    qcompile export ./llama -o llama-fp8/ --recipe fp8+fp8_kv --cache --calibration texts.jsonl
     qcompile export my_package.models:make -o model.onnx --calibration photos/ --image-size 224 --image-std 0.5
     qcompile export my_package.models:make -o model.onnx --calibration my_package.data:batches
     ```
@@ -71,7 +76,9 @@ def export(
         nvidia-modelopt, torchao or pt2e) keeps its codes and scales, and takes no recipe; calibration data is for the q
         of attentions whose k and v it has in FP8.
     output:
-        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.HASH.data.
+        Where to write the ONNX file. Above 1.8 GB its weights go to a second file, OUTPUT.HASH.data. With --cache, what
+        does not end in .onnx is a directory: model.onnx, the tokenizer, config.json, generation_config.json, and
+        genai_config.json for onnxruntime-genai.
     report:
         Write what was quantized, what was not and why, the checks and the engine's kernels to this JSON file.
     dry_run:
@@ -94,7 +101,8 @@ def export(
         Make axis 0 of every input dynamic.
     recipe:
         Name of a shipped recipe (fp8, nvfp4_fp8_attention, fp8_qkvo-nvfp4_mlp, ...: "qcompile recipes list" has all) or
-        path of a YAML file. Default: fp8; none for a program that is quantized already.
+        path of a YAML file; fragments may follow, as in fp8+fp8_kv. Default: fp8; none for a program that is quantized
+        already. "none" quantizes nothing, and writes the model in --dtype.
     set_:
         Change the recipe, as path=value: `'rules[+]={quantizer: "*.layers.0.*", enable: false}'`; with a Hadamard
         rotation, `'rules[format=nvfp4].rotate=true'`.
@@ -104,7 +112,8 @@ def export(
     save_program:
         Also save the quantized program to this .pt2 file, which is a source in its turn.
     onnx_target:
-        tensorrt: the forms that fuse best there; portable: standard operators only.
+        tensorrt: the forms that fuse best there; portable: standard operators only. Default: tensorrt; portable for a
+        directory.
     opset:
         ONNX opset, 19 to 23. Default: 21; 22 for a bfloat16 program and 23 for NVFP4, which need it.
     block_fp8:
@@ -114,7 +123,16 @@ def export(
     io_dtype:
         Type of the file's floating-point inputs and outputs. Default: those of the model, whatever --dtype is.
     compare:
-        Compare the file with the program, layer by layer, on one batch.
+        Compare the file with the program, layer by layer, on one batch; with --cache also step by step: prefills, and
+        32 tokens behind each. Exit code 1 if it generates something else.
+    cache:
+        Give a decoder its keys and values of former tokens as inputs, and the longer ones as outputs. dynamic (also
+        without a word behind it): what is new is appended; static: written into a buffer of --cache-length tokens. The
+        recipes' fragments fp8_kv and int8_kv quantize it. All sizes are dynamic.
+    cache_length:
+        Tokens that a static cache holds.
+    logits:
+        Of all new tokens, or of the last one alone, which is all that generation reads.
     engine:
         Also build a TensorRT engine, and write it here.
     target:
@@ -137,10 +155,15 @@ def export(
         raise UsageError(f"{', '.join(given)}: not with --input, which has the sizes")
     if output is None:
         raise UsageError("say what to write: --output FILE; `qcompile checkpoint` writes a Hugging Face directory")
-    check_writable(output, report, engine, save_program)
+    folder, output = _place(output, cache)
+    check_cache(cache, {"--dynamic": dynamic, "--dynamic-batch": dynamic_batch, "--input": input_})
+    check_writable(output, parents=folder is not None)
+    check_writable(report, engine, save_program)
     outputs = {"--output": output, "--engine": engine, "--save-program": save_program, "--report": report}
     inputs = [("the model", source), ("the calibration data", data.calibration), ("the recipe", recipe)]
     check_distinct(outputs, inputs)
+    if recipe == "none" and set_:
+        raise UsageError("--set is for a recipe, and --recipe none is none")
     profiles, expected = parse_profiles(profile), parse_expect(expect)
     builds = engine is not None or target is not None or expected is not None
     if profiles and not builds:
@@ -162,7 +185,7 @@ def export(
             inputs=parse_inputs(input_),
             dynamic=dynamic,
             dynamic_batch=dynamic_batch,
-            recipe=qcompile.load_recipe(recipe or "fp8", set_),
+            recipe=None if recipe == "none" else qcompile.load_recipe(recipe or "fp8", set_),
             given=bool(recipe or set_),
             calibration=data.calibration,
             samples=data.samples,
@@ -170,7 +193,9 @@ def export(
             dtype=getattr(torch, dtype) if dtype else None,
             save_program=save_program,
             output=output,
-            onnx_target=onnx_target,
+            onnx_target=onnx_target or ("portable" if folder is not None else "tensorrt"),
+            cache=cache_of(cache, cache_length, logits),
+            folder=folder,
             opset=opset,
             block_fp8=block_fp8,
             io_dtype=getattr(torch, io_dtype) if io_dtype else None,
@@ -184,3 +209,12 @@ def export(
             dry_run=dry_run,
         )
     )
+
+
+def _place(output: Path, cache: str | None) -> tuple[Path | None, Path]:
+    """The directory that is written, if one is, and the ONNX file."""
+    if cache is None or output.suffix == ".onnx":
+        return None, output
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file, and no directory: name a new one, or a file that ends in .onnx")
+    return output, output / "model.onnx"

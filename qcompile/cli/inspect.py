@@ -28,6 +28,7 @@ from qcompile.report.tables import (
     show_graph,
     show_program,
     show_rows,
+    show_steps,
     size,
     table,
 )
@@ -90,6 +91,7 @@ _SHOWN: Mapping[str, Callable[[Console, Mapping[str, Any]], None]] = {
     "graph": show_graph,
     "program": show_program,
     "repair": show_repair,
+    "steps": show_steps,
 }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcompile.engine.profile_dims import NAME, likely, with_shapes
 from qcompile.engine.profiles import Profile
 from qcompile.errors import QCompileError
 from qcompile.remedy import Remedy, with_remedy
+
+if TYPE_CHECKING:
+    from qcompile.decoders import Cache
 
 HOW_TO_CALIBRATE = (
     "give --calibration a folder of images, a .txt or .jsonl file, or tensors (.npz, .safetensors), or take a recipe"
@@ -81,6 +84,28 @@ def require_profile(inputs: Mapping[str, Sequence[int | str]], profiles: Sequenc
 
 def _written(sizes: Sequence[Any]) -> str:
     return ",".join(str(size) if isinstance(size, int) else "x".join(map(str, size)) for size in sizes)
+
+
+def check_cache(cache: str | None, others: Mapping[str, object]) -> None:
+    """Refuse options that say what a cache says, or that are for one that there is not."""
+    if cache is not None and (given := [name for name, value in others.items() if value]):
+        raise UsageError(f"{', '.join(given)}: not with --cache, which has inputs and dynamic sizes of its own")
+
+
+def cache_of(cache: str | None, length: int | None, logits: str) -> Cache | None:
+    """What `quantize` takes. Raises UsageError in the words of the command line."""
+    if cache is None:
+        if given := [name for name, told in (("--cache-length", length), ("--logits", logits != "all")) if told]:
+            raise UsageError(f"{', '.join(given)}: for a decoder with a cache: give --cache, too")
+        return None
+    if cache == "static" and length is None:
+        raise UsageError("--cache static has a length: give --cache-length, such as 2048")
+    if cache == "dynamic" and length is not None:
+        raise UsageError("--cache-length is for --cache static: a dynamic cache is as long as what was appended")
+
+    from qcompile.decoders import Cache
+
+    return Cache(cache, length, logits)  # type: ignore[arg-type]
 
 
 def parse_expect(texts: Sequence[str]) -> dict[str, int] | None:

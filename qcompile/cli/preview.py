@@ -58,6 +58,8 @@ def show_preview(wanted: Wanted, source: Source, program: ExportedProgram, calib
     files = table("Files", "path", "what", "size, about", numbers=("size, about",))
     weights = size(program_bytes(program))
     add(files, wanted.output, "ONNX", weights)
+    if wanted.folder is not None:
+        add(files, wanted.folder, "tokenizer and configurations of its runtimes", "")
     if wanted.save_program is not None:
         add(files, wanted.save_program, "program", weights)
     if wanted.builds:

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 import qcompile
 from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
+from qcompile.decoders import Cache
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.files import replaced
 from qcompile.frontends.quantized import is_finished
@@ -22,21 +23,26 @@ from qcompile.source import MADE_UP, Data, Source
 
 
 def quantized(
-    source: Source, recipe: qcompile.Recipe, calibration: Data | None, dtype: torch.dtype | None
+    source: Source,
+    recipe: qcompile.Recipe | None,
+    calibration: Data | None,
+    dtype: torch.dtype | None,
+    cache: Cache | None = None,
 ) -> tuple[ExportedProgram, Any]:
     """The quantized program, and the first batch that it was calibrated with (None without calibration)."""
     batches, first = _calibration(calibration, source)
-    return quantized_with(batches, source, recipe, dtype), first
+    return quantized_with(batches, source, recipe, dtype, cache), first
 
 
 def quantized_with(
     batches: Iterable[Any] | Mapping[str, torch.Tensor] | None,
     source: Source,
-    recipe: qcompile.Recipe,
+    recipe: qcompile.Recipe | None,
     dtype: torch.dtype | None,
+    cache: Cache | None = None,
 ) -> ExportedProgram:
     """The quantized program; errors are in the words of the command line."""
-    step(f"quantizing with the recipe {recipe.metadata.name}")
+    step(f"quantizing with the recipe {recipe.metadata.name}" if recipe is not None else "capturing the model")
     args, kwargs = _inputs(source)
     try:
         return qcompile.quantize(
@@ -48,6 +54,7 @@ def quantized_with(
             dynamic_shapes=source.dynamic_shapes,
             dtype=dtype,
             progress=interactive(),
+            cache=cache,
         )
     except CaptureError as error:
         if "Constraints violated" not in str(error):

@@ -11,6 +11,7 @@ from qcompile.engine.report import EngineReport
 from qcompile.onnx.repair.report import RepairReport
 from qcompile.report.base import ReportBase
 from qcompile.report.export import Report
+from qcompile.report.steps import StepsReport
 
 
 class CommandReport(ReportBase):
@@ -18,7 +19,7 @@ class CommandReport(ReportBase):
 
     Attributes:
         source: what was given.
-        export, engine, checkpoint, repair: what was made of it.
+        export, engine, checkpoint, repair: what was made of it. steps: how a decoder's file generates.
         new: files that were written.
         failed: why not everything was; empty if it was.
     """
@@ -26,6 +27,7 @@ class CommandReport(ReportBase):
     kind: Literal["command"] = "command"
     source: str
     export: Report | None = None
+    steps: StepsReport | None = None
     engine: EngineReport | None = None
     checkpoint: CheckpointReport | None = None
     repair: RepairReport | None = None
@@ -40,5 +42,5 @@ class CommandReport(ReportBase):
     @property
     def parts(self) -> dict[str, ReportBase]:
         """Kind -> report, of those that there are."""
-        found = (self.export, self.engine, self.checkpoint, self.repair)
+        found = (self.export, self.steps, self.engine, self.checkpoint, self.repair)
         return {part.kind: part for part in found if part is not None}

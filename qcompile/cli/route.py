@@ -10,6 +10,7 @@ import qcompile
 from qcompile.cli.ahead import check_before_loading, check_before_quantizing
 from qcompile.cli.build import build_and_show
 from qcompile.cli.console import out, step, write_report
+from qcompile.cli.decoders import add_companions, behind_a_past, compare_steps
 from qcompile.cli.preview import AnyRange, show_preview
 from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.report import CommandReport
@@ -30,18 +31,18 @@ def export_onnx(wanted: Wanted) -> int:
         if finished:
             program, _ = imported(source, None, wanted.dtype)
         else:
-            program = quantized_with(AnyRange(), source, wanted.recipe, wanted.dtype)
+            program = quantized_with(AnyRange(), source, wanted.recipe, wanted.dtype, wanted.cache)
         show_preview(wanted, source, program, calibration)
         return 0
     if finished:
         program, first = imported(source, calibration, wanted.dtype)
     else:
-        program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)
+        program, first = quantized(source, wanted.recipe, calibration, wanted.dtype, wanted.cache)
     compared = first if first is not None else source.example_batch
     parts: dict[str, Any] = {}
     new: list[str] = []
     try:
-        _write(wanted, program, compared, parts, new)
+        _write(wanted, source, program, compared, parts, new)
     except QCompileError as error:
         parts["failed"] = str(error)
         if new:
@@ -55,6 +56,7 @@ def export_onnx(wanted: Wanted) -> int:
 
 def _write(
     wanted: Wanted,
+    source: Source,
     program: ExportedProgram,
     compared: Any,
     parts: dict[str, Any],
@@ -72,11 +74,19 @@ def _write(
         opset=wanted.opset,
         block_fp8=wanted.block_fp8,
         io_dtype=wanted.io_dtype,
-        compare=compared if wanted.compare else None,
+        compare=behind_a_past(program, compared)
+        if wanted.compare and wanted.cache
+        else compared
+        if wanted.compare
+        else None,
     )
     new.append(str(wanted.output))
     parts["export"] = exported
     show_export(out(), parts["export"].data())
+    if wanted.folder is not None:
+        new += map(str, add_companions(wanted, source))
+    if wanted.cache is not None and wanted.compare:
+        parts["steps"] = compare_steps(wanted.output, program, compared, source)
     if wanted.builds:
         step("building the engine")
         parts["engine"] = build_and_show(wanted.output, wanted.engine, wanted.target, wanted.profiles, wanted.expect)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qcompile.decoders import Cache
 from qcompile.engine.profiles import Profile
 from qcompile.onnx.export import BlockFp8, Target
 from qcompile.recipe import Recipe
@@ -20,6 +21,8 @@ class Wanted:
 
     Attributes:
         given: the recipe was asked for, and is not the default.
+        recipe: None quantizes nothing. cache: of a decoder. folder: the directory that `output` goes to, with what a
+            decoder's runtimes want beside it; None for the file alone.
         builds: an engine is built, for `target`, or for the GPU of this machine; `engine` is where it is kept.
 
     The others are called as the options of the command line.
@@ -33,7 +36,7 @@ class Wanted:
     inputs: Sequence[Declared]
     dynamic: Sequence[str]
     dynamic_batch: bool
-    recipe: Recipe
+    recipe: Recipe | None
     given: bool
     calibration: str | None
     samples: int | None
@@ -45,6 +48,8 @@ class Wanted:
     opset: int | None
     block_fp8: BlockFp8
     io_dtype: torch.dtype | None
+    cache: Cache | None
+    folder: Path | None
     compare: bool
     builds: bool
     engine: Path | None

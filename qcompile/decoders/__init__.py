@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from qcompile.decoders.options import Cache, as_cache
 from qcompile.decoders.prepare import Decoder, captured_with_cache, decoder_of
+from qcompile.decoders.steps import ProgramRun, has_cache
 
-__all__ = ["Cache", "Decoder", "as_cache", "captured_with_cache", "decoder_of"]
+__all__ = ["Cache", "Decoder", "ProgramRun", "as_cache", "captured_with_cache", "decoder_of", "has_cache"]

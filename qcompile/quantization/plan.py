@@ -74,6 +74,7 @@ class Plan:
         fuses: which attentions get a quantizer for their softmax: those that have one among `configs`, or, if True, all
             whose operands are quantized.
         notices: rules of the recipe that had no effect, or that say why they are there.
+        quantizes: something is expected of it, so that a result without any codes is worth a warning.
     """
 
     configs: Mapping[Site, QuantizerConfig]
@@ -82,6 +83,7 @@ class Plan:
     power_of_two: bool = False
     fuses: bool = False
     notices: list[Notice] = field(default_factory=list)
+    quantizes: bool = True
 
     @property
     def activations(self) -> Plan:
@@ -153,6 +155,14 @@ def planned(work: Work, recipe: Recipe, *, whole: bool = False) -> Plan:
     work.run(rotate_pipeline(rotated))
     steps = make(recipe.steps)
     return Plan(configs, recipe.metadata.name, steps, recipe.power_of_two, notices=resolution.notices)
+
+
+def unquantized(work: Work) -> Plan:
+    """Change nothing but the dtype that is computed in."""
+    refuse_quantized_graph(work.gm)
+    work.run(NORMALIZE)
+    work.run(place_pipeline(set(), {}))
+    return Plan({}, "", quantizes=False)
 
 
 def quantized_elsewhere(work: Work, *, queries: bool = False, fuses: bool = True) -> Plan:

@@ -15,7 +15,7 @@ from qcompile.capture import capture
 from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.frontends.quantized import refuse_quantized
 from qcompile.quantization.dtypes import compute_dtype
-from qcompile.quantization.plan import planned
+from qcompile.quantization.plan import planned, unquantized
 from qcompile.quantization.run import quantized_program
 from qcompile.recipe import Recipe, load_recipe
 
@@ -25,7 +25,7 @@ def quantize(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    recipe: str | Recipe | Mapping[str, Any] = "fp8",
+    recipe: str | Recipe | Mapping[str, Any] | None = "fp8",
     calibration: Iterable[Any] | Mapping[str, torch.Tensor] | None = None,
     dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
@@ -38,7 +38,8 @@ def quantize(
     Args:
         model: a module (it is not changed), or what `torch.export.export` made of one.
         args, kwargs: example inputs of a module.
-        recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`.
+        recipe: name of a shipped recipe, path of a YAML file, a mapping of the same shape, or a `Recipe`. None
+            quantizes nothing: the program computes in `dtype`, and is what quantized ones are compared with.
         calibration: representative batches, as argument tuples, keyword dicts, `(args, kwargs)` or single tensors;
             needed by recipes with static activations. They are run through the captured graph in the model's own
             dtype, and show what float16 would not hold, for every recipe; in an attention whose mask hides every key
@@ -68,7 +69,7 @@ def quantize(
         CaptureError, RecipeError, CalibrationError, PassError: each names what is wrong and where. QCompileError: the
             model is quantized already.
     """
-    chosen_recipe = load_recipe(recipe)
+    planner = unquantized if recipe is None else partial(planned, recipe=load_recipe(recipe), whole=True)
     compute_dtype(dtype, torch.float32)  # that it is one is known before the model is captured
     own = OwnPasses(passes, route("quantize"))
     refuse_quantized(model)
@@ -76,5 +77,4 @@ def quantize(
         program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
     else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    planner = partial(planned, recipe=chosen_recipe, whole=True)
     return quantized_program(program, planner, calibration, dtype, progress, own)

@@ -64,7 +64,7 @@ def quantized_program(
         own.check_placed()
         _check_dependence(needed, input_dependence(work.gm))
         quantized = lift(work.gm, program)
-    if not is_finished(quantized):
+    if plan.quantizes and not is_finished(quantized):
         _tell_nothing(work.log)
     if names := state_names(program):
         work.log.notices.append(

@@ -95,6 +95,22 @@ def show_export(console: Console, report: Mapping[str, Any]) -> None:
         show_comparison(console, report["comparison"])
 
 
+def show_steps(console: Console, report: Mapping[str, Any]) -> None:
+    """How a decoder's file generates beside its program, as `StepsReport.to_json` writes it."""
+    columns = ("prefill", "steps", "largest error", "other tokens")
+    found = table(f"Token by token (errors up to {report['limit']:.2g} are rounding)", *columns, numbers=columns)
+    runs: list[list[Mapping[str, Any]]] = []
+    for step in report["steps"]:
+        runs += [[]] if not step["past"] or not runs else []
+        runs[-1].append(step)
+    for run in runs:
+        worst = max(float(step["error"]) for step in run)
+        add(found, run[0]["new"], len(run) - 1, f"{worst:.2g}", sum(step["other_tokens"] for step in run))
+    console.print(found)
+    if not report["depends"]:
+        console.print(Text("the second step does not depend on the first", style="bold red"))
+
+
 def show_program(console: Console, report: Mapping[str, Any]) -> None:
     """What `quantize` made, as `ProgramReport.to_json` writes it."""
     calibrated = report["calibration"] and f"calibrated on {report['calibration']}"
