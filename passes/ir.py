@@ -16,6 +16,7 @@ import torch
 
 from passes.formats import Format, get_format
 from passes.gradients import refuse_gradients
+from passes.result import Carried as Carried  # which saved programs name, too
 
 _LIBRARY = torch.library.Library("qcompile", "DEF")
 _LIBRARY.define("quantize(Tensor x, Tensor scale, *, str format) -> Tensor")

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from passes.carried import initial_state
 from passes.graph import dtype, shape, val
 from qcompile.capture.batch_forms import dynamic_shapes_for, rearranged
 from qcompile.capture.inputs import laid_out
@@ -46,7 +47,7 @@ def batch_count(batches: object) -> int | None:
 def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch") -> list[Any]:
     """The flat user inputs of `program` for one batch in any of the accepted forms; `name` is for messages.
 
-    A model that was captured with both takes `(args, kwargs)`.
+    A model that was captured with both takes `(args, kwargs)`. A batch without state begins with that of the program.
     """
     example = program.example_inputs
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
@@ -59,6 +60,7 @@ def flatten_batch(batch: Any, program: ExportedProgram, name: str = "the batch")
     if example is not None and all(example) and len(args) == 2 and isinstance(args[1], Mapping):
         given, keywords = args
         args, kwargs = given if isinstance(given, (tuple, list)) else (given,), keywords
+    kwargs = {**kwargs, **{key: value for key, value in initial_state(program).items() if key not in kwargs}}
     if example is not None and kwargs:
         kwargs = {name: kwargs[name] for name in example[1] if name in kwargs} | dict(kwargs)
     try:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
+from passes.aliases import merge_aliases
+from passes.carried import carry_writes
 from passes.functional import functional
-from passes.program import drop_idle_writes, separated, written_tensors
+from passes.program import drop_idle_writes, separated
 from passes.subgraphs import operator_name, subgraph_calls
 from qcompile.capture.dimensions import note_dimensions
 from qcompile.capture.experts import dense_experts
@@ -22,6 +24,7 @@ from qcompile.capture.suspects import check_inference, check_inputs
 from qcompile.capture.torch_layers import plain_layers
 from qcompile.capture.unwrap import unwrapped
 from qcompile.errors import CaptureError
+from qcompile.messages import some
 from qcompile.process import alone
 
 
@@ -35,7 +38,7 @@ def capture(
     """Capture `model` for inference as a functional ATen program with linear layers and attention kept whole.
 
     Args:
-        model: a module, captured in eval mode, without a key/value cache and without wrappers of torch around it or in
+        model: a module, captured in eval mode, without wrappers of torch around it or in
             it, then left as it was; or a program that `torch.export` made, with its own example inputs and dynamic
             shapes.
         args, kwargs: example inputs. They are copied: a tensor that stands in two places is two inputs.
@@ -43,8 +46,9 @@ def capture(
 
     Raises:
         CaptureError: no example inputs, no values for the weights, torch.export failed (the message carries its
-            reason), a program exported in training mode, or a model that writes to a buffer, parameter or input while
-            it runs.
+            reason), a program exported in training mode, or a model that writes to a parameter while it runs.
+
+    What is written to a buffer or an input is an output, and the buffer an input: see `passes.carried`.
     """
     if not isinstance(args, (tuple, list)):
         raise CaptureError(f"args is a tuple of arguments, not a {type(args).__name__}: write (x,) for one argument")
@@ -59,7 +63,7 @@ def capture(
     check_inference(captured, exported=isinstance(model, ExportedProgram))
     drop_idle_writes(captured)
     _check_pure(captured)
-    return captured
+    return carry_writes(captured)
 
 
 def _captured(
@@ -78,18 +82,19 @@ def _captured(
 
 
 def _check_pure(program: ExportedProgram) -> None:
-    """Passes take buffers for constants, and calibration runs the graph many times: nothing may be written to, and
-    nothing else may have an effect."""
+    """Calibration runs the graph many times: no weight may be written to, and nothing else may have an effect."""
     if any(spec.kind is InputKind.TOKEN for spec in program.graph_signature.input_specs):
         ordered = (str(call.args[1]) for call in subgraph_calls(program.graph) if operator_name(call) == "with_effects")
         raise CaptureError(
             f"the model has effects beside its outputs while it runs, by {', '.join(dict.fromkeys(ordered))}: leave"
             " that out of what is captured"
         )
-    if written := written_tensors(program):
+    outputs = program.graph_signature.output_specs
+    parameters = [str(spec.target) for spec in outputs if spec.kind is OutputKind.PARAMETER_MUTATION]
+    if parameters:
         raise CaptureError(
-            f"the model writes to {', '.join(written)} while it runs: use eval mode before torch.export, no"
-            " key/value cache, and no operation in place on an input or a buffer"
+            f"the model writes to {some(parameters)} while it runs, which are parameters: state that it carries from"
+            " call to call is buffers"
         )
 
 
@@ -109,7 +114,7 @@ def _functional(program: ExportedProgram, model: torch.nn.Module | ExportedProgr
             warnings.filterwarnings(
                 "ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning
             )  # torch 2.13, of itself
-            return functional(program)
+            return functional(merge_aliases(program))
     except Exception as error:  # caches, guards on strides, and what torch asserts of itself
         name = "the program" if isinstance(model, ExportedProgram) else type(model).__name__
         found = reason(error, model, program.example_inputs)

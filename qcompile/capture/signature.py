@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
+from passes.carried import initial_state, state_names
 from passes.program import written_tensors
 
 _CACHES = {"past_key_values": ".", "present": "."}
@@ -17,7 +18,10 @@ _CACHES = {"past_key_values": ".", "present": "."}
 def interface_problem(program: ExportedProgram, container: str) -> str | None:
     """What a program does with its inputs and outputs that `container` ("an ONNX graph") cannot; None if nothing."""
     if written := written_tensors(program):
-        return f"the program writes to {', '.join(written)}, and {container} keeps no state between runs"
+        return (
+            f"the program writes to {', '.join(written)}, and {container} keeps no state between runs: quantize it, and"
+            " that is among its inputs and outputs"
+        )
     for spec in program.graph_signature.output_specs:
         constant = isinstance(spec.arg, ConstantArgument) and spec.arg.value is None
         if not constant and not isinstance(spec.arg, TensorArgument):
@@ -31,7 +35,8 @@ def interface_problem(program: ExportedProgram, container: str) -> str | None:
 def output_names(program: ExportedProgram) -> list[str]:
     """Names of the outputs as the model returns them: keys of a dictionary or ModelOutput, else `output`, `output_1`.
 
-    What is None is no output. An output called like an input gets `_output` behind its name.
+    What is None is no output. An output called like an input gets `_output` behind its name. What a program carries is
+    called as the buffer or the input that it is, with `.out` behind.
     """
     spec = program.call_spec.out_spec
     assert spec is not None
@@ -39,10 +44,14 @@ def output_names(program: ExportedProgram) -> list[str]:
     inputs = {name for _, name in tensor_inputs(program)}
     user_outputs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     names: list[str] = []
+    carried = bool(state_names(program))
     for (keys, _), output in zip(pytree.tree_flatten_with_path(_keyed(leaves))[0], user_outputs, strict=True):
         if isinstance(output.arg, ConstantArgument):
             continue
         parts = _parts(keys)
+        if parts and carried:
+            part, *parts = parts
+            parts = [f"{parts[0]}.out"] if part == "state" else parts
         name = (_CACHES.get(parts[0], "_") if parts else "").join(parts)
         name = name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name)))
         while name in inputs or name in names:  # {"a": {"b": x}, "a_b": y} makes one name twice
@@ -52,13 +61,20 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def input_names(program: ExportedProgram) -> list[str]:
-    """Names of what `tensor_inputs` finds: those of the placeholders, and of a cache as runtimes have them."""
+    """Names of what `tensor_inputs` finds: those of the placeholders, of a cache as runtimes have them, and the path of
+    a buffer that is carried."""
     spec = program.call_spec.in_spec
     assert spec is not None
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths = [_parts(keys)[1:] for keys, _ in pytree.tree_flatten_with_path(leaves)[0]]  # the first: args or kwargs
-    found = tensor_inputs(program)
-    return [".".join(paths[i]) if paths[i][0] in _CACHES and paths[i][1:] else name for i, name in found]
+    state = initial_state(program)
+
+    def called(path: list[str], name: str) -> str:
+        if path[0] in state:
+            return path[1]
+        return ".".join(path) if path[0] in _CACHES and path[1:] else name
+
+    return [called(paths[i], name) for i, name in tensor_inputs(program)]
 
 
 def _parts(keys: tuple[Any, ...]) -> list[str]:

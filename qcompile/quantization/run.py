@@ -16,6 +16,7 @@ import torch
 from torch.export import ExportedProgram
 
 from passes.base import PassLog
+from passes.carried import state_names
 from passes.dependence import input_dependence
 from passes.errors import PassError
 from passes.graph import val
@@ -65,6 +66,11 @@ def quantized_program(
         quantized = lift(work.gm, program)
     if not is_finished(quantized):
         _tell_nothing(work.log)
+    if names := state_names(program):
+        work.log.notices.append(
+            f"the model writes to {some(names)}: it is given to the program and given back, and calibration began with"
+            " the values that it had"
+        )
     notices = [*map(str, plan.notices), *told(plan.steps), *found.notices, *work.log.notices]
     seen = found.headroom, found.source, noted_dimensions(program), found.ranges
     record(quantized, QuantizeRecord(plan.name, work.log.fired, work.log.declined, notices, *seen))
