@@ -7,7 +7,7 @@ name them, `InsertQdq` quantizes them, and reports count its kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import Node
 from passes.graph import aten, is_call, shape
 from passes.ir import BATCHED_LINEAR, DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA
-from passes.state import cache_kind
+from passes.state import UPDATES, cache_kind
 
 __all__ = [
     "NORMS",
@@ -162,13 +162,13 @@ RESIDUAL_FIRST = Operator("residual", {"residual": 0}, gemm=False)
 RESIDUAL = Operator("residual", {"residual": 1}, gemm=False, instead=_residual)
 
 CACHES = {kind: Operator("cache", {f"{kind}_cache": None}, gemm=False) for kind in ("k", "v")}
-PLAIN_CAT = Operator("cat")
+NO_CACHE = Operator("write")
 
 
 def _cache(call: Node) -> Operator:
-    """The row of a concatenation: a cache of keys or of values where it appends to one."""
+    """The row of a concatenation or a write: a cache of keys or of values where it appends to one."""
     kind = cache_kind(call)
-    return PLAIN_CAT if kind is None else CACHES[kind]
+    return NO_CACHE if kind is None else CACHES[kind]
 
 
 OPERATORS: dict[Any, Operator] = {
@@ -177,7 +177,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.convolution.default: CONVOLUTION,
     SDPA: Operator("attention", {"q": 0, "k": 1, "v": 2, "softmax": None}, counted=True),
     aten.add.Tensor: RESIDUAL,
-    aten.cat.default: Operator("cat", instead=_cache),
+    **dict.fromkeys(UPDATES, replace(CACHES["k"], instead=_cache)),
     **dict.fromkeys(NORMS, _NORM),
     **dict.fromkeys(_overloads(*_RECURRENT, *_CELLS), Operator("recurrent", refusal=_STATES)),
     **dict.fromkeys(_overloads(*_PRODUCTS), Operator("product", refusal=_SPELLED)),

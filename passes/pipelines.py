@@ -37,6 +37,7 @@ from passes.legalize.block_scales import SpellOutBlockScales
 from passes.legalize.block_to_channel import BlocksToPerChannel
 from passes.legalize.boundary import ConvertBoundary
 from passes.legalize.cached_codes import AppendInFloat
+from passes.legalize.choose_written import ChooseWritten
 from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
@@ -46,6 +47,7 @@ from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
 from passes.legalize.picked_rows import PickedRowsToAll
 from passes.legalize.scales import RoundScales
+from passes.legalize.scatter_written import ScatterWritten
 from passes.legalize.unfit_convolutions import LeaveUnfitConvolutions
 from passes.legalize.unfused_attention import LeaveUnfusedAttention
 from passes.legalize.value_width import PadHeadWidths
@@ -190,7 +192,12 @@ BLOCKS_TO_CHANNELS = Pipeline(BlocksToPerChannel)
 """On request in front of either of the following: no FP8 in blocks."""
 
 TENSORRT_KERNELS = Pipeline(
-    *RESTORE, AppendInFloat, LeaveUnfusedAttention, LeaveUnfitConvolutions, partial(FoldBatchNorm, again=True)
+    *RESTORE,
+    AppendInFloat,
+    ChooseWritten,
+    LeaveUnfusedAttention,
+    LeaveUnfitConvolutions,
+    partial(FoldBatchNorm, again=True),
 )
 """In front of all others for TensorRT: what it has no kernel for stays in floating point, and takes the norm behind."""
 
@@ -220,6 +227,7 @@ TENSORRT = Pipeline(
 
 PORTABLE = Pipeline(
     partial(AppendInFloat, [FP8.name]),
+    ScatterWritten,
     partial(BlocksToPerChannel, everywhere=False),
     ComplexToReal,
     WriteOutPromotion,

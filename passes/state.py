@@ -7,18 +7,19 @@ that was saved, or that somebody else wrote, has them, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch.fx import Graph, Node
 
 from passes.constants import LAYOUT
-from passes.graph import TRANSPARENT, aten, is_call, shape, strip
+from passes.graph import TRANSPARENT, argument, aten, calls, is_call, shape, strip, val
 from passes.ir import DEQUANTIZE, QUANTIZE
 from passes.sdpa import SDPA, SOFTMAXES
 
-__all__ = ["State", "cache_kind", "states"]
+__all__ = ["UPDATES", "State", "Write", "cache_kind", "new_of", "past_of", "states", "updated", "writes"]
 
 Kind = Literal["k", "v"]
 
@@ -34,6 +35,14 @@ _ON_THE_WAY = (
     aten.mul.Tensor,
 )
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_WRITES = {
+    aten.index_copy.default: 3,
+    aten.index_put.default: 2,
+    aten.slice_scatter.default: 1,
+}
+"""What writes something new over a part of its first argument, and which argument that is."""
+UPDATES = (aten.cat.default, *_WRITES)
+"""What makes state of state."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class State:
     """One piece of state.
 
     Attributes:
-        past: the input. update: the call that makes what is given back: `cat([past, new], axis)`. index: which output.
+        past: the input. update: the call that makes what is given back: `cat([past, new], axis)`, or a write into
+            `past`: `index_copy(past, axis, positions, new)`. index: which output.
     """
 
     past: Node
@@ -50,8 +60,13 @@ class State:
 
     @property
     def new(self) -> tuple[Node, ...]:
-        """What is appended."""
-        return tuple(part for part in self.update.args[0][1:])  # type: ignore[index,union-attr,misc]
+        """What is appended or written."""
+        return new_of(self.update)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the state has a fixed size that is written into, and does not grow."""
+        return is_call(self.update, *_WRITES)
 
 
 def states(graph: Graph) -> Iterator[State]:
@@ -61,12 +76,80 @@ def states(graph: Graph) -> Iterator[State]:
             yield State(past, update, index)
 
 
+def new_of(update: Node) -> tuple[Node, ...]:
+    """What `update` appends or writes."""
+    if is_call(update, *_WRITES):
+        return (update.args[_WRITES[update.target]],)  # type: ignore[index,return-value]
+    return tuple(update.args[0][1:])  # type: ignore[index,arg-type]
+
+
+def updated(update: Node, past: Node, new: Sequence[Node]) -> tuple[Any, tuple[Any, ...]]:
+    """The call of `update` with `past` and `new` in the place of its own, one that torch has in every dtype."""
+    if is_call(update, aten.index_copy.default):  # index_copy has none for FP8
+        axis, positions = int(argument(update, "dim")) % len(shape(update)), argument(update, "index")
+        return aten.index_put.default, (past, [*[None] * axis, positions], new[0])
+    if not is_call(update, *_WRITES):
+        return update.target, ([past, *new], *update.args[1:])
+    args = list(update.args)
+    args[0], args[_WRITES[update.target]] = past, new[0]  # type: ignore[index]
+    return update.target, tuple(args)
+
+
+@dataclass(frozen=True)
+class Write:
+    """A write of whole slices into state.
+
+    Attributes:
+        node: the call. past: what it writes into. new: the slices, `n` of them along `axis`.
+        at: where: positions `[n]`, or the first of a row of them, which is a number or a size.
+    """
+
+    node: Node
+    past: Node
+    new: Node
+    axis: int
+    at: int | Node
+
+    @property
+    def trailing(self) -> int:
+        """How many axes follow `axis`."""
+        return len(shape(self.past)) - self.axis - 1
+
+
+def writes(graph: Graph) -> Iterator[Write]:
+    """The writes of whole slices into inputs that are given back (safe to edit while iterating)."""
+    for node in calls(graph, *_WRITES):
+        if past_of(node) is not None and is_returned(node) and (found := _place(node)) is not None:
+            past, (new,) = node.args[0], new_of(node)
+            assert isinstance(past, Node)
+            yield Write(node, past, new, found[0] % len(shape(past)), found[1])
+
+
+def _place(node: Node) -> tuple[int, int | Node] | None:
+    """The axis of a write, and where along it; None for one of other forms."""
+    if is_call(node, aten.slice_scatter.default):
+        start = argument(node, "start") or 0
+        forward = argument(node, "step") == 1 and (isinstance(start, Node) or start >= 0)
+        return (argument(node, "dim"), start) if forward else None
+    if is_call(node, aten.index_copy.default):
+        axis, positions = argument(node, "dim"), argument(node, "index")
+    else:
+        *before, positions = argument(node, "indices")
+        axis = len(before)
+        if any(index is not None for index in before) or val(positions).dtype not in (torch.int64, torch.int32):
+            return None
+    return (axis, positions) if len(shape(positions)) == 1 else None
+
+
 def past_of(update: Node) -> Node | None:
-    """The input that `update` appends to, `cat([past, new, ...], axis)`; None for another node."""
-    if not is_call(update, aten.cat.default):
+    """The input that `update` appends to, `cat([past, new, ...], axis)`, or writes into; None for another node."""
+    if is_call(update, *_WRITES):
+        first = None if is_call(update, aten.index_put.default) and argument(update, "accumulate") else update.args[0]
+    elif is_call(update, aten.cat.default):
+        parts = update.args[0]
+        first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) > 1 else None
+    else:
         return None
-    parts = update.args[0]
-    first = parts[0] if isinstance(parts, (list, tuple)) and len(parts) > 1 else None
     past = strip(first, *_SAME) if isinstance(first, Node) else None
     return past if past is not None and past.op == "placeholder" and len(shape(past)) > 1 else None
 

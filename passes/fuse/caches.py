@@ -9,7 +9,7 @@ from passes.base import Pass
 from passes.formats import get_format
 from passes.graph import Emitter, aten, dtype, is_call, only_user, val
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.state import State, states
+from passes.state import State, states, updated
 
 __all__ = ["StoreCaches"]
 
@@ -28,6 +28,7 @@ class StoreCaches(Pass):
     Without a quantizer:
         all = cat([past, new], axis)                   # past is float16
         return ..., all
+    The same for a cache that is written into, `index_copy(past, axis, positions, new)`.
 
     Requires: `InsertQdq` and `FuseAttentionQdq` ran, which look for a quantize in front of an attention.
     Ensures: only what is new is quantized, and an input and an output of the program are a cache of codes: what is
@@ -70,10 +71,11 @@ class StoreCaches(Pass):
         if quantize is not None:
             emit = Emitter(quantize, like=update)
             new = [emit(QUANTIZE, part, *quantize.args[1:], **quantize.kwargs) for part in state.new]
-            kept = emit(aten.cat.default, [state.past, *new], *update.args[1:])
+            target, args = updated(update, state.past, new)
+            kept = emit(target, *args, **update.kwargs)
             quantize.replace_all_uses_with(kept)
         else:
-            update.args = ([state.past, *state.new], *update.args[1:])
+            update.target, update.args = updated(update, state.past, state.new)
         results = list(output.args[0])  # type: ignore[arg-type]
         results[state.index] = kept
         output.args = (tuple(results),)

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from torch.fx import GraphModule, Node
 
 from passes.base import Pass
-from passes.graph import Emitter, aten, calls, dtype, is_call
+from passes.graph import Emitter, calls, dtype, is_call
 from passes.ir import DEQUANTIZE, QUANTIZE
-from passes.state import past_of
+from passes.state import UPDATES, new_of, past_of, updated
 
 __all__ = ["AppendInFloat"]
 
@@ -21,11 +21,12 @@ class AppendInFloat(Pass):
         all = cat([past, quantize(new, s)], axis)       # past is codes
     After:
         all = quantize(cat([dequantize(past, s), new], axis), s)
+    The same for codes that are written over codes: `index_copy(past, axis, positions, quantize(new, s))`.
 
     Requires: `StoreCaches` wrote it.
     Ensures: the same codes: a code that is dequantized and quantized again is what it was, as long as its value is a
         number of the compute dtype.
-    Declines when: never; other concatenations stay.
+    Declines when: never; other concatenations and writes stay.
     Why: Concat of ONNX has no FP8 before opset 25, and TensorRT makes of this form the kernel that reads and writes
         codes alone: in decode it dequantizes, appends, quantizes and attends in one.
     """
@@ -36,7 +37,7 @@ class AppendInFloat(Pass):
         self.formats = formats
 
     def rewrite(self, gm: GraphModule) -> None:
-        for node in calls(gm.graph, aten.cat.default):
+        for node in calls(gm.graph, *UPDATES):
             new = _appended(node)
             if not new or (self.formats is not None and new[0].kwargs["format"] not in self.formats):
                 continue
@@ -44,14 +45,16 @@ class AppendInFloat(Pass):
             scale, fmt = like.args[1], like.kwargs["format"]
             sources = [part.args[0] for part in new]
             compute = dtype(sources[0])  # type: ignore[arg-type]
-            past = emit(DEQUANTIZE, node.args[0][0], scale, format=fmt, dtype=compute)  # type: ignore[index]
-            whole = emit(aten.cat.default, [past, *sources], *node.args[1:])
+            past = emit(DEQUANTIZE, past_of(node), scale, format=fmt, dtype=compute)
+            target, args = updated(node, past, sources)  # type: ignore[arg-type]
+            whole = emit(target, *args, **node.kwargs)
             node.replace_all_uses_with(emit(QUANTIZE, whole, scale, format=fmt))
             self.fire()
 
 
-def _appended(node: Node) -> list[Node]:
-    """What `node` appends to a cache of codes: calls of quantize with one scale; nothing where it is none."""
-    new = list(node.args[0][1:])  # type: ignore[index,arg-type]
-    alike = all(is_call(part, QUANTIZE) and part.args[1:] == new[0].args[1:] for part in new)
-    return new if alike and past_of(node) is node.args[0][0] else []  # type: ignore[index]
+def _appended(node: Node) -> tuple[Node, ...]:
+    """What `node` adds to a cache of codes: calls of quantize with one scale; nothing where it is none."""
+    if past_of(node) is None or past_of(node) not in node.all_input_nodes:
+        return ()
+    new = new_of(node)
+    return new if all(is_call(part, QUANTIZE) and part.args[1:] == new[0].args[1:] for part in new) else ()

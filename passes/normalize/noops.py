@@ -47,7 +47,7 @@ _VIEWS = (
 
 
 class RemoveNoOps(Pass):
-    """Remove assertions about metadata, copies and views of the same layout, padding with nothing, arithmetic with 1 or 0.
+    """Remove assertions about metadata, copies and views of the same layout, empty padding, arithmetic with 1 or 0.
 
     Before:
         _assert_tensor_metadata(x)
@@ -100,11 +100,13 @@ def _unchanged_input(node: Node) -> Node | None:
         return source.args[0]  # type: ignore[union-attr,return-value]
     if is_call(node, aten.cat.default):
         source = _only_part(node)
+    elif is_call(node, aten.copy.default):  # what is written over all of a slice
+        source = node.args[1]
     if not isinstance(source, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if not isinstance(source.meta.get("val"), torch.Tensor) or not _same_type(val(source), val(node)):
         return None
-    if is_call(node, *_METADATA_ONLY) or is_call(node, aten.cat.default):
+    if is_call(node, *_METADATA_ONLY, aten.cat.default, aten.copy.default):
         return source
     if is_call(node, aten.slice.Tensor):  # as long as the axis, so all of it
         return source if argument(node, "step") == 1 else None

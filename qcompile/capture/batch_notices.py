@@ -36,7 +36,8 @@ class BatchLog:
         """Note one batch, called `name` in messages."""
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         self.samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
-        floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+        tokens = any(node.name == "input_ids" for node in self._placeholders)  # the floats are then a cache
+        floats = [t for t in tensors if t.is_floating_point() and t.numel() and not tokens]
         numbers = floats or [t for t in tensors if t.numel() and t.dtype != torch.bool]
         if numbers and not any(bool(t.any()) for t in numbers):
             self._zeros.append(name)

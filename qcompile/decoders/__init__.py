@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from qcompile.decoders.choose import decoder_of
 from qcompile.decoders.options import Cache, as_cache
-from qcompile.decoders.prepare import Decoder, decoder_of
+from qcompile.decoders.prepare import Decoder
 
 __all__ = ["Cache", "Decoder", "as_cache", "decoder_of"]

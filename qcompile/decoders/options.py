@@ -39,8 +39,8 @@ class Cache:
                 if self.kind == "static"
                 else "a dynamic cache has no length: it is as long as what was appended"
             )
-        if self.length is not None and self.length < 1:
-            raise CaptureError(f"a cache of {self.length} tokens holds nothing")
+        if self.length is not None and self.length < 2:
+            raise CaptureError(f"a cache of length {self.length} holds no past: it is 2 tokens or more")
 
 
 def as_cache(cache: Kind | Cache | str) -> Cache:

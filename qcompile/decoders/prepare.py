@@ -11,11 +11,10 @@ from torch.export import Dim, ExportedProgram
 
 from qcompile.capture.batches import PlacedBatches
 from qcompile.decoders.layout import LayerCache, is_decoder, layout_of
-from qcompile.decoders.options import Cache
 from qcompile.decoders.wrapper import WithCache
 from qcompile.errors import CalibrationError, CaptureError
 
-_BATCH, _SEQUENCE, _PAST = 2, 6, 8  # of the example: sizes that torch.export takes for no special ones
+BATCH, _SEQUENCE, _PAST = 2, 6, 8  # of the example: sizes that torch.export takes for no special ones
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Decoder:
     kwargs: dict[str, Any]
     dynamic_shapes: dict[str, Any]
 
-    def inputs(self, batch: Mapping[str, Any], past: list[dict[str, torch.Tensor]] | None = None) -> dict[str, Any]:
-        """What the module takes for `input_ids` and, where there is one, `attention_mask` over past and new tokens."""
+    def inputs(
+        self, batch: Mapping[str, Any], past: list[dict[str, torch.Tensor]] | None = None, before: int = 0
+    ) -> dict[str, Any]:
+        """What the module takes for `input_ids` and, where there is one, `attention_mask` over past and new tokens;
+        `past` holds `before` tokens."""
         ids = batch["input_ids"]
         rows, new = ids.shape
-        given = past if past is not None else [layer.empty(rows, 0) for layer in self.layers]
-        before = given[0]["key"].shape[2]
+        given = past if past is not None else [layer.empty(rows, before) for layer in self.layers]
         mask = batch.get("attention_mask")
         mask = torch.ones((rows, before + new), dtype=torch.int64, device=ids.device) if mask is None else mask
         positions = batch.get("position_ids")
@@ -82,7 +83,7 @@ class CachedBatches(Iterable[Any]):
                     past = self.decoder.module.eval()(**self.decoder.inputs(first))["present"]
                 self.decoder.module.train(was_training)
                 second["attention_mask"] = tokens.get("attention_mask")
-                yield self.decoder.inputs(second, past)
+                yield self.decoder.inputs(second, past, length // 2)
 
 
 def _part(batch: Mapping[str, Any], part: slice) -> dict[str, Any]:
@@ -100,8 +101,8 @@ def _tokens(batch: Any, index: int) -> dict[str, Any]:
     return {name: found[name] for name in ("input_ids", "attention_mask", "position_ids") if name in found}
 
 
-def decoder_of(model: Any, cache: Cache) -> Decoder:
-    """`model` with its cache.
+def layers_of(model: Any) -> list[LayerCache]:
+    """What `model` keeps.
 
     Raises:
         CaptureError: it is no decoder of transformers, or keeps another state than keys and values.
@@ -111,13 +112,15 @@ def decoder_of(model: Any, cache: Cache) -> Decoder:
             f"cache= is for models of transformers that generate, not for {type(model).__name__}: give a module that"
             " takes keys and values and returns them, and it is captured as it is"
         )
-    layers = layout_of(model)
-    module = WithCache(model, last=cache.logits == "last")
-    device = model.device
-    ids = torch.zeros((_BATCH, _SEQUENCE), dtype=torch.int64, device=device)
-    past = [layer.empty(_BATCH, _PAST) for layer in layers]
-    decoder = Decoder(module, layers, {}, _dynamic_shapes(len(layers)))
-    decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past))
+    return layout_of(model)
+
+
+def dynamic_decoder(model: Any, layers: list[LayerCache], *, last: bool) -> Decoder:
+    """`model` with caches that grow."""
+    ids = torch.zeros((BATCH, _SEQUENCE), dtype=torch.int64, device=model.device)
+    past = [layer.empty(BATCH, _PAST) for layer in layers]
+    decoder = Decoder(WithCache(model, last=last), layers, {}, _dynamic_shapes(len(layers)))
+    decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past, _PAST))
     return decoder
 
 

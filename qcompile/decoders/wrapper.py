@@ -48,6 +48,10 @@ class WithCache(torch.nn.Module):
         cache = DynamicCache()  # of no config: a sliding window is a matter of the mask, and every layer has all tokens
         for index, layer in enumerate(past_key_values):
             cache.update(layer["key"], layer["value"], index)
+        return self.run(input_ids, attention_mask, position_ids, cache)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> dict[str, Any]:
+        """Logits and what the model leaves in `cache`."""
         given = self._call[0](
             input_ids=input_ids,
             attention_mask=attention_mask,
