@@ -42,6 +42,7 @@ from passes.legalize.col2im import FoldToConvolution
 from passes.legalize.compute_dtype import ConvertComputeDtype
 from passes.legalize.flat_rows import FlattenRows
 from passes.legalize.group_norm import SpellOutGroupNorm
+from passes.legalize.group_queries import GroupQueries
 from passes.legalize.k_split import SplitK
 from passes.legalize.masked_rows import ZeroMaskedRows
 from passes.legalize.measured_scales import MeasuredToConstant
@@ -217,6 +218,7 @@ TENSORRT = Pipeline(
     PadHeadWidths,
     SpellOutGroupNorm,
     FoldToConvolution,
+    GroupQueries,
     partial(DecomposeAttention, unless=is_long_causal),
     StoreWeightsTransposed,
     FoldConstants,
