@@ -112,13 +112,13 @@ def _call_spec(program: ExportedProgram, buffers: list[str], written: list[str])
     assert before.in_spec is not None and before.out_spec is not None
     args, kwargs = pytree.tree_unflatten(range(before.in_spec.num_leaves), before.in_spec)
     name = _STATE
-    while name in kwargs or name in (program.module_call_graph[0].signature.forward_arg_names or ()):  # type: ignore[union-attr]
+    while name in kwargs or name in (program.module_call_graph[0].signature.forward_arg_names or ()):
         name += "_"
     carried = {name: dict.fromkeys(buffers, 0)} if buffers else {}
     outputs = pytree.tree_unflatten(range(before.out_spec.num_leaves), before.out_spec)
     return (
         pytree.tree_structure((args, {**kwargs, **carried})),
-        pytree.tree_structure(Carried(outputs, dict.fromkeys(written, 0))),
+        pytree.tree_structure(Carried(outputs, dict.fromkeys(written, torch.empty(0)))),
     )
 
 

@@ -182,7 +182,7 @@ def quantize_pipeline(
         partial(InsertQdq, quantizers),
         partial(FuseAttentionQdq, softmax),
         *((partial(ConvertComputeDtype, source, target),) if source != target else ()),
-        StoreCaches,
+        partial(StoreCaches, shared=softmax is None),
         FoldMasks,
         RoundScales,
         FoldWeights,

@@ -170,7 +170,7 @@ def stored_format(update: Node) -> str | None:
     quantized; None for one in floating point."""
     for node in (*new_of(update)[-1:], *update.users):
         if is_call(node, QUANTIZE):
-            return str(node.kwargs["format"])  # type: ignore[union-attr]
+            return str(node.kwargs["format"])
     return None
 
 

@@ -34,13 +34,17 @@ class StoreCaches(Pass):
     Ensures: only what is new is quantized, and an input and an output of the program are a cache of codes: what is
         given back is what the next call takes. The codes of before, dequantized and quantized again with the same
         scale, are what they were, so the values are those of the graph before.
-    Declines when: the input is read by something else than the cache; the cache is read without its quantizer; or the
-        scale is no constant scalar.
+    Declines when: the input is read by something else than the cache.
     Why: a cache in float32 is four times the memory and traffic of one in FP8, and quantizing all of it again for each
         token reads it once more.
     """
 
     keeps_dtypes = False
+
+    def __init__(self, *, shared: bool = False) -> None:
+        """`shared`: an attention's quantizer of keys or values is that of their cache, too, as in checkpoints."""
+        super().__init__()
+        self.shared = shared
 
     def rewrite(self, gm: GraphModule) -> None:
         for state in list(states(gm.graph)):
@@ -56,13 +60,10 @@ class StoreCaches(Pass):
         rest = [user for user in (*readers, *(u for cast in casts for u in cast.users)) if user not in casts]
         if any(user is not state.update for user in rest):
             return "the cache that is given is read by something else than what appends to it"
-        quantize = _quantize(state)
-        if quantize is None or all(user is quantize or _is_given_back(user) for user in state.update.users):
-            return None
-        return "the cache is read with and without its quantizer"
+        return None
 
     def _store(self, gm: GraphModule, state: State) -> bool:
-        quantize, update, output = _quantize(state), state.update, gm.graph.output_node()
+        quantize, update, output = self._quantize(state), state.update, gm.graph.output_node()
         stored = get_format(str(quantize.kwargs["format"])).storage if quantize is not None else dtype(update)
         if dtype(state.past) is stored and quantize is None:
             return False
@@ -82,13 +83,14 @@ class StoreCaches(Pass):
         output.args = (tuple(results),)
         return True
 
+    def _quantize(self, state: State) -> Node | None:
+        """The quantize of all that `state` gives back, with one constant scale; None where it is not quantized."""
+        found, *others = sorted(state.update.users, key=lambda user: not is_call(user, QUANTIZE))
+        if not is_call(found, QUANTIZE) or not any(is_call(user, DEQUANTIZE) for user in found.users):
+            return None
+        return found if not others or (self.shared and all(map(_is_given_back, others))) else None
+
 
 def _is_given_back(user: Node) -> bool:
     """Whether `user` is the output of the graph, or makes the type that this has and nothing else reads."""
     return user.op == "output" or (is_call(user, aten._to_copy.default) and all(u.op == "output" for u in user.users))
-
-
-def _quantize(state: State) -> Node | None:
-    """The quantize of all that `state` gives back, with one constant scale; None where it is not quantized."""
-    found = [user for user in state.update.users if is_call(user, QUANTIZE)]
-    return found[0] if found and any(is_call(user, DEQUANTIZE) for user in found[0].users) else None

@@ -82,5 +82,5 @@ def _start(at: int | Node) -> int | Node | None:
 def _counts(row: Node) -> bool:
     """Whether `row` is 0, 1, 2, ..."""
     if is_call(row, aten.arange.start_step):
-        return row.args[0] == 0 and argument(row, "step") == 1
-    return is_call(row, aten.arange.default) or (is_call(row, aten.arange.start) and row.args[0] == 0)
+        return bool(row.args[0] == 0 and argument(row, "step") == 1)
+    return is_call(row, aten.arange.default) or bool(is_call(row, aten.arange.start) and row.args[0] == 0)

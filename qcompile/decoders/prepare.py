@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from qcompile.capture import capture
 from qcompile.capture.batches import PlacedBatches
-from qcompile.decoders.encoder_decoder import captured_part, is_encoder_decoder
 from qcompile.decoders.layout import LayerCache, is_decoder, layout_of
-from qcompile.decoders.options import Cache
 from qcompile.decoders.wrapper import WithCache
 from qcompile.errors import CalibrationError, CaptureError
 
@@ -104,8 +101,8 @@ def _tokens(batch: Any, index: int) -> dict[str, Any]:
     return {name: found[name] for name in ("input_ids", "attention_mask", "position_ids") if name in found}
 
 
-def decoder_of(model: Any, cache: Cache) -> Decoder:
-    """`model` with its cache.
+def layers_of(model: Any) -> list[LayerCache]:
+    """What `model` keeps.
 
     Raises:
         CaptureError: it is no decoder of transformers, or keeps another state than keys and values.
@@ -115,42 +112,16 @@ def decoder_of(model: Any, cache: Cache) -> Decoder:
             f"cache= is for models of transformers that generate, not for {type(model).__name__}: give a module that"
             " takes keys and values and returns them, and it is captured as it is"
         )
-    layers = layout_of(model)
-    if cache.length is not None:
-        from qcompile.decoders.static import static_decoder
+    return layout_of(model)
 
-        return static_decoder(model, layers, cache.length, last=cache.logits == "last")
-    module = WithCache(model, last=cache.logits == "last")
-    device = model.device
-    ids = torch.zeros((BATCH, _SEQUENCE), dtype=torch.int64, device=device)
+
+def dynamic_decoder(model: Any, layers: list[LayerCache], *, last: bool) -> Decoder:
+    """`model` with caches that grow."""
+    ids = torch.zeros((BATCH, _SEQUENCE), dtype=torch.int64, device=model.device)
     past = [layer.empty(BATCH, _PAST) for layer in layers]
-    decoder = Decoder(module, layers, {}, _dynamic_shapes(len(layers)))
+    decoder = Decoder(WithCache(model, last=last), layers, {}, _dynamic_shapes(len(layers)))
     decoder.kwargs.update(decoder.inputs({"input_ids": ids}, past, _PAST))
     return decoder
-
-
-def captured_with_cache(
-    model: Any,
-    cache: Cache,
-    calibration: Any,
-    dynamic_shapes: Any = None,
-    kwargs: Mapping[str, Any] | None = None,
-) -> tuple[ExportedProgram, Any]:
-    """The program of `model` with its cache, and `calibration` as it takes it.
-
-    Args:
-        kwargs: example inputs of the encoder of a model that has one.
-
-    Raises:
-        CaptureError: as of `decoder_of`, and for sizes: those of a decoder are known.
-    """
-    if dynamic_shapes is not None:
-        raise CaptureError("with cache= the batch, the new tokens and the past are dynamic: leave dynamic_shapes out")
-    if cache.part is not None or is_encoder_decoder(model):
-        return captured_part(model, cache, calibration, kwargs)
-    decoder = decoder_of(model, cache)
-    program = capture(decoder.module, (), decoder.kwargs, dynamic_shapes=decoder.dynamic_shapes)
-    return program, decoder.batches(calibration)
 
 
 def _dynamic_shapes(layers: int) -> dict[str, Any]:

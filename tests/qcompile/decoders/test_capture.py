@@ -12,8 +12,7 @@ from passes.base import run_pipeline
 from passes.pipelines import NORMALIZE
 from passes.program import unlift
 from passes.state import cache_kind, states
-from qcompile.decoders import Cache, Decoder, as_cache, decoder_of
-from qcompile.decoders.prepare import captured_with_cache
+from qcompile.decoders import Cache, Decoder, as_cache, captured_with_cache, decoder_of
 from qcompile.errors import CaptureError
 from tests.qcompile.decoders.models import CONFIGS, decoder, tokens
 
