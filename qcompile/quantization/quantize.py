@@ -49,7 +49,8 @@ def quantize(
         dtype: what the quantized program computes in: torch.float16, bfloat16 or float32. None keeps a half-precision
             model's own and gives a float32 model float16: in float32 TensorRT fuses attention only where a quantizer
             reads what it gives, and multiplies slower what is not quantized. What calibration saw beyond 65504 is then
-            an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the model.
+            an error; bfloat16 holds it. Inputs and outputs keep the dtypes of the model, but for
+            caches of keys and values, which are kept in this type.
         progress: show a bar while calibrating.
         passes: passes of your own, each with its place: `[passes.after("fuse", MyPass)]`. What every pass promises is
             checked of them.

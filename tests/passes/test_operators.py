@@ -36,7 +36,7 @@ def test_rows_name_operands_that_recipes_know() -> None:
     for target, row in OPERATORS.items():
         assert set(row.operands) <= set(SUFFIXES)
         assert bool(row.operands) != bool(row.refusal), target  # it can be quantized, or says why not
-    assert counted_kinds() == ("linear", "experts", "convolution", "attention")
+    assert counted_kinds() == ("linear", "experts", "convolution", "attention", "cache")
     assert {aten.linear.default, BATCHED_LINEAR, aten.convolution.default, SDPA} <= set(quantizable())
     assert refusals() == {row.kind: row.refusal for row in (*OPERATORS.values(), TRANSPOSED) if row.refusal}
 

@@ -31,11 +31,13 @@ def greedy(made: Decoder, program: ExportedProgram, ids: torch.Tensor, mask: tor
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
             part = {"input_ids": ids[:, start : start + chunk], "attention_mask": mask[:, : start + chunk]}
-            logits, past = step(**made.inputs(part, past)).values()
+            logits, past = step(**made.inputs(part, past, start)).values()
         for _ in range(STEPS):
             new = logits[:, -1].argmax(-1, keepdim=True)
             ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
-            logits, past = step(**made.inputs({"input_ids": new, "attention_mask": mask}, past)).values()
+            logits, past = step(
+                **made.inputs({"input_ids": new, "attention_mask": mask}, past, mask.shape[1] - 1)
+            ).values()
     return ids
 
 
@@ -95,5 +97,5 @@ def test_options_that_are_none(cache: Any, told: str) -> None:
         as_cache(cache)
     with pytest.raises(CaptureError, match="no length"):
         Cache("dynamic", 16)
-    with pytest.raises(CaptureError, match="holds nothing"):
+    with pytest.raises(CaptureError, match="a cache of length 0 holds no past"):
         Cache("static", 0)

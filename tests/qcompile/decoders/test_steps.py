@@ -95,7 +95,7 @@ def test_every_step_is_that_of_the_program(family: str, recipe: str, target: Any
     is_fp4 = recipe.startswith("nvfp4")
     run = (reference if is_fp4 else OnnxRuntime)(tmp_path / "model.onnx", names)
     for index in range(4 if is_fp4 else STEPS):  # onnx.reference is slow
-        kwargs = made.inputs({"input_ids": ids, "attention_mask": mask}, past)
+        kwargs = made.inputs({"input_ids": ids, "attention_mask": mask}, past, mask.shape[1] - ids.shape[1])
         with torch.no_grad():
             wanted = step(**kwargs)
         given = run(feeds(kwargs))
