@@ -12,6 +12,7 @@ from passes.base import Pass
 from passes.constants import add_constant, constant
 from passes.graph import Emitter, argument, aten, calls, dtype, is_call, name_in_module, only_user, shape
 from passes.ir import QUANTIZE
+from passes.state import past_of
 
 __all__ = ["JoinHeadNorms"]
 
@@ -53,7 +54,8 @@ class JoinHeadNorms(Pass):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some heads: the output `index` of a split, which only `norm` reads; without one only a quantizer does."""
+    """Some heads: the output `index` of a split, which only `norm` reads; without one, only a quantizer or what appends
+    to a cache."""
 
     node: Node
     index: int
@@ -72,7 +74,8 @@ class _Part:
             return cls(node, index, user) if whole and dtype(user) is dtype(node) else None
         while is_call(user, aten.transpose.int) and user is not None:
             user = only_user(user)
-        return cls(node, index, None) if user is not None and is_call(user, QUANTIZE) else None
+        read = user is not None and (is_call(user, QUANTIZE) or past_of(user) is not None)
+        return cls(node, index, None) if read else None
 
 
 def _splits_heads(split: Node) -> bool:

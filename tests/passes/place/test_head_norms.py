@@ -64,6 +64,26 @@ def test_one_norm_in_place_of_two(transposed: bool, dtype: torch.dtype, dynamic:
     assert (count(gm, aten.rms_norm.default), count(gm, aten.mean.dim)) == (0, 1)
 
 
+class Cached(Packed):
+    """The same, keys and values appended to what is given."""
+
+    def forward(self, x: Tensor, past_k: Tensor, past_v: Tensor) -> Any:  # type: ignore[override]
+        q, k, v = self.parts(x)
+        norm = nn.functional.rms_norm
+        q, k = norm(q, (WIDTH,), self.q, 1e-6), norm(k, (WIDTH,), self.k, 1e-6)
+        keys, values = torch.cat([past_k, k.transpose(1, 2)], 2), torch.cat([past_v, v.transpose(1, 2)], 2)
+        y = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=1.0, enable_gqa=True)
+        return y, keys, values
+
+
+def test_values_may_be_appended_to_a_cache() -> None:
+    past = torch.randn(2, 2, 3, WIDTH).half()
+    inputs = torch.randn(2, 5, 8, WIDTH).half(), past, past + 1
+    gm = graph_of(Cached().half(), *inputs)
+    rewrites(JoinHeadNorms, gm, *inputs, rtol=2e-3, atol=1e-2)
+    assert (count(gm, aten.rms_norm.default), count(gm, aten.mean.dim)) == (0, 1)
+
+
 def quantized_values(gm: GraphModule, x: Tensor) -> list[Tensor]:
     """What the quantizers see."""
     output = gm.graph.output_node()
