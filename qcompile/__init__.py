@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qcompile.checkpoint.write.save import save_checkpoint
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
-    from qcompile.engine.generation import Generate
+    from qcompile.engine.limits import Generate
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
     from qcompile.onnx.export import export_onnx
@@ -73,7 +73,7 @@ _PLACES = {
     "CompileReport": "qcompile.dynamo.explain",
     "EngineReport": "qcompile.engine.report",
     "Explanation": "qcompile.dynamo.explain",
-    "Generate": "qcompile.engine.generation",
+    "Generate": "qcompile.engine.limits",
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",
     "RepairReport": "qcompile.onnx.repair",

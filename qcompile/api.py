@@ -15,7 +15,7 @@ from qcompile.ahead import check_model_target
 from qcompile.engine.backend import find_backend
 from qcompile.engine.build import Profiles, build_network, checked
 from qcompile.engine.build import build_engine as build_engine_from_file
-from qcompile.engine.generation import Generate
+from qcompile.engine.limits import Generate
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx

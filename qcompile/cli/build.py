@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
 from qcompile.cli.parameters import SEVERAL, check_sizes
-from qcompile.engine.generation import Generate
+from qcompile.engine.limits import Generate
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
 from qcompile.report.tables import show_engine

@@ -8,9 +8,9 @@ from passes.lazy import public
 
 if TYPE_CHECKING:
     from qcompile.engine.build import build_engine
-    from qcompile.engine.generation import Generate
     from qcompile.engine.layer_list import parse_layers
     from qcompile.engine.layers import Layer, Tensor
+    from qcompile.engine.limits import Generate
     from qcompile.engine.report import AttentionCount, EngineReport, NotLowPrecision
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 
 _PLACES = {
     "build_engine": "qcompile.engine.build",
-    "Generate": "qcompile.engine.generation",
+    "Generate": "qcompile.engine.limits",
     "parse_layers": "qcompile.engine.layer_list",
     "Layer": "qcompile.engine.layers",
     "Tensor": "qcompile.engine.layers",

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qcompile.engine.backend import Backend, find_backend
-from qcompile.engine.generation import Generate, generation_profiles
+from qcompile.engine.generation import generation_profiles
 from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.limits import Generate
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
 from qcompile.engine.precheck import check_operators, precheck

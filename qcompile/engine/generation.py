@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.limits import Generate
 from qcompile.engine.profile_dims import NAME, with_shapes
 from qcompile.engine.profiles import Profile
 from qcompile.errors import EngineError
@@ -20,30 +20,6 @@ LEAST = FUSED_ATTENTION["fp8"].least_keys
 
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 _TOKENS = ("input_ids", "inputs_embeds")
-
-
-@dataclass(frozen=True)
-class Generate:
-    """What an engine that generates takes.
-
-    Attributes:
-        context: tokens of the longest sequence, its prompt and what is generated; None: as many as the model has
-            positions, as genai_config.json beside the file says, or a static cache's length.
-        prompt: tokens that are taken at once at most; None: the whole context. A longer prompt is taken in parts.
-        batch: sequences at once, at most.
-    """
-
-    context: int | None = None
-    prompt: int | None = None
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("context", "prompt", "batch"):
-            count = getattr(self, name)
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise EngineError(f"profiles: {name} is a count of at least 1, not {count!r}")
-        if self.context is not None and self.prompt is not None and self.prompt > self.context:
-            raise EngineError(f"profiles: a prompt of {self.prompt} tokens does not fit a context of {self.context}")
 
 
 def generation_profiles(graph: OnnxGraph, limits: Generate) -> dict[str, Profile]:
