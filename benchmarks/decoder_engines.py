@@ -22,12 +22,12 @@ from torch.export import Dim
 import qcompile
 from benchmarks import record
 from benchmarks.fast import of_max
-from qcompile import EngineReport, Generate
+from qcompile import EngineReport, GenerationProfiles
 from qcompile.engine.layers import Layer
 
 app = cyclopts.App(help=__doc__)
 
-LIMITS = Generate(context=512, prompt=256, batch=4)
+LIMITS = GenerationProfiles(context=512, prompt=256, batch=4)
 BLOCKS, WIDTH, VOCABULARY = 2, 64, 256
 _WINDOW = 48
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qcompile.decoders.options import Cache
     from qcompile.dynamo.explain import CompileReport, Explanation, explain
     from qcompile.dynamo.registry import refresh
-    from qcompile.engine.generation import Generate
+    from qcompile.engine.limits import GenerationProfiles
     from qcompile.engine.report import EngineReport
     from qcompile.errors import QCompileError
     from qcompile.generation.generator import Generator
@@ -50,7 +50,7 @@ __all__ = [
     "CompileReport",
     "EngineReport",
     "Explanation",
-    "Generate",
+    "GenerationProfiles",
     "Generator",
     "QCompileError",
     "Recipe",
@@ -81,7 +81,7 @@ _PLACES = {
     "CompileReport": "qcompile.dynamo.explain",
     "EngineReport": "qcompile.engine.report",
     "Explanation": "qcompile.dynamo.explain",
-    "Generate": "qcompile.engine.generation",
+    "GenerationProfiles": "qcompile.engine.limits",
     "Generator": "qcompile.generation.generator",
     "QCompileError": "qcompile.errors",
     "Recipe": "qcompile.recipe",

@@ -15,7 +15,7 @@ from qcompile.ahead import check_model_target
 from qcompile.engine.backend import find_backend
 from qcompile.engine.build import Profiles, build_network, checked
 from qcompile.engine.build import build_engine as build_engine_from_file
-from qcompile.engine.generation import Generate
+from qcompile.engine.limits import GenerationProfiles
 from qcompile.engine.report import EngineReport, check_keys
 from qcompile.errors import EngineError
 from qcompile.onnx.export import BlockFp8, export_onnx
@@ -44,7 +44,7 @@ def build_engine(
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
         profiles: for dynamic shapes, {dimension: (min, opt, max)} by the names that the file has, or {input: (min, opt,
             max)} with whole shapes, or several of those. "generate", for a decoder with a cache: one for prompts and
-            one for single tokens, of the sizes that fuse; `qcompile.Generate(context=2048, batch=8)` has limits.
+            one for single tokens, of the sizes that fuse; `qcompile.GenerationProfiles(context=2048, batch=8)` has limits.
         route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
             file; it has to be installed, and needs a GPU to load.
         block_fp8, io_dtype: of a program, as in `export_onnx`.
@@ -65,7 +65,7 @@ def build_engine(
     if route == "torch_tensorrt":
         if not isinstance(model, ExportedProgram):
             raise EngineError("route='torch_tensorrt' starts from a program, not from an ONNX file: use route='onnx'")
-        if isinstance(given, Generate):
+        if isinstance(given, GenerationProfiles):
             raise EngineError("the profiles of generation are for route='onnx': give those of this route by name")
         network = ProgramNetwork(model, block_fp8, io_dtype)
         return build_network(network, output, target=target, profiles=given, expect=expect, progress=progress)

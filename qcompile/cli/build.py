@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from qcompile.cli.console import interactive, out, write_report
 from qcompile.cli.options import UsageError, parse_expect, parse_profiles, require_profile
 from qcompile.cli.parameters import SEVERAL, check_sizes
-from qcompile.engine.generation import Generate
+from qcompile.engine.limits import GenerationProfiles
 from qcompile.engine.profiles import Profile
 from qcompile.outputs import check_distinct, check_writable
 from qcompile.report.tables import show_engine
@@ -86,7 +86,7 @@ def build(
 
 def _profiles(
     profile: Sequence[str], profiles: str | None, limits: dict[str, int | None]
-) -> Sequence[Profile] | Generate:
+) -> Sequence[Profile] | GenerationProfiles:
     """What the options say of profiles. Raises UsageError for options that do not go together."""
     given = {name: size for name, size in limits.items() if size is not None}
     check_sizes({f"--{name}": size for name, size in given.items()})
@@ -96,21 +96,21 @@ def _profiles(
         return parse_profiles(profile)
     if profile:
         raise UsageError("--profile or --profiles generate, not both: the latter makes its own")
-    return Generate(**given)
+    return GenerationProfiles(**given)
 
 
 def build_and_show(
     model: Path,
     output: Path | None,
     target: str | None,
-    profiles: Sequence[Profile] | Generate,
+    profiles: Sequence[Profile] | GenerationProfiles,
     expect: dict[str, int] | None,
 ) -> EngineReport:
     """Build, print the report, and return it."""
     from qcompile.engine import build_engine
     from qcompile.engine.graph import OnnxGraph
 
-    if not isinstance(profiles, Generate):
+    if not isinstance(profiles, GenerationProfiles):
         inputs = OnnxGraph.load(model).model.graph.input
         require_profile(
             {v.name: [d.dim_param or int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in inputs}, profiles

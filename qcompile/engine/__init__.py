@@ -8,15 +8,15 @@ from passes.lazy import public
 
 if TYPE_CHECKING:
     from qcompile.engine.build import build_engine
-    from qcompile.engine.generation import Generate
     from qcompile.engine.layer_list import parse_layers
     from qcompile.engine.layers import Layer, Tensor
+    from qcompile.engine.limits import GenerationProfiles
     from qcompile.engine.report import AttentionCount, EngineReport, NotLowPrecision
 
 __all__ = [
     "AttentionCount",
     "EngineReport",
-    "Generate",
+    "GenerationProfiles",
     "Layer",
     "NotLowPrecision",
     "Tensor",
@@ -26,7 +26,7 @@ __all__ = [
 
 _PLACES = {
     "build_engine": "qcompile.engine.build",
-    "Generate": "qcompile.engine.generation",
+    "GenerationProfiles": "qcompile.engine.limits",
     "parse_layers": "qcompile.engine.layer_list",
     "Layer": "qcompile.engine.layers",
     "Tensor": "qcompile.engine.layers",

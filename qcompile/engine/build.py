@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qcompile.engine.backend import Backend, find_backend
-from qcompile.engine.generation import Generate, generation_profiles
+from qcompile.engine.generation import generation_profiles
 from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.limits import GenerationProfiles
 from qcompile.engine.listeners import Step
 from qcompile.engine.network import NetworkGraph, NetworkSource
 from qcompile.engine.precheck import check_operators, precheck
@@ -25,7 +26,7 @@ from qcompile.onnxfile.read import external_files
 from qcompile.outputs import check_distinct, check_room, check_writable
 from qcompile.progress import progress_bar
 
-Profiles = Profile | Sequence[Profile] | Generate | Literal["generate"] | None
+Profiles = Profile | Sequence[Profile] | GenerationProfiles | Literal["generate"] | None
 
 
 def build_engine(
@@ -47,7 +48,7 @@ def build_engine(
         output: where to write the engine; None builds and judges only. It replaces an existing file when complete.
         target: compute capability, such as "sm89", "sm120" or "8.9". None: the GPU of this machine.
         profiles: for files with dynamic shapes, {dimension or input: (min, opt, max)}, of sizes or shapes, or several.
-            "generate", or `Generate` with limits: those of a decoder with a cache, `prefill` and `decode`.
+            "generate", or `GenerationProfiles` with limits: those of a decoder with a cache, `prefill` and `decode`.
         expect: see `EngineReport.check`; a shortfall is an error, and nothing is written.
         progress: show a progress bar on stderr.
 
@@ -59,7 +60,7 @@ def build_engine(
     given = checked(profiles)
     destination = _destination(output)
     graph = OnnxGraph.load(model)
-    named = generation_profiles(graph, given) if isinstance(given, Generate) else {}
+    named = generation_profiles(graph, given) if isinstance(given, GenerationProfiles) else {}
     backend = find_backend(target)
     precheck(graph, backend.target)
     if destination is not None and graph.path is not None:
@@ -70,19 +71,19 @@ def build_engine(
         check_operators(graph)
     if destination is not None:
         check_room({destination: graph.weight_bytes()}, EngineError)
-    chosen = list(named.values()) if isinstance(given, Generate) else given
+    chosen = list(named.values()) if isinstance(given, GenerationProfiles) else given
     fill = parse_file(graph.path or model, graph, backend)
     return _build(fill, backend, destination, chosen, expect, progress, list(named))
 
 
-def checked(profiles: Profiles) -> Generate | list[Profile]:
+def checked(profiles: Profiles) -> GenerationProfiles | list[Profile]:
     """The profiles, or limits of which a file makes them. Raises EngineError for what no file could make a profile."""
-    if isinstance(profiles, Generate):
+    if isinstance(profiles, GenerationProfiles):
         return profiles
     if isinstance(profiles, str):
         if profiles != "generate":
             raise EngineError(f"profiles {profiles!r}: the one word for them is 'generate'")
-        return Generate()
+        return GenerationProfiles()
     return listed(profiles)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from passes.capabilities import FUSED_ATTENTION
 from qcompile.engine.graph import OnnxGraph
+from qcompile.engine.limits import GenerationProfiles
 from qcompile.engine.profile_dims import NAME, with_shapes
 from qcompile.engine.profiles import Profile
 from qcompile.errors import EngineError
@@ -22,31 +22,7 @@ _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 _TOKENS = ("input_ids", "inputs_embeds")
 
 
-@dataclass(frozen=True)
-class Generate:
-    """What an engine that generates takes.
-
-    Attributes:
-        context: tokens of the longest sequence, its prompt and what is generated; None: as many as the model has
-            positions, as genai_config.json beside the file says, or a static cache's length.
-        prompt: tokens that are taken at once at most; None: the whole context. A longer prompt is taken in parts.
-        batch: sequences at once, at most.
-    """
-
-    context: int | None = None
-    prompt: int | None = None
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("context", "prompt", "batch"):
-            count = getattr(self, name)
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise EngineError(f"profiles: {name} is a count of at least 1, not {count!r}")
-        if self.context is not None and self.prompt is not None and self.prompt > self.context:
-            raise EngineError(f"profiles: a prompt of {self.prompt} tokens does not fit a context of {self.context}")
-
-
-def generation_profiles(graph: OnnxGraph, limits: Generate) -> dict[str, Profile]:
+def generation_profiles(graph: OnnxGraph, limits: GenerationProfiles) -> dict[str, Profile]:
     """Name -> profile: `prefill`, of 32 tokens and more, and `decode`, of one.
 
     One profile for both loses every fused attention, as it could have fewer than 32 keys for several queries.
@@ -113,7 +89,7 @@ def _complete(
     return with_shapes(profile, inputs)
 
 
-def _context(graph: OnnxGraph, limits: Generate, past: int | str) -> int:
+def _context(graph: OnnxGraph, limits: GenerationProfiles, past: int | str) -> int:
     """Tokens of the longest sequence."""
     if isinstance(past, int):
         if limits.context not in (None, past):
@@ -122,7 +98,7 @@ def _context(graph: OnnxGraph, limits: Generate, past: int | str) -> int:
     known = _positions(graph.path)
     if limits.context is None and known is None:
         raise EngineError(
-            "how long a sequence can get is not known: say it (--context 2048, profiles=Generate(context=2048)), or"
+            "how long a sequence can get is not known: say it (--context 2048, profiles=GenerationProfiles(context=2048)), or"
             " leave genai_config.json beside the file"
         )
     if limits.context is not None and known is not None and limits.context > known:

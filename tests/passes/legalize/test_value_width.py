@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 from passes.fuse.attention_qdq import FuseAttentionQdq
 from passes.graph import aten, shape
 from passes.ir import ATTENTION
-from passes.legalize.attention import DecomposeAttention, is_long_causal
+from passes.legalize.attention import DecomposeAttention
+from passes.legalize.attention_operator import is_long_causal
 from passes.legalize.value_width import PadHeadWidths
 from passes.testing import DYNAMIC, count, declines, graph_of, only_call, rewrites, run
 from tests.passes.support import insert

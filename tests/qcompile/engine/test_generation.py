@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from qcompile.engine import Generate, build_engine
+from qcompile.engine import GenerationProfiles, build_engine
 from qcompile.engine.generation import generation_profiles
 from qcompile.engine.graph import OnnxGraph
 from qcompile.errors import EngineError, ExpectationError
@@ -33,44 +33,44 @@ def shapes(profile: Any, name: str) -> Any:
 
 def test_a_dynamic_cache() -> None:
     graph = graph_with(attention_mask=["batch", "past + sequence"], position_ids=IDS)
-    found = generation_profiles(graph, Generate(context=256, prompt=128, batch=4))
+    found = generation_profiles(graph, GenerationProfiles(context=256, prompt=128, batch=4))
     assert list(found) == ["prefill", "decode"]
     assert shapes(found["prefill"], "input_ids") == ((1, 32), (4, 64), (4, 128))
     assert shapes(found["decode"], "position_ids") == ((1, 1), (4, 1), (4, 1))
     assert shapes(found["decode"], "past_key_values.0.key") == ((1, 2, 0, 8), (4, 2, 128, 8), (4, 2, 255, 8))
     assert shapes(found["prefill"], "attention_mask") == ((1, 32), (4, 64), (4, 352))  # parts of a prompt have a past
     assert shapes(found["decode"], "attention_mask") == ((1, 1), (4, 129), (4, 256))
-    unmasked = generation_profiles(graph_with(), Generate(context=256))["decode"]
+    unmasked = generation_profiles(graph_with(), GenerationProfiles(context=256))["decode"]
     assert shapes(unmasked, "past_key_values.0.key")[0] == (1, 2, 31, 8)
 
 
 def test_the_names_of_other_exporters() -> None:
     mask = ["batch_size", "total"]
     graph = graph_with(("batch_size", "sequence_length"), "past_sequence_length", attention_mask=mask)
-    found = generation_profiles(graph, Generate(context=64))
+    found = generation_profiles(graph, GenerationProfiles(context=64))
     assert shapes(found["decode"], "attention_mask") == ((1, 1), (1, 33), (1, 64))
 
 
 def test_a_static_cache_is_its_context() -> None:
     graph = graph_with(past=96, attention_mask=["batch", 96], cache_position=[1])
-    found = generation_profiles(graph, Generate(batch=2))
+    found = generation_profiles(graph, GenerationProfiles(batch=2))
     assert shapes(found["prefill"], "input_ids") == ((1, 32), (2, 48), (2, 96))
     assert shapes(found["decode"], "past_key_values.0.value") == ((1, 2, 96, 8), (2, 2, 96, 8), (2, 2, 96, 8))
     assert "cache_position" not in found["decode"]
     with pytest.raises(EngineError, match="cache holds 96 tokens, which its context is, not 128"):
-        generation_profiles(graph, Generate(context=128))
+        generation_profiles(graph, GenerationProfiles(context=128))
 
 
 def test_the_positions_beside_the_file_are_its_context(tmp_path: Path) -> None:
     graph, config = graph_with(), tmp_path / "genai_config.json"
     graph.path = tmp_path / "model.onnx"
     config.write_text(json.dumps({"model": {"context_length": 48}}))
-    assert shapes(generation_profiles(graph, Generate())["decode"], "past_key_values.0.key")[2][2] == 47
+    assert shapes(generation_profiles(graph, GenerationProfiles())["decode"], "past_key_values.0.key")[2][2] == 47
     with pytest.raises(EngineError, match="context of 64 tokens is longer than the model's 48 positions"):
-        generation_profiles(graph, Generate(context=64))
+        generation_profiles(graph, GenerationProfiles(context=64))
     config.write_text("{}")
     with pytest.raises(EngineError, match="has no model"):
-        generation_profiles(graph, Generate())
+        generation_profiles(graph, GenerationProfiles())
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_the_positions_beside_the_file_are_its_context(tmp_path: Path) -> None:
 )
 def test_refused(inputs: dict[str, Any], limits: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        generation_profiles(graph_with(**inputs), Generate(**limits))
+        generation_profiles(graph_with(**inputs), GenerationProfiles(**limits))
 
 
 @pytest.mark.parametrize("limits", [{"context": 0}, {"batch": True}, {"prompt": "9"}, {"context": 64, "prompt": 65}])
 def test_limits_that_are_none(limits: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="profiles: "):
-        Generate(**limits)
+        GenerationProfiles(**limits)
 
 
 def test_the_one_word(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_each_profile_is_judged_by_itself(new_file: Callable[..., Any], tmp_path
     file.output(file.op("MatMul", weights, stored[1], scope="attn"), ["batch", 2, "sequence", 64])
     path = file.save(tmp_path / "decoder.onnx")
     options: dict[str, Any] = {"target": "sm89", "progress": False}
-    report = build_engine(path, profiles=Generate(context=256), expect={"decode.attention_fp8": 1}, **options)
+    report = build_engine(path, profiles=GenerationProfiles(context=256), expect={"decode.attention_fp8": 1}, **options)
     assert [counts.name for counts in report.profiles] == ["prefill", "decode"]
     assert [counts.attentions for counts in report.profiles] == [{"attn": "fp8"}, {"attn": "fp8"}]
     with pytest.raises(ExpectationError, match=r"kernels \(profile decode\): at most 0 wanted"):
