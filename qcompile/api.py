@@ -44,7 +44,7 @@ def build_engine(
         target: compute capability, such as "sm89" or "sm120"; None is the GPU of this machine.
         profiles: for dynamic shapes, {dimension: (min, opt, max)} by the names that the file has, or {input: (min, opt,
             max)} with whole shapes, or several of those. "generate", for a decoder with a cache: one for prompts and
-            one for single tokens, of the sizes that fuse; `qcompile.GenerationProfiles(context=2048, batch=8)` has limits.
+            one for single tokens, of the sizes that fuse; `qcompile.GenerationProfiles(context=2048)` has limits.
         route: "onnx", or "torch_tensorrt" for a program whose network Torch-TensorRT's converters make, with no ONNX
             file; it has to be installed, and needs a GPU to load.
         block_fp8, io_dtype: of a program, as in `export_onnx`.

@@ -63,7 +63,15 @@ def capture(
     check_inference(captured, exported=isinstance(model, ExportedProgram))
     drop_idle_writes(captured)
     _check_pure(captured)
+    _keep_symbols(captured)
     return carry_writes(captured)
+
+
+def _keep_symbols(program: ExportedProgram) -> None:
+    """Leave out ranges of sums of sizes: those of the sizes say them, and torch fails on them after save and load."""
+    ranges = program.range_constraints
+    for size in [size for size in ranges if not size.is_Symbol]:
+        del ranges[size]
 
 
 def _captured(

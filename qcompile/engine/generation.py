@@ -98,7 +98,7 @@ def _context(graph: OnnxGraph, limits: GenerationProfiles, past: int | str) -> i
     known = _positions(graph.path)
     if limits.context is None and known is None:
         raise EngineError(
-            "how long a sequence can get is not known: say it (--context 2048, profiles=GenerationProfiles(context=2048)), or"
+            "how long a sequence can get is not known: say it (--context 2048, GenerationProfiles(context=2048)), or"
             " leave genai_config.json beside the file"
         )
     if limits.context is not None and known is not None and limits.context > known:

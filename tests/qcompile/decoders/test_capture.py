@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.export import ExportedProgram
 
+import qcompile
 from passes.base import run_pipeline
 from passes.pipelines import NORMALIZE
 from passes.program import unlift
@@ -99,3 +101,16 @@ def test_options_that_are_none(cache: Any, told: str) -> None:
         Cache("dynamic", 16)
     with pytest.raises(CaptureError, match="a cache of length 0 holds no past"):
         Cache("static", 0)
+
+
+def test_a_saved_program_goes_to_a_file(tmp_path: Path) -> None:
+    options: Any = {"recipe": "fp8+fp8_kv", "calibration": [{"input_ids": tokens(2, 12)}], "progress": False}
+    program = qcompile.quantize(decoder("llama"), cache="dynamic", **options)
+    torch.export.save(program, tmp_path / "saved.pt2")
+    loaded = torch.export.load(tmp_path / "saved.pt2")
+    first, second = (
+        qcompile.export_onnx(each, tmp_path / f"{index}.onnx", target="portable")
+        for index, each in enumerate((program, loaded))
+    )
+    assert first.ops == second.ops
+    assert first.coverage == second.coverage
