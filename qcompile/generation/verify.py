@@ -104,7 +104,7 @@ def _depends(session: Any, file: DecoderFile, tokens: torch.Tensor) -> bool:
         run = Run(session, file, len(tokens))
         run.step(first.numpy())
         results.append(run.step(next_token))
-    return not np.array_equal(*results)
+    return not np.array_equal(results[0], results[1])
 
 
 def _limit(file: DecoderFile, program: ExportedProgram) -> float:
