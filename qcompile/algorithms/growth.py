@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.report.ranges import LARGER, RangeGrowth, RangeStep
 
@@ -15,18 +16,21 @@ class RangeLog:
     That is a number for each range at a dozen moments, whatever the data is.
     """
 
-    def __init__(self, statistics: Iterable[Statistic], total: int | None) -> None:
-        """`total` is the number of batches, None where nobody knows."""
+    def __init__(self, statistics: Iterable[Statistic], total: int | None, share: Share = WHOLE) -> None:
+        """`total` is the number of batches, None where nobody knows; `share`: those that are seen here."""
         self._watched = list(dict.fromkeys(one for one in statistics if isinstance(one, Largest)))
         self._half = None if total is None else (total + 1) // 2
-        self._seen: dict[int, dict[Largest, float]] = {}  # samples -> largest magnitudes
+        self._share = share
+        self._seen: dict[int, tuple[int, dict[Largest, float]]] = {}  # batches -> samples, largest magnitudes
         self._samples = 0
 
     def add(self, batches: int, samples: int) -> list[Largest]:
-        """So many were seen by now. Returns the ranges that the last one made NaN or infinite."""
+        """So many of all batches were there by now, and so many samples seen. Returns the ranges that the last one made
+        NaN or infinite."""
         self._samples = samples
-        if batches & (batches - 1) == 0 or batches == self._half:
-            self._seen[samples] = {statistic: float(statistic.value) for statistic in self._watched}
+        for moment in range(batches, batches + self._share.count):  # what comes until the next one is not seen here
+            if moment & (moment - 1) == 0 or moment == self._half:
+                self._seen[moment] = samples, {one: float(one.value) for one in self._watched}
         return [one for one in self._watched if not one.lost and not math.isfinite(float(one.value))]
 
     def growth(self, names: Mapping[Largest, str]) -> RangeGrowth | None:
@@ -34,7 +38,7 @@ class RangeLog:
         watched = set(self._watched)
         final = {one: float(one.value) for one in names if one in watched and float(one.value)}
         steps = [
-            _step(samples, seen, final, names) for samples, seen in self._seen.items() if 0 < samples < self._samples
+            _step(samples, seen, final, names) for samples, seen in self._seen.values() if 0 < samples < self._samples
         ]
         return RangeGrowth(len(final), self._samples, tuple(steps)) if final and steps else None
 

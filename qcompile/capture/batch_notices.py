@@ -18,7 +18,8 @@ class BatchLog:
     """What the batches of a calibration were like.
 
     Attributes:
-        samples: sum of their sizes. tokens: of `input_ids`, those that an `attention_mask` shows.
+        batches: how many there were. samples: sum of their sizes. tokens: of `input_ids`, those that an
+            `attention_mask` shows.
 
     Args:
         program: what they are run through. placeholders: its user inputs.
@@ -27,7 +28,7 @@ class BatchLog:
     def __init__(self, program: ExportedProgram, placeholders: Sequence[Node]) -> None:
         self._ranges = {str(symbol): r for symbol, r in program.range_constraints.items()}
         self._placeholders = placeholders
-        self.samples = self.tokens = 0
+        self.batches = self.samples = self.tokens = 0
         self._unit = "images" if any(node.name == "pixel_values" for node in placeholders) else "samples"
         self._zeros: list[str] = []
         self._sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
@@ -35,6 +36,7 @@ class BatchLog:
     def add(self, inputs: Sequence[Any], name: str) -> None:
         """Note one batch, called `name` in messages."""
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        self.batches += 1
         self.samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
         floats = [t for t in tensors if t.is_floating_point() and t.numel()]
         numbers = floats or [t for t in tensors if t.numel() and t.dtype != torch.bool]

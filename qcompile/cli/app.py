@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from qcompile.cli.build import build
+from qcompile.cli.calibrate import calibrate
 from qcompile.cli.checkpoint import checkpoint
 from qcompile.cli.command import better_command
 from qcompile.cli.completion import completion_of
@@ -21,6 +22,7 @@ from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
 from qcompile.cli.inspect import inspect
+from qcompile.cli.merge import merge
 from qcompile.cli.options import UsageError, check_given
 from qcompile.cli.process import Process, nobody_reads
 from qcompile.cli.recipes import recipes
@@ -66,6 +68,8 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the command line is called
 app.command(export)
 app.command(checkpoint)
+app.command(calibrate)
+app.command(merge)
 app.command(build)
 app.command(inspect)
 app.command(repair)

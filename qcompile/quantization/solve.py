@@ -19,6 +19,7 @@ from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
 from qcompile.algorithms.scales import is_calibrated, scale_of
 from qcompile.algorithms.settings import MaxSettings
+from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.capture.batch_forms import calibration_form
 from qcompile.errors import CalibrationError, RecipeError
@@ -28,6 +29,7 @@ from qcompile.quantization.parts import parts_of, solve_parts
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
 from qcompile.quantization.sequential import Segments
+from qcompile.quantization.shards import Shard
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
@@ -48,12 +50,14 @@ class Data:
         calibration: batches, a state, or nothing.
         program: what batches are run through; None where there can be a state only.
         how: what to do where activations have constant scales and there is nothing. progress: show a bar.
+        share: the batches that are seen here.
     """
 
     calibration: Calibration
     program: ExportedProgram | None = None
     how: str = ""
     progress: bool = False
+    share: Share = WHOLE
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Solution:
         notices: what the user should know of the data, or of the lack of it.
         fully_masked: the attentions whose mask hid every key from some query.
         ranges: how ranges grew over the data; None where there is nothing to compare.
-        source: what ranges were found on, for metadata.
+        source: what ranges were found on, for metadata. batches: how many were seen here.
     """
 
     quantizers: dict[Site, Quantizer] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class Solution:
     fully_masked: set[Node] = field(default_factory=set)
     ranges: RangeGrowth | None = None
     source: str = ""
+    batches: int = 0
 
 
 def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution:
@@ -97,6 +102,8 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     ragged = {site for site in weights if misfit(site.tensor, format_of(plan.configs[site]))}
     calibration, state = data.calibration, None
     if is_state(calibration):
+        if (part := Shard.read(calibration)) is not None:
+            raise CalibrationError(f"this is the state of {part.share} alone: `qcompile merge` joins those of all")
         state, calibration = calibration, None
     asked = [site for site in (*weights, *(static if state is None else ())) if site not in ragged]
     view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target, plan.configs)
@@ -108,7 +115,9 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     elif calibration is not None:
         assert data.program is not None
         again = len(plan.steps) > 1 or any(_walks_again(step, view) for step in plan.steps)
-        observation = Observation(work.gm, data.program, calibration, dtypes, again=again, progress=data.progress)
+        observation = Observation(
+            work.gm, data.program, calibration, dtypes, again=again, progress=data.progress, share=data.share
+        )
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
     quantizers, seen = _run_steps(work, plan, view, observation)
@@ -226,6 +235,7 @@ def _take_observation(
     found.ranges = _growth(observation, view)
     if found.ranges is not None and not found.ranges.suffices:
         found.notices.append(str(found.ranges))
+    found.batches = observation.batches_seen
     found.source = f"{observation.samples} sample{'s' * (observation.samples != 1)}"
 
 
