@@ -13,6 +13,7 @@ __all__ = [
     "EngineError",
     "ExpectationError",
     "ExportError",
+    "JoinedError",
     "PassError",
     "QCompileError",
     "RecipeError",
@@ -37,6 +38,10 @@ class RecipeError(QCompileError):
 
 class CalibrationError(QCompileError):
     """Calibration data is missing, or a tensor has no usable range."""
+
+
+class JoinedError(CalibrationError):
+    """What went wrong on one rank of several, or between them: all of them raise it."""
 
 
 class AlgorithmError(QCompileError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -90,6 +90,11 @@ class Channels(Statistic):
         count = torch.tensor(self.count, dtype=torch.float64)
         sample = {"rows": self.rows, "keys": self.keys}
         return {"largest": self.largest, "held": self.held, "total": self.total, "count": count, **sample}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.largest, self.held, self.total = tensors["largest"], tensors["held"], tensors["total"]
+        self.count = float(tensors["count"])
+        self.rows, self.keys = tensors["rows"], tensors["keys"]
 
     @property
     def sizes(self) -> Sizes:

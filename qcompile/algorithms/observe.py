@@ -141,7 +141,29 @@ def observe(
     on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
     observer = _Observer(gm, statistics, widen or on_cpu)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
+    log = BatchLog(program, placeholders)
+    try:
+        _walk(observer, placeholders, log, program, batches, progress, ranges, share)
+    except Exception as error:
+        share.failed(error)
+        raise
+    kept = dict.fromkeys(statistic for several in statistics.values() for statistic in several)
+    share.join(list(kept), log, ranges)
+    return log
+
+
+def _walk(
+    observer: _Observer,
+    placeholders: list[Node],
+    log: BatchLog,
+    program: ExportedProgram,
+    batches: Iterable[Any],
+    progress: bool,
+    ranges: RangeLog | None,
+    share: Share,
+) -> None:
+    """Run the batches of `share`."""
+    evenly = any(s.additive for kept in observer.statistics.values() for s in kept)
     total = batch_count(batches)
     own = None if total is None else len(share.numbers(total))
     with progress_bar("calibrating", own, progress) as bar, torch.no_grad():
@@ -159,13 +181,12 @@ def observe(
             bar.advance(told=log.counted())
     if not log.batches:
         raise CalibrationError(_no_data(share))
-    return log
 
 
 def _no_data(share: Share) -> str:
     if share.count == 1:
         return "the calibration data is empty"
-    return f"{share} has none of the calibration data: there are no more batches than shards before it; make fewer"
+    return f"{share} has no batch of the calibration data: it has fewer than {share.count} of them"
 
 
 def _nan_inputs(inputs: Sequence[Any], placeholders: Sequence[Node]) -> str:

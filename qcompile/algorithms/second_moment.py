@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch.fx import Node
 
 from passes.graph import shape
-from qcompile.algorithms.statistics import Statistic
+from qcompile.algorithms.statistics import Statistic, counted
 
 
 class ExactSum:
@@ -121,7 +121,7 @@ class SecondMoment(Statistic):
             self.broken += 1
             return
         self.sum.add(found.cpu().double().mul_(weight))
-        self.tokens = self.tokens + (x != 0).any(-1).sum(-1).cpu().double() * weight
+        self.tokens = self.tokens + counted((x != 0).any(-1).sum(-1).cpu().double(), weight)
 
     def merge(self, other: Self) -> None:
         self.sum.merge(other.sum)
@@ -133,6 +133,13 @@ class SecondMoment(Statistic):
         high, low = (nothing if half is None else half for half in (self.sum.high, self.sum.low))
         numbers = {"place": self.sum.place, "broken": self.broken, "runs": self.runs}
         return {"high": high, "low": low, "tokens": self.tokens} | {n: torch.tensor(v) for n, v in numbers.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.sum = ExactSum()
+        if tensors["high"].numel():
+            self.sum.high, self.sum.low = tensors["high"], tensors["low"]
+            self.sum.place = int(tensors["place"])
+        self.tokens, self.runs, self.broken = tensors["tokens"], int(tensors["runs"]), int(tensors["broken"])
 
     def blocks(self, width: int, columns: int) -> torch.Tensor | None:
         """`[experts or 1, ceil(K / width), width, width]`, of a width that divides the one that is kept, or of a

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.algorithms.growth import RangeLog
+from qcompile.algorithms.statistics import Statistic
+from qcompile.capture.batch_notices import BatchLog
 from qcompile.errors import CalibrationError
 
 
@@ -42,6 +45,15 @@ class Share:
             for index, batch in enumerate(batches):
                 if index % self.count == self.index:
                     yield index, batch
+
+    def agree(self, facts: Mapping[str, Hashable]) -> None:
+        """Raise JoinedError unless all that share have the same."""
+
+    def failed(self, error: Exception) -> None:
+        """Tell the others that nothing will come from here."""
+
+    def join(self, statistics: Sequence[Statistic], log: BatchLog, ranges: RangeLog | None) -> None:
+        """Make of what was kept here what all together have seen."""
 
     def numbers(self, total: int) -> range:
         """Of its batches, where there are `total`."""

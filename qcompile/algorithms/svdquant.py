@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,6 +160,9 @@ class Squares(Statistic):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"total": self.total, "count": torch.tensor(self.count, dtype=torch.float64)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.total, self.count = tensors["total"], float(tensors["count"])
 
 
 def _key(weight: Operand) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,21 @@ class BatchLog:
             if isinstance(value, torch.Tensor):
                 for axis, size in enumerate(value.shape):
                     self._sizes[node.name, axis].add(size)
+
+    def facts(self) -> dict[str, Any]:
+        """What `join` has to know of each process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_ranges", "_placeholders", "_unit")}
+
+    def join(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        """Know what several processes saw together, each of the n of them every n-th batch."""
+        for name in ("batches", "samples", "tokens"):
+            setattr(self, name, sum(own[name] for own in facts))
+        zeros = (name for own in facts for name in own["_zeros"])
+        self._zeros = sorted(zeros, key=lambda name: int(name.split()[2]))  # calibration batch 12
+        self._sizes = defaultdict(set)
+        for own in facts:
+            for axis, sizes in own["_sizes"].items():
+                self._sizes[axis] |= sizes
 
     def counted(self) -> str:
         """How many there were, for a progress bar."""

@@ -12,6 +12,7 @@ from qcompile.cli.console import interactive, step, warn
 from qcompile.cli.data import NO_DATA, DataOptions
 from qcompile.cli.options import HOW_TO_CALIBRATE, RANDOM_DATA, UsageError
 from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
+from qcompile.cli.started import is_first
 from qcompile.outputs import check_distinct, check_writable
 from qcompile.remedy import with_remedy
 
@@ -113,7 +114,8 @@ def calibrate(
         progress=interactive(),
         shard=part,
     )
-    write_state(state, output)
+    if is_first():
+        write_state(state, output)
     return 0
 
 

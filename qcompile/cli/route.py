@@ -13,6 +13,7 @@ from qcompile.cli.console import out, step, write_report
 from qcompile.cli.preview import AnyRange, show_preview
 from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.report import CommandReport
+from qcompile.cli.started import is_first
 from qcompile.cli.wanted import Wanted
 from qcompile.errors import QCompileError
 from qcompile.report.tables import show_export
@@ -37,6 +38,8 @@ def export_onnx(wanted: Wanted) -> int:
         program, first = imported(source, calibration, wanted.dtype)
     else:
         program, first = quantized(source, wanted.recipe, calibration, wanted.dtype)
+    if not is_first():
+        return 0
     compared = first if first is not None else source.example_batch
     parts: dict[str, Any] = {}
     new: list[str] = []

@@ -25,7 +25,7 @@ from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms.base import RANGES, told
-from qcompile.algorithms.share import WHOLE, Share
+from qcompile.algorithms.share import Share
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.errors import CalibrationError
 from qcompile.frontends.quantized import is_finished
@@ -86,7 +86,7 @@ def calibrated_state(
     if share is not None:
         _check_largest(plan)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
-    found = solve(work, plan.activations, Data(batches, program, progress=progress, share=share or WHOLE), same)
+    found = solve(work, plan.activations, Data(batches, program, progress=progress, share=share), same)
     for notice in found.notices:
         logger.warning("%s", notice)
     known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]

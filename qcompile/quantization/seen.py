@@ -97,7 +97,7 @@ class Observation:
         self.watch = watch
         if not watch.watched:
             return
-        ranges = RangeLog(self._stands.values(), batch_count(self.batches), self.share)
+        ranges = RangeLog(self._stands.values(), batch_count(self.batches), self.share.count)
         options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "share": self.share}
         options["ranges"] = ranges
         log = observe(watch.gm, self.program, watch.watched, self.batches, **options)

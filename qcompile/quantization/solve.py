@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +17,16 @@ from passes.quantize.sites import Site
 from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
+from qcompile.algorithms.ranks import ranks
 from qcompile.algorithms.scales import is_calibrated, scale_of
 from qcompile.algorithms.settings import MaxSettings
-from qcompile.algorithms.share import WHOLE, Share
+from qcompile.algorithms.share import Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.capture.batch_forms import calibration_form
+from qcompile.capture.batches import batch_count
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.messages import some
+from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.headroom import Headroom
 from qcompile.quantization.parts import parts_of, solve_parts
 from qcompile.quantization.plan import Plan, Work
@@ -50,14 +53,14 @@ class Data:
         calibration: batches, a state, or nothing.
         program: what batches are run through; None where there can be a state only.
         how: what to do where activations have constant scales and there is nothing. progress: show a bar.
-        share: the batches that are seen here.
+        share: the batches that are seen here; None for those of this rank, or all where there is no process group.
     """
 
     calibration: Calibration
     program: ExportedProgram | None = None
     how: str = ""
     progress: bool = False
-    share: Share = WHOLE
+    share: Share | None = None
 
 
 @dataclass
@@ -115,8 +118,10 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     elif calibration is not None:
         assert data.program is not None
         again = len(plan.steps) > 1 or any(_walks_again(step, view) for step in plan.steps)
+        share = data.share or ranks()
+        share.agree(_facts(data.program, plan, calibration))
         observation = Observation(
-            work.gm, data.program, calibration, dtypes, again=again, progress=data.progress, share=data.share
+            work.gm, data.program, calibration, dtypes, again=again, progress=data.progress, share=share
         )
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
@@ -183,6 +188,12 @@ def _of_activations(
     # where there is no range, nothing came, or zeros only
     ranges = {operand.site: chosen.get(operand) for operand in view.activations}
     return {site: found for site, q in known.items() if (found := ranges.get(site, q)) is not None}
+
+
+def _facts(program: ExportedProgram, plan: Plan, batches: object) -> dict[str, Hashable]:
+    """What all that share calibration data have to have in common."""
+    own = Fingerprint.of(program, plan)
+    return {"models": own.model, "recipes": own.recipe, "numbers of batches": batch_count(batches)}
 
 
 def _walks_again(step: Algorithm[Any], view: View) -> bool:

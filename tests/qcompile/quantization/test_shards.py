@@ -112,7 +112,7 @@ def test_fingerprints_tell_models_and_recipes_apart(parts: list[State]) -> None:
 def test_a_shard_alone_a_shard_without_data_and_one_that_is_none(parts: list[State]) -> None:
     with pytest.raises(CalibrationError, match="the state of shard 2 of 3 alone: `qcompile merge`"):
         qcompile.quantize(PROGRAM, calibration=parts[1])
-    with pytest.raises(CalibrationError, match="shard 6 of 6 has none of the calibration data"):
+    with pytest.raises(CalibrationError, match="shard 6 of 6 has no batch of the calibration data"):
         shard(6, 6)
     for number, count in ((0, 3), (4, 3)):
         with pytest.raises(CalibrationError, match=r"\(2, 8\) is the second of eight"):
@@ -127,7 +127,7 @@ def test_a_range_that_is_no_number_is_one_of_all(parts: list[State]) -> None:
 
 def test_the_growth_of_a_share_is_noted_at_the_moments_of_all() -> None:
     largest = Largest()
-    log = RangeLog([largest], 12, Share(1, 3))
+    log = RangeLog([largest], 12, 3)
 
     for index in range(1, 12, 3):
         largest.add(torch.tensor(float(index)))
