@@ -58,6 +58,20 @@ class ExactSum:
             self.low.add_(low)
         self.place = place
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is known."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        high, low = (nothing if half is None else half for half in (self.high, self.low))
+        return {"high": high, "low": low, "place": torch.tensor(self.place)}
+
+    @classmethod
+    def loaded(cls, tensors: Mapping[str, torch.Tensor]) -> ExactSum:
+        """The way back of `tensors`."""
+        found = cls()
+        if tensors["high"].numel():
+            found.high, found.low, found.place = tensors["high"], tensors["low"], int(tensors["place"])
+        return found
+
     def total(self) -> torch.Tensor | None:
         """In float64; None for nothing but zeros."""
         if self.high is None or self.low is None:
@@ -129,16 +143,11 @@ class SecondMoment(Statistic):
         self.tokens = self.tokens + other.tokens
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        high, low = (nothing if half is None else half for half in (self.sum.high, self.sum.low))
-        numbers = {"place": self.sum.place, "broken": self.broken, "runs": self.runs}
-        return {"high": high, "low": low, "tokens": self.tokens} | {n: torch.tensor(v) for n, v in numbers.items()}
+        numbers = {"broken": torch.tensor(self.broken), "runs": torch.tensor(self.runs)}
+        return {**self.sum.tensors(), "tokens": self.tokens, **numbers}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.sum = ExactSum()
-        if tensors["high"].numel():
-            self.sum.high, self.sum.low = tensors["high"], tensors["low"]
-            self.sum.place = int(tensors["place"])
+        self.sum = ExactSum.loaded(tensors)
         self.tokens, self.runs, self.broken = tensors["tokens"], int(tensors["runs"]), int(tensors["broken"])
 
     def blocks(self, width: int, columns: int) -> torch.Tensor | None:
