@@ -23,6 +23,7 @@ def calibrate(
     *,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     shard: str | None = None,
+    weights: Annotated[bool, SWITCH] = False,
     batch: Annotated[int, MODEL] = 1,
     submodule: Annotated[str | None, MODEL] = None,
     input_: Annotated[list[str], MODEL, SEVERAL, Parameter(name="--input")] = [],  # noqa: B006
@@ -54,6 +55,9 @@ def calibrate(
         Where to write the state, a .safetensors file.
     shard:
         See every eighth batch, from the second on: 2/8. All shards are given the same data, and take their own.
+    weights:
+        Also keep what algorithms such as gptq want for weights, so that the export needs no data: 16 K x K bytes for
+        what layers with K inputs read. Without it they do for weights what they do without data.
     batch:
         Batch size of a directory's example inputs, and of the batches that calibrate.
     submodule:
@@ -113,6 +117,7 @@ def calibrate(
         dynamic_shapes=loaded.dynamic_shapes,
         progress=interactive(),
         shard=part,
+        weights=weights,
     )
     if is_first():
         write_state(state, output)

@@ -29,6 +29,7 @@ def calibrate(
     progress: bool = True,
     cache: str | Cache | None = None,
     shard: tuple[int, int] | None = None,
+    weights: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The ranges of activations that `recipe` gives constant scales to, for a model that is quantized later.
 
@@ -36,6 +37,8 @@ def calibrate(
 
         shard: (2, 8) sees every eighth batch, from the second on; `merge_states` makes of what all eight return what
             one process would have returned. Each of them gets all of `calibration`, and takes its own.
+        weights: also return what algorithms such as gptq keep for weights, so that `quantize` can do without data: the
+            second moment of a layer with K inputs takes 16 K^2 bytes. Else they solve weights as without data.
 
     Returns:
         Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar; and for each
@@ -53,4 +56,5 @@ def calibrate(
         program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
     else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return calibrated_state(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, progress, share)
+    planner = partial(planned, recipe=chosen_recipe, whole=True)
+    return calibrated_state(program, planner, calibration, progress, share, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompile.quantization.plan import Plan
+from qcompile.quantization.state import ABOUT
 
+_MODEL, _RECIPE, _HASH = f"{ABOUT}model", f"{ABOUT}recipe", 32
 _SAMPLED = 256  # numbers of each tensor: of two models one changed nearly all
 
 
@@ -29,6 +31,19 @@ class Fingerprint:
         steps = (step.settings.model_dump_json() for step in plan.steps)
         wanted = (f"{site.name} {_settings(config)}" for site, config in plan.configs.items())
         return cls(_hash(weights), _hash((*wanted, *steps, str(plan.power_of_two))))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As a state has it."""
+        both = {_MODEL: self.model, _RECIPE: self.recipe}
+        return {name: torch.tensor(list(data), dtype=torch.uint8) for name, data in both.items()}
+
+    @classmethod
+    def read(cls, state: Mapping[str, torch.Tensor]) -> Fingerprint | None:
+        """That of a state; None where it has none, or a damaged one."""
+        found = [state[name] for name in (_MODEL, _RECIPE) if name in state]
+        if len(found) < 2 or any(one.dtype is not torch.uint8 or one.shape != (_HASH,) for one in found):
+            return None
+        return cls(*(bytes(one.tolist()) for one in found))
 
     def other(self, known: Fingerprint) -> str | None:
         """What differs, in a word."""

@@ -24,10 +24,9 @@ from passes.places import OwnPasses
 from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
-from qcompile.algorithms.base import RANGES, told
+from qcompile.algorithms.base import told
 from qcompile.algorithms.share import Share
 from qcompile.capture.dimensions import noted_dimensions
-from qcompile.errors import CalibrationError
 from qcompile.frontends.quantized import is_finished
 from qcompile.messages import some
 from qcompile.process import alone
@@ -35,7 +34,7 @@ from qcompile.quantization.dtypes import compute_dtype, model_dtype
 from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.plan import Plan, Planner, Work
 from qcompile.quantization.shards import Shard
-from qcompile.quantization.solve import Calibration, Data, Solution, solve
+from qcompile.quantization.solve import Calibration, Data, Solution, kept_statistics, solve
 from qcompile.quantization.state import largest_by_name, mask_state
 from qcompile.report.record import QuantizeRecord, record
 
@@ -76,35 +75,32 @@ def quantized_program(
 
 
 def calibrated_state(
-    program: ExportedProgram, planner: Planner, batches: Iterable[Any], progress: bool, share: Share | None = None
+    program: ExportedProgram,
+    planner: Planner,
+    batches: Iterable[Any],
+    progress: bool,
+    share: Share | None = None,
+    weights: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The ranges of what `planner` gives constant scales to, as `qcompile.calibrate` returns them; those of a `share`
-    of the batches, with what `merge_states` has to know."""
+    """What `qcompile.calibrate` returns: the ranges of what `planner` gives constant scales to; of a `share` of the
+    batches what `merge_states` joins; and what algorithms keep for `weights`, if that is wanted."""
     with alone():
         work = Work(unlift(program))
         plan = planner(work)
-    if share is not None:
-        _check_largest(plan)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
-    found = solve(work, plan.activations, Data(batches, program, progress=progress, share=share), same)
+    data, wanted = Data(batches, program, progress=progress, share=share), plan if weights else plan.activations
+    fingerprint = Fingerprint.of(program, plan)
+    found = kept_statistics(work, wanted, data, same) if weights or share is not None else None
+    if found is None:
+        found = solve(work, plan.activations, data, same)
     for notice in found.notices:
         logger.warning("%s", notice)
     known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]
     amax = {s: _amax(found.quantizers[s]) if s in found.quantizers else torch.zeros(()) for s in known}
-    state = largest_by_name(amax) | mask_state(found.fully_masked)
-    if share is None:
-        return state
-    return state | Shard(share, found.batches, Fingerprint.of(program, plan)).tensors()
-
-
-def _check_largest(plan: Plan) -> None:
-    """Raise CalibrationError where ranges are no largest magnitudes, which are all that states of shards join by."""
-    for step in plan.steps:
-        if RANGES in step.chooses and step.settings.algorithm != "max":
-            raise CalibrationError(
-                f"the ranges that {step.settings.algorithm} chooses are those of all data: calibrate with a recipe"
-                " whose algorithm is max, or without shards"
-            )
+    state = largest_by_name(amax) | mask_state(found.fully_masked) | found.kept
+    if share is not None:
+        return state | Shard(share, found.batches, fingerprint).tensors()
+    return state | (fingerprint.tensors() if found.kept else {})
 
 
 def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tensor] | None, how: str) -> list[str]:

@@ -14,12 +14,12 @@ from qcompile.algorithms.share import Share
 from qcompile.errors import CalibrationError
 from qcompile.messages import some
 from qcompile.quantization.fingerprint import Fingerprint
+from qcompile.quantization.kept import merged_statistics
 from qcompile.quantization.state import ABOUT, is_state
 
 __all__ = ["Shard", "merge_states"]
 
-_SHARD, _MODEL, _RECIPE = f"{ABOUT}shard", f"{ABOUT}model", f"{ABOUT}recipe"
-_HASH = 32
+_SHARD = f"{ABOUT}shard"
 
 State = Mapping[str, torch.Tensor]
 
@@ -37,22 +37,20 @@ class Shard:
     fingerprint: Fingerprint
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        numbers = torch.tensor([self.share.index, self.share.count, self.batches])
-        own = self.fingerprint
-        return {_SHARD: numbers, _MODEL: _bytes(own.model), _RECIPE: _bytes(own.recipe)}
+        return {_SHARD: torch.tensor([self.share.index, self.share.count, self.batches]), **self.fingerprint.tensors()}
 
     @classmethod
     def read(cls, state: State) -> Shard | None:
         """None for a state of all data. Raises CalibrationError for what nobody wrote so."""
         if _SHARD not in set(state):
             return None
-        numbers, hashes = state[_SHARD], [state.get(name) for name in (_MODEL, _RECIPE)]
+        numbers = state[_SHARD]
         whole = numbers.dtype is torch.int64 and numbers.shape == (3,)
         index, count, batches = numbers.tolist() if whole else (0, 0, 0)
-        if not 0 <= index < count or batches < 1 or not all(_is_hash(tensor) for tensor in hashes):
+        fingerprint = Fingerprint.read(state)
+        if not 0 <= index < count or batches < 1 or fingerprint is None:
             raise CalibrationError("the state of a shard is damaged: calibrate that shard again")
-        model, recipe = (bytes(tensor.tolist()) for tensor in hashes if tensor is not None)
-        return cls(Share(index, count), batches, Fingerprint(model, recipe))
+        return cls(Share(index, count), batches, fingerprint)
 
 
 def merge_states(states: Sequence[State], names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
@@ -67,7 +65,9 @@ def merge_states(states: Sequence[State], names: Sequence[str] = ()) -> dict[str
     names = names or [f"state {number}" for number in range(1, len(states) + 1)]
     shards = _checked(states, names)
     order = sorted(range(len(states)), key=lambda number: shards[number].share.index)
-    found: dict[str, torch.Tensor] = {}
+    found = merged_statistics([states[number] for number in order])
+    if found:
+        found |= shards[0].fingerprint.tensors()
     for number in order:
         for name, value in states[number].items():
             if not name.startswith(ABOUT):
@@ -106,11 +106,3 @@ def _checked(states: Sequence[State], names: Sequence[str]) -> list[Shard]:
                 f" {total}: the shards were calibrated with different data"
             )
     return found
-
-
-def _bytes(data: bytes) -> torch.Tensor:
-    return torch.tensor(list(data), dtype=torch.uint8)
-
-
-def _is_hash(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype is torch.uint8 and tensor.shape == (_HASH,)

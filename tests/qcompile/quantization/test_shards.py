@@ -163,6 +163,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     export = ("export", "sharded:make", "-o", "model.onnx", "--no-compare", "--calibration")
     assert main((*export, "state.safetensors")) == 0 and Path("model.onnx").is_file()
     capsys.readouterr()
+    kept = ("calibrate", "sharded:make", "-o", "kept.safetensors", "--recipe", "nvfp4", "--weights", *data)
+    assert main(kept) == 0 and "@0/input_1/SecondMoment/high" in load_file("kept.safetensors")
     for argv, says in (
         ((*export, "part-1.safetensors"), "the state of shard 1 of 2 alone"),
         ((*export, "state.safetensors", "--samples", "2"), "is a calibrated state and no data"),
@@ -175,3 +177,54 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert main(argv) == 2
         assert says in capsys.readouterr().err
         assert not Path("new.safetensors").exists()
+
+
+RECIPES = {
+    "mse": qcompile.load_recipe("int8_fast", ["calibration.algorithm=mse"]),
+    "percentile": qcompile.load_recipe("int8_fast", ["calibration.algorithm=percentile"]),
+    "gptq": qcompile.load_recipe("nvfp4"),
+    "gptq in parts": qcompile.load_recipe("nvfp4", ["calibration.memory=1000"]),
+}
+
+
+def bits(program: Any) -> dict[str, tuple[torch.dtype, bytes]]:
+    found = {**program.state_dict, **program.constants}
+    return {
+        n: (t.dtype, t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for n, t in found.items()
+    }
+
+
+def quantized(recipe: Any, calibration: Any) -> dict[str, tuple[torch.dtype, bytes]]:
+    dtype = torch.float32  # what calibrate computes in
+    return bits(qcompile.quantize(PROGRAM, recipe=recipe, calibration=calibration, dtype=dtype, progress=False))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_statistics_of_shards_give_the_scales_and_codes_of_one_process(name: str, tmp_path: Path) -> None:
+    options: Any = {"recipe": RECIPES[name], "calibration": batches(), "progress": False, "weights": True}
+    parts = [qcompile.calibrate(PROGRAM, shard=(number, 3), **options) for number in (3, 1, 2)]
+    save_file(qcompile.merge_states(parts), tmp_path / "state.safetensors")
+    state = load_file(tmp_path / "state.safetensors")
+    expected = quantized(RECIPES[name], batches())
+    assert quantized(RECIPES[name], state) == expected
+    assert quantized(RECIPES[name], qcompile.calibrate(PROGRAM, **options)) == expected
+    assert expected != quantized(RECIPES[name], batches(2))
+
+
+def test_statistics_are_of_one_model_and_one_recipe() -> None:
+    options: Any = {"recipe": RECIPES["gptq"], "calibration": batches(), "progress": False, "weights": True}
+    state = qcompile.calibrate(PROGRAM, **options)
+    other = network()
+    other[0].weight.data.mul_(1.5)
+    with pytest.raises(CalibrationError, match="made with another model"):
+        qcompile.quantize(torch.export.export(other, (torch.zeros(2, 16),)), recipe="nvfp4", calibration=state)
+    with pytest.raises(CalibrationError, match="made with another recipe"):
+        qcompile.quantize(PROGRAM, recipe="nvfp4_fast", calibration=state)
+    lacking = {name: tensor for name, tensor in state.items() if not name.endswith("SecondMoment/high")}
+    with pytest.raises(CalibrationError, match="damaged"):
+        qcompile.quantize(PROGRAM, recipe="nvfp4", calibration=lacking)
+    for recipe in ("int8", qcompile.load_recipe("nvfp4", ["calibration.sequential=true"])):
+        with pytest.raises(CalibrationError, match="needs the data again behind each change"):
+            qcompile.calibrate(PROGRAM, **options | {"recipe": recipe})
+    ranges = qcompile.calibrate(PROGRAM, **options | {"weights": False})
+    assert all(name.endswith("input_quantizer") for name in ranges)
