@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qcompile.quantization.calibrate import calibrate
     from qcompile.quantization.importing import import_quantized
     from qcompile.quantization.quantize import quantize
+    from qcompile.quantization.shards import merge_states
     from qcompile.recipe import Recipe, list_recipes, load_recipe
     from qcompile.report import Report
     from qcompile.reports import read_report
@@ -66,6 +67,7 @@ __all__ = [
     "list_recipes",
     "load_checkpoint",
     "load_recipe",
+    "merge_states",
     "onnx_session",
     "quantize",
     "read_report",
@@ -97,6 +99,7 @@ _PLACES = {
     "list_recipes": "qcompile.recipe",
     "load_checkpoint": "qcompile.checkpoint.load",
     "load_recipe": "qcompile.recipe",
+    "merge_states": "qcompile.quantization.shards",
     "onnx_session": "qcompile.onnx.session",
     "quantize": "qcompile.quantization.quantize",
     "read_report": "qcompile.reports",

@@ -14,6 +14,7 @@ __all__ = [
     "ExpectationError",
     "ExportError",
     "GenerationError",
+    "JoinedError",
     "PassError",
     "QCompileError",
     "RecipeError",
@@ -38,6 +39,10 @@ class RecipeError(QCompileError):
 
 class CalibrationError(QCompileError):
     """Calibration data is missing, or a tensor has no usable range."""
+
+
+class JoinedError(CalibrationError):
+    """What went wrong on one rank of several, or between them: all of them raise it."""
 
 
 class AlgorithmError(QCompileError):

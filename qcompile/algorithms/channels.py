@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 
+from qcompile.algorithms.second_moment import ExactSum
 from qcompile.algorithms.statistics import Statistic
 
 _HASHED = 256  # channels that a row is told apart by
@@ -33,7 +34,7 @@ class Channels(Statistic):
 
     Attributes:
         largest, held: over the rows that are not held out, and over those that are; `[K]`, float32.
-        total, count: sum of the magnitudes of all rows, `[K]` in float64, and how many there were.
+        sum, count: of the magnitudes of all rows, `[K]`, and how many there were.
         rows, keys: the sample `[R, K]` and its numbers, in their order. Rows that are not held out fill it up.
     """
 
@@ -42,7 +43,7 @@ class Channels(Statistic):
     def __init__(self, size: int) -> None:
         """`size`: how many rows are kept."""
         self.size = size
-        self.largest, self.held, self.total = torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.float64)
+        self.largest, self.held, self.sum = torch.zeros(0), torch.zeros(0), ExactSum()
         self.count = 0.0
         self.rows, self.keys = torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
 
@@ -60,21 +61,20 @@ class Channels(Statistic):
         self._add(
             magnitude[own].amax(0) if bool(own.any()) else zero,
             magnitude[~own].amax(0) if not bool(own.all()) else zero,
-            magnitude.sum(0, dtype=torch.float64) * weight,
             x.shape[0] * weight,
         )
+        self.sum.add(magnitude.sum(0, dtype=torch.float64).mul_(weight))
         found, order = keys.sort(stable=True)
         order = order[_first(found)][: self.size]
         if len(self.keys) == self.size:  # what is behind all that is kept is not copied
             order = order[keys[order] < self.keys[-1]]
         self._sample(x[order], keys[order])
 
-    def _add(self, largest: torch.Tensor, held: torch.Tensor, total: torch.Tensor, count: float) -> None:
+    def _add(self, largest: torch.Tensor, held: torch.Tensor, count: float) -> None:
         if not self.count:
-            self.largest, self.held, self.total = largest, held, total
+            self.largest, self.held = largest, held
         else:
             self.largest, self.held = torch.maximum(self.largest, largest), torch.maximum(self.held, held)
-            self.total = self.total + total
         self.count += count
 
     def _sample(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
@@ -88,18 +88,25 @@ class Channels(Statistic):
     def merge(self, other: Self) -> None:
         self.lost = self.lost or other.lost
         if other.count:
-            self._add(other.largest, other.held, other.total, other.count)
+            self._add(other.largest, other.held, other.count)
+            self.sum.merge(other.sum)
             self._sample(other.rows, other.keys)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         count = torch.tensor(self.count, dtype=torch.float64)
         sample = {"rows": self.rows, "keys": self.keys}
-        return {"largest": self.largest, "held": self.held, "total": self.total, "count": count, **sample}
+        return {"largest": self.largest, "held": self.held, "count": count, **self.sum.tensors(), **sample}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.largest, self.held, self.sum = tensors["largest"], tensors["held"], ExactSum.loaded(tensors)
+        self.count = float(tensors["count"])
+        self.rows, self.keys = tensors["rows"], tensors["keys"]
 
     @property
     def sizes(self) -> Sizes:
         """How large the channels are."""
-        return Sizes(torch.maximum(self.largest, self.held), (self.total / self.count).float())
+        largest, total = torch.maximum(self.largest, self.held), self.sum.total()
+        return Sizes(largest, torch.zeros_like(largest) if total is None else (total / self.count).float())
 
     @property
     def fitting(self) -> Sizes:

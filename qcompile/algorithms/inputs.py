@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -86,6 +86,9 @@ class Routing(Statistic):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        pass
 
 
 def has_input(weight: Operand) -> bool:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from passes.graph import ancestors, aten, place_of, val
 from passes.subgraphs import held, is_worked_on, subgraph_calls
 from qcompile.algorithms.growth import RangeLog
+from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Statistic
 from qcompile.capture.batch_notices import BatchLog
 from qcompile.capture.batches import PlacedBatches, batch_count, flatten_batch, kind_of, pieces
@@ -116,8 +117,9 @@ def observe(
     widen: bool = False,
     progress: bool = True,
     ranges: RangeLog | None = None,
+    share: Share = WHOLE,
 ) -> BatchLog:
-    """Update `statistics` with every batch.
+    """Update `statistics` with every batch, or with those of a `share`.
 
     Args:
         gm: `unlift(program)`, or what passes made of it.
@@ -137,26 +139,54 @@ def observe(
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise CalibrationError(f"calibration is a list of batches, not a {kind_of(batches)}; put one batch in a list")
     on_cpu = all(tensor.device.type == "cpu" for tensor in (*gm.parameters(), *gm.buffers()))
-    observer, count = _Observer(gm, statistics, widen or on_cpu), 0
+    observer = _Observer(gm, statistics, widen or on_cpu)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    log, evenly = BatchLog(program, placeholders), any(s.additive for kept in statistics.values() for s in kept)
-    with progress_bar("calibrating", batch_count(batches), progress) as bar, torch.no_grad():
-        for batch in batches:
-            name = f"calibration batch {count}"
+    log = BatchLog(program, placeholders)
+    try:
+        _walk(observer, placeholders, log, program, batches, progress, ranges, share)
+    except Exception as error:
+        share.failed(error)
+        raise
+    kept = dict.fromkeys(statistic for several in statistics.values() for statistic in several)
+    share.join(list(kept), log, ranges)
+    return log
+
+
+def _walk(
+    observer: _Observer,
+    placeholders: list[Node],
+    log: BatchLog,
+    program: ExportedProgram,
+    batches: Iterable[Any],
+    progress: bool,
+    ranges: RangeLog | None,
+    share: Share,
+) -> None:
+    """Run the batches of `share`."""
+    evenly = any(s.additive for kept in observer.statistics.values() for s in kept)
+    total = batch_count(batches)
+    own = None if total is None else len(share.numbers(total))
+    with progress_bar("calibrating", own, progress) as bar, torch.no_grad():
+        for index, batch in share.of(batches):
+            name = f"calibration batch {index}"
             if isinstance(batches, PlacedBatches):
-                name += f" ({batches.place(count)})"
+                name += f" ({batches.place(index)})"
             flat = flatten_batch(batch, program, name)
             for piece in pieces(flat, placeholders, name, evenly=evenly, program=program):
                 observer.weigh(piece.weight)
                 _run(observer, piece.inputs, name)
             log.add(flat, name)
-            count += 1
-            for lost in ranges.add(count, log.samples) if ranges is not None else ():
+            for lost in ranges.add(index + 1, log.samples) if ranges is not None else ():
                 lost.lost = name + _nan_inputs(flat, placeholders)
             bar.advance(told=log.counted())
-    if not count:
-        raise CalibrationError("the calibration data is empty")
-    return log
+    if not log.batches:
+        raise CalibrationError(_no_data(share))
+
+
+def _no_data(share: Share) -> str:
+    if share.count == 1:
+        return "the calibration data is empty"
+    return f"{share} has no batch of the calibration data: it has fewer than {share.count} of them"
 
 
 def _nan_inputs(inputs: Sequence[Any], placeholders: Sequence[Node]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch.fx import Node
 
 from passes.graph import shape
-from qcompile.algorithms.statistics import Statistic
+from qcompile.algorithms.statistics import Statistic, counted
 
 
 class ExactSum:
@@ -57,6 +57,20 @@ class ExactSum:
             self.high.add_(high)
             self.low.add_(low)
         self.place = place
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is known."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        high, low = (nothing if half is None else half for half in (self.high, self.low))
+        return {"high": high, "low": low, "place": torch.tensor(self.place)}
+
+    @classmethod
+    def loaded(cls, tensors: Mapping[str, torch.Tensor]) -> ExactSum:
+        """The way back of `tensors`."""
+        found = cls()
+        if tensors["high"].numel():
+            found.high, found.low, found.place = tensors["high"], tensors["low"], int(tensors["place"])
+        return found
 
     def total(self) -> torch.Tensor | None:
         """In float64; None for nothing but zeros."""
@@ -125,7 +139,7 @@ class SecondMoment(Statistic):
             self.broken += 1
             return
         self.sum.add(found.cpu().double().mul_(weight))
-        self.tokens = self.tokens + (x != 0).any(-1).sum(-1).cpu().double() * weight
+        self.tokens = self.tokens + counted((x != 0).any(-1).sum(-1).cpu().double(), weight)
 
     def merge(self, other: Self) -> None:
         self.lost = self.lost or other.lost
@@ -134,10 +148,12 @@ class SecondMoment(Statistic):
         self.tokens = self.tokens + other.tokens
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        high, low = (nothing if half is None else half for half in (self.sum.high, self.sum.low))
-        numbers = {"place": self.sum.place, "broken": self.broken, "runs": self.runs}
-        return {"high": high, "low": low, "tokens": self.tokens} | {n: torch.tensor(v) for n, v in numbers.items()}
+        numbers = {"broken": torch.tensor(self.broken), "runs": torch.tensor(self.runs)}
+        return {**self.sum.tensors(), "tokens": self.tokens, **numbers}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.sum = ExactSum.loaded(tensors)
+        self.tokens, self.runs, self.broken = tensors["tokens"], int(tensors["runs"]), int(tensors["broken"])
 
     def blocks(self, width: int, columns: int) -> torch.Tensor | None:
         """`[experts or 1, ceil(K / width), width, width]`, of a width that divides the one that is kept, or of a

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Node
 
 from passes.ir import repeat_kv
 from passes.sdpa import HIDDEN, fully_masked
+from qcompile.errors import AlgorithmError
 
 
 class Statistic(ABC):
@@ -58,6 +60,13 @@ class Statistic(ABC):
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is known, for files and for other machines."""
 
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Know what `tensors` of another one said, and nothing else. Attributes are set anew, not changed in place."""
+        kind = type(self).__name__
+        raise AlgorithmError(
+            f"{kind} has no `load`, which statistics of several processes need: the way back of `tensors`"
+        )
+
 
 class Largest(Statistic):
     """Largest magnitude.
@@ -92,11 +101,16 @@ class Largest(Statistic):
         self.value = torch.maximum(self.value, other.value)
         self.finite = max(self.finite, other.finite)
         self.reached = self.reached or other.reached
-        self.lost = self.lost or other.lost
+        self.lost = min(filter(None, (self.lost, other.lost)), key=_numbered, default="")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         numbers = {"finite": torch.tensor(self.finite, dtype=torch.float64), "reached": torch.tensor(self.reached)}
-        return {"value": self.value, **numbers}
+        return {"value": self.value, **numbers, "lost": torch.tensor(list(self.lost.encode()), dtype=torch.uint8)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.value, self.finite = tensors["value"].float().cpu(), float(tensors["finite"])
+        self.reached = bool(tensors["reached"])
+        self.lost = bytes(tensors["lost"].tolist()).decode(errors="replace")
 
     def magnitude(self, x: torch.Tensor) -> torch.Tensor:
         low, high = torch.aminmax(x)
@@ -174,6 +188,9 @@ class FullyMasked(Statistic):
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"found": torch.tensor(self.found)}
 
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.found = bool(tensors["found"])
+
 
 class Histogram(Largest):
     """How often which magnitude was met, and the largest.
@@ -203,7 +220,7 @@ class Histogram(Largest):
         if size.numel():
             self._widen(_exponent(float(size.max())))
             bins = size.mul_(self.width**-1).int()  # exact, as the width is a power of two
-            self.counts += torch.bincount(bins, minlength=self.BINS).cpu().double() * weight
+            self.counts += counted(torch.bincount(bins, minlength=self.BINS).cpu().double(), weight)
 
     @property
     def width(self) -> float:
@@ -230,6 +247,24 @@ class Histogram(Largest):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**super().tensors(), "counts": self.counts, "exponent": torch.tensor(self.exponent)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().load(tensors)
+        self.counts, self.exponent = tensors["counts"], int(tensors["exponent"])
+
+
+def counted(numbers: torch.Tensor, weight: float) -> torch.Tensor:
+    """Integers in float64 times a weight of 1/n. Of n times each sample that is an integer again, up to the rounding of
+    the weight (49 / 49 is not 1), which is put right: sums of integers are the same in any order."""
+    weighted = numbers if weight == 1 else numbers * weight
+    whole = weighted.round()
+    return torch.where((weighted - whole).abs() < 1e-9, whole, weighted)
+
+
+def _numbered(batch: str) -> tuple[int, str]:
+    """The order of `calibration batch 2` and `calibration batch 10 (photos/a.png)`."""
+    found = re.search(r"\d+", batch)
+    return int(found[0]) if found else 0, batch
 
 
 def _exponent(largest: float) -> int:

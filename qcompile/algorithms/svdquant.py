@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from passes.places import Pipeline
 from qcompile.algorithms.base import Algorithm, Operand, Seen, View
 from qcompile.algorithms.low_rank import largest_part
 from qcompile.algorithms.scales import has_constant, scale_of
+from qcompile.algorithms.second_moment import ExactSum
 from qcompile.algorithms.settings import SvdquantSettings
 from qcompile.algorithms.statistics import Statistic
 from qcompile.errors import CalibrationError
@@ -127,7 +129,7 @@ class Svdquant(Algorithm[SvdquantSettings]):
         if self.settings.weighting == "none":
             return torch.ones(first.shape[1])
         kept: list[Any] = [seen[group[0].site.consumer.args[0]] for group in same]  # type: ignore[index]
-        total: torch.Tensor = torch.stack([one.total for one in kept]).sum(0)
+        total: torch.Tensor = functools.reduce(torch.add, [one.total for one in kept])
         size: torch.Tensor = total.sqrt()
         largest = size.max()
         if not bool(largest.isfinite()):
@@ -145,13 +147,13 @@ class Squares(Statistic):
     """Sum of squares of each channel, the last axis.
 
     Attributes:
-        total: `[K]`, in float64. count: how many tokens it is the sum of.
+        total: `[K]`, in float64, or zero where nothing else came. count: how many tokens it is the sum of.
     """
 
     additive = True
 
     def __init__(self) -> None:
-        self.total, self.count = torch.zeros(()), 0.0
+        self.sum, self.count = ExactSum(), 0.0
 
     @property
     def spoiled(self) -> bool:
@@ -159,15 +161,24 @@ class Squares(Statistic):
 
     def update(self, result: Any, args: Sequence[Any], weight: float) -> None:
         rows = result.detach().reshape(-1, result.shape[-1])
-        self.total = self.total + rows.double().square().sum(0).cpu() * weight
+        self.sum.add(rows.double().square().sum(0).cpu().mul_(weight))
         self.count += rows.shape[0] * weight
 
     def merge(self, other: Squares) -> None:
-        self.total, self.count = self.total + other.total, self.count + other.count
+        self.sum.merge(other.sum)
+        self.count += other.count
         self.lost = self.lost or other.lost
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"total": self.total, "count": torch.tensor(self.count, dtype=torch.float64)}
+        return {**self.sum.tensors(), "count": torch.tensor(self.count, dtype=torch.float64)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.sum, self.count = ExactSum.loaded(tensors), float(tensors["count"])
+
+    @property
+    def total(self) -> torch.Tensor:
+        found = self.sum.total()
+        return torch.zeros((), dtype=torch.float64) if found is None else found
 
 
 def _key(weight: Operand) -> object:

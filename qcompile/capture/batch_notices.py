@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ class BatchLog:
     """What the batches of a calibration were like.
 
     Attributes:
-        samples: sum of their sizes. tokens: of `input_ids`, those that an `attention_mask` shows.
+        batches: how many there were. samples: sum of their sizes. tokens: of `input_ids`, those that an
+            `attention_mask` shows.
 
     Args:
         program: what they are run through. placeholders: its user inputs.
@@ -27,7 +28,7 @@ class BatchLog:
     def __init__(self, program: ExportedProgram, placeholders: Sequence[Node]) -> None:
         self._ranges = {str(symbol): r for symbol, r in program.range_constraints.items()}
         self._placeholders = placeholders
-        self.samples = self.tokens = 0
+        self.batches = self.samples = self.tokens = 0
         self._unit = "images" if any(node.name == "pixel_values" for node in placeholders) else "samples"
         self._zeros: list[str] = []
         self._sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
@@ -35,6 +36,7 @@ class BatchLog:
     def add(self, inputs: Sequence[Any], name: str) -> None:
         """Note one batch, called `name` in messages."""
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        self.batches += 1
         self.samples += max((t.shape[0] for t in tensors if t.ndim), default=1)
         tokens = any(node.name == "input_ids" for node in self._placeholders)  # the floats are then a cache
         floats = [t for t in tensors if t.is_floating_point() and t.numel() and not tokens]
@@ -47,6 +49,21 @@ class BatchLog:
             if isinstance(value, torch.Tensor):
                 for axis, size in enumerate(value.shape):
                     self._sizes[node.name, axis].add(size)
+
+    def facts(self) -> dict[str, Any]:
+        """What `join` has to know of each process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_ranges", "_placeholders", "_unit")}
+
+    def join(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        """Know what several processes saw together, each of the n of them every n-th batch."""
+        for name in ("batches", "samples", "tokens"):
+            setattr(self, name, sum(own[name] for own in facts))
+        zeros = (name for own in facts for name in own["_zeros"])
+        self._zeros = sorted(zeros, key=lambda name: int(name.split()[2]))  # calibration batch 12
+        self._sizes = defaultdict(set)
+        for own in facts:
+            for axis, sizes in own["_sizes"].items():
+                self._sizes[axis] |= sizes
 
     def counted(self) -> str:
         """How many there were, for a progress bar."""

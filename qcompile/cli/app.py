@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qcompile.cli.alone import with_values
 from qcompile.cli.build import build
+from qcompile.cli.calibrate import calibrate
 from qcompile.cli.checkpoint import checkpoint
 from qcompile.cli.command import better_command
 from qcompile.cli.completion import completion_of
@@ -23,13 +24,16 @@ from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
 from qcompile.cli.generate import generate
 from qcompile.cli.inspect import inspect
+from qcompile.cli.merge import merge
 from qcompile.cli.options import UsageError, check_given
 from qcompile.cli.process import Process, nobody_reads
+from qcompile.cli.ranks import has_part, together
 from qcompile.cli.recipes import recipes
 from qcompile.cli.renamed import current
 from qcompile.cli.repair import repair
+from qcompile.cli.started import is_first, rank
 from qcompile.compat.onnx import REGISTRATION
-from qcompile.errors import ExpectationError, QCompileError, VerificationError
+from qcompile.errors import ExpectationError, JoinedError, QCompileError, VerificationError
 from qcompile.messages import first_line
 from qcompile.version import __version__
 
@@ -74,6 +78,8 @@ app.meta.suppress_keyboard_interrupt = False  # it is said, and by whom the comm
 app.command(export)
 app.command(checkpoint)
 app.command(generate)
+app.command(calibrate)
+app.command(merge)
 app.command(build)
 app.command(inspect)
 app.command(repair)
@@ -96,11 +102,16 @@ def _launch(
         Show the traceback of an error (also: QCOMPILE_DEBUG=1).
     """
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    if not has_part(bound.arguments):
+        return GOOD
     try:
-        result = command(*bound.args, **bound.kwargs)
+        with together(bound.arguments):
+            result = command(*bound.args, **bound.kwargs)
     except (QCompileError, OSError) as error:
         if debug or os.environ.get("QCOMPILE_DEBUG"):
             raise
+        if isinstance(error, JoinedError) and not is_first():  # which says the same
+            return WRONG_USAGE
         better = better_command(tokens, error) if isinstance(error, QCompileError) else None
         _say(f"{error}\nThis works:\n  {better}" if better else str(error))
         return FALLS_SHORT if isinstance(error, VerificationError | ExpectationError) else WRONG_USAGE
@@ -144,4 +155,4 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _say(message: str) -> None:
-    err().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    err(of_all=True).print(Text.assemble(("error: ", "bold red"), rank(), message), soft_wrap=True)

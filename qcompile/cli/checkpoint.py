@@ -13,6 +13,7 @@ from qcompile.cli.console import interactive, out, step, write_report
 from qcompile.cli.data import NO_DATA, DataOptions
 from qcompile.cli.options import UsageError
 from qcompile.cli.parameters import MODEL, QUANTIZATION, SEVERAL, SWITCH, check_sizes
+from qcompile.cli.started import is_first
 from qcompile.outputs import check_distinct, check_writable
 from qcompile.report.tables import show_checkpoint
 
@@ -77,7 +78,7 @@ def checkpoint(
     inputs = [("the model", source), ("the calibration data", data.calibration), ("the recipe", recipe)]
     check_distinct({"--report": report}, inputs)
     written = _write(source, output, format, recipe, set_, data, batch, dry_run)
-    if report is not None and not dry_run:
+    if report is not None and written is not None and not dry_run:
         from qcompile.cli.report import CommandReport
 
         write_report(report, CommandReport(source=source, checkpoint=written, new=[str(output)]))
@@ -93,8 +94,8 @@ def _write(
     options: DataOptions,
     batch: int,
     dry_run: bool,
-) -> CheckpointReport:
-    """Write the checkpoint and show its report."""
+) -> CheckpointReport | None:
+    """Write the checkpoint and show its report; None where another process does."""
     import torch
 
     import qcompile
@@ -132,6 +133,8 @@ def _write(
         step(f"loading {source}")
         loaded = load_source(source, batch=batch, sequence=options.sequence, shapes=data.shapes())
         program, _ = quantized(loaded, chosen, data, torch.float32)  # in half, scales would be rounded to it
+        if not is_first():
+            return None
         step(f"writing {target}")
         report = save_checkpoint(program, target, format=chosen_format, source=source, progress=interactive())
     show_checkpoint(out(), report.data(), target)

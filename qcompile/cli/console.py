@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from qcompile.cli.process import Quiet
+from qcompile.cli.started import is_first
 from qcompile.files import replaced
 from qcompile.messages import visible
 
@@ -33,8 +34,9 @@ def out() -> Console:
     return _console(sys.stdout)
 
 
-def err() -> Console:
-    return _console(sys.stderr)
+def err(*, of_all: bool = False) -> Console:
+    """`of_all`: also where another process prints what this one would."""
+    return _console(sys.stderr, of_all)
 
 
 def interactive() -> bool:
@@ -42,10 +44,12 @@ def interactive() -> bool:
     return sys.stderr.isatty() and sys.stdout.isatty()
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: TextIO, of_all: bool = False) -> Console:
     # Read when asked for, as a caller may have redirected the stream; a file has no width of its own.
     wide = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    return _PlainConsole(file=cast(TextIO, Quiet(stream)), width=wide, highlight=False)
+    return _PlainConsole(
+        file=cast(TextIO, Quiet(stream)), width=wide, highlight=False, quiet=not (of_all or is_first())
+    )
 
 
 def step(message: str) -> None:

@@ -134,7 +134,7 @@ class _Held(io.RawIOBase):
 
 
 def _calibration(data: Data | None, source: Source) -> tuple[Iterable[Any] | None, Any]:
-    """The batches of the calibration data, and the first of them."""
+    """The batches of the calibration data, and the first of them; or a state, which has none."""
     if data is None:
         return None, None
     batches, first = _peek(data.batches(source))
@@ -146,6 +146,8 @@ def _calibration(data: Data | None, source: Source) -> tuple[Iterable[Any] | Non
 
 def _peek(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:
     """The batches, and the first of them."""
+    if isinstance(batches, Mapping):
+        return batches, None
     if isinstance(batches, Sequence):
         return batches, batches[0] if batches else None
     iterator = iter(batches)

@@ -14,6 +14,7 @@ from qcompile.cli.decoders import add_companions, behind_a_past, compare_steps
 from qcompile.cli.preview import AnyRange, show_preview
 from qcompile.cli.quantize import imported, quantized, quantized_with, save
 from qcompile.cli.report import CommandReport
+from qcompile.cli.started import is_first
 from qcompile.cli.wanted import Wanted
 from qcompile.errors import QCompileError
 from qcompile.report.tables import show_export
@@ -38,6 +39,8 @@ def export_onnx(wanted: Wanted) -> int:
         program, first = imported(source, calibration, wanted.dtype)
     else:
         program, first = quantized(source, wanted.recipe, calibration, wanted.dtype, wanted.cache)
+    if not is_first():
+        return 0
     compared = first if first is not None else source.example_batch
     parts: dict[str, Any] = {}
     new: list[str] = []

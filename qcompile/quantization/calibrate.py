@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from qcompile.algorithms.share import Share
 from qcompile.capture import capture
 from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.frontends.quantized import refuse_quantized
@@ -27,10 +28,17 @@ def calibrate(
     dynamic_shapes: Any = None,
     progress: bool = True,
     cache: str | Cache | None = None,
+    shard: tuple[int, int] | None = None,
+    weights: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The ranges of activations that `recipe` gives constant scales to, for a model that is quantized later.
 
-    Args: as of `quantize`.
+    Args: as of `quantize`, and
+
+        shard: (2, 8) sees every eighth batch, from the second on; `merge_states` makes of what all eight return what
+            one process would have returned. Each of them gets all of `calibration`, and takes its own.
+        weights: also return what algorithms such as gptq keep for weights, so that `quantize` can do without data: the
+            second moment of a layer with K inputs takes 16 K^2 bytes. Else they solve weights as without data.
 
     Returns:
         Name of the quantizer (`layers.0.q_proj.input_quantizer`) -> largest magnitude, a float32 scalar; and for each
@@ -42,9 +50,11 @@ def calibrate(
         CaptureError, RecipeError, CalibrationError: each names what is wrong and where.
     """
     chosen_recipe = load_recipe(recipe)
+    share = None if shard is None else Share.of_shard(shard)
     refuse_quantized(model)
     if cache is not None:
         program, calibration = captured_with_cache(model, as_cache(cache), calibration, dynamic_shapes, kwargs)
     else:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return calibrated_state(program, partial(planned, recipe=chosen_recipe, whole=True), calibration, progress)
+    planner = partial(planned, recipe=chosen_recipe, whole=True)
+    return calibrated_state(program, planner, calibration, progress, share, weights)

@@ -26,13 +26,16 @@ from passes.program import lift, unlift
 from passes.quantize.insert import Quantizer
 from passes.quantize.sites import Site
 from qcompile.algorithms.base import told
+from qcompile.algorithms.share import Share
 from qcompile.capture.dimensions import noted_dimensions
 from qcompile.frontends.quantized import is_finished
 from qcompile.messages import some
 from qcompile.process import alone
 from qcompile.quantization.dtypes import compute_dtype, model_dtype
+from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.plan import Plan, Planner, Work
-from qcompile.quantization.solve import Calibration, Data, Solution, solve
+from qcompile.quantization.shards import Shard
+from qcompile.quantization.solve import Calibration, Data, Solution, kept_statistics, solve
 from qcompile.quantization.state import largest_by_name, mask_state
 from qcompile.report.record import QuantizeRecord, record
 
@@ -78,19 +81,32 @@ def quantized_program(
 
 
 def calibrated_state(
-    program: ExportedProgram, planner: Planner, batches: Iterable[Any], progress: bool
+    program: ExportedProgram,
+    planner: Planner,
+    batches: Iterable[Any],
+    progress: bool,
+    share: Share | None = None,
+    weights: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The ranges of what `planner` gives constant scales to, as `qcompile.calibrate` returns them."""
+    """What `qcompile.calibrate` returns: the ranges of what `planner` gives constant scales to; of a `share` of the
+    batches what `merge_states` joins; and what algorithms keep for `weights`, if that is wanted."""
     with alone():
         work = Work(unlift(program))
         plan = planner(work)
     same = (torch.float32, torch.float32)  # what the result will compute in is not known
-    found = solve(work, plan.activations, Data(batches, program, progress=progress), same)
+    data, wanted = Data(batches, program, progress=progress, share=share), plan if weights else plan.activations
+    fingerprint = Fingerprint.of(program, plan)
+    found = kept_statistics(work, wanted, data, same) if weights or share is not None else None
+    if found is None:
+        found = solve(work, plan.activations, data, same)
     for notice in found.notices:
         logger.warning("%s", notice)
     known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]
     amax = {s: _amax(found.quantizers[s]) if s in found.quantizers else torch.zeros(()) for s in known}
-    return largest_by_name(amax) | mask_state(found.fully_masked)
+    state = largest_by_name(amax) | mask_state(found.fully_masked) | found.kept
+    if share is not None:
+        return state | Shard(share, found.batches, fingerprint).tensors()
+    return state | (fingerprint.tensors() if found.kept else {})
 
 
 def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tensor] | None, how: str) -> list[str]:

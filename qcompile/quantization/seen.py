@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile.algorithms.growth import RangeLog
 from qcompile.algorithms.observe import observe
+from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.capture.batches import PlacedBatches, batch_count
 from qcompile.process import alone
@@ -23,7 +24,7 @@ class Observation:
 
     Attributes:
         watch: of the last walk that looked at the graph as it is now.
-        notices: what the user should know of the data. samples: how many there were. asked: whether an algorithm
+        notices: what the user should know of the data. batches_seen, samples: how many. asked: whether an algorithm
             watched something.
         ranges: how the ranges grew over them, of the first walk through the graph as it is now.
     """
@@ -37,12 +38,16 @@ class Observation:
         *,
         again: bool,
         progress: bool,
+        share: Share = WHOLE,
     ) -> None:
-        """`dtypes` are those of the model and of the program; `again`: the batches may be needed more than once."""
+        """`dtypes` are those of the model and of the program; `again`: the batches may be needed more than once;
+        `share`: those of them that are seen here."""
+        self.share = share
         self.gm, self.program, self.dtypes, self.progress = gm, program, dtypes, progress
         self.batches: Iterable[Any] = list(batches) if again and isinstance(batches, Iterator) else batches
         self.watch: Watch | None = None
         self.notices: list[str] = []
+        self.batches_seen = 0
         self.samples: int | None = None
         self.ranges: RangeLog | None = None
         self.asked = False
@@ -72,8 +77,9 @@ class Observation:
         """Update what is kept of another graph with all data."""
         self.asked = True
         statistics = {node: [statistic] for node, statistic in kept.items()}
-        ranges = RangeLog(kept.values(), batch_count(self.batches))
-        log = observe(gm, self.program, statistics, self.batches, widen=True, progress=self.progress, ranges=ranges)
+        ranges = RangeLog(kept.values(), batch_count(self.batches), self.share.count)
+        options: dict[str, Any] = {"widen": True, "progress": self.progress, "share": self.share, "ranges": ranges}
+        log = observe(gm, self.program, statistics, self.batches, **options)
         self.samples, self.notices = log.samples, log.notices()
 
     def _known(self, node: Node, wanted: Statistic) -> Statistic | None:
@@ -92,8 +98,10 @@ class Observation:
         self.watch = watch
         if not watch.watched:
             return
-        ranges = RangeLog(self._stands.values(), batch_count(self.batches))
-        options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "ranges": ranges}
+        ranges = RangeLog(self._stands.values(), batch_count(self.batches), self.share.count)
+        options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "share": self.share}
+        options["ranges"] = ranges
         log = observe(watch.gm, self.program, watch.watched, self.batches, **options)
         told = self.batches.notices if isinstance(self.batches, PlacedBatches) else ()
+        self.batches_seen = log.batches
         self.samples, self.notices, self.ranges = log.samples, [*told, *log.notices()], self.ranges or ranges

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +17,23 @@ from passes.quantize.sites import Site
 from qcompile.algorithms import ask
 from qcompile.algorithms.base import Algorithm, Operand, View
 from qcompile.algorithms.max import Max
+from qcompile.algorithms.ranks import ranks
 from qcompile.algorithms.scales import is_calibrated, scale_of
 from qcompile.algorithms.settings import MaxSettings
+from qcompile.algorithms.share import Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.capture.batch_forms import calibration_form
+from qcompile.capture.batches import batch_count
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.messages import some
+from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.headroom import Headroom
+from qcompile.quantization.kept import Kept, has_statistics, keep, wants_statistics
 from qcompile.quantization.parts import parts_of, solve_parts
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
 from qcompile.quantization.sequential import Segments
+from qcompile.quantization.shards import Shard
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
@@ -48,12 +54,14 @@ class Data:
         calibration: batches, a state, or nothing.
         program: what batches are run through; None where there can be a state only.
         how: what to do where activations have constant scales and there is nothing. progress: show a bar.
+        share: the batches that are seen here; None for those of this rank, or all where there is no process group.
     """
 
     calibration: Calibration
     program: ExportedProgram | None = None
     how: str = ""
     progress: bool = False
+    share: Share | None = None
 
 
 @dataclass
@@ -68,7 +76,8 @@ class Solution:
         notices: what the user should know of the data, or of the lack of it.
         fully_masked: the attentions whose mask hid every key from some query.
         ranges: how ranges grew over the data; None where there is nothing to compare.
-        source: what ranges were found on, for metadata.
+        source: what ranges were found on, for metadata. batches: how many were seen here.
+        kept: statistics, where these are asked for and no scales.
     """
 
     quantizers: dict[Site, Quantizer] = field(default_factory=dict)
@@ -79,6 +88,8 @@ class Solution:
     fully_masked: set[Node] = field(default_factory=set)
     ranges: RangeGrowth | None = None
     source: str = ""
+    batches: int = 0
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution:
@@ -95,23 +106,28 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     static = [s for s, c in plan.configs.items() if s.operand not in ("weight", "softmax") and is_calibrated(c)]
     weights = [site for site in plan.configs if site.operand == "weight"]
     ragged = {site for site in weights if misfit(site.tensor, format_of(plan.configs[site]))}
-    calibration, state = data.calibration, None
+    calibration, state, kept = data.calibration, None, None
     if is_state(calibration):
+        if (part := Shard.read(calibration)) is not None:
+            raise CalibrationError(f"this is the state of {part.share} alone: `qcompile merge` joins those of all")
         state, calibration = calibration, None
-    asked = [site for site in (*weights, *(static if state is None else ())) if site not in ragged]
+        kept = _kept(state, plan, data.program)
+    asked = [site for site in (*weights, *(static if state is None or kept else ())) if site not in ragged]
     view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target, plan.configs)
     found = Solution(weights={operand.site: view.amax(operand) for operand in view.weights})
     _check_range(found.weights, target)
     observation = None
-    if state is not None:
+    if kept is not None and state is not None:
+        found.fully_masked, found.source = known_masks(work.gm, state), "given statistics"
+    elif state is not None:
         _take_state(found, work, plan, static, state, dtypes)
     elif calibration is not None:
         assert data.program is not None
         again = len(plan.steps) > 1 or any(_walks_again(step, view) for step in plan.steps)
-        observation = Observation(work.gm, data.program, calibration, dtypes, again=again, progress=data.progress)
+        observation = _observation(work, plan, data, dtypes, again)
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
-    quantizers, seen = _run_steps(work, plan, view, observation)
+    quantizers, seen = _run_steps(work, plan, view, observation, kept)
     if seen is not view:
         found.weights = {operand.site: seen.amax(operand) for operand in view.weights}
     found.notices += view.notices
@@ -121,12 +137,52 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     if observation is not None:
         _take_observation(found, view, quantizers, observation, target)
     else:
+        if kept is not None:
+            _take_kept(found, view, quantizers, kept, dtypes)
         found.notices += _unknown_ranges(source, target)
     return found
 
 
+def kept_statistics(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution | None:
+    """What the steps of `plan` watch; None where that is largest magnitudes alone, as ranges have them."""
+    sites = [
+        s for s, c in plan.configs.items() if s.operand == "weight" or (s.operand != "softmax" and is_calibrated(c))
+    ]
+    whole = {site: plan.configs[site] for site in sites if not misfit(site.tensor, format_of(plan.configs[site]))}
+    view = graph_view(work.gm, whole, dtypes[1], plan.configs)
+    steps = (*plan.steps, Max(MaxSettings(power_of_two=plan.power_of_two)))
+    if not wants_statistics(steps, view):
+        return None
+    observation = _observation(work, plan, data, dtypes, True)
+    found = Solution(kept=keep(steps, view, observation), batches=observation.batches_seen)
+    assert observation.watch is not None
+    found.notices, found.fully_masked = observation.notices, observation.watch.fully_masked
+    return found
+
+
+def _observation(
+    work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype], again: bool
+) -> Observation:
+    assert data.program is not None
+    share, batches = data.share or ranks(), data.calibration
+    share.agree(_facts(data.program, plan, batches))
+    return Observation(work.gm, data.program, batches or (), dtypes, again=again, progress=data.progress, share=share)
+
+
+def _kept(state: Mapping[str, torch.Tensor], plan: Plan, program: ExportedProgram | None) -> Kept | None:
+    """The statistics in a state, if it has some, which are of this model and recipe."""
+    if not has_statistics(state):
+        return None
+    known = Fingerprint.read(state)
+    if program is None or known is None:
+        raise CalibrationError("a state with statistics is for quantize: calibrate for ranges alone, with no shards")
+    if (what := Fingerprint.of(program, plan).other(known)) is not None:
+        raise CalibrationError(f"the calibrated state was made with another {what}, and holds statistics of that")
+    return Kept(state, plan.steps)
+
+
 def _run_steps(
-    work: Work, plan: Plan, view: View, observation: Observation | None
+    work: Work, plan: Plan, view: View, observation: Observation | None, known: Kept | None
 ) -> tuple[dict[Operand, Quantizer], View]:
     """What the steps chose, and the graph as it is after their edits."""
     quantizers: dict[Operand, Quantizer] = {}
@@ -141,6 +197,9 @@ def _run_steps(
             quantizers |= solve_parts(step, part, parts, observation)
             continue
         watched = ask.watch(step, part)
+        if known is not None and known.has(step, watched):
+            quantizers |= ask.solve(step, part, known.of(step, watched))
+            continue
         if observation is None and _lacks(step, watched):
             quantizers |= ask.solve(step, replace(part, notices=[]), {})  # what it does, is said in one notice
             view.notices.append(step.without_data or "")
@@ -174,6 +233,12 @@ def _of_activations(
     # where there is no range, nothing came, or zeros only
     ranges = {operand.site: chosen.get(operand) for operand in view.activations}
     return {site: found for site, q in known.items() if (found := ranges.get(site, q)) is not None}
+
+
+def _facts(program: ExportedProgram, plan: Plan, batches: object) -> dict[str, Hashable]:
+    """What all that share calibration data have to have in common."""
+    own = Fingerprint.of(program, plan)
+    return {"models": own.model, "recipes": own.recipe, "numbers of batches": batch_count(batches)}
 
 
 def _walks_again(step: Algorithm[Any], view: View) -> bool:
@@ -226,7 +291,25 @@ def _take_observation(
     found.ranges = _growth(observation, view)
     if found.ranges is not None and not found.ranges.suffices:
         found.notices.append(str(found.ranges))
+    found.batches = observation.batches_seen
     found.source = f"{observation.samples} sample{'s' * (observation.samples != 1)}"
+
+
+def _take_kept(
+    found: Solution,
+    view: View,
+    quantizers: Mapping[Operand, Quantizer],
+    kept: Kept,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """What a state with statistics says beside scales."""
+    ranges = {operand: Largest() for operand in view.activations}
+    kept.of(Max(MaxSettings()), {operand.node: largest for operand, largest in ranges.items()})
+    largest = {operand.site: one.value for operand, one in ranges.items()}
+    _check_state(largest, dtypes)
+    for operand, one in ranges.items():
+        if operand not in quantizers:
+            found.unreached[operand.site] = ZEROS if one.reached else NEVER
 
 
 def _growth(observation: Observation, view: View) -> RangeGrowth | None:
@@ -253,16 +336,21 @@ def _take_state(
 ) -> None:
     """The ranges of what `qcompile.calibrate` returned."""
     amax, found.unreached = known_amax(static, state)
-    source, target = dtypes
-    limit = torch.finfo(target).max
-    if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
-        raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
+    _check_state(amax, dtypes)
     for site, value in amax.items():
         if float(value):
             config = plan.configs[site]
             scale = scale_of(value, config, plan.power_of_two)
             found.quantizers[site] = Quantizer(format_of(config), scale, amax=value)
     found.fully_masked, found.source = known_masks(work.gm, state), "given ranges"
+
+
+def _check_state(amax: Mapping[Site, torch.Tensor], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A range of a state that the compute dtype does not hold."""
+    source, target = dtypes
+    limit = torch.finfo(target).max
+    if source != target and (over := [f"{s.name} ({float(a):.3g})" for s, a in amax.items() if float(a) > limit]):
+        raise CalibrationError(f"the calibrated state holds larger ranges in {some(over)}, and {beyond(target)}")
 
 
 def _check_range(weights: Mapping[Site, torch.Tensor], target: torch.dtype) -> None:

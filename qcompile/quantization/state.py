@@ -21,6 +21,7 @@ ABSENT = "the calibrated state has no range for it"
 
 _FULLY_MASKED = "fully_masked"  # what a state calls a mask that hid every key from some query, below the module's path
 _STATE = ("_quantizer", _FULLY_MASKED)
+ABOUT = "@"  # begins the names of what a state says of itself, which no module's path does
 
 
 def largest_by_name(amax: Mapping[Site, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -33,7 +34,9 @@ def largest_by_name(amax: Mapping[Site, torch.Tensor]) -> dict[str, torch.Tensor
 
 def is_state(calibration: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
     """Whether `calibration` is what `qcompile.calibrate` returned, not data to calibrate with."""
-    return isinstance(calibration, Mapping) and all(str(name).endswith(_STATE) for name in calibration)
+    return isinstance(calibration, Mapping) and all(
+        str(name).endswith(_STATE) or str(name).startswith(ABOUT) for name in calibration
+    )
 
 
 def known_amax(

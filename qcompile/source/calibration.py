@@ -15,6 +15,7 @@ from qcompile.source.images import ImageFolder
 from qcompile.source.load import FUNCTION, call_function, import_function
 from qcompile.source.model import Source
 from qcompile.source.preparation import AS_THE_MODEL_SAYS, IMAGE_FOLDERS, OTHERS, TEXT_FILES, Preparation
+from qcompile.source.state_files import StateFile, is_state_file
 from qcompile.source.tensor_files import TensorFile, first_samples
 from qcompile.source.texts import TextFile
 
@@ -31,9 +32,9 @@ def open_calibration(
     Args:
         text: a `.safetensors`, `.npz` or `.pt` file with a tensor for each input, by name, whose first axis is the
             samples; a `.npy` or `.pt` file with the one tensor of a model with one input; a `.pt` file with a list of
-            batches; a folder of images; a `.txt` file, or a `.jsonl` file with a "text" or the "messages" of a chat
-            on each line; `package.module:function`, which returns an iterable of batches; or `random`, made-up data
-            that is good for nothing but trying out.
+            batches; a state that `qcompile calibrate` wrote; a folder of images; a `.txt` file, or a `.jsonl` file with
+            a "text" or the "messages" of a chat on each line; `package.module:function`, which returns an iterable of
+            batches; or `random`, made-up data that is good for nothing but trying out.
         model: the source of the model as `load_source` takes it: a directory has the processor of images and the
             tokenizer of texts.
         samples: how many to take. None: all that tensors and functions have, 128 of images and texts.
@@ -50,6 +51,8 @@ def open_calibration(
         return _MadeUp(samples)
     if path.is_dir():
         return ImageFolder(path, model, samples, how)
+    if is_state_file(path):
+        return StateFile(path, samples)
     if path.suffix in tensor_files.SUFFIXES:
         return TensorFile(path, samples)
     if is_text:

@@ -25,6 +25,7 @@ from qcompile.source.data import Data
 from qcompile.source.examples import Sizes, example_inputs
 from qcompile.source.model import Source
 from qcompile.source.preparation import Preparation
+from qcompile.source.state_files import StateFile
 
 
 def calibration_data(
@@ -89,6 +90,8 @@ def calibration_data(
         if size is not None and size < 1:
             raise CalibrationError(f"{name}={size}: a size is 1 or more")
     opened = open_calibration(os.fspath(data), _directory(model), samples, how)
+    if isinstance(opened, StateFile):
+        raise CalibrationError(f"{data} is a calibrated state and no data: read it with safetensors.torch.load_file")
     batches = opened.batches(_source(model, args, kwargs or {}, opened, batch_size, sequence_length))
     assert isinstance(batches, PlacedBatches)
     return batches

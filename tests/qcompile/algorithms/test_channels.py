@@ -44,11 +44,20 @@ def test_order_parts_and_repeats_do_not_matter() -> None:
     twice = Channels(8)
     for _ in range(2):  # as pieces of batches come, each of which has every sample twice
         twice.update(DATA, (), 0.5)
-    assert same(twice, whole)
+    torch.testing.assert_close(twice.sizes.mean, whole.sizes.mean, rtol=1e-9, atol=0)
+    assert twice.count == whole.count and torch.equal(twice.rows, whole.rows)
     empty = Channels(8)
     empty.merge(whole)
     empty.merge(Channels(8))
     assert same(empty, whole)
+
+
+def test_batches_that_several_saw_are_those_of_one_bit_for_bit() -> None:
+    batches = (DATA * torch.logspace(-6, 6, 200)[:, None]).split(7)
+    whole, other, loaded = seen(*batches), seen(*batches[1::2]), Channels(8)
+    other.merge(seen(*batches[::2]))
+    loaded.load(other.tensors())
+    assert same(other, whole) and same(loaded, whole)
 
 
 def test_one_row_is_fitted_and_judged_on() -> None:

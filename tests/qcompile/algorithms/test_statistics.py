@@ -71,6 +71,28 @@ def test_a_histogram_counts_each_number_once_whatever_comes_first(numbers: list[
     assert low <= float(sizes.min()) and float(sizes.max()) < high
 
 
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("special", [0.0, float("nan")])
+def test_what_is_loaded_goes_on_as_what_was_saved(make: Callable[[], Any], special: float) -> None:
+    batches = X.clone()
+    batches[2, 0] = special
+    whole, known = seen(make, batches), make()
+    first = seen(make, batches[:4])
+    before = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    known.load(first.tensors())
+    assert same(known, first)
+    known.merge(seen(make, batches[4:]))
+    assert same(known, whole)
+    known.load(before)
+    assert all(torch.equal(before[n].nan_to_num(-1), known.tensors()[n].nan_to_num(-1)) for n in before)
+
+
+def test_samples_that_come_n_times_are_whole_numbers() -> None:
+    repeated = Histogram()
+    repeated.update(torch.ones(49), (), 1 / 49)
+    assert float(repeated.counts.sum()) == 1
+
+
 def test_pieces_of_a_batch_count_by_their_weight() -> None:
     x = torch.rand(8, 4)
     whole, thirds = seen(Histogram, x[None]), Histogram()
