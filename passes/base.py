@@ -83,7 +83,7 @@ class Pass(PassBase):
 
     @abstractmethod
     def rewrite(self, gm: GraphModule) -> None:
-        """Change `gm.graph` in place; the base class removes what became dead, lints and recompiles."""
+        """Change `gm.graph` in place; the base class lints, removes what became dead and recompiles."""
 
     def check_requires(self, gm: GraphModule) -> Iterable[str]:
         """What of *Requires* does not hold of `gm`, a sentence each: asked where passes are checked."""
@@ -102,8 +102,7 @@ class Pass(PassBase):
                 before = self.log.fired[self.name]
                 self.rewrite(gm)
                 if self.log.fired[self.name] > before:
-                    gm.graph.eliminate_dead_code()
-                    gm.graph.lint()
+                    gm.graph.eliminate_dead_code()  # which lints first
                     if self.recompiles or gm is not graph_module:  # an Interpreter calls the graphs in calls as modules
                         gm.recompile()
         except QCompileError:  # raised on purpose: its sentence says what is wrong

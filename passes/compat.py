@@ -7,7 +7,7 @@ programs name them, so that torch cannot take them back without a word. They are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.private import Private, lazily
@@ -32,6 +32,9 @@ _NAMES = {
     "FakeTensor": Private(_FAKE, "FakeTensor", _VALUES),
     "FakeTensorMode": Private(_FAKE, "FakeTensorMode", _VALUES, lambda mode: bool(_is_fake(mode))),
     "detect_fake_mode": Private("torch._guards", "detect_fake_mode", _VALUES, lambda detect: detect([]) is None),
+    "LazyGraphModule": Private(
+        "torch.fx._lazy_graph_module", "_LazyGraphModule", "every pass, which changes graphs", lambda c: _is_lazy(c)
+    ),
     "enable_python_dispatcher": Private("torch._dispatch.python", "enable_python_dispatcher", _VALUES),
     "is_composite": Private("torch._export.utils", "_is_cia_op", _COMPOSITE, lambda found: _tells(found, False)),
     "is_kept": Private(
@@ -67,6 +70,19 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def fake_like(
+    mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> FakeTensor:
+    """A fake tensor in a memory of its own, as `torch.empty_strided` makes it in `mode`, without a dispatch."""
+    import torch
+
+    fake_class = _NAMES["FakeTensor"].get()
+    with torch._C._DisableTorchDispatch():
+        elem = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        made: FakeTensor = fake_class(mode, elem, device)
+    return made
+
+
 def data_dependent() -> tuple[type[Exception], ...]:
     """What torch raises where fake values do not decide what numbers of run time do."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -94,6 +110,7 @@ def probes() -> Iterator[Private]:
     yield from _NAMES.values()
     yield Private("torch.cpu", "_is_vnni_supported", "INT8 on a CPU", lambda asks: isinstance(asks(), bool))
     yield Private("torch", "UntypedStorage._cdata", "the merge of heads that lie side by side", _tells_memory)
+    yield Private("torch._C", "_DisableTorchDispatch", _VALUES, lambda _: _makes_alike())
     yield Private("torch.autograd", "forward_ad._current_level", "the refusal of gradients", lambda level: level == -1)
     yield Private("torch._C", "_after_autograd_keyset", "the refusal of gradients", _knows_cpu)
     yield Private("torch.utils._pytree", "tree_map_only", "every pass", lambda tree: tree(int, str, [1]) == ["1"])
@@ -131,6 +148,16 @@ _ONEDNN_CODES = {
 }
 
 
+def _makes_alike() -> bool:
+    import torch
+
+    mode = _NAMES["FakeTensorMode"].get()()
+    with mode:
+        value = torch.empty(2, 3).t()
+    made: Any = fake_like(mode, value.shape, value.stride(), value.dtype, value.device)
+    return made.fake_mode is mode and made.stride() == (1, 3) and made.device == value.device
+
+
 def _takes(arguments: tuple[str, ...]) -> Callable[[Any], bool]:
     def check(operator: Any) -> bool:
         overload = getattr(operator, "default", operator)
@@ -154,6 +181,16 @@ def _is_fake(mode_class: Any) -> bool:
     with mode_class():
         product = torch.empty(2, 3) @ torch.empty(3, 5)
     return type(product).__name__ == "FakeTensor" and product.shape == (2, 5)
+
+
+def _is_lazy(module_class: Any) -> bool:
+    """Whether a module with a graph runs it, though its code was not written when it was made."""
+    import torch
+
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("x"))
+    module = module_class({}, graph)
+    return "_code" not in vars(module) and module(3) == 3
 
 
 def _tells_memory(_: Any) -> bool:

@@ -258,10 +258,8 @@ def _program(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         _named(spec, value.name) if isinstance(value, Node) else spec
         for spec, value in zip(signature.output_specs, outputs, strict=True)  # type: ignore[arg-type]
     ]
-    gm = GraphModule(program.graph_module, graph)
-    gm.meta.update(program.graph_module.meta)
-    return ExportedProgram(
-        root=gm,
+    made = ExportedProgram(
+        root={},  # graphs in calls are not local
         graph=graph,
         graph_signature=dataclasses.replace(signature, output_specs=specs),
         state_dict=program.state_dict,
@@ -270,3 +268,5 @@ def _program(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         example_inputs=program.example_inputs,
         constants=program.constants,
     )
+    made.graph_module.meta.update(program.graph_module.meta)
+    return made

@@ -7,17 +7,18 @@ true for the nodes that a pass adds. Constants are in `passes.constants`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from passes.compat import FakeTensor, FakeTensorMode, detect_fake_mode, enable_python_dispatcher
+from passes.compat import FakeTensor, FakeTensorMode, detect_fake_mode, enable_python_dispatcher, fake_like
 
 aten = torch.ops.aten
 
@@ -157,11 +158,54 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def fake_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What a call of `target` would make, from the fake values of the nodes among its arguments."""
     fake_args, fake_kwargs = pytree.tree_map_only(Node, val, (args, kwargs))
+    if getattr(target, "namespace", None) == "qcompile":
+        return _own_call(mode, target, fake_args, fake_kwargs)
+    return _run_fake(mode, target, fake_args, fake_kwargs)
+
+
+def _run_fake(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     env = mode.shape_env
     unbound = env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext()
     # without the dispatcher torch 2.11 reads symbolic sizes in C++, and fails
     with mode, enable_python_dispatcher(), unbound:
-        return target(*fake_args, **fake_kwargs)
+        return target(*args, **kwargs)
+
+
+class _Layout(NamedTuple):
+    """What there is to know of a fake tensor without symbols, but for its memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Of a fake tensor; `value` itself if it is anything else, or has symbols."""
+        if not isinstance(value, FakeTensor):
+            return value
+        sizes, strides = tuple(value.shape), tuple(value.stride())
+        known = all(type(number) is int for number in (*sizes, *strides))
+        return cls(sizes, strides, value.dtype, value.device) if known else value
+
+
+def _own_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a call of one of our operators makes, whose results are tensors in memory of their own: most of what passes
+    add is such a call, and many are alike."""
+    known = tuple(map(_Layout.of, args)), tuple((name, _Layout.of(value)) for name, value in kwargs.items())
+    if any(isinstance(value, FakeTensor | list) for value in (*known[0], *dict(known[1]).values())):
+        return _run_fake(mode, target, args, kwargs)
+    made = _own_result(target, *known)
+    return _run_fake(mode, target, args, kwargs) if made is None else fake_like(mode, *made)
+
+
+@functools.lru_cache(1000)
+def _own_result(target: Callable[..., Any], args: Any, kwargs: Any) -> _Layout | None:
+    """The layout of what `target` makes of operands of these layouts; None if that is not one tensor."""
+    mode = FakeTensorMode()
+    values = [fake_like(mode, *value) if isinstance(value, _Layout) else value for value in args]
+    made = _Layout.of(_run_fake(mode, target, values, dict(kwargs)))
+    return made if isinstance(made, _Layout) else None
 
 
 def fake_again(node: Node) -> Any:

@@ -29,6 +29,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from passes.compat import LazyGraphModule
 from passes.constants import constant
 from passes.errors import PassError
 from passes.graph import TRANSPARENT, aten, strip
@@ -98,7 +99,7 @@ def unlift(program: ExportedProgram, *, sink: bool = True) -> GraphModule:
             part = getattr(program.graph_module, str(node.target))
             tensors[str(node.target)] = copied_graph(part) if isinstance(part, GraphModule) else part
         copied[node] = graph.node_copy(node, lambda n: copied[n])
-    gm = GraphModule(tensors, graph)
+    gm: GraphModule = LazyGraphModule(tensors, graph)  # whose Python code is written when somebody calls it
     separate(gm)
     if sink:
         sink_constants(gm)
@@ -168,9 +169,8 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
         if spec.arg.name not in taken:  # as torch.export does: FX itself makes `input_1` of `input`, Python's own name
             node.name = node.target = spec.arg.name
         specs.append(dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name)))
-    root = GraphModule(_submodules(gm), graph)
     return ExportedProgram(
-        root=root,
+        root=_submodules(gm),
         graph=graph,
         graph_signature=ExportGraphSignature(specs, _output_specs(program, graph)),
         state_dict=state,

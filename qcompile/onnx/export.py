@@ -26,7 +26,7 @@ from passes.pipelines import BLOCKS_TO_CHANNELS, PORTABLE, RESTORE, TENSORRT, TE
 from passes.places import OwnPasses, Pipeline, Placed
 from passes.program import lift, unlift
 from passes.subgraphs import all_calls, all_nodes, graphs, held, operator_name, owner, subgraph_calls
-from qcompile.compat.onnx import LOGGERS
+from qcompile.compat.onnx import LOGGERS, quick_translation
 from qcompile.errors import ExportError
 from qcompile.messages import some
 from qcompile.onnx.biases import biases_to_rows
@@ -36,6 +36,7 @@ from qcompile.onnx.fp4 import FP4_IR_VERSION, FP4_OPSET, as_float4, uses_fp4
 from qcompile.onnx.functions import DOMAIN, body_of
 from qcompile.onnx.int4 import INT4_OPSET, uses_int4
 from qcompile.onnx.interface import (
+    by_name,
     check_interface,
     complex_notices,
     name_dimensions,
@@ -55,7 +56,7 @@ from qcompile.onnx.tidy import tidy
 from qcompile.onnx.verify import require, verify_onnx
 from qcompile.onnxfile.refused import MAY_LACK, no_operator
 from qcompile.outputs import check_room, check_writable
-from qcompile.process import alone
+from qcompile.process import alone, old_objects_rest
 from qcompile.report import Report
 from qcompile.report.coverage import Modules
 from qcompile.report.record import QuantizeRecord, record_of
@@ -74,6 +75,7 @@ _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
 
 
+@old_objects_rest()
 def export_onnx(
     program: ExportedProgram,
     path: str | os.PathLike[str],
@@ -125,6 +127,7 @@ def export_onnx(
         torch.no_grad(),
     ):  # a learned attention bias would make torch trace the form of SDPA that has a gradient
         gm = unlift(program)
+        needed = required_dependence(gm, program)
         log = run_pipeline(_KERNELS[target], gm, log)
         modules = Modules.of(gm, [*noted.declined, *log.declined])
         run_pipeline((*_BLOCK_FP8[block_fp8], *_PIPELINES[target], *boundary(io_dtype)), gm, log)
@@ -152,7 +155,7 @@ def export_onnx(
         converted.model.ir_version = max(converted.model.ir_version, FP4_IR_VERSION)
 
     with written_beside(converted.model, destination) as written:
-        checks = verify_onnx(written, required_dependence(program, converted.model))
+        checks = verify_onnx(written, by_name(needed, program, converted.model))
         require(checks)
         comparison = compare_layers(written, converted, program, compare) if compare is not None else None
         size = sum(file.stat().st_size for file in written.parent.iterdir())
@@ -252,7 +255,7 @@ def _convert(lowered: ExportedProgram, opset: int) -> Any:
         return written
 
     setattr(lowered, "run_decompositions", decomposed)  # noqa: B010  # on this object alone, which nobody else has
-    with _quiet():
+    with _quiet(), quick_translation():
         try:
             converted = torch.onnx.export(
                 lowered,

@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 import onnx_ir
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from passes.dependence import input_dependence
-from passes.program import unlift
 from passes.traits import is_complex
 from qcompile.capture import signature
 from qcompile.capture.signature import interface_problem, tensor_inputs
 from qcompile.errors import ExportError
 from qcompile.messages import some
-from qcompile.process import alone
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
@@ -114,16 +112,19 @@ def complex_notices(program: ExportedProgram) -> list[str]:
     return [f"ONNX has no complex numbers: the file has {some(names)} as torch.view_as_real gives it, [..., 2]"]
 
 
-def required_dependence(program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:
-    """ONNX output -> ONNX inputs whose values it has to depend on, read off `program`, which was lowered to `model`."""
-    with alone():
-        gm = unlift(program)
-    placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    positions = [position for position, _ in tensor_inputs(program)]
-    to_onnx = {placeholders[i]: str(value.name) for i, value in zip(positions, model.graph.inputs, strict=True)}
+def required_dependence(gm: GraphModule, program: ExportedProgram) -> list[set[int]]:
+    """For each tensor that `gm`, unlifted from `program`, returns: the user inputs whose values it depends on."""
+    order = {node.name: position for position, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     specs = program.graph_signature.output_specs
-    returned = [d for d, spec in zip(input_dependence(gm), specs, strict=True) if isinstance(spec.arg, TensorArgument)]
+    found = zip(input_dependence(gm), specs, strict=True)
+    return [{order[name] for name in names} for names, spec in found if isinstance(spec.arg, TensorArgument)]
+
+
+def by_name(needed: list[set[int]], program: ExportedProgram, model: onnx_ir.Model) -> dict[str, set[str]]:
+    """`required_dependence` of `program` by the names of `model`, which it was lowered to: output -> inputs."""
+    inputs = zip(tensor_inputs(program), model.graph.inputs, strict=True)
+    names = {position: str(value.name) for (position, _), value in inputs}
     return {
-        str(output.name): {to_onnx[name] for name in inputs if name in to_onnx}
-        for output, inputs in zip(model.graph.outputs, returned, strict=True)
+        str(output.name): {names[position] for position in positions if position in names}
+        for output, positions in zip(model.graph.outputs, needed, strict=True)
     }

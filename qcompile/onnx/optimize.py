@@ -11,11 +11,16 @@ Of its default rules (onnxscript 0.7.2) these are left out:
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules import common as rules
+
+from qcompile.compat.onnx import last_operator
 
 __all__ = ["optimize"]
 
@@ -49,9 +54,26 @@ _KEPT = (
     "remove_optional_bias_from_conv_transpose_rule",  # 0.7
     "remove_optional_bias_from_gemm_rule",  # 0.7
 )
+
+
+def _guarded(rule: Any, like: Any) -> Any:
+    """`rule`, which looks at nodes of the operator alone that the pattern of `like` ends in.
+
+    onnxscript tries each rule on each node, and prepares a match to find that out: a third of `optimize` were these.
+    """
+    last, rewritten = last_operator(like), rule.try_rewrite
+
+    def try_rewrite(model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        return rewritten(model, graph, node, **options) if last in (None, node.op_type) else None
+
+    guarded = copy.copy(rule)  # that of onnxscript stays as it is
+    guarded.try_rewrite = try_rewrite
+    return guarded
+
+
 _RULES = [
-    *(variant for rule in _COMMUTATIVE for variant in rule.commute()),
-    *(getattr(rules, name) for name in _KEPT if hasattr(rules, name)),
+    *(_guarded(variant, rule) for rule in _COMMUTATIVE for variant in rule.commute()),
+    *(_guarded(rule, rule) for name in _KEPT if (rule := getattr(rules, name, None)) is not None),
 ]
 _STEPS = 2
 

@@ -14,12 +14,14 @@ from passes.places import OwnPasses, Placed
 from qcompile.capture import capture
 from qcompile.decoders import Cache, as_cache, captured_with_cache
 from qcompile.frontends.quantized import refuse_quantized
+from qcompile.process import old_objects_rest
 from qcompile.quantization.dtypes import compute_dtype
 from qcompile.quantization.plan import planned, unquantized
 from qcompile.quantization.run import quantized_program
 from qcompile.recipe import Recipe, load_recipe
 
 
+@old_objects_rest()
 def quantize(
     model: torch.nn.Module | ExportedProgram,
     args: Sequence[Any] = (),

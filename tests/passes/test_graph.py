@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from passes.compat import FakeTensorMode, storage_id
+from passes.formats import get_format
 from passes.graph import (
     Emitter,
     argument,
     aten,
     calls,
     fake_again,
+    fake_call,
     is_call,
     module_class,
     module_path,
@@ -21,6 +24,7 @@ from passes.graph import (
     shape,
     strip,
 )
+from passes.ir import DEQUANTIZE, DYNAMIC_QUANTIZE, QUANTIZE
 from passes.testing import DYNAMIC, graph_of, only_call, run
 from tests.passes.support import Attention, Mlp
 
@@ -133,3 +137,30 @@ def test_a_call_made_again_has_the_strides_and_dtype_of_its_operands() -> None:
         operand.meta["val"] = torch.empty(4, 3, dtype=torch.float16).t()
     again = fake_again(relu)
     assert (again.dtype, again.stride()) == (torch.float16, (1, 3)) and relu.meta["val"].stride() == (4, 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_calls_that_are_alike_have_equal_values_in_memory_of_their_own(transposed: bool) -> None:
+    mode = FakeTensorMode()
+    with mode:
+        x, scale = torch.empty(32, 64), torch.empty(())
+        x = x.t() if transposed else x
+        wanted = QUANTIZE(x, scale, format="fp8")  # as torch makes it
+    made = [fake_call(mode, QUANTIZE, (x, scale), {"format": "fp8"}) for _ in range(3)]
+    for value in made:
+        assert (value.shape, value.stride(), value.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert value.fake_mode is mode and value.device == wanted.device
+    assert len({storage_id(value) for value in made}) == 3
+    half = fake_call(mode, DEQUANTIZE, (made[0], scale), {"format": "fp8", "dtype": torch.float16})
+    whole = fake_call(mode, DEQUANTIZE, (made[0], scale), {"format": "fp8", "dtype": torch.float32})
+    assert (half.dtype, whole.dtype) == (torch.float16, torch.float32)
+
+
+def test_a_call_that_makes_two_tensors_has_both() -> None:
+    mode = FakeTensorMode()
+    with mode:
+        x, scale = torch.empty(4, 32), torch.empty(())
+    for _ in range(2):
+        codes, blocks = fake_call(mode, DYNAMIC_QUANTIZE, (x, scale), {"format": "nvfp4"})
+        assert (codes.shape, blocks.shape) == ((4, 16), (4, 2))
+        assert codes.dtype is get_format("nvfp4").storage

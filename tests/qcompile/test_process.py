@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib
 import io
 import linecache
@@ -11,6 +12,7 @@ import logging
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -279,3 +281,31 @@ def test_transformers_is_silenced_for_the_time_of_a_call(tmp_path: Path) -> None
         assert (found.get_verbosity(), found.is_progress_bar_enabled()) == (found.INFO, True)
     finally:
         found.set_verbosity(before)
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """As a process is at its start; `conftest` freezes what all tests import."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("unfrozen")
+def test_garbage_is_looked_for_among_new_objects_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resting: list[int] = []
+    model, x = model_of(0)
+    model.then = lambda _: resting.append(gc.get_freeze_count())
+    program = qcompile.quantize(model, (x,), recipe="nvfp4_weight_only", progress=False)
+    assert min(resting) > 10_000 and gc.get_freeze_count() == 0
+    cycle = model_of(1)[0]
+    cycle.then = cycle.forward
+    gone = weakref.ref(cycle)
+    gc.freeze()  # by the user: it stays as it is
+    del cycle
+    qcompile.export_onnx(program, tmp_path / "model.onnx")
+    assert gc.get_freeze_count() > 10_000 and gone() is not None
+    gc.unfreeze()
+    monkeypatch.setattr("qcompile.process._last_count", 1)  # there are more than half more objects than that
+    qcompile.export_onnx(program, tmp_path / "model.onnx")
+    assert gc.get_freeze_count() == 0 and gone() is None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.compat.onnx import last_operator, quick_translation
+from qcompile.onnx.optimize import _RULES, optimize
 
 
 class Rows(nn.Module):
@@ -64,3 +70,47 @@ def test_the_file_has_the_numbers_of_the_program(model: type[nn.Module], dtype: 
         expected = program.module()(x)
     for got, want in zip(results, [expected] if isinstance(expected, Tensor) else expected, strict=True):
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_rule_looks_at_nodes_of_its_own_operator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(last_operator(rule) for rule in _RULES if rule.name)
+    seen: set[str] = set()
+    for rule in _RULES:
+        match = rule._matcher.match
+
+        def noted(model: ir.Model, graph: ir.Graph, node: ir.Node, _match: Any = match, **options: Any) -> Any:
+            seen.add(node.op_type)
+            return _match(model, graph, node, **options)
+
+        monkeypatch.setattr(rule._matcher, "match", noted)
+    nodes = [
+        onnx.helper.make_node("Relu", ["x"], ["a"]),
+        onnx.helper.make_node("Transpose", ["a"], ["b"], perm=[1, 0]),
+        onnx.helper.make_node("Transpose", ["b"], ["c"], perm=[1, 0]),
+        onnx.helper.make_node("Sigmoid", ["c"], ["y"]),
+    ]
+    info = [onnx.helper.make_tensor_value_info(name, 1, [2, 8]) for name in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", info[:1], info[1:]))
+    made = ir.serde.deserialize_model(model)
+    optimize(made)
+    assert [node.op_type for node in made.graph] == ["Relu", "Sigmoid"]
+    assert seen == {"Transpose"}
+
+
+def test_a_translation_without_detours_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 32)
+    program = qcompile.quantize(Rows().eval(), (x,), recipe="fp8", calibration=[x], progress=False)
+    qcompile.export_onnx(program, tmp_path / "quick.onnx")
+    monkeypatch.setattr("qcompile.onnx.export.quick_translation", contextlib.nullcontext)
+    qcompile.export_onnx(program, tmp_path / "slow.onnx")
+    assert (tmp_path / "quick.onnx").read_bytes() == (tmp_path / "slow.onnx").read_bytes()
+
+
+def test_what_was_replaced_is_put_back() -> None:
+    from onnxscript.values import TracedOnnxFunction
+
+    parsed = vars(TracedOnnxFunction)["function_ir"]
+    with pytest.raises(ValueError, match="stop"), quick_translation():
+        assert vars(TracedOnnxFunction)["function_ir"] is not parsed
+        raise ValueError("stop")
+    assert vars(TracedOnnxFunction)["function_ir"] is parsed
