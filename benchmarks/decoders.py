@@ -5,7 +5,7 @@ of the float16 file against transformers' `generate` of the same weights. `cache
 float16 cache and with one in FP8, both in ONNX Runtime, the second half of each window behind the first as past; and
 the bytes that a token takes. `speed`: tokens per second of CPU time, one thread, in turn, of the float16 file beside
 that of onnxruntime-genai's model builder, and of the INT8 file; all in the same loop. `export`: time to quantize and
-export with a cache against without, of two layers.
+export with a cache against without, of four layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import cyclopts
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ class Files:
         if not path.is_dir():
             half = transformers.AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float16)
             half.load_state_dict(self.model.state_dict())
+            del half.config.quantization_config  # that it was a GGUF file
             half.save_pretrained(path)
         return path
 
@@ -71,13 +73,27 @@ class Files:
     def of_genai(self) -> qcompile.Generator | None:
         """The float16 file of onnxruntime-genai's model builder; None where that is not installed."""
         try:
-            from onnxruntime_genai.models.builder import create_model
+            from onnxruntime_genai.models.builder import create_model, parse_extra_options
         except ImportError:
             return None
         path = self.folder / "genai"
         if not (path / "genai_config.json").is_file():
-            create_model("", str(self.source), str(path), "fp16", "cpu", str(self.folder / "hub"))
-        return qcompile.Generator(path, sess_options=_one_thread())
+            given = ("", str(self.source), str(path), "fp16", "cpu", str(self.folder / "hub"))
+            create_model(*given, **parse_extra_options(*given, {}))
+            _with_sizes(path / "model.onnx", self.model.config.head_dim)
+        options = _one_thread()
+        options.enable_mem_reuse = False  # with it, ONNX Runtime fails on this file in the second step
+        return qcompile.Generator(path, sess_options=options)
+
+
+def _with_sizes(path: Path, width: int) -> None:
+    """Say how wide keys and values are, where the file has a name for it."""
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "kv_cache_dim":
+                dim.CopyFrom(onnx.TensorShapeProto.Dimension(dim_value=width))
+    onnx.save(model, path)
 
 
 def _one_thread() -> ort.SessionOptions:
@@ -154,7 +170,7 @@ def speed(files: Files, rounds: int, count: int) -> list[dict[str, Any]]:
 
 
 def export(rounds: int) -> list[dict[str, Any]]:
-    """Two layers of the model's sizes, random weights, the recipe fp8."""
+    """Four layers of the model's sizes, random weights, the recipe fp8."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=4096)
     model: Any = transformers.LlamaForCausalLM(config).eval()

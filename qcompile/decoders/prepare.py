@@ -50,7 +50,7 @@ class Decoder:
         """`calibration` as batches of the module, each twice: without a past, and its second half with the first for
         one. What is no batches, a state or nothing, stays what it is."""
         states = isinstance(calibration, Mapping) and all(isinstance(v, torch.Tensor) for v in calibration.values())
-        if calibration is None or (states and "input_ids" not in calibration):
+        if calibration is None or (states and "input_ids" not in [*calibration]):
             return calibration
         return CachedBatches(self, [calibration] if isinstance(calibration, Mapping) else calibration)
 

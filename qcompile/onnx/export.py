@@ -16,7 +16,7 @@ from typing import Any, Literal
 import onnx_ir
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from passes.base import PassLog, run_pipeline
 from passes.formats import get_format
@@ -72,6 +72,12 @@ _BFLOAT16_OPSET = 22  # before it HardSwish, Softplus, Elu, Mish and others have
 _PIPELINES: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT, "portable": PORTABLE}
 _KERNELS: Mapping[Target, Pipeline] = {"tensorrt": TENSORRT_KERNELS, "portable": RESTORE}
 _BLOCK_FP8 = {"k_split": (), "per_channel": BLOCKS_TO_CHANNELS}
+# Spellings that torch.onnx traces a program again for, and what it knows them as.
+_PLAIN = {
+    torch.ops.aten.__and__.Tensor: torch.ops.aten.bitwise_and.Tensor,
+    torch.ops.aten.__or__.Tensor: torch.ops.aten.bitwise_or.Tensor,
+    torch.ops.aten.__xor__.Tensor: torch.ops.aten.bitwise_xor.Tensor,
+}
 _WRITTEN_WITH_GRAPHS = ("cond", "while_loop", "scan", "invoke_subgraph")
 
 
@@ -134,6 +140,8 @@ def export_onnx(
         log.own.check_placed()
         costs = cost_notices(gm, log)
         _check_subgraphs(gm)
+        for node in all_calls(gm, *_PLAIN):
+            node.target = _PLAIN[node.target]  # type: ignore[index]
         lowered = lift(gm, program)
         converted = _convert(lowered, opset)
     check_interface(converted.exported_program)  # made functional now, so that every write is in the open
@@ -311,11 +319,18 @@ def _needs_retrace(program: ExportedProgram, table: Container[object]) -> bool:
     """Whether the decompositions that torch.onnx asks for would change `program`: tracing it again takes a third of the
     time of an export."""
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target is not operator.getitem:
+        if node.op == "call_function" and node.target is not operator.getitem and not _is_size(node):
             known = isinstance(node.target, torch._ops.OpOverload)
             if not known or node.target in table or node.target._schema.is_mutable:
                 return True
     return False
+
+
+def _is_size(node: Node) -> bool:
+    """Whether `node` makes a size of others, as `past + sequence`: no decomposition changes it."""
+    return getattr(node.target, "__module__", "") in ("_operator", "operator") and not isinstance(
+        node.meta.get("val"), torch.Tensor
+    )
 
 
 @contextlib.contextmanager
