@@ -250,9 +250,8 @@ class PartBatches(Iterable[Any]):
             ids = batch.get("decoder_input_ids")
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 raise CalibrationError(f"batch {index} has no decoder_input_ids [batch, tokens] for the decoder")
-            past = self.parts.encoded(inputs)
-            yield self.parts.step(inputs, ids, past)
-            half = ids.shape[1] // 2
-            if half:
-                past = self.parts.after(self.parts.step(inputs, ids[:, :half], past), past)
-                yield self.parts.step(inputs, ids[:, half:], past)
+            past, half = self.parts.encoded(inputs), (ids.shape[1] + 1) // 2
+            prompt = self.parts.step(inputs, ids[:, :half], past)
+            yield prompt
+            if half < ids.shape[1]:
+                yield self.parts.step(inputs, ids[:, half:], self.parts.after(prompt, past))

@@ -47,8 +47,8 @@ class Decoder:
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": given}
 
     def batches(self, calibration: Any) -> Any:
-        """`calibration` as batches of the module, each twice: without a past, and its second half with the first for
-        one. What is no batches, a state or nothing, stays what it is."""
+        """`calibration` as batches of the module, each in halves: one without a past, and one behind it. What is no
+        batches, a state or nothing, stays what it is."""
         states = isinstance(calibration, Mapping) and all(isinstance(v, torch.Tensor) for v in calibration.values())
         if calibration is None or (states and "input_ids" not in [*calibration]):
             return calibration
@@ -74,16 +74,17 @@ class CachedBatches(Iterable[Any]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index, batch in enumerate(self.given):
             tokens = _tokens(batch, index)
-            yield self.decoder.inputs(tokens)
-            length = tokens["input_ids"].shape[1]
-            if length > 1:
-                first, second = (_part(tokens, part) for part in (slice(0, length // 2), slice(length // 2, length)))
+            half = (tokens["input_ids"].shape[1] + 1) // 2
+            prompt = self.decoder.inputs(_part(tokens, slice(0, half)))
+            yield prompt
+            if half < tokens["input_ids"].shape[1]:
+                rest = _part(tokens, slice(half, None))
                 was_training = self.decoder.module.training
                 with torch.no_grad():
-                    past = self.decoder.module.eval()(**self.decoder.inputs(first))["present"]
+                    past = self.decoder.module.eval()(**prompt)["present"]
                 self.decoder.module.train(was_training)
-                second["attention_mask"] = tokens.get("attention_mask")
-                yield self.decoder.inputs(second, past, length // 2)
+                rest["attention_mask"] = tokens.get("attention_mask")
+                yield self.decoder.inputs(rest, past, half)
 
 
 def _part(batch: Mapping[str, Any], part: slice) -> dict[str, Any]:

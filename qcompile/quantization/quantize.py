@@ -58,7 +58,7 @@ def quantize(
             checked of them.
         cache: capture a decoder of transformers with its keys and values as inputs and outputs: "dynamic", or a
             `qcompile.Cache`. Example inputs and dynamic shapes are then its own, and batches are `input_ids` with,
-            where there is padding, `attention_mask`; each is calibrated as a prompt and, its second half, behind one.
+            where there is padding, `attention_mask`; the first half of each is a prompt, and the rest behind it.
 
     Returns:
         A program of the same signature with the operators of `passes.ir` in its graph; `torch.export.save` and
