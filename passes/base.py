@@ -102,7 +102,7 @@ class Pass(PassBase):
                 before = self.log.fired[self.name]
                 self.rewrite(gm)
                 if self.log.fired[self.name] > before:
-                    gm.graph.eliminate_dead_code()  # which lints first
+                    gm.graph.eliminate_dead_code(_stays)  # which lints first
                     if self.recompiles or gm is not graph_module:  # an Interpreter calls the graphs in calls as modules
                         gm.recompile()
         except QCompileError:  # raised on purpose: its sentence says what is wrong
@@ -130,6 +130,11 @@ class Pass(PassBase):
     def notice(self, message: str) -> None:
         """Tell the user what was done to the numbers."""
         self.log.notices.append(message)
+
+
+def _stays(node: Node) -> bool:
+    """What torch asks of every node, and first, though it takes longer than to see that somebody reads it."""
+    return bool(node.users) or node.is_impure()
 
 
 def run_checked(instance: Pass, gm: GraphModule, before: Seen | None = None, *, requires: bool = True) -> Seen:

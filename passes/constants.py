@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from passes.compat import FakeTensor, FakeTensorMode, fake_like
 from passes.graph import TRANSPARENT, argument, aten, fake_mode, is_call, strip
 from passes.hadamard import HADAMARD, hadamard
 
@@ -224,10 +225,18 @@ def add_constant(gm: GraphModule, name: str, tensor: torch.Tensor, before: Node)
         owner.register_buffer(leaf, tensor)
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(unique)
-    mode = fake_mode(gm.graph)
-    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    node.meta["val"] = _fake(fake_mode(gm.graph), tensor)
     node.meta["nn_module_stack"] = before.meta.get("nn_module_stack", {})
     return node
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
+    """What stands for `tensor`; the quick way for one that shares its memory with no other."""
+    size = tensor.numel() * tensor.element_size()
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    if plain and not tensor.requires_grad and tensor.untyped_storage().nbytes() == size:
+        return fake_like(mode, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 def _lookup(gm: GraphModule, path: Sequence[str]) -> object:

@@ -26,12 +26,14 @@ from qcompile.dynamo.names import Naming
 from qcompile.dynamo.options import Options
 from qcompile.dynamo.registry import Reported, remember
 from qcompile.dynamo.trace import Captured, Traced, trace
+from qcompile.process import old_objects_rest
 
 logger = logging.getLogger("qcompile")
 
 _MANY = 8  # values of a number, after which it is worth saying so
 
 
+@old_objects_rest()
 def qcompile_backend(
     gm: GraphModule,
     example_inputs: Sequence[Any],

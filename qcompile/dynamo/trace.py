@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from passes.compat import FakeTensorMode
+from passes.compat import FakeTensorMode, LazyGraphModule
 from passes.graph import aten
 from passes.subgraphs import copied_graph
 from qcompile.compat.torch import (
@@ -75,7 +75,8 @@ class Traced:
     def with_weights(self, tensors: Mapping[str, torch.Tensor]) -> GraphModule:
         """The graph with these weights; graphs in it are copies."""
         own = {n: copied_graph(c) if isinstance(c, GraphModule) else c for n, c in self.constants.items()}
-        return GraphModule({**own, **tensors}, self.graph)
+        gm: GraphModule = LazyGraphModule({**own, **tensors}, self.graph)
+        return gm
 
 
 @dataclass(frozen=True)
