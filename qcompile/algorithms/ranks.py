@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,10 @@ class Ranks(Share):
     def __str__(self) -> str:
         return "this process"
 
-    def agree(self, facts: Mapping[str, Hashable]) -> None:
-        for rank, others in enumerate(self._gathered(dict(facts))):
-            if what := [name for name, fact in facts.items() if others.get(name) != fact]:
+    def agree(self, facts: Callable[[], Mapping[str, Hashable]]) -> None:
+        own = dict(facts())
+        for rank, others in enumerate(self._gathered(own)):
+            if what := [name for name, fact in own.items() if others.get(name) != fact]:
                 raise JoinedError(
                     f"rank {rank} and rank {self.index} were given different {what[0]}: every rank is given the same"
                     " model, recipe and calibration data, and takes its share of the batches"
