@@ -86,7 +86,9 @@ class Ranks(Share):
                 found[name] = torch.from_numpy(head)
                 continue
             dtype, size = head
-            found[name] = own[name].contiguous() if rank == self.index else torch.empty(size, dtype=dtype)
+            found[name] = (
+                own[name].detach().cpu().contiguous() if rank == self.index else torch.empty(size, dtype=dtype)
+            )
             self._send(found[name].view(-1).view(torch.uint8), rank)  # gloo does not know every dtype
         return found
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.algorithms.ranks import Ranks
+from qcompile.algorithms import ranks as over_ranks
+from qcompile.algorithms.ranks import Ranks, ranks
 from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest
 from qcompile.errors import CalibrationError, JoinedError, QCompileError
@@ -91,6 +92,7 @@ class Thread(Ranks):
 def on_threads(count: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[int], Any]) -> list[Any]:
     """What `work` gives on each rank, or the error that it raises."""
     own = threading.local()
+    monkeypatch.setattr(over_ranks, "_SMALL", 8)  # so that tensors travel alone, too
     monkeypatch.setattr(solve, "ranks", lambda: getattr(own, "share", WHOLE))
     table, barrier = [None] * count, threading.Barrier(count)
 
@@ -147,8 +149,6 @@ def test_a_statistic_without_a_way_back_says_so() -> None:
 
 
 def test_alone_in_a_group_or_without_one_it_is_all() -> None:
-    from qcompile.algorithms.ranks import ranks
-
     assert ranks() is WHOLE and ranks() == Share(0, 1)
 
 
@@ -157,6 +157,7 @@ def process(rank: int, count: int, folder: str, wrong: str) -> None:
     from torch import distributed as dist
 
     torch.set_num_threads(1)
+    over_ranks._SMALL = 4096
     timeout = datetime.timedelta(seconds=5 if wrong else 300)
     store = f"file://{folder}/store{count}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timeout)
