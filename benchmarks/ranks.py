@@ -85,7 +85,7 @@ def worker(recipe: str, batches: int, count: int, store: str, rank: int) -> None
 
 
 @app.default
-def main(*, pairs: int = 5, batches: int = 128, output: Path | None = None) -> int:
+def main(*, pairs: int = 5, batches: int = 256, output: Path | None = None) -> int:
     """Measure and print the ratios. Exit code 1 if a bar is missed.
 
     Parameters
