@@ -51,7 +51,12 @@ class Ranks(Share):
                 )
 
     def failed(self, error: Exception) -> None:
-        self._told((str(error) if isinstance(error, QCompileError) else first_line(error), None))
+        try:
+            self._told((str(error) if isinstance(error, QCompileError) else first_line(error), None))
+        except JoinedError as told:
+            if told.__cause__ is None:
+                raise told from error
+            # nobody is there to be told: the error itself says more than that
 
     def join(self, statistics: Sequence[Statistic], log: BatchLog, ranges: RangeLog | None) -> None:
         own = [statistic.tensors() for statistic in statistics]

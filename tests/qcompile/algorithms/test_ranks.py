@@ -27,6 +27,7 @@ from qcompile.algorithms import ranks as over_ranks
 from qcompile.algorithms.ranks import Ranks, ranks
 from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest
+from qcompile.capture.batch_notices import BatchLog
 from qcompile.errors import CalibrationError, JoinedError, QCompileError
 from qcompile.quantization import solve
 from qcompile.report.program import ProgramReport
@@ -138,6 +139,18 @@ def test_a_nan_is_told_with_the_batch_of_all_that_it_came_first_in(monkeypatch: 
     data[10][0, 0] = data[9][0, 1] = float("nan")
     for found in on_threads(2, monkeypatch, lambda rank: quantized("fp8", PROGRAM, data)):
         assert isinstance(found, CalibrationError) and "first in calibration batch 9" in str(found)
+
+
+def test_an_error_that_nobody_can_be_told_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(over_ranks.dist, "all_gather_object", gone)
+    monkeypatch.setattr(over_ranks, "_group", lambda world: world)
+    alone = Ranks(0, 2)
+    alone.failed(ValueError("a fault"))  # observe raises it then
+    with pytest.raises(JoinedError, match=r"another process of the group has ended.*connection closed by peer"):
+        alone.join([], BatchLog(PROGRAM, []), None)
 
 
 def test_a_statistic_without_a_way_back_says_so() -> None:
