@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,22 @@ class Ranks(Share):
     def __str__(self) -> str:
         return "this process"
 
-    def agree(self, facts: Mapping[str, Hashable]) -> None:
-        for rank, others in enumerate(self._gathered(dict(facts))):
-            if what := [name for name, fact in facts.items() if others.get(name) != fact]:
+    def agree(self, facts: Callable[[], Mapping[str, Hashable]]) -> None:
+        own = dict(facts())
+        for rank, others in enumerate(self._gathered(own)):
+            if what := [name for name, fact in own.items() if others.get(name) != fact]:
                 raise JoinedError(
                     f"rank {rank} and rank {self.index} were given different {what[0]}: every rank is given the same"
                     " model, recipe and calibration data, and takes its share of the batches"
                 )
 
     def failed(self, error: Exception) -> None:
-        self._told((str(error) if isinstance(error, QCompileError) else first_line(error), None))
+        try:
+            self._told((str(error) if isinstance(error, QCompileError) else first_line(error), None))
+        except JoinedError as told:
+            if told.__cause__ is None:
+                raise told from error
+            # nobody is there to be told: the error itself says more than that
 
     def join(self, statistics: Sequence[Statistic], log: BatchLog, ranges: RangeLog | None) -> None:
         own = [statistic.tensors() for statistic in statistics]
@@ -85,7 +91,9 @@ class Ranks(Share):
                 found[name] = torch.from_numpy(head)
                 continue
             dtype, size = head
-            found[name] = own[name].contiguous() if rank == self.index else torch.empty(size, dtype=dtype)
+            found[name] = (
+                own[name].detach().cpu().contiguous() if rank == self.index else torch.empty(size, dtype=dtype)
+            )
             self._send(found[name].view(-1).view(torch.uint8), rank)  # gloo does not know every dtype
         return found
 

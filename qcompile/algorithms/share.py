@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ class Share:
                 if index % self.count == self.index:
                     yield index, batch
 
-    def agree(self, facts: Mapping[str, Hashable]) -> None:
-        """Raise JoinedError unless all that share have the same."""
+    def agree(self, facts: Callable[[], Mapping[str, Hashable]]) -> None:
+        """Raise JoinedError unless all that share have the same `facts`, which nobody asks for where there is one."""
 
     def failed(self, error: Exception) -> None:
         """Tell the others that nothing will come from here."""

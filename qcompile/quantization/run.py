@@ -35,7 +35,8 @@ from qcompile.quantization.dtypes import compute_dtype, model_dtype
 from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.plan import Plan, Planner, Work
 from qcompile.quantization.shards import Shard
-from qcompile.quantization.solve import Calibration, Data, Solution, kept_statistics, solve
+from qcompile.quantization.sharing import kept_statistics
+from qcompile.quantization.solve import Calibration, Data, Solution, solve
 from qcompile.quantization.state import largest_by_name, mask_state
 from qcompile.report.record import QuantizeRecord, record
 
@@ -93,20 +94,23 @@ def calibrated_state(
     with alone():
         work = Work(unlift(program))
         plan = planner(work)
-    same = (torch.float32, torch.float32)  # what the result will compute in is not known
-    data, wanted = Data(batches, program, progress=progress, share=share), plan if weights else plan.activations
-    fingerprint = Fingerprint.of(program, plan)
-    found = kept_statistics(work, wanted, data, same) if weights or share is not None else None
-    if found is None:
-        found = solve(work, plan.activations, data, same)
-    for notice in found.notices:
+    wanted, wide = plan if weights else plan.activations, weights or share is not None
+    if wide and (found := kept_statistics(work, wanted, program, batches, progress, share)) is not None:
+        tensors, observation = found
+        assert observation.watch is not None
+        notices, seen = observation.notices, observation.batches_seen
+        state = tensors | mask_state(observation.watch.fully_masked) | Fingerprint.of(program, plan).tensors()
+    else:
+        same = (torch.float32, torch.float32)  # what the result will compute in is not known
+        solution = solve(work, plan.activations, Data(batches, program, progress=progress, share=share), same)
+        known = [site for site in plan.configs if site in solution.quantizers or site in solution.unreached]
+        zero, quantizers = torch.zeros(()), solution.quantizers
+        amax = {site: _amax(quantizers[site]) if site in quantizers else zero for site in known}
+        notices, seen = solution.notices, solution.batches
+        state = largest_by_name(amax) | mask_state(solution.fully_masked)
+    for notice in notices:
         logger.warning("%s", notice)
-    known = [site for site in plan.configs if site in found.quantizers or site in found.unreached]
-    amax = {s: _amax(found.quantizers[s]) if s in found.quantizers else torch.zeros(()) for s in known}
-    state = largest_by_name(amax) | mask_state(found.fully_masked) | found.kept
-    if share is not None:
-        return state | Shard(share, found.batches, fingerprint).tensors()
-    return state | (fingerprint.tensors() if found.kept else {})
+    return state if share is None else state | Shard(share, seen, Fingerprint.of(program, plan)).tensors()
 
 
 def quantize_graph(work: Work, planner: Planner, state: Mapping[str, torch.Tensor] | None, how: str) -> list[str]:

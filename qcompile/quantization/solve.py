@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,17 +23,16 @@ from qcompile.algorithms.settings import MaxSettings
 from qcompile.algorithms.share import Share
 from qcompile.algorithms.statistics import Largest, Statistic
 from qcompile.capture.batch_forms import calibration_form
-from qcompile.capture.batches import batch_count
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.messages import some
-from qcompile.quantization.fingerprint import Fingerprint
 from qcompile.quantization.headroom import Headroom
-from qcompile.quantization.kept import Kept, has_statistics, keep, wants_statistics
+from qcompile.quantization.kept import Kept
 from qcompile.quantization.parts import parts_of, solve_parts
 from qcompile.quantization.plan import Plan, Work
 from qcompile.quantization.seen import Observation
 from qcompile.quantization.sequential import Segments
 from qcompile.quantization.shards import Shard
+from qcompile.quantization.sharing import kept_of, observation_of
 from qcompile.quantization.state import is_state, known_amax, known_masks
 from qcompile.quantization.view import graph_view
 from qcompile.recipe import format_of
@@ -77,7 +76,6 @@ class Solution:
         fully_masked: the attentions whose mask hid every key from some query.
         ranges: how ranges grew over the data; None where there is nothing to compare.
         source: what ranges were found on, for metadata. batches: how many were seen here.
-        kept: statistics, where these are asked for and no scales.
     """
 
     quantizers: dict[Site, Quantizer] = field(default_factory=dict)
@@ -89,7 +87,6 @@ class Solution:
     ranges: RangeGrowth | None = None
     source: str = ""
     batches: int = 0
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution:
@@ -111,7 +108,7 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
         if (part := Shard.read(calibration)) is not None:
             raise CalibrationError(f"this is the state of {part.share} alone: `qcompile merge` joins those of all")
         state, calibration = calibration, None
-        kept = _kept(state, plan, data.program)
+        kept = kept_of(state, plan, data.program)
     asked = [site for site in (*weights, *(static if state is None or kept else ())) if site not in ragged]
     view = graph_view(work.gm, {site: plan.configs[site] for site in asked}, target, plan.configs)
     found = Solution(weights={operand.site: view.amax(operand) for operand in view.weights})
@@ -124,7 +121,8 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
     elif calibration is not None:
         assert data.program is not None
         again = len(plan.steps) > 1 or any(_walks_again(step, view) for step in plan.steps)
-        observation = _observation(work, plan, data, dtypes, again)
+        share = data.share or ranks()
+        observation = observation_of(work.gm, data.program, plan, calibration, dtypes, again, data.progress, share)
     elif static:
         raise CalibrationError(f"the recipe gives static scales to {some([s.name for s in static])}{_how(data)}")
     quantizers, seen = _run_steps(work, plan, view, observation, kept)
@@ -141,44 +139,6 @@ def solve(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.d
             _take_kept(found, view, quantizers, kept, dtypes)
         found.notices += _unknown_ranges(source, target)
     return found
-
-
-def kept_statistics(work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype]) -> Solution | None:
-    """What the steps of `plan` watch; None where that is largest magnitudes alone, as ranges have them."""
-    sites = [
-        s for s, c in plan.configs.items() if s.operand == "weight" or (s.operand != "softmax" and is_calibrated(c))
-    ]
-    whole = {site: plan.configs[site] for site in sites if not misfit(site.tensor, format_of(plan.configs[site]))}
-    view = graph_view(work.gm, whole, dtypes[1], plan.configs)
-    steps = (*plan.steps, Max(MaxSettings(power_of_two=plan.power_of_two)))
-    if not wants_statistics(steps, view):
-        return None
-    observation = _observation(work, plan, data, dtypes, True)
-    found = Solution(kept=keep(steps, view, observation), batches=observation.batches_seen)
-    assert observation.watch is not None
-    found.notices, found.fully_masked = observation.notices, observation.watch.fully_masked
-    return found
-
-
-def _observation(
-    work: Work, plan: Plan, data: Data, dtypes: tuple[torch.dtype, torch.dtype], again: bool
-) -> Observation:
-    assert data.program is not None
-    share, batches = data.share or ranks(), data.calibration
-    share.agree(_facts(data.program, plan, batches))
-    return Observation(work.gm, data.program, batches or (), dtypes, again=again, progress=data.progress, share=share)
-
-
-def _kept(state: Mapping[str, torch.Tensor], plan: Plan, program: ExportedProgram | None) -> Kept | None:
-    """The statistics in a state, if it has some, which are of this model and recipe."""
-    if not has_statistics(state):
-        return None
-    known = Fingerprint.read(state)
-    if program is None or known is None:
-        raise CalibrationError("a state with statistics is for quantize: calibrate for ranges alone, with no shards")
-    if (what := Fingerprint.of(program, plan).other(known)) is not None:
-        raise CalibrationError(f"the calibrated state was made with another {what}, and holds statistics of that")
-    return Kept(state, plan.steps)
 
 
 def _run_steps(
@@ -233,12 +193,6 @@ def _of_activations(
     # where there is no range, nothing came, or zeros only
     ranges = {operand.site: chosen.get(operand) for operand in view.activations}
     return {site: found for site, q in known.items() if (found := ranges.get(site, q)) is not None}
-
-
-def _facts(program: ExportedProgram, plan: Plan, batches: object) -> dict[str, Hashable]:
-    """What all that share calibration data have to have in common."""
-    own = Fingerprint.of(program, plan)
-    return {"models": own.model, "recipes": own.recipe, "numbers of batches": batch_count(batches)}
 
 
 def _walks_again(step: Algorithm[Any], view: View) -> bool:

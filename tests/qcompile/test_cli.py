@@ -203,7 +203,8 @@ def test_recipes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "export", "checkpoint", "build", "inspect", "recipes", "demo", "doctor", "completion"]
+    "command",
+    ["", "export", "checkpoint", "calibrate", "merge", "build", "inspect", "recipes", "demo", "doctor", "completion"],
 )
 def test_help_has_examples_and_markdown_eats_no_star(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command.split(), "--help") == 0

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.algorithms.ranks import Ranks
+from qcompile.algorithms import ranks as over_ranks
+from qcompile.algorithms.ranks import Ranks, ranks
 from qcompile.algorithms.share import WHOLE, Share
 from qcompile.algorithms.statistics import Largest
+from qcompile.capture.batch_notices import BatchLog
 from qcompile.errors import CalibrationError, JoinedError, QCompileError
 from qcompile.quantization import solve
 from qcompile.report.program import ProgramReport
@@ -91,6 +93,7 @@ class Thread(Ranks):
 def on_threads(count: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[int], Any]) -> list[Any]:
     """What `work` gives on each rank, or the error that it raises."""
     own = threading.local()
+    monkeypatch.setattr(over_ranks, "_SMALL", 8)  # so that tensors travel alone, too
     monkeypatch.setattr(solve, "ranks", lambda: getattr(own, "share", WHOLE))
     table, barrier = [None] * count, threading.Barrier(count)
 
@@ -138,6 +141,18 @@ def test_a_nan_is_told_with_the_batch_of_all_that_it_came_first_in(monkeypatch: 
         assert isinstance(found, CalibrationError) and "first in calibration batch 9" in str(found)
 
 
+def test_an_error_that_nobody_can_be_told_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(over_ranks.dist, "all_gather_object", gone)
+    monkeypatch.setattr(over_ranks, "_group", lambda world: world)
+    alone = Ranks(0, 2)
+    alone.failed(ValueError("a fault"))  # observe raises it then
+    with pytest.raises(JoinedError, match=r"another process of the group has ended.*connection closed by peer"):
+        alone.join([], BatchLog(PROGRAM, []), None)
+
+
 def test_a_statistic_without_a_way_back_says_so() -> None:
     class Own(Largest):
         load = qcompile.algorithms.statistics.Statistic.load  # type: ignore[attr-defined]
@@ -147,8 +162,6 @@ def test_a_statistic_without_a_way_back_says_so() -> None:
 
 
 def test_alone_in_a_group_or_without_one_it_is_all() -> None:
-    from qcompile.algorithms.ranks import ranks
-
     assert ranks() is WHOLE and ranks() == Share(0, 1)
 
 
@@ -157,6 +170,7 @@ def process(rank: int, count: int, folder: str, wrong: str) -> None:
     from torch import distributed as dist
 
     torch.set_num_threads(1)
+    over_ranks._SMALL = 4096
     timeout = datetime.timedelta(seconds=5 if wrong else 300)
     store = f"file://{folder}/store{count}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timeout)
