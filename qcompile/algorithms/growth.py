@@ -36,6 +36,10 @@ class RangeLog:
                 self._seen[moment] = samples, {one: float(one.value) for one in self._watched}
         return [one for one in self._all if not one.lost and one.spoiled]
 
+    def end(self) -> None:
+        """No batch comes any more: what is no range, and may be large, is let go."""
+        self._all.clear()
+
     def facts(self) -> Facts:
         """What `join` has to know of each process."""
         seen = {moment: (samples, [*values.values()]) for moment, (samples, values) in self._seen.items()}

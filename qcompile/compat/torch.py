@@ -33,6 +33,7 @@ _NAMES = {
     "FunctionalTensorMode": Private("torch._subclasses.functional_tensor", "FunctionalTensorMode", _TRACE),
     "enter_autocast": Private("torch.amp.autocast_mode", "_enter_autocast", _TRACE),
     "exit_autocast": Private("torch.amp.autocast_mode", "_exit_autocast", _TRACE),
+    "check_size": Private("torch", "_check", "the capture of decoders"),
     "is_traceable_wrapper_subclass": Private(
         "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", "reading the weights of torchao"
     ),

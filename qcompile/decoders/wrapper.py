@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.compat.torch import check_size
+
 Layers = list[dict[str, Tensor]]
 
 
@@ -49,9 +51,8 @@ class WithCache(Around):
         """
         from transformers import DynamicCache
 
-        torch._check(  # type: ignore[no-untyped-call]
-            attention_mask.shape[1] == past_key_values[0]["key"].shape[2] + input_ids.shape[1]
-        )
+        before = past_key_values[0]["key"].shape[2]
+        check_size(attention_mask.shape[1] == before + input_ids.shape[1])
         cache = DynamicCache()  # of no config: a sliding window is a matter of the mask, and every layer has all tokens
         for index, layer in enumerate(past_key_values):
             cache.update(layer["key"], layer["value"], index)

@@ -102,6 +102,7 @@ class Observation:
         options: dict[str, Any] = {"widen": watch.converted, "progress": self.progress, "share": self.share}
         options["ranges"] = ranges
         log = observe(watch.gm, self.program, watch.watched, self.batches, **options)
+        ranges.end()
         told = self.batches.notices if isinstance(self.batches, PlacedBatches) else ()
         self.batches_seen = log.batches
         self.samples, self.notices, self.ranges = log.samples, [*told, *log.notices()], self.ranges or ranges

@@ -208,11 +208,12 @@ def test_parts_that_lie_one_behind_the_other_are_joined_without_a_copy(case: str
 )
 @pytest.mark.parametrize("rotated", [False, True])
 def test_rows(monkeypatch: pytest.MonkeyPatch, chunk: int, multiple: int, starts: list[int], rotated: bool) -> None:
-    monkeypatch.setattr(ConstantRows, "_CHUNK", chunk if not rotated else chunk * 4 // 3)
+    piece = chunk if not rotated else chunk * 4 // 3
+    monkeypatch.setattr(ConstantRows, "_CHUNK", piece)
     tensor = torch.randn(7, 4 if rotated else 3)
     gm, emit, _, w = with_weight(tensor.half() if rotated else tensor)
     node = emit(aten._to_copy.default, emit(HADAMARD, w), dtype=torch.float16) if rotated else w
-    rows = ConstantRows(gm, node, multiple)
+    rows = ConstantRows(gm, node, multiple, piece)
     assert (rows.shape, rows.device) == (tensor.shape, tensor.device)
     pieces = list(rows)
     assert [piece.start for piece, _ in pieces] == starts

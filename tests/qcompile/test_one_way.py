@@ -25,9 +25,11 @@ _WRITERS = {
     "qcompile/cli/quantize.py": "a program, through `replaced`",
     "qcompile/engine/build.py": "an engine, through `replaced`",
     "qcompile/files.py": "the one way itself",
+    "qcompile/generation/directory.py": "what goes beside a decoder's file, through `replaced`",
     "qcompile/onnx/repair/repair.py": "into the folder of `onnx_folder`, which moves what is whole",
     "qcompile/onnx/save.py": "into the folder of `onnx_folder`",
     "qcompile/onnx/wire.py": "for save.py, in the same folder",
+    "qcompile/source/state_files.py": "a calibrated state, through `replaced`",
 }
 """File -> what it writes to a disk, and how that is whole or not at all."""
 
