@@ -108,9 +108,5 @@ def test_a_saved_program_goes_to_a_file(tmp_path: Path) -> None:
     program = qcompile.quantize(decoder("llama"), cache="dynamic", **options)
     torch.export.save(program, tmp_path / "saved.pt2")
     loaded = torch.export.load(tmp_path / "saved.pt2")
-    first, second = (
-        qcompile.export_onnx(each, tmp_path / f"{index}.onnx", target="portable")
-        for index, each in enumerate((program, loaded))
-    )
-    assert first.ops == second.ops
-    assert first.coverage == second.coverage
+    report = qcompile.export_onnx(loaded, tmp_path / "model.onnx", target="portable")
+    assert report.coverage["cache"] == (4, 4)

@@ -86,7 +86,8 @@ def test_step_by_step_it_gives_what_the_whole_gives(name: str) -> None:
     assert not [n for n in linears if any(part in str(n.meta["nn_module_stack"]) for part in crossing)]
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_both_parts_go_to_files_with_names_that_fit(name: str, tmp_path: Any) -> None:
     model, inputs = model_of(name)
     example = inputs(2, 9)
