@@ -196,7 +196,9 @@ def test_as_many_graphs_as_another_back_end(kind: str, cache: str) -> None:
         for batch, length in [(2, 9), (2, 9), (2, 11)]:
             generate(model, *prompt(False, batch, length), cache, 20)
             counts[backend].append(graphs())
-    assert counts["qcompile"] == counts["eager"]
+    more = 1 if (kind, cache) == ("gemma3", "dynamic") else 0  # a sliding cache's size is fixed once more than needed
+    assert all(0 <= ours - theirs <= more for ours, theirs in zip(*reversed(counts.values()), strict=True))
+    assert counts["qcompile"][1] == counts["qcompile"][0]
     assert counts["eager"][1] == counts["eager"][0]
 
 
