@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from passes.carried import initial_state, state_names
 from passes.program import written_tensors
 
-_CACHES = {"past_key_values": ".", "present": "."}
-"""Inputs and outputs whose parts runtimes call `past_key_values.0.key`, and what is between these words."""
+_CACHES = ("past_key_values", "present")
+"""Inputs and outputs whose parts runtimes call with dots: `past_key_values.0.key`."""
 
 
 def interface_problem(program: ExportedProgram, container: str) -> str | None:
@@ -52,7 +52,7 @@ def output_names(program: ExportedProgram) -> list[str]:
         if parts and carried:
             part, *parts = parts
             parts = [f"{parts[0]}.out"] if part == "state" else parts
-        name = (_CACHES.get(parts[0], "_") if parts else "").join(parts)
+        name = ("." if parts[:1] and parts[0] in _CACHES else "_").join(parts)
         name = name if name and not name[0].isdigit() else "_".join(filter(None, ("output", name)))
         while name in inputs or name in names:  # {"a": {"b": x}, "a_b": y} makes one name twice
             name += "_output"

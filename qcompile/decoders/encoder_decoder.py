@@ -116,10 +116,7 @@ class Parts:
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> list[dict[str, dict[str, Tensor]]]:
         """What the float model makes of `inputs`, with an empty cache beside it."""
-        training = self.encoder.training
-        with torch.no_grad():
-            layers = self.encoder.eval()(**inputs)["present"]
-        self.encoder.train(training)
+        layers = self.encoder.evaluated(**inputs)["present"]
         empty = {"key": layers[0]["encoder"]["key"][:, :, :0], "value": layers[0]["encoder"]["value"][:, :, :0]}
         return [{"decoder": dict(empty), **layer} for layer in layers]
 
@@ -136,10 +133,7 @@ class Parts:
         self, step: Mapping[str, Any], past: list[dict[str, dict[str, Tensor]]]
     ) -> list[dict[str, dict[str, Tensor]]]:
         """The cache behind `step` of the float model."""
-        training = self.decoder.training
-        with torch.no_grad():
-            present = self.decoder.eval()(**step)["present"]
-        self.decoder.train(training)
+        present = self.decoder.evaluated(**step)["present"]
         return [{**old, **new} for old, new in zip(past, present, strict=True)]
 
 
@@ -193,7 +187,9 @@ def captured_part(
         program = capture(parts.encoder, (), parts.inputs, dynamic_shapes=sizes)
         _drop_unread(program)
     else:
-        program = capture(parts.decoder, (), _example(parts), dynamic_shapes=_sizes(parts, batch))
+        example = _example(parts)
+        sizes = _sizes(parts, batch, len(example["past_key_values"]))
+        program = capture(parts.decoder, (), example, dynamic_shapes=sizes)
     if calibration is None or (isinstance(calibration, Mapping) and next(iter(parts.inputs)) not in calibration):
         return program, calibration
     batches = [calibration] if isinstance(calibration, Mapping) else calibration
@@ -208,13 +204,12 @@ def _example(parts: Parts) -> dict[str, Any]:
     return parts.step(parts.inputs, ids[:, :_NEW], past)
 
 
-def _sizes(parts: Parts, batch: Dim) -> dict[str, Any]:
+def _sizes(parts: Parts, batch: Dim, count: int) -> dict[str, Any]:
     past, encoded = Dim("past", min=0), Dim("encoded", min=1)
     is_long = next(iter(parts.inputs.values())).ndim == 2  # token ids; a feature extractor gives one length
     kept = {0: batch, 2: past}
     given = {0: batch, 2: encoded} if is_long else {0: batch}
     layer = {"decoder": {"key": kept, "value": kept}, "encoder": {"key": given, "value": given}}
-    count = len(parts.encoded(parts.inputs))
     found: dict[str, Any] = {"input_ids": {0: batch, 1: Dim("sequence", min=1)}, "past_key_values": [layer] * count}
     if _MASK in parts.inputs:
         found["encoder_attention_mask"] = {0: batch, 1: encoded} if is_long else {0: batch}

@@ -79,10 +79,7 @@ class CachedBatches(Iterable[Any]):
             yield prompt
             if half < tokens["input_ids"].shape[1]:
                 rest = _part(tokens, slice(half, None))
-                was_training = self.decoder.module.training
-                with torch.no_grad():
-                    past = self.decoder.module.eval()(**prompt)["present"]
-                self.decoder.module.train(was_training)
+                past = self.decoder.module.evaluated(**prompt)["present"]
                 rest["attention_mask"] = tokens.get("attention_mask")
                 yield self.decoder.inputs(rest, past, half)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.capture.inference import for_inference
 from qcompile.compat.torch import check_size
 
 Layers = list[dict[str, Tensor]]
@@ -23,6 +24,12 @@ class Around(torch.nn.Module):
         self.training = model.training
         self.config = model.config
         self._call = [model.forward]  # in a list, where torch does not find a module
+
+    def evaluated(self, **inputs: Any) -> dict[str, Any]:
+        """What the float model gives for `inputs`; it is left as it was."""
+        with for_inference(self), torch.no_grad():
+            given: dict[str, Any] = self(**inputs)
+        return given
 
 
 class WithCache(Around):
