@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from passes.program import separated
+from passes.program import remade, separated
 
 __all__ = ["merge_aliases"]
 
@@ -41,16 +41,10 @@ def merge_aliases(program: ExportedProgram) -> ExportedProgram:
     program.graph_module.recompile()
     dropped = {spec.target for spec in program.graph_signature.input_specs if spec.arg.name in same}
     specs = [spec for spec in program.graph_signature.input_specs if spec.arg.name not in same]
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
+    return remade(
+        program,
         graph_signature=dataclasses.replace(program.graph_signature, input_specs=specs),
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
         constants={name: value for name, value in program.constants.items() if name not in dropped},
-        verifiers=[program.verifier],
     )
 
 

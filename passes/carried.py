@@ -21,7 +21,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from passes.program import separated
+from passes.program import remade, separated
 from passes.result import Carried
 
 __all__ = ["carry_writes", "initial_state", "state_names"]
@@ -48,16 +48,13 @@ def carry_writes(program: ExportedProgram) -> ExportedProgram:
     program.graph_module.recompile()
     names = [str(s.target) for s in written]
     in_spec, out_spec = _call_spec(program, buffers, names)
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
+    return remade(
+        program,
         graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict={name: tensor for name, tensor in program.state_dict.items() if name not in values},
-        range_constraints=program.range_constraints,
         module_call_graph=_call_graph(program, in_spec, out_spec),
         example_inputs=_examples(program, in_spec, values),
         constants={name: value for name, value in program.constants.items() if name not in values},
-        verifiers=[program.verifier],
     )
 
 

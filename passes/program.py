@@ -110,17 +110,23 @@ def separated(program: ExportedProgram) -> ExportedProgram:
     """`program` with its tensors shared and a graph of its own: tracing that again changes nothing of `program`."""
     gm = copied_graph(program.graph_module)
     separate(gm)
-    return ExportedProgram(
-        root=gm,
-        graph=gm.graph,
-        graph_signature=copy.copy(program.graph_signature),
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=[program.verifier],
-    )
+    return remade(program, root=gm, graph=gm.graph, graph_signature=copy.copy(program.graph_signature))
+
+
+def remade(program: ExportedProgram, **changes: Any) -> ExportedProgram:
+    """`program` with what `changes` has, by the names of its constructor, in place of its own; the rest is shared."""
+    own: dict[str, Any] = {
+        "root": program.graph_module,
+        "graph": program.graph,
+        "graph_signature": program.graph_signature,
+        "state_dict": program.state_dict,
+        "range_constraints": program.range_constraints,
+        "module_call_graph": program.module_call_graph,
+        "example_inputs": program.example_inputs,
+        "constants": program.constants,
+        "verifiers": [program.verifier],
+    }
+    return ExportedProgram(**{**own, **changes})
 
 
 def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
@@ -169,16 +175,14 @@ def lift(gm: GraphModule, program: ExportedProgram) -> ExportedProgram:
         if spec.arg.name not in taken:  # as torch.export does: FX itself makes `input_1` of `input`, Python's own name
             node.name = node.target = spec.arg.name
         specs.append(dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name)))
-    return ExportedProgram(
+    return remade(
+        program,
         root=_submodules(gm),
         graph=graph,
         graph_signature=ExportGraphSignature(specs, _output_specs(program, graph)),
         state_dict=state,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
         example_inputs=_examples(program, inputs),
         constants=constants,
-        verifiers=[program.verifier],
     )
 
 
